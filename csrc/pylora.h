@@ -1,0 +1,253 @@
+/* pylora.h - the C ABI of pylora: types, status codes and every operation with its shapes.
+ *
+ * This header is all a C program includes.  Rules that hold for every function:
+ *
+ *   - Errors are returned as a pylora_status, never printed; nothing here calls exit().
+ *   - Nothing is allocated inside an operation: outputs and workspaces come from the caller.
+ *     (The thread pool is the one exception: it is started by the first call that uses it.)
+ *   - A matrix is row-major with unit stride inside a row; `ld` is the distance between rows in
+ *     elements, of any size and sign.  Any alignment that is legal for the element is legal.
+ *   - m = 0 tokens, r > min(d, k), m = 1 are ordinary cases.  r = 0 or lora = NULL: no adapter.
+ *   - Inputs are never written to.  An output may alias an input only where it says so.
+ *   - The bits of a row of an output depend on that row's inputs alone: not on m, not on other
+ *     rows, not on the number of threads.
+ *
+ * Letters: m tokens, k input features, d output features, r rank, s scale (alpha/r or
+ * alpha/sqrt(r)); x [m,k], W [d,k], A [r,k], B [d,r].
+ */
+#ifndef PYLORA_H
+#define PYLORA_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define PYLORA_ABI_VERSION 1
+
+typedef enum pylora_status {
+  PYLORA_OK = 0,
+  PYLORA_E_NULL = 1,        /* a required pointer is NULL */
+  PYLORA_E_SHAPE = 2,       /* shapes do not fit each other, or a size is negative or overflows */
+  PYLORA_E_WORKSPACE = 3,   /* the workspace is smaller than the query function says */
+  PYLORA_E_INDEX = 4,       /* a token id, label or position is out of range */
+  PYLORA_E_VALUE = 5,       /* a scalar argument is out of its domain */
+  PYLORA_E_UNSUPPORTED = 6, /* this build or machine cannot do it (dtype, instruction set) */
+  PYLORA_E_PACKED = 7,      /* the packed weight is not one that pylora_pack filled */
+  PYLORA_E_THREADS = 8,     /* threads could not be started */
+} pylora_status;
+
+/* A sentence for a status; never NULL, also for numbers that are not a status. */
+const char *pylora_status_text(int status);
+int pylora_abi_version(void);
+
+/* ---- run time: instruction set and threads ---------------------------------------------- */
+
+/* The kernel table in use: "portable", "avx2", "avx512" or "neon".  Chosen at the first use from
+ * what the CPU has; the environment variable PYLORA_ISA overrides it. */
+const char *pylora_isa(void);
+/* The tables that this build has AND this CPU can run, best first; NULL past the end. */
+const char *pylora_isa_name(int index);
+/* Switches the table.  PYLORA_E_UNSUPPORTED if the build or CPU lacks it.  Packed weights stay
+ * valid: their layout is the same for every table. */
+int pylora_use_isa(const char *name);
+
+/* Default: the processors this process may run on, or PYLORA_NUM_THREADS.  n >= 1. */
+int pylora_set_num_threads(int n);
+int pylora_num_threads(void);
+
+/* ---- types ------------------------------------------------------------------------------ */
+
+typedef enum pylora_dtype {
+  PYLORA_F32 = 0,
+  PYLORA_BF16 = 1, /* merge and unmerge only, in this version of packing */
+  PYLORA_F16 = 2,  /* merge and unmerge only */
+} pylora_dtype;
+
+typedef struct pylora_mat {
+  float *p;
+  int64_t rows, cols, ld;
+} pylora_mat;
+
+/* A frozen weight W [d,k], packed once by pylora_pack: ceil(d / 32) panels of [k][32] floats, the
+ * last one filled with zeros.  One copy serves x Wᵀ and, by transposing tiles on the way, dy W. */
+#define PYLORA_PANEL 32
+typedef struct pylora_packed {
+  uint32_t magic;
+  int32_t dtype; /* pylora_dtype of the panels: PYLORA_F32 */
+  int64_t d, k;
+  const void *data;
+} pylora_packed;
+
+/* Dropout on the input of A.  Element e = (row0 + i) * k + j of x is kept iff philox word
+ * e (see pylora_philox) is >= floor(p * 2^32); kept elements are multiplied by 1 / (1 - p). */
+typedef struct pylora_drop {
+  float p; /* 0 <= p < 1 */
+  uint64_t seed, stream;
+  int64_t row0; /* index of the first row in the whole batch */
+} pylora_drop;
+
+typedef struct pylora_lora {
+  int64_t r;
+  const float *A; /* [r,k] */
+  int64_t lda;
+  const float *B; /* [d,r] */
+  int64_t ldb;
+  float s;
+  const pylora_drop *drop; /* NULL: none */
+} pylora_lora;
+
+/* n sequences that lie one behind the other.  The queries of sequence i are rows
+ * q_start[i] .. q_start[i+1]-1; its keys are rows k_start[i] .. k_start[i]+k_len[i]-1, the last
+ * query seeing the last key.  k_start = k_len = NULL: keys are where the queries are. */
+typedef struct pylora_seqs {
+  int64_t n;
+  const int64_t *q_start; /* [n+1] */
+  const int64_t *k_start; /* [n] */
+  const int64_t *k_len;   /* [n] */
+} pylora_seqs;
+
+typedef struct pylora_attn {
+  int32_t heads, kv_heads, head_dim; /* heads % kv_heads == 0 */
+  int32_t window;                    /* > 0: only the last `window` keys are seen; 0: all */
+  float scale;                       /* usually 1 / sqrt(head_dim) */
+} pylora_attn;
+
+typedef enum pylora_rope_layout {
+  PYLORA_ROPE_HALF = 0,        /* pairs (i, i + D/2): Hugging Face, GPT-NeoX */
+  PYLORA_ROPE_INTERLEAVED = 1, /* pairs (2i, 2i + 1): the paper, GGUF's Llama */
+} pylora_rope_layout;
+
+typedef struct pylora_adamw {
+  float lr, beta1, beta2, eps, weight_decay;
+  float grad_scale; /* the gradient is multiplied by this first (clipping); 1: unchanged */
+  int64_t step;     /* 1 for the first step */
+} pylora_adamw;
+
+/* ---- packing ---------------------------------------------------------------------------- */
+
+/* Bytes of the buffer for a packed [d,k] weight; 0 if the size is negative or overflows. */
+size_t pylora_pack_bytes(int64_t d, int64_t k);
+/* W [d,k] -> out; `buffer` (of pylora_pack_bytes, ideally 64-byte aligned) must outlive out. */
+int pylora_pack(const pylora_mat *W, void *buffer, pylora_packed *out);
+/* Row-major W [d,k] again, bit for bit. */
+int pylora_unpack(const pylora_packed *P, const pylora_mat *W);
+
+/* ---- LoRA linear ------------------------------------------------------------------------ */
+
+/* Bytes of workspace that suffice for both directions at these sizes and the present number of
+ * threads.  0 if a size is negative or overflows. */
+size_t pylora_lora_workspace(int64_t m, int64_t d, int64_t k, int64_t r);
+
+/* h = drop(x) Aᵀ [m,r];  y = residual + x Wᵀ + bias + s h Bᵀ  [m,d].
+ * bias [d], lora, residual [m,d] may be NULL; h may be NULL when lora is.  y may be residual.
+ * Where B is all zeros the low-rank term is left out, so that B = 0 is the base model bit for bit. */
+int pylora_lora_forward(const pylora_mat *x, const pylora_packed *W, const float *bias,
+                        const pylora_lora *lora, const pylora_mat *residual, const pylora_mat *y,
+                        const pylora_mat *h, void *ws, size_t ws_bytes);
+
+/* g = dy B [m,r];  dB = s dyᵀ h [d,r];  dA = s gᵀ drop(x) [r,k];
+ * dx = [dx +] dy W + s drop'(g A)  [m,k].
+ * dx, dA, dB may each be NULL (not computed).  add_dx != 0: dx is added to, not overwritten.
+ * x may be NULL without dA, h without dB, W without dx. */
+int pylora_lora_backward(const pylora_mat *dy, const pylora_mat *x, const pylora_mat *h,
+                         const pylora_packed *W, const pylora_lora *lora, const pylora_mat *dx,
+                         int add_dx, const pylora_mat *dA, const pylora_mat *dB, void *ws,
+                         size_t ws_bytes);
+
+/* ---- merge and exact unmerge ------------------------------------------------------------ */
+
+/* W' = round(W + s B A): t = double(s) * sum_i double(B[.,i]) * double(A[i,.]) summed in the order
+ * i = 0..r-1 (each product is exact in double, so every machine gets the same bits), then
+ * double(W) + t, rounded once to dtype.  W and out: [d,k] of `dtype`, row strides in elements;
+ * out may be W.  row_lossy [d], if not NULL: the number of elements of each row that
+ * round(W' - t) does not give back. */
+int pylora_merge(int dtype, int64_t d, int64_t k, const void *W, int64_t ldw,
+                 const pylora_lora *lora, void *out, int64_t ldo, int64_t *row_lossy);
+/* The positions (row * k + column, ascending) that row_lossy counted, and W's bits there. */
+int pylora_merge_residue(int dtype, int64_t d, int64_t k, const void *W, int64_t ldw,
+                         const void *merged, int64_t ldm, const pylora_lora *lora,
+                         const int64_t *row_lossy, int64_t *position, uint32_t *bits);
+/* W = round(W' - t), then the n residue elements are put back: bit for bit the W before merging. */
+int pylora_unmerge(int dtype, int64_t d, int64_t k, const void *merged, int64_t ldm,
+                   const pylora_lora *lora, int64_t n, const int64_t *position,
+                   const uint32_t *bits, void *out, int64_t ldo);
+
+/* ---- transformer ------------------------------------------------------------------------ */
+
+/* rstd = 1 / sqrt(mean(x²) + eps) [m];  y = x * rstd * w  [m,k].  y may be x. */
+int pylora_rms_norm_forward(const pylora_mat *x, const float *w, float eps, const pylora_mat *y,
+                            float *rstd);
+/* dx = [dx +] rstd * (dy w - x * rstd² * mean(dy w x));  dw = sum_rows dy * x * rstd (may be NULL).
+ * dx may be dy. */
+int pylora_rms_norm_backward(const pylora_mat *dy, const pylora_mat *x, const float *w,
+                             const float *rstd, const pylora_mat *dx, int add_dx, float *dw);
+
+/* Rotates each of the cols / head_dim heads of x [m, heads*D] by the angles whose cosines and sines
+ * are row position[i] of cos, sin [positions, D/2].  inverse != 0: by the negative angle, which is
+ * the backward pass.  y may be x. */
+int pylora_rope(const pylora_mat *x, const pylora_mat *cosines, const pylora_mat *sines,
+                const int64_t *position, int32_t head_dim, int layout, int inverse,
+                const pylora_mat *y);
+
+size_t pylora_attention_workspace(const pylora_seqs *seqs, const pylora_attn *a);
+/* Causal grouped-query attention.  q, o [m, heads*D]; k, v [n, kv_heads*D];
+ * P = softmax(scale q kᵀ), o = P v;  lse [m, heads] = log sum exp of the scaled scores. */
+int pylora_attention_forward(const pylora_mat *q, const pylora_mat *k, const pylora_mat *v,
+                             const pylora_seqs *seqs, const pylora_attn *a, const pylora_mat *o,
+                             const pylora_mat *lse, void *ws, size_t ws_bytes);
+/* dP = do vᵀ; dS = P (dP - rowsum(do o)); dq = scale dS k; dk = scale dSᵀ q; dv = Pᵀ do.
+ * Rows of dk, dv that no sequence uses are left as they are. */
+int pylora_attention_backward(const pylora_mat *d_o, const pylora_mat *q, const pylora_mat *k,
+                              const pylora_mat *v, const pylora_mat *o, const pylora_mat *lse,
+                              const pylora_seqs *seqs, const pylora_attn *a, const pylora_mat *dq,
+                              const pylora_mat *dk, const pylora_mat *dv, void *ws,
+                              size_t ws_bytes);
+
+/* y = gate * sigmoid(gate) * up.  y may be gate or up. */
+int pylora_swiglu_forward(const pylora_mat *gate, const pylora_mat *up, const pylora_mat *y);
+/* dgate may be gate, dup may be up. */
+int pylora_swiglu_backward(const pylora_mat *dy, const pylora_mat *gate, const pylora_mat *up,
+                           const pylora_mat *dgate, const pylora_mat *dup);
+
+/* y[i,:] = W[ids[i],:]  (W [vocab,k], packed) */
+int pylora_embedding_forward(const int64_t *ids, int64_t m, const pylora_packed *W,
+                             const pylora_mat *y);
+/* dW[ids[i],:] += dy[i,:], in the order of i; dW [vocab,k] is zeroed first. */
+int pylora_embedding_backward(const int64_t *ids, const pylora_mat *dy, const pylora_mat *dW);
+
+/* ---- loss ------------------------------------------------------------------------------- */
+
+#define PYLORA_IGNORE (-100)
+/* lse[i] = log sum_j exp(logits[i,j]);  nll[i] = lse[i] - logits[i,labels[i]], 0 where the label is
+ * PYLORA_IGNORE. */
+int pylora_cross_entropy_forward(const pylora_mat *logits, const int64_t *labels, float *nll,
+                                 float *lse);
+/* dlogits = weight[i] * (exp(logits - lse[i]) - onehot(labels[i])); rows with PYLORA_IGNORE are 0.
+ * dlogits may be logits. */
+int pylora_cross_entropy_backward(const pylora_mat *logits, const int64_t *labels, const float *lse,
+                                  const float *weight, const pylora_mat *dlogits);
+
+/* ---- optimizer -------------------------------------------------------------------------- */
+
+/* Decoupled AdamW on n contiguous elements, in place (Loshchilov & Hutter 2019, algorithm 2). */
+int pylora_adamw_step(int64_t n, float *param, const float *grad, float *m, float *v,
+                      const pylora_adamw *o);
+/* sum x², in double, in an order that does not depend on the number of threads. */
+int pylora_sum_squares(int64_t n, const float *x, double *out);
+
+/* ---- random numbers --------------------------------------------------------------------- */
+
+/* Philox 4x32-10 (Salmon et al. 2011).  key = (seed lo, seed hi); block b has the counter
+ * (b lo, b hi, stream lo, stream hi); word e is word e % 4 of block e / 4.  Writes words
+ * first .. first+n-1. */
+int pylora_philox(uint64_t seed, uint64_t stream, int64_t first, int64_t n, uint32_t *out);
+/* y = drop(x), see pylora_drop.  y may be x. */
+int pylora_dropout(const pylora_mat *x, const pylora_drop *drop, const pylora_mat *y);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

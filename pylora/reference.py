@@ -1,0 +1,348 @@
+"""Every operation of pylora in array notation, forward and hand-written backward: the oracle.
+
+It reads like the paper (Hu et al., "LoRA", 2021) and runs over any NumPy-like namespace `xp`
+(NumPy, CuPy) in float32 or float64. It is written to be right, not fast. Letters: m tokens, k input and d
+output features, r rank; x [m,k], W [d,k], A [r,k], B [d,r].
+
+Row-wise products (`_rows`) multiply each row by itself, because a BLAS chooses its order of
+summation by the number of rows, and the bits of a row must not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from pylora.types import AdamW, Array, Attn, Drop, LoRA, Residue, Seqs
+
+IGNORE = -100  # a label with this value is not counted in the loss
+
+_PHILOX_M = (0xD2511F53, 0xCD9E8D57)  # multipliers and Weyl constants of Philox 4x32
+_PHILOX_W = (0x9E3779B9, 0xBB67AE85)
+_LOW = 0xFFFFFFFF
+
+
+class Reference:
+    """The operations over the array namespace `xp`. Inputs are never written to."""
+
+    def __init__(self, xp: Any = np) -> None:
+        self.xp = xp
+
+    # ---- LoRA linear --------------------------------------------------------------------------
+
+    def _rows(self, x: Array, M: Array) -> Array:
+        """x [m,k] times M [k,n], one row at a time."""
+        return self.xp.matmul(x[:, None, :], M)[:, 0]
+
+    def lora_forward(
+        self,
+        x: Array,
+        W: Array,
+        bias: Array | None = None,
+        lora: LoRA | None = None,
+        drop: Drop | None = None,
+        residual: Array | None = None,
+    ) -> tuple[Array, Array | None]:
+        """h = drop(x) Aᵀ [m,r]; y = residual + x Wᵀ + bias + s h Bᵀ [m,d]. Returns y, h.
+
+        Where B is all zeros the low-rank term is left out: zero-init is the base, bit for bit.
+        """
+        y, h = self._rows(x, W.T), None
+        if bias is not None:
+            y = y + bias
+        if lora is not None:
+            h = self._rows(self.dropout(x, drop), lora.A.T)
+            if bool((lora.B != 0).any()):
+                y = y + x.dtype.type(lora.scale) * self._rows(h, lora.B.T)
+        return (y if residual is None else residual + y), h
+
+    def lora_backward(
+        self,
+        dy: Array,
+        x: Array | None,
+        h: Array | None,
+        W: Array | None,
+        lora: LoRA | None = None,
+        drop: Drop | None = None,
+        *,
+        add: Array | None = None,
+        need_dx: bool = True,
+        need_dA: bool = True,
+        need_dB: bool = True,
+    ) -> tuple[Array | None, Array | None, Array | None]:
+        """g = dy B; dB = s dyᵀ h [d,r]; dA = s gᵀ drop(x) [r,k]; dx = add + dy W + s drop'(g A).
+
+        Returns (dx, dA, dB), None where not needed. W is frozen and gets no gradient. `add` may be
+        overwritten by a backend; the caller gives it away.
+        """
+        dx = dA = dB = None
+        if need_dx:
+            dx = self._rows(dy, W)
+        if lora is not None:
+            s = dy.dtype.type(lora.scale)
+            g = self._rows(dy, lora.B)
+            if need_dB:
+                dB = s * (dy.T @ h)
+            if need_dA:
+                dA = s * (g.T @ self.dropout(x, drop))
+            if dx is not None and bool((lora.B != 0).any()):
+                dx = dx + self.dropout(s * self._rows(g, lora.A), drop)
+        if dx is not None and add is not None:
+            dx = add + dx
+        return dx, dA, dB
+
+    # ---- merge and exact unmerge --------------------------------------------------------------
+
+    def _delta(self, lora: LoRA) -> Array:
+        """s B A in float64, summed over the rank in order: the same bits on every machine."""
+        A, B = lora.A.astype(np.float64), lora.B.astype(np.float64)
+        t = self.xp.zeros((B.shape[0], A.shape[1]))
+        for i in range(lora.rank):
+            t = t + B[:, i : i + 1] * A[i : i + 1, :]
+        return float(np.float32(lora.scale)) * t
+
+    def merge(self, W: Array, lora: LoRA, dtype: str = "f32") -> tuple[Array, Residue]:
+        """W' = round(W + s B A), rounded once. Also the residue that makes unmerge exact.
+
+        `dtype` is "f32", "f16" or "bf16"; a bf16 array is given as its uint16 bits.
+        """
+        t = self._delta(lora)
+        merged = self._narrow(self._wide(W, dtype) + t, dtype)
+        back = self._narrow(self._wide(merged, dtype) - t, dtype)
+        bits = _bits(W)
+        position = self.xp.flatnonzero(_bits(back) != bits)
+        return merged, Residue(
+            position.astype(np.int64), bits.reshape(-1)[position].astype(np.uint32)
+        )
+
+    def unmerge(self, merged: Array, lora: LoRA, residue: Residue, dtype: str = "f32") -> Array:
+        """The W that merge was given, bit for bit (same adapter, same residue)."""
+        W = self._narrow(self._wide(merged, dtype) - self._delta(lora), dtype)
+        flat = _bits(W).reshape(-1)
+        flat[residue.position] = residue.bits.astype(flat.dtype)
+        return flat.view(W.dtype).reshape(W.shape)
+
+    def _wide(self, W: Array, dtype: str) -> Array:
+        if dtype == "bf16":
+            W = (W.astype(np.uint32) << 16).view(np.float32)
+        return W.astype(np.float64)
+
+    def _narrow(self, t: Array, dtype: str) -> Array:
+        xp = self.xp
+        with np.errstate(over="ignore"):
+            if dtype == "f16":
+                return t.astype(np.float16)
+            f = t.astype(np.float32)
+        if dtype == "f32":
+            return f
+        # float64 -> bfloat16, to nearest even, in one rounding: where float32 landed on a tie of
+        # bfloat16 that the float64 value was not on, the float64 value decides.
+        u = xp.ascontiguousarray(f).view(np.uint32)
+        tie, exact = (u & 0xFFFF) == 0x8000, f.astype(np.float64)
+        up = xp.where(tie & (abs(t) != abs(exact)), abs(t) > abs(exact), (u >> 16) & 1 == 1)
+        rounded = (u >> 16) + ((u & 0xFFFF) > 0x8000) + (tie & up)
+        return xp.where(xp.isnan(f), (u >> 16) | 0x40, rounded).astype(np.uint16)
+
+    # ---- transformer --------------------------------------------------------------------------
+
+    def rms_norm_forward(self, x: Array, w: Array, eps: float) -> tuple[Array, Array]:
+        """rstd = 1 / sqrt(mean(x²) + eps) [m]; y = x rstd w (Zhang & Sennrich 2019). Gives y, rstd."""
+        rstd = 1 / self.xp.sqrt((x * x).mean(axis=1) + x.dtype.type(eps))
+        return x * rstd[:, None] * w, rstd
+
+    def rms_norm_backward(
+        self,
+        dy: Array,
+        x: Array,
+        w: Array,
+        rstd: Array,
+        add: Array | None = None,
+        need_dw: bool = False,
+    ) -> tuple[Array, Array | None]:
+        """dx = add + rstd (dy w - x rstd² mean(dy w x)); dw = sum over rows of dy x rstd."""
+        r, dyw = rstd[:, None], dy * w
+        dx = r * (dyw - x * r * r * (dyw * x).mean(axis=1)[:, None])
+        dw = (dy * x * r).sum(axis=0) if need_dw else None
+        return (dx if add is None else add + dx), dw
+
+    def rope(
+        self,
+        x: Array,
+        cos: Array,
+        sin: Array,
+        position: Array,
+        head_dim: int,
+        layout: str = "half",
+        inverse: bool = False,
+    ) -> Array:
+        """Rotates pairs of each head by its position's angles (Su et al. 2021); `inverse` undoes.
+
+        x [m, heads * D]; cos, sin [positions, D/2]; layout "half" pairs (i, i + D/2), "interleaved"
+        pairs (2i, 2i + 1). A rotation's transpose is its inverse, so backward is inverse=True.
+        """
+        m, half = x.shape[0], head_dim // 2
+        c, s = cos[position][:, None, :], sin[position][:, None, :]
+        s = -s if inverse else s
+        if layout == "half":
+            first, second = slice(0, half), slice(half, None)
+        else:
+            first, second = slice(0, None, 2), slice(1, None, 2)
+        heads = x.reshape(m, -1, head_dim)
+        y, a, b = self.xp.empty_like(heads), heads[..., first], heads[..., second]
+        y[..., first], y[..., second] = a * c - b * s, b * c + a * s
+        return y.reshape(x.shape)
+
+    def _spans(self, seqs: Seqs, attn: Attn) -> list[tuple[int, int, int]]:
+        """(query row, first key row, end of key rows) for each query."""
+        spans = []
+        for i, (start, n) in enumerate(zip(seqs.k_start.tolist(), seqs.k_len.tolist())):
+            rows = range(int(seqs.q_start[i]), int(seqs.q_start[i + 1]))
+            for t in rows:
+                seen = n - (rows[-1] - t)
+                low = max(0, seen - attn.window) if attn.window else 0
+                spans.append((t, start + low, start + seen))
+        return spans
+
+    def _heads(self, attn: Attn, *arrays: Array) -> list[Array]:
+        """Views [rows, kv_heads, heads / kv_heads or 1, D]: a kv head and the heads it serves."""
+        return [a.reshape(a.shape[0], attn.kv_heads, -1, attn.head_dim) for a in arrays]
+
+    def attention_forward(
+        self, q: Array, k: Array, v: Array, seqs: Seqs, attn: Attn
+    ) -> tuple[Array, Array]:
+        """P = softmax(scale q kᵀ) over the keys a query may see; o = P v. Gives o, lse [m, heads].
+
+        q [m, heads * D]; k, v [n, kv_heads * D]; lse is the log of the softmax's denominator.
+        """
+        xp, o = self.xp, self.xp.zeros_like(q)
+        lse = xp.zeros((q.shape[0], attn.heads), q.dtype)
+        Q, K, V, O = self._heads(attn, q, k, v, o)
+        for t, a, b in self._spans(seqs, attn):
+            S = q.dtype.type(attn.scale) * (Q[t] @ K[a:b, :, 0].transpose(1, 2, 0))  # [G, H/G, b-a]
+            top = S.real.max(axis=-1, keepdims=True)
+            E = xp.exp(S - top)
+            total = E.sum(axis=-1, keepdims=True)
+            O[t] = (E / total) @ V[a:b, :, 0].transpose(1, 0, 2)
+            lse[t] = (top + xp.log(total)).reshape(-1)
+        return o, lse
+
+    def attention_backward(
+        self,
+        do: Array,
+        q: Array,
+        k: Array,
+        v: Array,
+        o: Array,
+        lse: Array,
+        seqs: Seqs,
+        attn: Attn,
+    ) -> tuple[Array, Array, Array]:
+        """dP = do vᵀ; dS = P (dP - sum(do o)); dq = scale dS k; dk = scale dSᵀ q; dv = Pᵀ do."""
+        xp, scale = self.xp, q.dtype.type(attn.scale)
+        dq, dk, dv = xp.zeros_like(q), xp.zeros_like(k), xp.zeros_like(v)
+        Q, K, V, O, dO, dQ, dK, dV = self._heads(attn, q, k, v, o, do, dq, dk, dv)
+        L = lse.reshape(-1, attn.kv_heads, attn.heads // attn.kv_heads, 1)
+        for t, a, b in self._spans(seqs, attn):
+            Kt, Vt = K[a:b, :, 0].transpose(1, 0, 2), V[a:b, :, 0].transpose(1, 0, 2)  # [G, b-a, D]
+            P = xp.exp(scale * (Q[t] @ Kt.transpose(0, 2, 1)) - L[t])
+            dP = dO[t] @ Vt.transpose(0, 2, 1)
+            dS = scale * P * (dP - (dO[t] * O[t]).sum(axis=-1, keepdims=True))
+            dQ[t] = dS @ Kt
+            dK[a:b, :, 0] += (dS.transpose(0, 2, 1) @ Q[t]).transpose(1, 0, 2)
+            dV[a:b, :, 0] += (P.transpose(0, 2, 1) @ dO[t]).transpose(1, 0, 2)
+        return dq, dk, dv
+
+    def swiglu_forward(self, gate: Array, up: Array) -> Array:
+        """gate sigmoid(gate) up (Shazeer 2020)."""
+        return gate * self._sigmoid(gate) * up
+
+    def swiglu_backward(self, dy: Array, gate: Array, up: Array) -> tuple[Array, Array]:
+        """dgate = dy up σ (1 + gate (1 - σ)), dup = dy gate σ, with σ = sigmoid(gate)."""
+        sigma = self._sigmoid(gate)
+        return dy * up * sigma * (1 + gate * (1 - sigma)), dy * gate * sigma
+
+    def _sigmoid(self, x: Array) -> Array:
+        e = self.xp.exp(-abs(x.real) + 0 * x) if x.dtype.kind != "c" else None
+        if e is None:  # complex step: the plain formula, which is analytic
+            return 1 / (1 + self.xp.exp(-x))
+        return self.xp.where(x >= 0, 1 / (1 + e), e / (1 + e))
+
+    def embedding_forward(self, ids: Array, W: Array) -> Array:
+        """y[i] = W[ids[i]]; W [vocab, k]."""
+        return W[ids]
+
+    def embedding_backward(self, ids: Array, dy: Array, rows: int) -> Array:
+        """dW [rows, k]: each dy[i] added to row ids[i], in the order of i."""
+        dW = self.xp.zeros((rows, dy.shape[1]), dy.dtype)
+        self.xp.add.at(dW, ids, dy)
+        return dW
+
+    # ---- loss and optimizer -------------------------------------------------------------------
+
+    def cross_entropy_forward(self, logits: Array, labels: Array) -> tuple[Array, Array]:
+        """nll[i] = lse[i] - logits[i, labels[i]], 0 where the label is IGNORE. Returns nll, lse."""
+        xp, top = self.xp, logits.real.max(axis=1)
+        lse = top + xp.log(xp.exp(logits - top[:, None]).sum(axis=1))
+        picked = logits[xp.arange(logits.shape[0]), xp.where(labels == IGNORE, 0, labels)]
+        return xp.where(labels == IGNORE, 0, lse - picked).astype(logits.dtype), lse
+
+    def cross_entropy_backward(
+        self, logits: Array, labels: Array, lse: Array, weight: Array, overwrite: bool = False
+    ) -> Array:
+        """dlogits = weight (softmax - onehot), 0 where the label is IGNORE. With `overwrite` the
+        caller gives `logits` away and a backend may return the result in it."""
+        xp, row = self.xp, self.xp.arange(logits.shape[0])
+        d = xp.exp(logits - lse[:, None])
+        d[row, xp.where(labels == IGNORE, 0, labels)] -= 1
+        return d * xp.where(labels == IGNORE, 0, weight).astype(logits.dtype)[:, None]
+
+    def adamw_step(self, param: Array, grad: Array, m: Array, v: Array, o: AdamW) -> None:
+        """One step of AdamW (Loshchilov & Hutter 2019, alg. 2), in place on param, m and v."""
+        f = param.dtype.type
+        g = grad * f(o.grad_scale)
+        m[...] = f(o.beta1) * m + f(1 - o.beta1) * g
+        v[...] = f(o.beta2) * v + f(1 - o.beta2) * g * g
+        m_hat = m / f(1 - o.beta1**o.step)
+        v_hat = v / f(1 - o.beta2**o.step)
+        param[...] = param * f(1 - o.lr * o.weight_decay) - f(o.lr) * m_hat / (
+            self.xp.sqrt(v_hat) + f(o.eps)
+        )
+
+    def sum_squares(self, x: Array) -> float:
+        """The sum of x², in float64."""
+        return float((x.astype(np.float64) ** 2).sum())
+
+    # ---- random numbers -----------------------------------------------------------------------
+
+    def philox(self, seed: int, stream: int, first: int, n: int) -> Array:
+        """Words first .. first+n-1 of a Philox 4x32-10 stream (Salmon et al. 2011), uint32 [n].
+
+        The key is `seed`, block b has the counter (b, stream), word e is word e % 4 of block e//4.
+        """
+        xp = self.xp
+        block = xp.arange(first // 4, (first + n + 3) // 4, dtype=np.uint64)
+        one = xp.ones_like(block)
+        c = [block & _LOW, block >> 32, one * (stream & _LOW), one * (stream >> 32)]
+        key = [seed & _LOW, (seed >> 32) & _LOW]
+        for _ in range(10):
+            p0, p1 = c[0] * np.uint64(_PHILOX_M[0]), c[2] * np.uint64(_PHILOX_M[1])
+            c = [(p1 >> 32) ^ c[1] ^ key[0], p1 & _LOW, (p0 >> 32) ^ c[3] ^ key[1], p0 & _LOW]
+            key = [(key[0] + _PHILOX_W[0]) & _LOW, (key[1] + _PHILOX_W[1]) & _LOW]
+        words = xp.stack(c, axis=1).reshape(-1).astype(np.uint32)
+        return words[first % 4 : first % 4 + n]
+
+    def dropout(self, x: Array, drop: Drop | None) -> Array:
+        """Keeps element e = (row0 + i) k + j iff its Philox word is >= p 2³²; scales by 1/(1-p)."""
+        if drop is None or drop.p == 0:
+            return x
+        words = self.philox(drop.seed, drop.stream, drop.row0 * x.shape[1], x.size)
+        keep = words.reshape(x.shape) >= math.floor(float(np.float32(drop.p)) * 2**32)
+        scale = x.dtype.type(1) / (x.dtype.type(1) - x.dtype.type(np.float32(drop.p)))
+        return self.xp.where(keep, x * scale, x.dtype.type(0))
+
+
+def _bits(a: Array) -> Array:
+    """The array's bits as unsigned integers of its width (a contiguous copy if needed)."""
+    return np.ascontiguousarray(a).view({2: np.uint16, 4: np.uint32}[a.dtype.itemsize])

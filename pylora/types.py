@@ -1,0 +1,92 @@
+"""The plain data that operations take: adapters, sequences, attention and optimizer settings.
+
+Letters as everywhere: m tokens, k input features, d output features, r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Array = Any  # numpy.ndarray, or cupy.ndarray on that backend
+
+
+@dataclass(frozen=True, eq=False)
+class LoRA:
+    """The low-rank update of one module: y = x Wᵀ + bias + scale * (x Aᵀ Bᵀ + bias_B).
+
+    For an embedding, A is [r, vocab] and a token's x is its one-hot row.
+    """
+
+    A: Array  # [r, k], the down-projection
+    B: Array  # [d, r], the up-projection
+    scale: float  # alpha / r, or alpha / sqrt(r) with rsLoRA
+    dropout: float = 0.0  # probability; only used while training
+    bias: Array | None = None  # [d], the bias of B (PEFT's lora_bias)
+    base_bias: Array | None = None  # [d], replaces the module's own bias (PEFT's bias="lora_only")
+
+    @property
+    def rank(self) -> int:
+        return int(self.A.shape[0])
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Dropout of the input of A: which Philox stream, and where the batch's rows start in it."""
+
+    p: float
+    seed: int
+    stream: int
+    row0: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Seqs:
+    """n sequences, one behind the other: queries q_start[i]..q_start[i+1]-1 attend causally to the
+    k_len[i] keys from row k_start[i] on, the last query seeing the last key. int64 arrays."""
+
+    q_start: np.ndarray  # [n + 1]
+    k_start: np.ndarray  # [n]
+    k_len: np.ndarray  # [n]
+
+    @classmethod
+    def of(cls, lengths: Sequence[int]) -> Seqs:
+        """Sequences of these lengths whose keys lie where their queries lie."""
+        n = np.asarray(lengths, np.int64).reshape(-1)
+        start = np.concatenate([np.zeros(1, np.int64), np.cumsum(n)])
+        return cls(start, start[:-1].copy(), n)
+
+
+@dataclass(frozen=True)
+class Attn:
+    """Shape of an attention: heads % kv_heads == 0; window > 0 limits how many keys are seen."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    window: int = 0
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Settings of one AdamW step; `step` is 1 for the first; grad_scale multiplies the gradient."""
+
+    lr: float
+    step: int
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    grad_scale: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Residue:
+    """What a merge rounded away: at flat `position` (ascending) the original element had `bits`."""
+
+    position: np.ndarray  # int64 [n]
+    bits: np.ndarray  # uint32 [n]

@@ -1,0 +1,56 @@
+"""What every test may ask for: the backends, a fixed random generator, hypothesis profiles.
+
+A test that takes `ops` runs once on every backend. A backend that is not available is skipped,
+unless PYLORA_TEST_BACKENDS names it (as `make test` does): then its absence is a failure.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pytest
+
+from pylora import backends
+from pylora.errors import BackendError
+
+ALL_BACKENDS = ("numpy", "c")
+REQUIRED = tuple(filter(None, os.environ.get("PYLORA_TEST_BACKENDS", "").split(",")))
+
+# No deadline: a shared machine is slow now and then, and time is no property of a result.
+hypothesis.settings.register_profile("dev", deadline=None, max_examples=20)
+hypothesis.settings.register_profile(
+    "ci",
+    deadline=None,
+    max_examples=40,
+    derandomize=True,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+@pytest.fixture(params=ALL_BACKENDS)
+def ops(request: pytest.FixtureRequest) -> Any:
+    """Each backend in turn."""
+    try:
+        return backends.get(request.param)
+    except BackendError as error:
+        if request.param in REQUIRED:
+            raise
+        pytest.skip(f"backend {request.param!r}: {error}")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """NumPy's generator with a fixed seed, fresh for each test."""
+    return np.random.default_rng(20210617)
+
+
+def pytest_report_header() -> str:
+    """Says which pylora is being tested: the installed package or the source tree."""
+    import pylora
+
+    return f"pylora: {os.path.dirname(pylora.__file__ or '?')}"
