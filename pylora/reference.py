@@ -1,8 +1,8 @@
 """Every operation of pylora in array notation, forward and hand-written backward: the oracle.
 
 It reads like the paper (Hu et al., "LoRA", 2021) and runs over any NumPy-like namespace `xp`
-(NumPy, CuPy) in float32 or float64. It is written to be right, not fast. Letters: m tokens, k input and d
-output features, r rank; x [m,k], W [d,k], A [r,k], B [d,r].
+(NumPy, CuPy) in float32 or float64. It is written to be right, not fast. Letters: m tokens, k
+input and d output features, r rank; x [m,k], W [d,k], A [r,k], B [d,r].
 
 Row-wise products (`_rows`) multiply each row by itself, because a BLAS chooses its order of
 summation by the number of rows, and the bits of a row must not depend on its neighbours.
@@ -148,7 +148,10 @@ class Reference:
     # ---- transformer --------------------------------------------------------------------------
 
     def rms_norm_forward(self, x: Array, w: Array, eps: float) -> tuple[Array, Array]:
-        """rstd = 1 / sqrt(mean(x²) + eps) [m]; y = x rstd w (Zhang & Sennrich 2019). Gives y, rstd."""
+        """rstd = 1 / sqrt(mean(x²) + eps) [m]; y = x rstd w (Zhang & Sennrich 2019).
+
+        Returns y, rstd.
+        """
         rstd = 1 / self.xp.sqrt((x * x).mean(axis=1) + x.dtype.type(eps))
         return x * rstd[:, None] * w, rstd
 
