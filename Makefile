@@ -73,7 +73,7 @@ lint: $(VENV)/.lint
 	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests/c examples -name '*.c' -o -name '*.h' -o -name '*.inc')
 
 ctest:
-	$(MAKE) -C tests/c CC="$(CC)"
+	$(MAKE) -C tests/c check CC="$(CC)"
 
 clean:
 	rm -rf $(VENV) build pylora.egg-info out
