@@ -2,12 +2,12 @@
 
 Steps are counted from 1. With w = max(warmup_steps, 1) and T steps in all:
 
-    step <= w:  lr(step) = peak * step / w
-    step >  w:  lr(step) = floor + (peak - floor) * shape(p),   p = (step - w) / (T - w + 1)
+    step <= w:  lr(step) = peak * (step / w)
+    step >  w:  lr(step) = peak - (peak - floor) * fall(p),   p = (step - w) / (T - w + 1)
 
-    cosine:  shape(p) = (1 + cos(pi p)) / 2        (Loshchilov & Hutter 2017, without restarts)
-    linear:  shape(p) = 1 - p
-    constant: shape(p) = 1
+    cosine:    fall(p) = (1 - cos(pi p)) / 2       (Loshchilov & Hutter 2017, without restarts)
+    linear:    fall(p) = p
+    constant:  fall(p) = 0
 
 The floor would be reached at step T + 1, so that no step of the run is spent at a rate of zero.
 The rate is a function of the step alone: nothing has to be saved to continue a run.
@@ -39,14 +39,14 @@ def learning_rate(
         raise ConfigError(f"step {step} is outside the run, which has steps 1 to {total_steps}")
     warm = max(warmup_steps, 1)
     if step <= warm:
-        return peak * step / warm
+        return peak * (step / warm)
     p = (step - warm) / (total_steps - warm + 1)
     if schedule == "cosine":
-        shape = (1 + math.cos(math.pi * p)) / 2
+        fall = (1 - math.cos(math.pi * p)) / 2
     elif schedule == "linear":
-        shape = 1 - p
+        fall = p
     elif schedule == "constant":
-        shape = 1.0
+        fall = 0.0
     else:
         raise ConfigError(f"schedule is {schedule!r}; it must be one of {', '.join(SCHEDULES)}")
-    return floor + (peak - floor) * shape
+    return peak - (peak - floor) * fall

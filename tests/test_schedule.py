@@ -18,10 +18,8 @@ def rates(total: int, **settings: object) -> list[float]:
 
 def test_cosine_values_by_hand() -> None:
     got = rates(5, peak=8.0, warmup_steps=2, floor=2.0)
-    third = 2 + 6 * (1 + math.cos(math.pi / 4)) / 2
-    half = 2 + 6 * (1 + math.cos(math.pi / 2)) / 2
-    last = 2 + 6 * (1 + math.cos(3 * math.pi / 4)) / 2
-    assert got == [4.0, 8.0, third, half, last]
+    quarter = math.sqrt(0.5)  # cos(pi / 4)
+    assert got == pytest.approx([4.0, 8.0, 5 + 3 * quarter, 5.0, 5 - 3 * quarter], rel=1e-15)
 
 
 def test_linear_and_constant_by_hand() -> None:
