@@ -41,3 +41,7 @@ class BackendError(PyloraError, RuntimeError):
 
 class MissingExtraError(PyloraError, ImportError):
     """An optional package is needed. The message says which extra to install."""
+
+
+class FetchError(PyloraError, RuntimeError):
+    """A download failed or did not hash to what is known."""

@@ -1,0 +1,211 @@
+"""Writes the demo's data set: English statements and their form in a compact symbolic notation.
+
+    python tools/make_notation.py            # rewrites pylora/data/notation/{train,test}.jsonl
+    python tools/make_notation.py --check    # fails if the files are not what this would write
+
+Everything is written here, by us: twelve concepts, five properties, three relations and three ways
+to combine them, each with several English phrasings. The split holds out *compositions*: no
+completion of the test split occurs in the training split under any phrasing, while every concept,
+operator and phrasing that the test needs does. The same seed gives the same bytes everywhere: the
+only source of chance is SHA-256 of the statement.
+
+Binding, tightest first: prefixes (¬ ∃ ↑ ↓ ∞ ∀), then ∧ and ∨, then ⇒ ≡ ∈. Parentheses only where
+¬ takes a relation: ¬(Ψ⇒Δ).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+SEED = 1
+PROMPT = "{}. In symbols:"
+FOLDER = Path(__file__).resolve().parents[1] / "pylora" / "data" / "notation"
+
+CONCEPTS = {
+    "consciousness": "Ψ",
+    "truth": "Φ",
+    "life": "Λ",
+    "reality": "Ω",
+    "change": "Δ",
+    "time": "τ",
+    "memory": "μ",
+    "energy": "ε",
+    "chaos": "χ",
+    "knowledge": "Σ",
+    "thought": "θ",
+    "emptiness": "∅",
+}
+# operator -> (phrasings that affirm, phrasings that deny)
+PROPERTIES = {
+    "∃": (
+        ("{x} exists", "there is {x}", "{x} is real"),
+        ("{x} does not exist", "there is no {x}", "{x} is not real"),
+    ),
+    "↑": (
+        ("{x} grows", "{x} increases", "{x} is rising"),
+        ("{x} does not grow", "{x} does not increase", "{x} is not rising"),
+    ),
+    "↓": (
+        ("{x} fades", "{x} decreases", "{x} is waning"),
+        ("{x} does not fade", "{x} does not decrease", "{x} is not waning"),
+    ),
+    "∞": (
+        ("{x} is eternal", "{x} lasts forever"),
+        ("{x} is not eternal", "{x} does not last forever"),
+    ),
+    "∀": (
+        ("everything is {x}", "all is {x}"),
+        ("not everything is {x}", "not all is {x}"),
+    ),
+}
+# operator -> (one subject, several subjects, denied)
+RELATIONS = {
+    "⇒": (
+        ("leads to", "implies", "gives rise to"),
+        ("lead to", "imply", "give rise to"),
+        ("does not lead to", "does not imply", "does not give rise to"),
+    ),
+    "≡": (
+        ("is the same as", "equals"),
+        ("are the same as", "equal"),
+        ("is not the same as", "does not equal"),
+    ),
+    "∈": (
+        ("is part of", "belongs to"),
+        ("are part of", "belong to"),
+        ("is not part of", "does not belong to"),
+    ),
+}
+COMPOUNDS = {
+    "∧": ("{s} and {t}", "{s}, but {t}"),
+    "∨": ("{s} or {t}", "either {s} or {t}"),
+    "⇒": ("if {s}, then {t}", "{s}, so {t}"),
+}
+
+Pair = tuple[str, str]  # statement, notation
+
+# how many of each form go to (train, test)
+COUNTS = {
+    "property": (260, 25),
+    "relation": (320, 35),
+    "chain": (180, 25),
+    "joint": (220, 25),
+    "compound": (420, 40),
+}
+# the two statements that explain the notation are held out, so the demo can ask for them
+HELD_OUT = {"∃Ψ", "Ψ⇒Δ"}
+
+
+def properties() -> Iterator[Pair]:
+    """∃Ψ, ¬↑Λ: one concept has, or has not, a property."""
+    for (word, symbol), (op, forms) in itertools.product(CONCEPTS.items(), PROPERTIES.items()):
+        for prefix, phrasings in zip(("", "¬"), forms, strict=True):
+            for phrasing in phrasings:
+                yield phrasing.format(x=word), prefix + op + symbol
+
+
+def relations() -> Iterator[Pair]:
+    """Ψ⇒Δ, ¬(τ∈Ω): two concepts and what holds between them."""
+    for (x, X), (y, Y) in itertools.permutations(CONCEPTS.items(), 2):
+        for op, (one, _, denied) in RELATIONS.items():
+            for verb in one:
+                yield f"{x} {verb} {y}", X + op + Y
+            for verb in denied:
+                yield f"{x} {verb} {y}", f"¬({X}{op}{Y})"
+
+
+def chains() -> Iterator[Pair]:
+    """Ψ⇒Δ⇒Λ."""
+    verbs = RELATIONS["⇒"][0]
+    for (x, X), (y, Y), (z, Z) in itertools.permutations(CONCEPTS.items(), 3):
+        for first, second in itertools.product(verbs, verbs):
+            yield f"{x} {first} {y}, which {second} {z}", f"{X}⇒{Y}⇒{Z}"
+
+
+def joints() -> Iterator[Pair]:
+    """Ψ∧Δ⇒Λ, Ψ⇒Δ∨Λ, Ψ∧Δ∈Λ: a relation with a joint subject or object."""
+    for (x, X), (y, Y), (z, Z) in itertools.permutations(CONCEPTS.items(), 3):
+        for op, (one, several, _) in RELATIONS.items():
+            for single, plural in zip(one, several, strict=True):
+                yield f"{x} and {y} {plural} {z}", f"{X}∧{Y}{op}{Z}"
+                yield f"{x} or {y} {single} {z}", f"{X}∨{Y}{op}{Z}"
+                if op == "⇒":
+                    yield f"{x} {single} {y} and {z}", f"{X}{op}{Y}∧{Z}"
+                    yield f"{x} {single} {y} or {z}", f"{X}{op}{Y}∨{Z}"
+
+
+def compounds() -> Iterator[Pair]:
+    """∃Ψ∧¬↑Δ, ∃Ψ⇒↓χ: two properties of two concepts, joined."""
+    for (s, S), (t, T) in itertools.permutations(list(properties()), 2):
+        if S[-1] != T[-1]:
+            for op, phrasings in COMPOUNDS.items():
+                for phrasing in phrasings:
+                    yield phrasing.format(s=s, t=t), S + op + T
+
+
+FORMS = {
+    "property": properties,
+    "relation": relations,
+    "chain": chains,
+    "joint": joints,
+    "compound": compounds,
+}
+
+
+def rank(purpose: str, text: str) -> bytes:
+    """A number for `text` that looks random and is the same on every machine."""
+    return hashlib.sha256(f"{SEED}/{purpose}/{text}".encode()).digest()
+
+
+def held_out(notation: str) -> bool:
+    """A fifth of all compositions is never trained on; which, does not depend on phrasing."""
+    return notation in HELD_OUT or rank("split", notation)[0] < 52
+
+
+def build() -> tuple[list[Pair], list[Pair]]:
+    """(train, test), each in its final order."""
+    train: list[Pair] = []
+    test: list[Pair] = []
+    for form, (n_train, n_test) in COUNTS.items():
+        pairs = sorted(FORMS[form](), key=lambda pair: rank("order", pair[0]))
+        train += [pair for pair in pairs if not held_out(pair[1])][:n_train]
+        unseen: dict[str, Pair] = {}  # one phrasing of each held-out composition
+        for pair in pairs:
+            if held_out(pair[1]):
+                unseen.setdefault(pair[1], pair)
+        first = [pair for notation, pair in unseen.items() if notation in HELD_OUT]
+        rest = [pair for notation, pair in unseen.items() if notation not in HELD_OUT]
+        test += (first + rest)[:n_test]
+    return tuple(sorted(p, key=lambda pair: rank("file", pair[0])) for p in (train, test))  # type: ignore[return-value]
+
+
+def to_jsonl(pairs: list[Pair]) -> str:
+    rows = ({"prompt": PROMPT.format(s), "completion": f" {n}"} for s, n in pairs)
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--check", action="store_true", help="compare with the files, write nothing"
+    )
+    check = parser.parse_args().check
+    for name, pairs in zip(("train", "test"), build(), strict=True):
+        path, text = FOLDER / f"{name}.jsonl", to_jsonl(pairs)
+        if not check:
+            path.write_text(text, encoding="utf-8", newline="\n")
+        elif not path.exists() or path.read_bytes() != text.encode():
+            print(f"{path} is not what this tool writes; run it without --check", file=sys.stderr)
+            return 1
+        print(f"{path}: {len(pairs)} pairs")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
