@@ -183,13 +183,13 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
 
     try:
         record = json.loads(line.decode("utf-8-sig"), object_pairs_hook=no_duplicates)
+    except DataError:
+        raise
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 at byte {error.start} of the line") from error
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
     except (RecursionError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
         raise DataError(f"{where}: not a usable JSON value: {error}") from error
     if not isinstance(record, dict):
         raise DataError(f"{where}: a record must be a JSON object, not {_type(record)}")
@@ -209,13 +209,13 @@ def _kind(record: dict[str, Any], where: str) -> str:
     return kinds[0]
 
 
-def _string(record: dict[str, Any], field: str, where: str) -> str:
+def _string(record: dict[str, Any], field: str, where: str, may_be_empty: bool = False) -> str:
     if field not in record:
         raise DataError(f"{where}: the field {field!r} is missing")
     value = record[field]
     if not isinstance(value, str):
         raise DataError(f"{where}: the field {field!r} must be a string, not {_type(value)}")
-    if not value.strip():
+    if not (value.strip() or may_be_empty):
         raise DataError(f"{where}: the field {field!r} is empty")
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise DataError(f"{where}: the field {field!r} has half of a UTF-16 surrogate pair")
@@ -254,7 +254,8 @@ def _encode_messages(record: dict[str, Any], tokenizer: Tokenizer, where: str) -
     counted: list[bool] = []
     done = ""  # the text that `tokens` stand for
 
-    def take(text: str, count: bool) -> None:
+    def take(text: str, count: bool) -> bool:
+        """Adds what `text` has beyond `done`; returns whether an end-of-sequence token is in it."""
         nonlocal done
         if not text.startswith(done):
             raise DataError(
@@ -263,17 +264,19 @@ def _encode_messages(record: dict[str, Any], tokenizer: Tokenizer, where: str) -
             )
         piece = tokenizer.encode(text[len(done) :]) if len(text) > len(done) else []
         # What a template puts behind the end of a turn, such as a line break, is not generated.
-        last = max((i for i, t in enumerate(piece) if t in tokenizer.eos_ids), default=len(piece))
+        ends = [i for i, token in enumerate(piece) if token in tokenizer.eos_ids]
+        last = ends[-1] if ends else len(piece)
         tokens.extend(piece)
         counted.extend(count and i <= last for i in range(len(piece)))
         done = text
+        return bool(ends)
 
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
             take(tokenizer.apply_chat(messages[:i], add_generation_prompt=True), False)
-            take(tokenizer.apply_chat(messages[: i + 1]), True)
-            if messages[i + 1 :] == [] and not (set(tokens) & set(tokenizer.eos_ids)):
-                tokens.append(tokenizer.eos_ids[0])  # a template that does not close its turns
+            closed = take(tokenizer.apply_chat(messages[: i + 1]), True)
+            if i + 1 == len(messages) and not closed:  # a template that leaves the last turn open
+                tokens.append(tokenizer.eos_ids[0])
                 counted.append(True)
     return tokens, counted
 
@@ -286,11 +289,7 @@ def _messages(value: Any, where: str) -> list[dict[str, Any]]:
         if not isinstance(message, dict):
             raise DataError(f"{place} must be an object, not {_type(message)}")
         _string(message, "role", place)
-        if message["role"] == "assistant" or "content" not in message:
-            _string(message, "content", place)
-        elif not isinstance(message["content"], str):
-            kind = _type(message["content"])
-            raise DataError(f"{place}: the field 'content' must be a string, not {kind}")
+        _string(message, "content", place, may_be_empty=message["role"] != "assistant")
     roles = [message["role"] for message in value]
     if "assistant" not in roles:
         raise DataError(f"{where}: the messages have no assistant turn, so nothing to learn")
