@@ -1,0 +1,138 @@
+"""What every checkpoint offers, and the check of its tensors against its configuration.
+
+A checkpoint reads the weights of one base model under Hugging Face names and in Hugging Face
+layout, whatever the file calls them. Nothing is read before it is asked for, nothing is kept.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pylora.config import LlamaConfig
+from pylora.errors import FileFormatError
+
+if TYPE_CHECKING:
+    from pylora.text import Tokenizer
+
+Shape = tuple[int, ...]
+Array = np.ndarray[Any, Any]
+
+
+class Checkpoint(ABC):
+    """The weights, configuration and tokenizer of a base model. A context manager.
+
+    Arrays may be read-only views of a memory-mapped file: the file must not be changed while they
+    live. They stay valid after `close`.
+    """
+
+    path: Path
+    config: LlamaConfig
+
+    @abstractmethod
+    def names(self) -> tuple[str, ...]:
+        """The tensor names, Hugging Face's, in the order of `config.tensors()`."""
+
+    @abstractmethod
+    def shape(self, name: str) -> Shape:
+        """The shape that `load` gives. Raises FileFormatError for an unknown name."""
+
+    @abstractmethod
+    def dtype(self, name: str) -> str:
+        """How the file stores it: "f32", "f16", "bf16", "q4_1", ..."""
+
+    @abstractmethod
+    def load(self, name: str) -> Array:
+        """The tensor as C-contiguous float32; a read-only view where the file allows it."""
+
+    @abstractmethod
+    def raw(self, name: str) -> tuple[Array, str]:
+        """The tensor as stored and its dtype, "f32", "f16" or "bf16" (as uint16 bits).
+
+        Raises UnsupportedError for a quantized tensor.
+        """
+
+    @abstractmethod
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer; needs the extra "text". FileFormatError if there is none."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Lets go of the files. Views that were handed out keep their mapping alive."""
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def widen(stored: Array, dtype: str) -> Array:
+    """A stored "f32", "f16" or "bf16" (uint16 bits) array as float32: exact, a view if possible."""
+    if dtype == "bf16":
+        bits = stored.astype(np.uint32)
+        bits <<= 16
+        return bits.view(np.float32)
+    return np.require(stored, np.float32, ["C", "A"])
+
+
+def narrow(x: Array, dtype: str) -> Array:
+    """float32 `x` rounded to nearest, ties to even, as "f32", "f16" or "bf16" (uint16 bits).
+
+    NaN stays NaN; what is too large becomes infinite, as in hardware.
+    """
+    if dtype == "f32":
+        return np.ascontiguousarray(x, np.float32)
+    if dtype == "f16":
+        with np.errstate(over="ignore"):
+            return np.ascontiguousarray(x, np.float16)
+    if dtype != "bf16":
+        raise ValueError(f"dtype {dtype!r} is none of f32, f16, bf16")
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    # Adding 0x7fff plus the lowest kept bit carries into the kept half exactly when rounding up.
+    rounded = ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype(np.uint16)
+    quiet = ((bits >> 16) | 0x40).astype(np.uint16)
+    result: Array = np.where((bits & 0x7FFFFFFF) > 0x7F800000, quiet, rounded)
+    return result
+
+
+def check_tensors(where: Path, config: LlamaConfig, found: Mapping[str, Shape]) -> tuple[str, ...]:
+    """The names that `config` asks for, in its order, if `found` has all of them and no others.
+
+    Raises FileFormatError naming missing, unexpected and misshapen tensors. The number of layers
+    is compared with the number of tensors first, so that an absurd one costs nothing.
+    """
+    if config.num_hidden_layers > len(found):
+        raise FileFormatError(
+            f"{where}: the configuration says {config.num_hidden_layers} layers, "
+            f"but there are only {len(found)} tensors"
+        )
+    expected = config.tensors()
+    missing = [name for name in expected if name not in found]
+    extra = [name for name in found if name not in expected]
+    if missing or extra:
+        parts = [
+            f"{what}: {_some(names)}"
+            for what, names in (("missing tensors", missing), ("unexpected tensors", extra))
+            if names
+        ]
+        raise FileFormatError(
+            f"{where}: the tensors are not those of a {config.model_type} model with "
+            f"{config.num_hidden_layers} layers; {'; '.join(parts)}"
+        )
+    for name, shape in expected.items():
+        if tuple(found[name]) != tuple(shape):
+            raise FileFormatError(
+                f"{where}: tensor {name!r} has shape {tuple(found[name])}, "
+                f"but the configuration implies {tuple(shape)}"
+            )
+    return tuple(expected)
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(repr(name[:200]) for name in names[:5])
+    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,145 @@
+"""Hugging Face model directories: config.json beside model.safetensors, whole or in shards.
+
+Only safetensors weights are read, never pickles. The tensors must be exactly those that the
+configuration implies; what an older exporter left behind (rotary tables, a copy of tied
+embeddings) is recognised by name and checked. Values, such as NaN, are not judged.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pylora.config import LlamaConfig
+from pylora.errors import ConfigError, FileFormatError, UnsupportedError
+from pylora.files import read_json
+from pylora.formats.base import Array, Checkpoint, Shape, check_tensors, widen
+from pylora.formats.safetensors import SafeTensors
+
+if TYPE_CHECKING:
+    from pylora.text import Tokenizer
+
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_CONFIG = 4 << 20  # bytes
+MAX_INDEX = 64 << 20
+_FLOATS = ("f32", "f16", "bf16")
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+class HuggingFaceCheckpoint(Checkpoint):
+    """A model directory as a Checkpoint. Raises FileFormatError or UnsupportedError on opening."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        config = read_json(path / "config.json", limit=MAX_CONFIG)
+        try:
+            self.config = LlamaConfig.from_hf(config)
+        except ConfigError as error:
+            raise FileFormatError(f"{path / 'config.json'}: {error}") from error
+        self._files = _open_files(path)
+        shapes = {
+            name: file.shape(name)
+            for name, file in self._files.items()
+            if not name.endswith(".rotary_emb.inv_freq")
+        }
+        if self.config.tie_word_embeddings and _HEAD in shapes:
+            self._check_tied()
+            del shapes[_HEAD]
+        self._names = check_tensors(path, self.config, shapes)
+        for name in self._names:
+            if (dtype := self._files[name].dtype(name)) not in _FLOATS:
+                raise UnsupportedError(
+                    f"{self._files[name].path}: tensor {name!r} is {dtype.upper()}; "
+                    "only F32, F16 and BF16 weights are supported"
+                )
+
+    def _check_tied(self) -> None:
+        """A stored copy of a tied output projection may be left out only if it is the embedding."""
+        head, embedding = self._files[_HEAD], self._files.get(_EMBEDDING)
+        if embedding is None:
+            raise FileFormatError(f"{self.path}: there is no tensor {_EMBEDDING!r}")
+        same = head.dtype(_HEAD) == embedding.dtype(_EMBEDDING)
+        if not same or not np.array_equal(
+            _bits(head.view(_HEAD)), _bits(embedding.view(_EMBEDDING))
+        ):
+            raise FileFormatError(
+                f"{self.path}: config.json says tie_word_embeddings, but {_HEAD!r} is stored and "
+                f"differs from {_EMBEDDING!r}; one of the two is wrong"
+            )
+
+    def names(self) -> tuple[str, ...]:
+        return self._names
+
+    def _file(self, name: str) -> SafeTensors:
+        if name not in self._files:
+            raise FileFormatError(f"{self.path}: there is no tensor {name!r}")
+        return self._files[name]
+
+    def shape(self, name: str) -> Shape:
+        return self._file(name).shape(name)
+
+    def dtype(self, name: str) -> str:
+        return self._file(name).dtype(name)
+
+    def load(self, name: str) -> Array:
+        return widen(*self.raw(name))
+
+    def raw(self, name: str) -> tuple[Array, str]:
+        file = self._file(name)
+        return file.view(name), file.dtype(name)
+
+    def tokenizer(self) -> Tokenizer:
+        from pylora.text import tokenizer_from_directory
+
+        return tokenizer_from_directory(self.path)
+
+    def close(self) -> None:
+        for file in set(self._files.values()):
+            file.close()
+        self._files = {}
+
+
+def _bits(x: Array) -> Array:
+    """The bytes of an array, so that comparing is about bits: NaN equals itself, 0 is not -0."""
+    return x.reshape(-1).view(np.uint8)
+
+
+def _open_files(directory: Path) -> dict[str, SafeTensors]:
+    """Tensor name -> the open file that holds it."""
+    whole, index = directory / WHOLE, directory / INDEX
+    if whole.is_file():
+        file = SafeTensors(whole)
+        return dict.fromkeys(file.tensors, file)
+    if not index.is_file():
+        pickles = sorted(p.name for p in directory.glob("pytorch_model*.bin"))
+        hint = f"; {pickles[0]} is a pickle, which pylora does not read" if pickles else ""
+        raise FileFormatError(f"{directory}: there is neither {WHOLE} nor {INDEX}{hint}")
+    table = read_json(index, limit=MAX_INDEX).get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise FileFormatError(f"{index}: weight_map is missing, empty or not an object")
+    shards: dict[str, SafeTensors] = {}
+    for name, shard in table.items():
+        if not isinstance(shard, str) or not shard.endswith(".safetensors") or _leaves(shard):
+            raise FileFormatError(
+                f"{index}: tensor {name[:200]!r} is in {str(shard)[:200]!r}, "
+                "which is not the name of a safetensors file in the same directory"
+            )
+        if shard not in shards:
+            shards[shard] = SafeTensors(directory / shard)
+        if name not in shards[shard].tensors:
+            raise FileFormatError(
+                f"{directory / shard}: there is no tensor {name[:200]!r}, though {INDEX} says so"
+            )
+    for shard, file in shards.items():
+        for name in file.tensors:
+            if table.get(name) != shard:
+                raise FileFormatError(
+                    f"{file.path}: tensor {name[:200]!r} is not listed for this file in {INDEX}"
+                )
+    return {name: shards[shard] for name, shard in table.items()}
+
+
+def _leaves(name: str) -> bool:
+    return any(mark in name for mark in "/\\:\0") or name.startswith(".")
