@@ -1,0 +1,6 @@
+/* The kernel table for any CPU that the compiler targets. */
+#include "../internal.h"
+
+#define TABLE pylora_kernels_portable
+#define TABLE_NAME "portable"
+#include "table.inc"

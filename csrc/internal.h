@@ -1,0 +1,74 @@
+/* internal.h - what the sources of the core share: argument checks, workspaces, the thread pool. */
+#ifndef PYLORA_INTERNAL_H
+#define PYLORA_INTERNAL_H
+
+#include <stdint.h>
+#include <string.h>
+
+#include "cpu/kernels.h"
+#include "pylora.h"
+
+#define PYLORA_MAGIC 0x504c3031u /* "PL01" */
+
+#define TRY(expr)                  \
+  do {                             \
+    int status_ = (expr);          \
+    if (status_) return status_;   \
+  } while (0)
+
+static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* NULL data is legal only for an empty matrix; rows must not overlap in an output (`out`). */
+static inline int check_mat(const pylora_mat *a, int64_t rows, int64_t cols, int out) {
+  if (!a) return PYLORA_E_NULL;
+  if (a->rows != rows || a->cols != cols || rows < 0 || cols < 0) return PYLORA_E_SHAPE;
+  if (rows == 0 || cols == 0) return PYLORA_OK;
+  if (!a->p) return PYLORA_E_NULL;
+  if (out && rows > 1 && a->ld < cols && a->ld > -cols) return PYLORA_E_SHAPE;
+  return PYLORA_OK;
+}
+
+static inline int check_packed(const pylora_packed *P) {
+  if (!P || !P->data) return PYLORA_E_NULL;
+  if (P->magic != PYLORA_MAGIC || P->d < 0 || P->k < 0) return PYLORA_E_PACKED;
+  return P->dtype == PYLORA_F32 ? PYLORA_OK : PYLORA_E_UNSUPPORTED;
+}
+
+/* A bump pointer over the caller's workspace; every piece is 64-byte aligned. */
+typedef struct arena {
+  char *p, *end;
+} arena;
+
+#define PYLORA_ALIGN 64
+static inline size_t round_up(size_t n) { return (n + PYLORA_ALIGN - 1) & ~(size_t)(PYLORA_ALIGN - 1); }
+
+static inline arena arena_of(void *p, size_t bytes) {
+  uintptr_t a = ((uintptr_t)p + PYLORA_ALIGN - 1) & ~(uintptr_t)(PYLORA_ALIGN - 1);
+  arena r = {(char *)a, (char *)p + (p ? bytes : 0)};
+  return r;
+}
+
+/* NULL if the workspace is too small. */
+static inline float *arena_floats(arena *a, int64_t n) {
+  size_t bytes = round_up((size_t)n * sizeof(float));
+  if (!a->p || a->p > a->end || (size_t)(a->end - a->p) < bytes) return NULL;
+  float *r = (float *)(void *)a->p;
+  a->p += bytes;
+  return r;
+}
+
+/* Runs fn(ctx, task, thread) for task = 0 .. n-1 on at most `threads` threads, the caller's among them;
+ * `thread` is 0 .. threads-1 and no two tasks run at the same time with the same one.  An operation
+ * asks pylora_num_threads() once, sizes its scratch by it and passes it on, so that a change in
+ * between does no harm.  The order of the tasks is not fixed: a task must not depend on another.  All
+ * run on the caller's thread when the pool is busy with another caller's work. */
+typedef void (*pylora_task)(void *ctx, int64_t task, int thread);
+void pylora_parallel(pylora_task fn, void *ctx, int64_t n, int threads);
+
+/* Dropout of a piece of a [.,k] matrix: x holds rows row.. and columns col.. of it.  (random.c) */
+int pylora_dropout_at(const pylora_mat *x, const pylora_drop *drop, int64_t row, int64_t col, int64_t k,
+                      const pylora_mat *y);
+
+#endif

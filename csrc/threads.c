@@ -1,0 +1,219 @@
+/* threads.c - a small pool of threads that share out the tasks of one call at a time.
+ *
+ * Started by the first call that can use it, never at load; a child process after fork() starts its
+ * own.  Workers spin for a short while after a call (the next one is usually microseconds away) and
+ * then sleep.  A second caller that finds the pool busy does its tasks alone, so no caller waits for
+ * another; results are the same bits either way.
+ *
+ * How a call is handed over: the caller writes `call`, then raises `generation` and wakes the workers.
+ * Everyone takes tasks from `next_task` until they run out; a worker reports by raising `done`.  The
+ * caller returns when every worker that takes part has, so none can still look at an old call. */
+#if !defined(_WIN32)
+#define _GNU_SOURCE /* sched_getaffinity */
+#endif
+#include <stdatomic.h>
+#include <stdlib.h>
+
+#include "internal.h"
+
+#if defined(_WIN32)
+#define WIN32_LEAN_AND_MEAN
+#include <windows.h>
+typedef SRWLOCK mutex_t;
+typedef CONDITION_VARIABLE cond_t;
+#define MUTEX_INIT SRWLOCK_INIT
+#define COND_INIT CONDITION_VARIABLE_INIT
+#define lock(m) AcquireSRWLockExclusive(m)
+#define unlock(m) ReleaseSRWLockExclusive(m)
+#define try_lock(m) (TryAcquireSRWLockExclusive(m) != 0)
+#define cond_wait(c, m) SleepConditionVariableSRW(c, m, INFINITE, 0)
+#define cond_broadcast(c) WakeAllConditionVariable(c)
+#else
+#include <pthread.h>
+#include <sched.h>
+#include <unistd.h>
+typedef pthread_mutex_t mutex_t;
+typedef pthread_cond_t cond_t;
+#define MUTEX_INIT PTHREAD_MUTEX_INITIALIZER
+#define COND_INIT PTHREAD_COND_INITIALIZER
+#define lock(m) pthread_mutex_lock(m)
+#define unlock(m) pthread_mutex_unlock(m)
+#define try_lock(m) (pthread_mutex_trylock(m) == 0)
+#define cond_wait(c, m) pthread_cond_wait(c, m)
+#define cond_broadcast(c) pthread_cond_broadcast(c)
+#endif
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#define relax() _mm_pause()
+#elif defined(__aarch64__) && defined(__GNUC__)
+#define relax() __asm__ volatile("yield")
+#else
+#define relax() ((void)0)
+#endif
+
+enum { MAX_THREADS = 256, SPINS = 4000 };
+
+static mutex_t call_lock = MUTEX_INIT; /* held by the caller whose tasks run */
+static mutex_t sleep_lock = MUTEX_INIT;
+static cond_t wake = COND_INIT;
+
+static _Atomic int wanted;  /* threads per call, the caller's included; 0: not asked yet */
+static int workers;         /* running worker threads; guarded by call_lock */
+static _Atomic int sleepers;
+
+static struct {
+  pylora_task fn;
+  void *ctx;
+  int64_t n;
+} call;
+static _Atomic int64_t next_task;
+static _Atomic int done;
+/* The number of the call in the high bits, and in the low 16 how many workers take part in it: one
+ * word, because a worker that does not take part is not waited for and must not read `call`. */
+static _Atomic uint64_t generation;
+
+static int processors(void) {
+#if defined(_WIN32)
+  return (int)GetActiveProcessorCount(ALL_PROCESSOR_GROUPS);
+#else
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+#endif
+  long n = sysconf(_SC_NPROCESSORS_ONLN);
+  return n > 0 ? (int)n : 1;
+#endif
+}
+
+int pylora_num_threads(void) {
+  int n = atomic_load(&wanted);
+  if (n) return n;
+  const char *env = getenv("PYLORA_NUM_THREADS");
+  n = env ? atoi(env) : 0;
+  if (n < 1) n = processors();
+  if (n < 1) n = 1;
+  if (n > MAX_THREADS) n = MAX_THREADS;
+  int none = 0;
+  atomic_compare_exchange_strong(&wanted, &none, n);
+  return atomic_load(&wanted);
+}
+
+int pylora_set_num_threads(int n) {
+  if (n < 1 || n > MAX_THREADS) return PYLORA_E_VALUE;
+  atomic_store(&wanted, n); /* a surplus of workers sleeps on */
+  return PYLORA_OK;
+}
+
+static void take_tasks(int thread) {
+  int64_t t;
+  while ((t = atomic_fetch_add(&next_task, 1)) < call.n) call.fn(call.ctx, t, thread);
+}
+
+static uint64_t await_generation(uint64_t seen) {
+  for (int i = 0; i < SPINS; i++) {
+    if (atomic_load(&generation) != seen) return atomic_load(&generation);
+    relax();
+  }
+  lock(&sleep_lock);
+  atomic_fetch_add(&sleepers, 1);
+  while (atomic_load(&generation) == seen) cond_wait(&wake, &sleep_lock);
+  atomic_fetch_sub(&sleepers, 1);
+  unlock(&sleep_lock);
+  return atomic_load(&generation);
+}
+
+typedef struct start {
+  int id;
+  uint64_t seen;
+} start;
+static start starts[MAX_THREADS];
+
+static void work(int id, uint64_t seen) {
+  for (;;) {
+    seen = await_generation(seen);
+    if (id <= (int)(seen & 0xffff)) {
+      take_tasks(id);
+      atomic_fetch_add(&done, 1);
+    }
+  }
+}
+
+#if defined(_WIN32)
+static DWORD WINAPI worker_main(void *p) {
+  work(((start *)p)->id, ((start *)p)->seen);
+  return 0;
+}
+static int spawn(start *s) {
+  HANDLE h = CreateThread(NULL, 0, worker_main, s, 0, NULL);
+  if (!h) return 0;
+  CloseHandle(h);
+  return 1;
+}
+#else
+static void *worker_main(void *p) {
+  work(((start *)p)->id, ((start *)p)->seen);
+  return NULL;
+}
+
+/* In a child after fork() only the forking thread exists: forget the workers and every lock. */
+static void after_fork_in_child(void) {
+  mutex_t m = MUTEX_INIT;
+  cond_t c = COND_INIT;
+  call_lock = m;
+  sleep_lock = m;
+  wake = c;
+  workers = 0;
+  atomic_store(&sleepers, 0);
+}
+
+static int spawn(start *s) {
+  static int hooked;
+  if (!hooked) {
+    if (pthread_atfork(NULL, NULL, after_fork_in_child)) return 0;
+    hooked = 1;
+  }
+  pthread_t t;
+  if (pthread_create(&t, NULL, worker_main, s)) return 0;
+  pthread_detach(t);
+  return 1;
+}
+#endif
+
+void pylora_parallel(pylora_task fn, void *ctx, int64_t n, int threads) {
+  threads = (int)min64(threads, n);
+  if (threads < 2 || !try_lock(&call_lock)) {
+    for (int64_t t = 0; t < n; t++) fn(ctx, t, 0);
+    return;
+  }
+  while (workers < threads - 1) { /* if the system refuses a thread, those there are do the work */
+    starts[workers] = (start){workers + 1, atomic_load(&generation)};
+    if (!spawn(&starts[workers])) break;
+    workers++;
+  }
+  call.fn = fn;
+  call.ctx = ctx;
+  call.n = n;
+  int helpers = (int)min64(threads - 1, workers);
+  atomic_store(&next_task, 0);
+  atomic_store(&done, 0);
+  uint64_t number = (atomic_load(&generation) >> 16) + 1;
+  atomic_store(&generation, number << 16 | (uint64_t)helpers);
+  if (atomic_load(&sleepers)) {
+    lock(&sleep_lock);
+    cond_broadcast(&wake);
+    unlock(&sleep_lock);
+  }
+  take_tasks(0);
+  for (int i = 0; atomic_load(&done) < helpers; i++) {
+    relax();
+    if (i > SPINS) { /* more threads than processors: let them run */
+#if defined(_WIN32)
+      SwitchToThread();
+#else
+      sched_yield();
+#endif
+    }
+  }
+  unlock(&call_lock);
+}

@@ -1,0 +1,52 @@
+"""Builds the C core as `pylora._core` (cffi, API mode); setup.py and the build backend call it.
+
+The declarations come from csrc/pylora.h itself, so that header and binding cannot disagree. Nothing is
+compiled for the building machine: each instruction set has its own source files, chosen at run time.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from cffi import FFI
+
+ROOT = Path(__file__).resolve().parent.parent
+HEADER = ROOT / "csrc" / "pylora.h"
+
+
+def declarations(header: str) -> str:
+    """The header without comments and preprocessor lines, and its plain numeric constants."""
+    text = re.sub(r"/\*.*?\*/", "", header, flags=re.S)
+    constants = re.findall(r"^#define (PYLORA_\w+) \(?-?\d+\)?$", text, flags=re.M)
+    text = re.sub(r'#ifdef __cplusplus\n(extern "C" \{|\})\n#endif', "", text)
+    text = re.sub(r"^#.*$", "", text, flags=re.M)
+    return text + "".join(f"#define {name} ...\n" for name in constants)
+
+
+def sources() -> list[str]:
+    """C files of the core relative to the project: all but the plain reference, which tests use."""
+    files = [*ROOT.glob("csrc/*.c"), *ROOT.glob("csrc/cpu/*.c")]
+    return sorted(str(f.relative_to(ROOT)) for f in files if f.name != "reference.c")
+
+
+MSVC = sys.platform == "win32"
+ffibuilder = FFI()
+ffibuilder.cdef(declarations(HEADER.read_text(encoding="utf-8")))
+ffibuilder.set_source(
+    "pylora._core",
+    '#include "pylora.h"',
+    sources=sources(),
+    include_dirs=["csrc"],
+    depends=[str(f.relative_to(ROOT)) for f in ROOT.glob("csrc/**/*.[hi]*")],
+    # No contraction: a fused multiply-add happens where the source says so and nowhere else, so that
+    # results do not depend on the compiler. -g0 keeps the installed file small.
+    extra_compile_args=["/std:c11", "/O2", "/fp:precise", "/experimental:c11atomics"]
+    if MSVC
+    else ["-std=c11", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"],
+    libraries=[] if MSVC else ["m", "pthread"],
+)
+
+if __name__ == "__main__":
+    ffibuilder.compile(verbose=True)

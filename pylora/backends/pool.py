@@ -1,0 +1,73 @@
+"""Arrays whose memory goes back to a list when the last view of them dies.
+
+A training step makes and drops the same large arrays again and again; the system's allocator would
+return their pages and fault them in anew each time, which costs as much as the arithmetic on them.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from typing import Any
+
+import numpy as np
+
+SMALL = 1 << 16  # bytes; below this NumPy's own allocator is as good
+SLACK = 64 << 20  # bytes of free memory that are always kept
+
+
+class Pool:
+    """Free blocks by size class. `ffi` gives buffers with a destructor."""
+
+    def __init__(self, ffi: Any) -> None:
+        self._ffi = ffi
+        self._free: dict[int, list[np.ndarray]] = {}
+        self._lock = threading.RLock()  # a destructor may run inside another method of this thread
+        self.free_bytes = 0
+        self.used_bytes = 0
+
+    def empty(self, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+        """An uninitialised C-contiguous array, 64-byte aligned where it comes from the pool."""
+        dt = np.dtype(dtype)
+        nbytes = math.prod(shape) * dt.itemsize
+        if nbytes < SMALL:
+            return np.empty(shape, dt)
+        size = _size_class(nbytes)
+        with self._lock:
+            blocks = self._free.get(size)
+            if blocks:
+                block = blocks.pop()
+                self.free_bytes -= size
+            else:
+                self._trim(self.used_bytes // 2 + SLACK)
+                block = np.empty(size + 64, np.uint8)
+            self.used_bytes += size
+        address = block.__array_interface__["data"][0]
+        pointer = self._ffi.cast("char *", address + (-address) % 64)
+        owner = self._ffi.gc(pointer, lambda _: self._give_back(block, size))
+        return np.frombuffer(self._ffi.buffer(owner, nbytes), dt).reshape(shape)
+
+    def _give_back(self, block: np.ndarray, size: int) -> None:
+        with self._lock:
+            self._free.setdefault(size, []).append(block)
+            self.free_bytes += size
+            self.used_bytes -= size
+
+    def _trim(self, keep: int) -> None:
+        """Returns free blocks to the system, the largest first, until at most `keep` bytes are left."""
+        for size in sorted(self._free, reverse=True):
+            blocks = self._free[size]
+            while blocks and self.free_bytes > keep:
+                blocks.pop()
+                self.free_bytes -= size
+
+    def trim(self) -> None:
+        """Returns all free blocks to the system."""
+        with self._lock:
+            self._trim(0)
+
+
+def _size_class(nbytes: int) -> int:
+    """nbytes rounded up to one of eight steps per power of two."""
+    step = 1 << max(12, nbytes.bit_length() - 4)
+    return -(-nbytes // step) * step
