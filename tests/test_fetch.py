@@ -36,7 +36,7 @@ def publish(index: Path, body: bytes = BODY) -> Weights:
         archive.writestr("toy/model.gguf", body)
         archive.writestr(
             f"{info}/METADATA",
-            "Metadata-Version: 2.1\nName: pylora-toy\nVersion: 1.0\nRequires-Dist: not-there-at-all\n",
+            "Metadata-Version: 2.1\nName: pylora-toy\nVersion: 1.0\nRequires-Dist: not-there\n",
         )
         archive.writestr(
             f"{info}/WHEEL",

@@ -1,0 +1,131 @@
+"""What an adapter does to a model, in numbers: how large each module's delta is, and its spectrum.
+
+Nothing of size d x k is ever made: the singular values of s B A are those of an r x r matrix, got
+from a QR factorization of A and of B. Reads an adapter; needs neither the model nor its weights.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pylora.config import LlamaConfig
+from pylora.types import Array, LoRA
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class ModuleStats:
+    """One module's delta s B A, of shape [d, k]."""
+
+    path: str
+    d: int
+    k: int
+    rank: int
+    scale: float
+    norm: float  # Frobenius
+    singular_values: tuple[float, ...]  # min(d, k, r) of them, falling
+
+    @property
+    def kind(self) -> str:
+        """The module's own name, such as "q_proj"."""
+        return self.path.rsplit(".", 1)[-1]
+
+    @property
+    def layer(self) -> int | None:
+        """Which transformer layer the module is in; None outside of them."""
+        found = _LAYER.search(self.path)
+        return int(found.group(1)) if found else None
+
+    @property
+    def stable_rank(self) -> float:
+        """Squared Frobenius norm over squared spectral norm: 1 .. rank; 0 for a delta of zero."""
+        largest = self.singular_values[0] if self.singular_values else 0.0
+        return (self.norm / largest) ** 2 if largest > 0 else 0.0
+
+
+def singular_values(lora: LoRA) -> Array:
+    """The singular values of s B A, falling; float64 [min(d, k, r)].
+
+    With B = Qb Rb and Aᵀ = Qa Ra, s B A = Qb (s Rb Raᵀ) Qaᵀ, and Q changes no singular value.
+    """
+    Rb = np.linalg.qr(np.asarray(lora.B, np.float64), mode="r")  # [min(d, r), r]
+    Ra = np.linalg.qr(np.asarray(lora.A, np.float64).T, mode="r")  # [min(k, r), r]
+    values = np.linalg.svd(lora.scale * (Rb @ Ra.T), compute_uv=False)
+    return np.asarray(values)
+
+
+def inspect(adapter: Mapping[str, LoRA]) -> list[ModuleStats]:
+    """The statistics of each module of `adapter`, in its order."""
+    stats = []
+    for path, lora in adapter.items():
+        values = singular_values(lora)
+        stats.append(
+            ModuleStats(
+                path=path,
+                d=int(lora.B.shape[0]),
+                k=int(lora.A.shape[1]),
+                rank=lora.rank,
+                scale=float(lora.scale),
+                norm=math.sqrt(float(np.square(values).sum())),
+                singular_values=tuple(float(v) for v in values),
+            )
+        )
+    return stats
+
+
+def count_parameters(d: int, k: int, r: int) -> tuple[int, int]:
+    """(trainable, full): what LoRA of rank r trains for a weight [d, k], and what that holds."""
+    return r * (d + k), d * k
+
+
+@dataclass(frozen=True)
+class Count:
+    """One row of `numbers()`."""
+
+    what: str
+    rank: int
+    trainable: int
+    full: int
+
+
+def numbers() -> list[Count]:
+    """The parameter counts that LoRA is known by, computed: of single weights, and of a 7B Llama.
+
+    The 7B rows go through `pylora.plan`, as an adapter of that model would.
+    """
+    from pylora.loraconfig import LoraConfig
+    from pylora.plan import resolve
+
+    rows = [
+        Count(f"{n} × {n}", r, *count_parameters(n, n, r))
+        for n, r in ((4096, 8), (1000, 4), (1000, 8), (1000, 16))
+    ]
+    llama = llama_7b()
+    modules: dict[str, Any] = llama.modules()
+    plan = resolve(LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]), modules)
+    trainable = sum(count_parameters(e.d, e.k, e.r)[0] for e in plan.entries)
+    adapted = sum(e.d * e.k for e in plan.entries)
+    rows.append(Count("7B Llama: q and v, of these weights", 8, trainable, adapted))
+    rows.append(Count("7B Llama: q and v, of the whole model", 8, trainable, llama.num_parameters))
+    return rows
+
+
+def llama_7b() -> LlamaConfig:
+    """The geometry of the 7B Llama (Touvron et al. 2023, table 2)."""
+    return LlamaConfig(
+        model_type="llama",
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        head_dim=128,
+    )
