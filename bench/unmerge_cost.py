@@ -54,9 +54,8 @@ def synthetic(n: int, rank: int) -> None:
 
 
 def trained(modules: Iterable[tuple[str, np.ndarray, LoRA]]) -> None:
-    print(
-        "\n| module | modules | mean size of the delta | float32 | bfloat16 |\n|---|---|---|---|---|"
-    )
+    print("\n| module | modules | mean size of the delta | float32 | bfloat16 |")
+    print("|---|---|---|---|---|")
     table: dict[str, list[float]] = {}
     for path, W, lora in modules:
         row = table.setdefault(path.rsplit(".", 1)[-1], [0.0] * 5)
@@ -74,8 +73,8 @@ def trained(modules: Iterable[tuple[str, np.ndarray, LoRA]]) -> None:
         shares = f"{100 * f32 / size:.2f} % | {100 * bf16 / size:.2f} %"
         print(f"| {name} | {count:.0f} | {delta / size:.1e} | {shares} |")
     print(
-        f"\nkept aside: {total[3] * BYTES / 1e6:.2f} MB for {total[2] * 4 / 1e6:.1f} MB of float32, "
-        f"{total[4] * BYTES / 1e6:.2f} MB for {total[2] * 2 / 1e6:.1f} MB of bfloat16"
+        f"\nkept aside: {total[3] * BYTES / 1e6:.2f} MB for {total[2] * 4 / 1e6:.1f} MB of float32,"
+        f" {total[4] * BYTES / 1e6:.2f} MB for {total[2] * 2 / 1e6:.1f} MB of bfloat16"
     )
 
 

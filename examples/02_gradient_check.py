@@ -2,8 +2,8 @@
 
     python examples/02_gradient_check.py
 
-The reference runs in float64, where a central difference (f(x + e) - f(x - e)) / 2e is good to about
-nine digits. Each gradient is compared along random directions.
+The reference runs in float64, where a central difference (f(x + e) - f(x - e)) / 2e is good to
+about nine digits. Each gradient is compared along random directions.
 """
 
 from __future__ import annotations

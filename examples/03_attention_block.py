@@ -2,8 +2,9 @@
 
     python examples/03_attention_block.py
 
-The task: the first token of a sequence carries one of four marks, and every token must answer which.
-The frozen random weights cannot do it; adapters of rank 4 on the projections learn where to look.
+The task: the first token of a sequence carries one of four marks, and every token must answer
+which. The frozen random weights cannot do it; adapters of rank 4 on the projections learn where to
+look.
 """
 
 from __future__ import annotations

@@ -8,14 +8,14 @@ Nothing is trained and no weight is loaded: a plan is enough to count what would
 from __future__ import annotations
 
 from pylora.config import LlamaConfig, ModuleSpec
-from pylora.plan import LoraConfig, resolve
+from pylora.loraconfig import LoraConfig
+from pylora.plan import resolve
 
 
 def count(modules: dict[str, ModuleSpec], **settings: object) -> tuple[int, int]:
     """(trainable parameters, parameters of the target weights) of a LoRA on `modules`."""
     plan = resolve(LoraConfig(**settings), modules)
-    trainable = sum(e.r * (e.d + e.k) for e in plan.entries)
-    return trainable, sum(e.d * e.k for e in plan.entries)
+    return plan.num_parameters, sum(e.d * e.k for e in plan)
 
 
 def square(n: int) -> dict[str, ModuleSpec]:
@@ -43,18 +43,11 @@ def main() -> None:
         head_dim=128,
         tie_word_embeddings=False,
     )
-    total = sum(_size(shape) for shape in llama_7b.tensors().values())
+    total = llama_7b.num_parameters
     trainable, _ = count(llama_7b.modules(), r=8, target_modules=["q_proj", "v_proj"])
     print(f"Llama 7B ({total:,} parameters), q and v, r = 8: {trainable:,}", end=" ")
     print(f"({100 * trainable / total:.3f} %), {trainable * 4 / 1e6:.1f} MB in float32")
     assert trainable == 4_194_304
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    n = 1
-    for extent in shape:
-        n *= extent
-    return n
 
 
 if __name__ == "__main__":
