@@ -111,8 +111,8 @@ class Reference:
         t = self._delta(lora)
         merged = self._narrow(self._wide(W, dtype) + t, dtype)
         back = self._narrow(self._wide(merged, dtype) - t, dtype)
-        bits = _bits(W)
-        position = self.xp.flatnonzero(_bits(back) != bits)
+        bits = self._bits(W)
+        position = self.xp.flatnonzero(self._bits(back) != bits)
         return merged, Residue(
             position.astype(np.int64), bits.reshape(-1)[position].astype(np.uint32)
         )
@@ -120,7 +120,7 @@ class Reference:
     def unmerge(self, merged: Array, lora: LoRA, residue: Residue, dtype: str = "f32") -> Array:
         """The W that merge was given, bit for bit (same adapter, same residue)."""
         W = self._narrow(self._wide(merged, dtype) - self._delta(lora), dtype)
-        flat = _bits(W).reshape(-1)
+        flat = self._bits(W).reshape(-1)
         flat[residue.position] = residue.bits.astype(flat.dtype)
         return flat.view(W.dtype).reshape(W.shape)
 
@@ -144,6 +144,11 @@ class Reference:
         up = xp.where(tie & (abs(t) != abs(exact)), abs(t) > abs(exact), (u >> 16) & 1 == 1)
         rounded = (u >> 16) + ((u & 0xFFFF) > 0x8000) + (tie & up)
         return xp.where(xp.isnan(f), (u >> 16) | 0x40, rounded).astype(np.uint16)
+
+    def _bits(self, a: Array) -> Array:
+        """The array's bits as unsigned integers of its width (a contiguous copy if needed)."""
+        unsigned = {2: np.uint16, 4: np.uint32}[a.dtype.itemsize]
+        return self.xp.ascontiguousarray(a).view(unsigned)
 
     # ---- transformer --------------------------------------------------------------------------
 
@@ -267,10 +272,11 @@ class Reference:
         return dy * up * sigma * (1 + gate * (1 - sigma)), dy * gate * sigma
 
     def _sigmoid(self, x: Array) -> Array:
-        e = self.xp.exp(-abs(x.real) + 0 * x) if x.dtype.kind != "c" else None
-        if e is None:  # complex step: the plain formula, which is analytic
-            return 1 / (1 + self.xp.exp(-x))
-        return self.xp.where(x >= 0, 1 / (1 + e), e / (1 + e))
+        xp = self.xp
+        if x.dtype.kind == "c":  # complex step: one formula, analytic everywhere
+            return 1 / (1 + xp.exp(-x))
+        e = xp.exp(-abs(x))  # at most 1: no overflow
+        return xp.where(x >= 0, 1, e) / (1 + e)
 
     def embedding_forward(self, ids: Array, W: Array) -> Array:
         """y[i] = W[ids[i]]; W [vocab, k]."""
@@ -344,8 +350,3 @@ class Reference:
         keep = words.reshape(x.shape) >= math.floor(float(np.float32(drop.p)) * 2**32)
         scale = x.dtype.type(1) / (x.dtype.type(1) - x.dtype.type(np.float32(drop.p)))
         return self.xp.where(keep, x * scale, x.dtype.type(0))
-
-
-def _bits(a: Array) -> Array:
-    """The array's bits as unsigned integers of its width (a contiguous copy if needed)."""
-    return np.ascontiguousarray(a).view({2: np.uint16, 4: np.uint32}[a.dtype.itemsize])

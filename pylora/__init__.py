@@ -1,0 +1,123 @@
+"""pylora: run, fine-tune, swap, merge and unmerge LoRA adapters without a deep-learning framework.
+
+Public names are imported when first used, so that `import pylora` costs no more than NumPy. The
+verbs are functions of the modules named after them: `pylora.generate.generate`,
+`pylora.train.train`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import platform
+from typing import TYPE_CHECKING, Any
+
+from pylora.backends import use
+
+if TYPE_CHECKING:
+    from pylora.adapter import Adapter
+    from pylora.attention import Attention
+    from pylora.block import Block
+    from pylora.config import LlamaConfig, ModuleSpec
+    from pylora.embedding import Embedding
+    from pylora.errors import PyloraError
+    from pylora.formats import open_checkpoint
+    from pylora.kvcache import KVCache
+    from pylora.linear import DropKey, LoRAGrad, LoRALinear
+    from pylora.loraconfig import LoraConfig
+    from pylora.merge import merge_checkpoint, unmerge_checkpoint
+    from pylora.model import IGNORE, Llama
+    from pylora.peft import parameters
+    from pylora.plan import Plan, resolve
+    from pylora.types import LoRA, Seqs
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Adapter": "adapter",
+    "Attention": "attention",
+    "Block": "block",
+    "DropKey": "linear",
+    "Embedding": "embedding",
+    "IGNORE": "model",
+    "KVCache": "kvcache",
+    "Llama": "model",
+    "LlamaConfig": "config",
+    "LoRA": "types",
+    "LoRAGrad": "linear",
+    "LoRALinear": "linear",
+    "LoraConfig": "loraconfig",
+    "ModuleSpec": "config",
+    "Plan": "plan",
+    "PyloraError": "errors",
+    "Seqs": "types",
+    "merge_checkpoint": "merge",
+    "open_checkpoint": "formats",
+    "parameters": "peft",
+    "resolve": "plan",
+    "unmerge_checkpoint": "merge",
+}
+
+__all__ = [
+    "IGNORE",
+    "Adapter",
+    "Attention",
+    "Block",
+    "DropKey",
+    "Embedding",
+    "KVCache",
+    "Llama",
+    "LlamaConfig",
+    "LoRA",
+    "LoRAGrad",
+    "LoRALinear",
+    "LoraConfig",
+    "ModuleSpec",
+    "Plan",
+    "PyloraError",
+    "Seqs",
+    "__version__",
+    "build_info",
+    "merge_checkpoint",
+    "open_checkpoint",
+    "parameters",
+    "resolve",
+    "unmerge_checkpoint",
+    "use",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'pylora' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"pylora.{_HOME[name]}"), name)
+    globals()[name] = value  # the next look-up does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def build_info() -> dict[str, Any]:
+    """What computes here: versions, backends, and the core's instruction sets and threads.
+
+    `backend` is the one in use; "isa", "isas" and "num_threads" are there where the C core is.
+    """
+    import numpy
+
+    from pylora import backends
+
+    names = backends.available()
+    info: dict[str, Any] = {
+        "pylora": __version__,
+        "python": platform.python_version(),
+        "numpy": numpy.__version__,
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "backend": backends.get().name,
+        "backends": list(names),
+    }
+    if "c" in names:
+        core: Any = backends.get("c")
+        info |= {"isa": core.isa, "isas": core.isas(), "num_threads": core.num_threads}
+    return info

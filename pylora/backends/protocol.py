@@ -1,0 +1,107 @@
+"""What a backend is, for type checkers: the operations of `pylora.reference.Reference` and a few
+ways to make arrays. The docstrings there are the specification of every operation here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from pylora.types import AdamW, Array, Attn, Drop, LoRA, Residue, Seqs
+
+Packed = Any  # a frozen weight in the backend's own order; has .shape == (d, k) and .nbytes
+
+
+class Backend(Protocol):
+    """The operations that layers are built of. No backend knows what a transformer is."""
+
+    name: str
+    xp: Any  # the array namespace of its arrays: numpy (or cupy)
+
+    # ---- arrays -------------------------------------------------------------------------------
+    def pack(self, W: Array) -> Packed: ...
+    def unpack(self, P: Packed) -> Array: ...
+    def asarray(self, a: Any) -> Array: ...
+    def to_numpy(self, a: Array) -> np.ndarray: ...
+    def empty(self, shape: int | tuple[int, ...], dtype: Any = ...) -> Array: ...
+    def zeros(self, shape: int | tuple[int, ...], dtype: Any = ...) -> Array: ...
+
+    # ---- LoRA linear --------------------------------------------------------------------------
+    def lora_forward(
+        self,
+        x: Array,
+        W: Packed,
+        bias: Array | None = None,
+        lora: LoRA | None = None,
+        drop: Drop | None = None,
+        residual: Array | None = None,
+    ) -> tuple[Array, Array | None]: ...
+    def lora_backward(
+        self,
+        dy: Array,
+        x: Array | None,
+        h: Array | None,
+        W: Packed | None,
+        lora: LoRA | None = None,
+        drop: Drop | None = None,
+        *,
+        add: Array | None = None,
+        need_dx: bool = True,
+        need_dA: bool = True,
+        need_dB: bool = True,
+    ) -> tuple[Array | None, Array | None, Array | None]: ...
+
+    # ---- merge --------------------------------------------------------------------------------
+    def merge(self, W: Array, lora: LoRA, dtype: str = "f32") -> tuple[Array, Residue]: ...
+    def unmerge(self, merged: Array, lora: LoRA, residue: Residue, dtype: str = "f32") -> Array: ...
+
+    # ---- transformer --------------------------------------------------------------------------
+    def rms_norm_forward(self, x: Array, w: Array, eps: float) -> tuple[Array, Array]: ...
+    def rms_norm_backward(
+        self,
+        dy: Array,
+        x: Array,
+        w: Array,
+        rstd: Array,
+        add: Array | None = None,
+        need_dw: bool = False,
+    ) -> tuple[Array, Array | None]: ...
+    def rope(
+        self,
+        x: Array,
+        cos: Array,
+        sin: Array,
+        position: Array,
+        head_dim: int,
+        layout: str = "half",
+        inverse: bool = False,
+    ) -> Array: ...
+    def attention_forward(
+        self, q: Array, k: Array, v: Array, seqs: Seqs, attn: Attn
+    ) -> tuple[Array, Array]: ...
+    def attention_backward(
+        self,
+        do: Array,
+        q: Array,
+        k: Array,
+        v: Array,
+        o: Array,
+        lse: Array,
+        seqs: Seqs,
+        attn: Attn,
+    ) -> tuple[Array, Array, Array]: ...
+    def swiglu_forward(self, gate: Array, up: Array) -> Array: ...
+    def swiglu_backward(self, dy: Array, gate: Array, up: Array) -> tuple[Array, Array]: ...
+    def embedding_forward(self, ids: Array, W: Packed) -> Array: ...
+    def embedding_backward(self, ids: Array, dy: Array, rows: int) -> Array: ...
+
+    # ---- loss, optimizer, random numbers ------------------------------------------------------
+    def cross_entropy_forward(self, logits: Array, labels: Array) -> tuple[Array, Array]: ...
+    def cross_entropy_backward(
+        self, logits: Array, labels: Array, lse: Array, weight: Array, overwrite: bool = False
+    ) -> Array: ...
+    def adamw_step(self, param: Array, grad: Array, m: Array, v: Array, o: AdamW) -> None: ...
+    def sum_squares(self, x: Array) -> float: ...
+    def philox(self, seed: int, stream: int, first: int, n: int) -> Array: ...
+    def dropout(self, x: Array, drop: Drop | None) -> Array: ...

@@ -1,0 +1,104 @@
+"""One layer of the model: x + attention(norm(x)), then the same with the feed-forward part.
+
+For backward it keeps the residual stream at the input of each norm; the norms' outputs are
+computed again (same bits) where an adapter needs them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pylora.attention import Attention, AttentionCache, Past
+from pylora.backends.protocol import Backend
+from pylora.config import LlamaConfig
+from pylora.linear import DropKey, Grads, LoRALinear
+from pylora.mlp import MLP, MLPCache
+from pylora.rope import Rope
+from pylora.types import Array, Seqs
+from pylora.weights import Weights
+
+
+@dataclass(eq=False)
+class BlockCache:
+    x: Array  # [m, hidden], input of the first norm
+    x_rstd: Array
+    attention: AttentionCache
+    mid: Array  # [m, hidden], input of the second norm
+    mid_rstd: Array
+    mlp: MLPCache
+
+
+class Block:
+    """Layer `layer` of `config`. Tensors are asked of `weights` one at a time and packed."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        layer: int,
+        weights: Weights,
+        rope: Rope | None = None,
+        *,
+        ops: Backend,
+    ) -> None:
+        path = f"model.layers.{layer}"
+        self.ops, self.eps = ops, config.rms_norm_eps
+        self.input_norm = ops.asarray(weights(f"{path}.input_layernorm.weight"))
+        self.attention = Attention(config, layer, weights, rope, ops=ops)
+        self.mid_norm = ops.asarray(weights(f"{path}.post_attention_layernorm.weight"))
+        self.mlp = MLP(config, layer, weights, ops=ops)
+
+    @property
+    def linears(self) -> tuple[LoRALinear, ...]:
+        return *self.attention.linears, *self.mlp.linears
+
+    @property
+    def trainable(self) -> bool:
+        return self.attention.trainable or self.mlp.trainable
+
+    def forward(
+        self,
+        x: Array,
+        seqs: Seqs,
+        *,
+        drop: DropKey | None = None,
+        position: np.ndarray | None = None,
+        past: Past | None = None,
+    ) -> tuple[Array, BlockCache]:
+        """x [m, hidden] -> y [m, hidden], and the cache for backward."""
+        ops = self.ops
+        normed, x_rstd = ops.rms_norm_forward(x, self.input_norm, self.eps)
+        mid, attention = self.attention.forward(
+            normed, seqs, residual=x, drop=drop, position=position, past=past
+        )
+        attention.x = None
+        normed, mid_rstd = ops.rms_norm_forward(mid, self.mid_norm, self.eps)
+        y, mlp = self.mlp.forward(normed, residual=mid, drop=drop)
+        mlp.x = None
+        return y, BlockCache(x, x_rstd, attention, mid, mid_rstd, mlp)
+
+    def backward(
+        self, dy: Array, cache: BlockCache, grads: Grads, *, need_dx: bool = True
+    ) -> Array | None:
+        """dy [m, hidden], given away -> dx [m, hidden]; None unless `need_dx`.
+
+        Adapter gradients go into `grads`; nothing is computed below the lowest adapter.
+        """
+        ops, c = self.ops, cache
+        need_mid = need_dx or self.attention.trainable
+        if self.mlp.input_lora:
+            c.mlp.x, _ = ops.rms_norm_forward(c.mid, self.mid_norm, self.eps)
+        dn = self.mlp.backward(dy, c.mlp, grads, need_dx=need_mid)
+        c.mlp.x = None
+        if not need_mid:
+            return None
+        dmid, _ = ops.rms_norm_backward(dn, c.mid, self.mid_norm, c.mid_rstd, add=dy)
+        if self.attention.input_lora:
+            c.attention.x, _ = ops.rms_norm_forward(c.x, self.input_norm, self.eps)
+        dn = self.attention.backward(dmid, c.attention, grads, need_dx=need_dx)
+        c.attention.x = None
+        if not need_dx:
+            return None
+        dx, _ = ops.rms_norm_backward(dn, c.x, self.input_norm, c.x_rstd, add=dmid)
+        return dx

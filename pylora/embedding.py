@@ -1,0 +1,74 @@
+"""The frozen token embedding with an optional LoRA: a token's x is its one-hot row.
+
+    y[i] = W[ids[i]] + scale (A[:, ids[i]] Bᵀ + bias_B)          A [r, vocab], B [hidden, r]
+
+So x Aᵀ is a gather and nothing of size [m, vocab] exists. As in PEFT there is no dropout here. The
+packed W may be shared with lm_head (tied embeddings); an adapter of one never touches the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pylora.backends.protocol import Backend, Packed
+from pylora.errors import PlanError
+from pylora.linear import Grads, LoRAGrad, add_grad, bias_grads, check_lora, nonzero
+from pylora.types import Array, LoRA
+
+
+@dataclass(eq=False)
+class EmbeddingCache:
+    ids: Array
+    h: Array | None  # [m, r]
+
+
+class Embedding:
+    """Rows of W [vocab, hidden], with an optional adapter in `.lora`."""
+
+    def __init__(self, path: str, W: Array | Packed, *, ops: Backend) -> None:
+        self.path, self.ops = path, ops
+        self.W = ops.pack(W) if isinstance(W, np.ndarray) else W
+        self.vocab, self.hidden = self.W.shape
+        self._lora: LoRA | None = None
+
+    @property
+    def lora(self) -> LoRA | None:
+        return self._lora
+
+    @lora.setter
+    def lora(self, lora: LoRA | None) -> None:
+        if lora is not None:
+            self.check(lora)
+        self._lora = lora
+
+    def check(self, lora: LoRA) -> None:
+        """PlanError unless the adapter fits this module."""
+        check_lora(self.path, lora, self.hidden, self.vocab)
+        if lora.base_bias is not None:
+            raise PlanError(f"{self.path}: an embedding has no bias that base_bias could replace")
+
+    def forward(self, ids: Array) -> tuple[Array, EmbeddingCache]:
+        """ids int64 [m] -> y [m, hidden]."""
+        y, lora, ops = self.ops.embedding_forward(ids, self.W), self._lora, self.ops
+        if lora is None:
+            return y, EmbeddingCache(ids, None)
+        h = ops.xp.ascontiguousarray(lora.A[:, ids].T)
+        scale = h.dtype.type(lora.scale)
+        if nonzero(lora.B):
+            y, _ = ops.lora_forward(scale * h, ops.pack(lora.B), residual=y)
+        if nonzero(lora.bias):
+            y = y + scale * lora.bias
+        return y, EmbeddingCache(ids, h)
+
+    def backward(self, dy: Array, cache: EmbeddingCache, grads: Grads) -> None:
+        """dB = scale dyᵀ h; dA adds scale (dy B) to the columns of the tokens that were seen."""
+        lora, ops = self._lora, self.ops
+        if lora is None:
+            return
+        _, _, dB = ops.lora_backward(dy, None, cache.h, None, lora, need_dx=False, need_dA=False)
+        g, _, _ = ops.lora_backward(dy, None, None, ops.pack(lora.B))  # dy B
+        dA = ops.embedding_backward(cache.ids, g * g.dtype.type(lora.scale), self.vocab).T  # type: ignore[union-attr]
+        grad = LoRAGrad(ops.xp.ascontiguousarray(dA), dB, *bias_grads(dy, lora))
+        add_grad(grads, self.path, grad)

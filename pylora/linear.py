@@ -1,0 +1,198 @@
+"""A frozen linear layer with an optional LoRA (Hu et al., "LoRA", 2021), forward and backward.
+
+    y = x Wᵀ + bias + scale (drop(x) Aᵀ Bᵀ + bias_B)
+
+W is packed once and never written. The adapter is plain data that may be set, swapped or taken
+away at any time; that copies nothing. Also here: the gradients of an adapter and the key that
+dropout is drawn from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pylora import random
+from pylora.backends.protocol import Backend, Packed
+from pylora.errors import PlanError, ShapeError
+from pylora.types import Array, Drop, LoRA
+
+
+@dataclass(eq=False)
+class LoRAGrad:
+    """Gradients of one module's adapter, shaped like its arrays; None where it has none."""
+
+    A: Array
+    B: Array
+    bias: Array | None = None
+    base_bias: Array | None = None
+
+    def add(self, other: LoRAGrad) -> None:
+        """Adds another gradient of the same module to this one, in place."""
+        for name in ("A", "B", "bias", "base_bias"):
+            mine = getattr(self, name)
+            if mine is not None:
+                mine += getattr(other, name)
+
+
+Grads = dict[str, LoRAGrad]  # by module path
+
+
+@dataclass(frozen=True)
+class DropKey:
+    """Which dropout a training step draws: the same key drops the same elements on every backend.
+
+    A module's element is keyed by (seed, module path, step, row0 + row, column), so micro-batches
+    of one step that state their first row as `row0` draw what the whole batch would.
+    """
+
+    seed: int
+    step: int
+    row0: int = 0
+
+    def of(self, path: str, lora: LoRA, first_row: int = 0) -> Drop | None:
+        """The dropout of one module, of rows from `first_row` on; None if it has none."""
+        if lora.dropout == 0:
+            return None
+        stream = random.stream("dropout", path, str(self.step))
+        return Drop(lora.dropout, self.seed, stream, self.row0 + first_row)
+
+
+def check_lora(path: str, lora: LoRA, d: int, k: int) -> None:
+    """PlanError unless the adapter's arrays fit a module of d outputs and k inputs."""
+    r = lora.A.shape[0] if lora.A.ndim == 2 else "r"
+    for name, array, shape in (
+        ("A", lora.A, (r, k)),
+        ("B", lora.B, (d, r)),
+        ("bias", lora.bias, (d,)),
+        ("base_bias", lora.base_bias, (d,)),
+    ):
+        if array is not None and tuple(array.shape) != shape:
+            raise PlanError(
+                f"{path}: {name} has shape {list(array.shape)}, expected {list(shape)} for a "
+                f"module of {k} inputs and {d} outputs"
+            )
+
+
+def add_grad(grads: Grads, path: str, grad: LoRAGrad) -> None:
+    """Puts a module's gradient in, or adds it to the one that is there."""
+    if path in grads:
+        grads[path].add(grad)
+    else:
+        grads[path] = grad
+
+
+def nonzero(a: Array | None) -> bool:
+    """Whether there is anything to add: adding zeros could turn a -0.0 into 0.0."""
+    return a is not None and bool((a != 0).any())
+
+
+@dataclass(eq=False)
+class LinearCache:
+    """What backward needs. A layer that can compute x again may take it out and put it back."""
+
+    x: Array | None  # [m, k]; None without an adapter
+    h: Array | None  # [m, r]
+    drop: Drop | None
+
+
+class LoRALinear:
+    """One frozen linear module, named by its path, with an optional adapter in `.lora`."""
+
+    def __init__(
+        self, path: str, W: Array | Packed, bias: Array | None = None, *, ops: Backend
+    ) -> None:
+        """W [d,k] is packed here unless it is a packed weight of `ops` already; bias [d]."""
+        self.path, self.ops = path, ops
+        self.W = ops.pack(W) if isinstance(W, np.ndarray) else W
+        self.d, self.k = self.W.shape
+        self.bias = None if bias is None else ops.asarray(bias)
+        if bias is not None and bias.shape != (self.d,):
+            raise ShapeError(f"{path}: bias has shape {bias.shape}, expected ({self.d},)")
+        self._lora: LoRA | None = None
+
+    @property
+    def lora(self) -> LoRA | None:
+        return self._lora
+
+    @lora.setter
+    def lora(self, lora: LoRA | None) -> None:
+        if lora is not None:
+            self.check(lora)
+        self._lora = lora
+
+    def check(self, lora: LoRA) -> None:
+        """PlanError unless the adapter fits this module."""
+        check_lora(self.path, lora, self.d, self.k)
+
+    def _bias(self) -> Array | None:
+        """The bias in effect: base_bias where the adapter replaces it, plus scale * bias_B."""
+        bias, lora = self.bias, self._lora
+        if lora is None:
+            return bias
+        if lora.base_bias is not None:
+            bias = lora.base_bias
+        if not nonzero(lora.bias):
+            return bias
+        own = lora.bias * lora.bias.dtype.type(lora.scale)  # type: ignore[union-attr]
+        return own if bias is None else bias + own
+
+    def forward(
+        self,
+        x: Array,
+        *,
+        residual: Array | None = None,
+        drop: DropKey | None = None,
+        first_row: int = 0,
+    ) -> tuple[Array, LinearCache]:
+        """x [m,k] -> y = residual + x Wᵀ + bias + LoRA [m,d], and the cache for backward."""
+        if x.ndim != 2 or x.shape[1] != self.k:
+            raise ShapeError(f"{self.path}: x has shape {x.shape}, expected [m, {self.k}]")
+        lora = self._lora
+        dropped = drop.of(self.path, lora, first_row) if drop and lora is not None else None
+        y, h = self.ops.lora_forward(x, self.W, self._bias(), lora, dropped, residual)
+        return y, LinearCache(x if lora is not None else None, h, dropped)
+
+    def backward(
+        self,
+        dy: Array,
+        cache: LinearCache,
+        grads: Grads,
+        *,
+        add: Array | None = None,
+        need_dx: bool = True,
+    ) -> Array | None:
+        """dy [m,d] -> dx [m,k] (plus `add`, which is given away), None unless `need_dx`.
+
+        The adapter's gradients go into `grads` under this module's path, added to any there.
+        """
+        lora = self._lora
+        if lora is None and not need_dx:
+            return None
+        dx, dA, dB = self.ops.lora_backward(
+            dy,
+            cache.x,
+            cache.h,
+            self.W if need_dx else None,
+            lora,
+            cache.drop,
+            add=add,
+            need_dx=need_dx,
+            need_dA=lora is not None,
+            need_dB=lora is not None,
+        )
+        if lora is not None:
+            add_grad(grads, self.path, LoRAGrad(dA, dB, *bias_grads(dy, lora)))
+        return dx
+
+
+def bias_grads(dy: Array, lora: LoRA) -> tuple[Array | None, Array | None]:
+    """Gradients of lora.bias (scale times the sum of the rows of dy) and of lora.base_bias."""
+    if lora.bias is None and lora.base_bias is None:
+        return None, None
+    total = dy.sum(axis=0)
+    return (
+        None if lora.bias is None else total * total.dtype.type(lora.scale),
+        None if lora.base_bias is None else total.copy(),
+    )

@@ -1,0 +1,339 @@
+"""The whole model: embedding, blocks, final norm, head; its loss and the gradients of an adapter.
+
+The base weights are packed once and never written. An adapter is attached by reference: training
+that writes its arrays is seen by the next forward, and no copy exists. Backward computes nothing
+below the lowest module that has an adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pylora import backends
+from pylora.attention import Past, positions
+from pylora.backends.protocol import Backend
+from pylora.block import Block, BlockCache
+from pylora.config import LlamaConfig
+from pylora.embedding import Embedding, EmbeddingCache
+from pylora.errors import (
+    DtypeError,
+    PlanError,
+    PyloraError,
+    ShapeError,
+    UnsupportedError,
+)
+from pylora.inputs import row_weights, token_ids, whole_seqs
+from pylora.kvcache import KVCache
+from pylora.linear import DropKey, Grads, LinearCache, LoRAGrad, LoRALinear
+from pylora.reference import IGNORE
+from pylora.rope import Rope
+from pylora.types import Array, LoRA, Seqs
+from pylora.weights import Weights, checked_weights, random_weights
+
+__all__ = ["IGNORE", "DropKey", "Grads", "Llama", "LoRAGrad", "ModelCache", "random_weights"]
+
+_HEAD_ROWS = 256  # rows of logits that exist at a time in `loss`
+
+
+@dataclass(eq=False)
+class _Trunk:
+    """What backward needs of the embedding and the blocks; `blocks` is used up from its end."""
+
+    seqs: Seqs
+    position: np.ndarray
+    drop: DropKey | None
+    embedding: EmbeddingCache
+    blocks: list[BlockCache | Array | None]  # an array is a block's input, to be run again
+
+
+@dataclass(eq=False)
+class ModelCache:
+    """What `Llama.backward` needs of one `Llama.forward`; good for one backward."""
+
+    trunk: _Trunk
+    x: Array  # [len(rows), hidden], input of the final norm
+    rstd: Array
+    rows: np.ndarray | None
+    head: LinearCache
+
+
+class Llama:
+    """A Llama-type causal language model (see `LlamaConfig`) with frozen weights."""
+
+    def __init__(
+        self, config: LlamaConfig, weights: Weights, *, backend: str | Backend | None = None
+    ) -> None:
+        """`weights(name)` gives each tensor of `config.tensors()` in Hugging Face layout.
+
+        It is called once for each tensor, which is packed and let go before the next is asked for,
+        so memory peaks near one copy. ShapeError names a tensor that does not fit.
+        """
+        self.config, self.ops = config, backends.get(backend)
+        checked = checked_weights(config, weights)
+        embedding = self.ops.asarray(checked("model.embed_tokens.weight"))
+        self.dtype: np.dtype = embedding.dtype
+        self.embed_tokens = Embedding("model.embed_tokens", embedding, ops=self.ops)
+        del embedding
+        self.rope = Rope(config, np.empty(0, self.dtype).real.dtype, ops=self.ops)
+        self.blocks = [
+            Block(config, i, checked, self.rope, ops=self.ops)
+            for i in range(config.num_hidden_layers)
+        ]
+        self.norm = self.ops.asarray(checked("model.norm.weight"))
+        tied = config.tie_word_embeddings  # one packed weight then serves both
+        head = self.embed_tokens.W if tied else checked("lm_head.weight")
+        self.lm_head = LoRALinear("lm_head", head, ops=self.ops)
+        self.modules: dict[str, LoRALinear | Embedding] = {"model.embed_tokens": self.embed_tokens}
+        self.modules |= {p.path: p for block in self.blocks for p in block.linears}
+        self.modules["lm_head"] = self.lm_head
+        self._adapter: Mapping[str, LoRA] | None = None
+
+    @classmethod
+    def random(
+        cls,
+        config: LlamaConfig,
+        seed: int = 0,
+        *,
+        backend: str | Backend | None = None,
+        dtype: Any = np.float32,
+    ) -> Llama:
+        """A model with the weights of `random_weights(config, seed, dtype)`."""
+        return cls(config, random_weights(config, seed, dtype), backend=backend)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Any, backend: str | Backend | None = None) -> Llama:
+        """From an open `pylora.formats` checkpoint (GGUF file or Hugging Face directory)."""
+        return cls(checkpoint.config, checkpoint.load, backend=backend)
+
+    # ---- adapters -----------------------------------------------------------------------------
+
+    @property
+    def adapter(self) -> Mapping[str, LoRA] | None:
+        """The adapter that is attached, or None."""
+        return self._adapter
+
+    def attach(self, adapter: Mapping[str, LoRA]) -> None:
+        """Attaches an adapter by reference, in place of any that is there.
+
+        Raises PlanError naming a module that the model does not have or an array that does not
+        fit, DtypeError for arrays of another dtype than the model's; then nothing has changed.
+        """
+        unknown = [path for path in adapter if path not in self.modules]
+        if unknown:
+            raise PlanError(
+                f"the adapter has modules that the model does not: {', '.join(unknown[:5])}"
+                f"{' ...' if len(unknown) > 5 else ''} ({len(unknown)} of {len(adapter)})"
+            )
+        for path, lora in adapter.items():
+            self.modules[path].check(lora)
+            for name in ("A", "B", "bias", "base_bias"):
+                array = getattr(lora, name)
+                if array is not None and array.dtype != self.dtype:
+                    raise DtypeError(
+                        f"{path}: {name} is {array.dtype} but the model is {self.dtype}; convert "
+                        "the adapter's arrays first"
+                    )
+        for path, module in self.modules.items():
+            module.lora = adapter.get(path)
+        self._adapter = adapter
+
+    def detach(self) -> None:
+        """Takes the adapter away; the model is the base again, bit for bit."""
+        self.attach({})
+        self._adapter = None
+
+    def _lowest(self) -> int:
+        """The lowest layer with an adapter; -1: the embedding; number of layers: none of them."""
+        if self.embed_tokens.lora is not None:
+            return -1
+        trainable = (i for i, block in enumerate(self.blocks) if block.trainable)
+        return next(trainable, len(self.blocks))
+
+    # ---- embedding and blocks -----------------------------------------------------------------
+
+    def _trunk(
+        self,
+        ids: np.ndarray,
+        seqs: Seqs,
+        drop: DropKey | None,
+        lowest: int,
+        recompute: bool,
+    ) -> tuple[Array, _Trunk]:
+        """The residual stream after the last block [m, hidden]; caches of blocks >= `lowest`."""
+        position = positions(seqs)
+        x, embedding = self.embed_tokens.forward(ids)
+        trunk = _Trunk(seqs, position, drop, embedding, [])
+        for i, block in enumerate(self.blocks):
+            y, cache = block.forward(x, seqs, drop=drop, position=position)
+            trunk.blocks.append(None if i < lowest else x if recompute else cache)
+            del cache
+            x = y
+        return x, trunk
+
+    def _trunk_backward(self, dx: Array, trunk: _Trunk, grads: Grads) -> None:
+        """dx is given away. Caches are dropped as they are used."""
+        lowest = self._lowest()
+        kept = trunk.blocks[max(lowest, 0) :]
+        if len(trunk.blocks) != len(self.blocks) or any(c is None for c in kept):
+            raise PyloraError(
+                "this cache was used by an earlier backward, or the adapter has changed since; "
+                "run forward again"
+            )
+        del kept
+        for i in range(len(self.blocks) - 1, max(lowest, 0) - 1, -1):
+            block, cache = self.blocks[i], trunk.blocks.pop()
+            if not isinstance(cache, BlockCache):
+                _, cache = block.forward(
+                    cache, trunk.seqs, drop=trunk.drop, position=trunk.position
+                )
+            dx = block.backward(dx, cache, grads, need_dx=i > lowest)
+            del cache
+        self.embed_tokens.backward(dx, trunk.embedding, grads)
+
+    # ---- logits -------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        ids: Any,
+        seqs: Seqs | None = None,
+        *,
+        drop: DropKey | None = None,
+        recompute: bool = False,
+        rows: Any = None,
+    ) -> tuple[Array, ModelCache]:
+        """ids int64 [m] -> logits [m, vocab], or of the given rows only; and the cache.
+
+        `seqs` says where sequences begin (default: one). `recompute` keeps only each block's input
+        and runs the block again in backward (gradient checkpointing): same bits, less memory.
+        """
+        ids = token_ids(ids, self.config.vocab_size)
+        seqs = whole_seqs(seqs, ids.size)
+        if rows is not None:
+            rows = np.asarray(rows, np.int64)
+            if drop is not None and self._head_dropout():
+                raise UnsupportedError("`rows` with dropout on lm_head; ask for all rows instead")
+        x, trunk = self._trunk(ids, seqs, drop, self._lowest(), recompute)
+        x = x if rows is None else x[rows]
+        normed, rstd = self.ops.rms_norm_forward(x, self.norm, self.config.rms_norm_eps)
+        logits, head = self.lm_head.forward(normed, drop=drop)
+        return logits, ModelCache(trunk, x, rstd, rows, head)
+
+    def backward(self, dlogits: Array, cache: ModelCache) -> Grads:
+        """dlogits, shaped like the logits -> the gradient of each module that has an adapter."""
+        grads: Grads = {}
+        need_dx = self._lowest() < len(self.blocks)
+        dn = self.lm_head.backward(dlogits, cache.head, grads, need_dx=need_dx)
+        if need_dx:
+            dx, _ = self.ops.rms_norm_backward(dn, cache.x, self.norm, cache.rstd)
+            if cache.rows is not None:
+                all_rows = self.ops.zeros((cache.trunk.position.size, dx.shape[1]), dx.dtype)
+                self.ops.xp.add.at(all_rows, cache.rows, dx)
+                dx = all_rows
+            self._trunk_backward(dx, cache.trunk, grads)
+        return grads
+
+    # ---- loss ---------------------------------------------------------------------------------
+
+    def loss(
+        self,
+        ids: Any,
+        labels: Any,
+        seqs: Seqs | None = None,
+        *,
+        weight: Any = None,
+        drop: DropKey | None = None,
+        grads: bool = True,
+        recompute: bool = False,
+    ) -> tuple[Array, Grads | None]:
+        """Negative log likelihood of each row's label [m], and the adapter's gradients.
+
+        labels[i] is the token that row i must predict (already shifted); IGNORE (-100) is not
+        counted and gives 0. The gradient is that of sum_i weight[i] * nll[i]; `weight` is an array
+        [m], a number, or None for 1 / number of labels. The head runs in chunks of rows, on rows
+        with a label only, so that no [m, vocab] array exists.
+        """
+        ids = token_ids(ids, self.config.vocab_size)
+        labels = token_ids(labels, self.config.vocab_size, labels=True)
+        if labels.shape != ids.shape:
+            raise ShapeError(f"{labels.size} labels for {ids.size} ids; give one label to each id")
+        seqs = whole_seqs(seqs, ids.size)
+        counted = np.flatnonzero(labels != IGNORE)
+        weight = row_weights(weight, ids.size, counted.size, self.dtype)
+        lowest = self._lowest() if grads else len(self.blocks)
+        x, trunk = self._trunk(ids, seqs, drop, lowest, recompute)
+
+        # Dropout is keyed by row number, so with dropout on the head its rows stay consecutive.
+        whole = drop is not None and self._head_dropout()
+        rows = np.arange(ids.size) if whole else counted
+        nll = self.ops.zeros(ids.size, self.dtype)
+        need_dx = lowest < len(self.blocks)
+        dx = self.ops.zeros(x.shape, self.dtype) if need_dx else None
+        out: Grads = {}
+        for start in range(0, max(rows.size, 1), _HEAD_ROWS):
+            some = rows[start : start + _HEAD_ROWS]
+            nll[some], dx_some = self._head_loss(
+                x[some], labels[some], weight[some] if grads else None, drop, start, need_dx, out
+            )
+            if dx is not None:
+                dx[some] = dx_some
+        if not grads:
+            return nll, None
+        if dx is not None:
+            del x, dx_some
+            self._trunk_backward(dx, trunk, out)
+        return nll, out
+
+    def _head_loss(
+        self,
+        x: Array,
+        labels: np.ndarray,
+        weight: np.ndarray | None,
+        drop: DropKey | None,
+        first_row: int,
+        need_dx: bool,
+        grads: Grads,
+    ) -> tuple[Array, Array | None]:
+        """nll and dx of some rows x [n, hidden] of the residual stream; no dx without a weight."""
+        ops = self.ops
+        normed, rstd = ops.rms_norm_forward(x, self.norm, self.config.rms_norm_eps)
+        logits, cache = self.lm_head.forward(normed, drop=drop, first_row=first_row)
+        nll, lse = ops.cross_entropy_forward(logits, labels)
+        if weight is None or not (need_dx or self.lm_head.lora is not None):
+            return nll, None
+        dlogits = ops.cross_entropy_backward(logits, labels, lse, weight, overwrite=True)
+        dn = self.lm_head.backward(dlogits, cache, grads, need_dx=need_dx)
+        return nll, ops.rms_norm_backward(dn, x, self.norm, rstd)[0] if need_dx else None
+
+    # ---- decoding -----------------------------------------------------------------------------
+
+    def kv_cache(self, slots: int, capacity: int) -> KVCache:
+        """An empty KV cache for `slots` sequences of up to `capacity` tokens."""
+        return KVCache(self.config, slots, capacity, ops=self.ops, dtype=self.dtype)
+
+    def decode(self, ids: Any, kv: KVCache, lengths: Sequence[int], slots: Any = None) -> Array:
+        """Appends lengths[i] new tokens to the sequence in slot slots[i] (default: every slot).
+
+        ids int64 [sum(lengths)], one sequence behind the other -> logits of the last token of each
+        [len(lengths), vocab]: the same bits as `forward` of the whole sequence. A prompt and a
+        single next token are the same call, and may be mixed.
+        """
+        ids = token_ids(ids, self.config.vocab_size)
+        slots = np.asarray(np.arange(kv.slots) if slots is None else slots, np.int64)
+        seqs, rows = kv.place(lengths, slots)
+        if seqs.q_start[-1] != ids.size:
+            raise ShapeError(f"{ids.size} ids for lengths that add up to {int(seqs.q_start[-1])}")
+        position = positions(seqs)
+        x = self.embed_tokens.forward(ids)[0]
+        for block, k, v in zip(self.blocks, kv.k, kv.v, strict=True):
+            x = block.forward(x, seqs, position=position, past=Past(k, v, rows))[0]
+        kv.length[slots] = seqs.k_len
+        x = x[seqs.q_start[1:] - 1]
+        normed, _ = self.ops.rms_norm_forward(x, self.norm, self.config.rms_norm_eps)
+        return self.lm_head.forward(normed)[0]
+
+    def _head_dropout(self) -> bool:
+        return self.lm_head.lora is not None and self.lm_head.lora.dropout > 0

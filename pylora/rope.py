@@ -1,0 +1,69 @@
+"""The angles of rotary position embedding (Su et al., "RoFormer", 2021), as tables of cos and sin.
+
+The rotation itself is an operation of the backend (`rope`). Tables are computed in float64 and
+rounded once to the model's dtype; they grow when a later position is asked for, and the bits of a
+position do not depend on how far the table reaches.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from pylora.backends.protocol import Backend
+from pylora.config import LlamaConfig
+from pylora.errors import ConfigError
+from pylora.types import Array
+
+
+def inverse_frequencies(
+    head_dim: int, theta: float, scaling: dict[str, Any] | None = None
+) -> np.ndarray:
+    """Radians per position of each pair of a head, float64 [head_dim / 2]: theta^(-2i / head_dim).
+
+    `scaling` stretches them: {"rope_type": "linear", "factor"} divides all by the factor;
+    "llama3" (Llama 3.1) divides the long wavelengths, keeps the short ones, and blends between.
+    """
+    frequency: np.ndarray = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if scaling is None:
+        return frequency
+    factor = float(scaling["factor"])
+    if scaling["rope_type"] == "linear":
+        return frequency / factor
+    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+    turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    blend = np.clip((turns - low) / (high - low), 0, 1)  # 0: stretched, 1: left as it is
+    frequency *= (1 - blend) / factor + blend
+    return frequency
+
+
+class Rope:
+    """Tables of cos and sin [positions, head_dim / 2] for a model's positions; all layers
+    share them."""
+
+    def __init__(self, config: LlamaConfig, dtype: Any = np.float32, *, ops: Backend) -> None:
+        self.max_positions = config.max_position_embeddings
+        self._frequency = inverse_frequencies(
+            config.head_dim, config.rope_theta, config.rope_scaling
+        )
+        self._dtype, self._ops = dtype, ops
+        self._grow(min(256, self.max_positions))
+
+    def _grow(self, n: int) -> None:
+        angle = np.arange(n, dtype=np.float64)[:, None] * self._frequency
+        self._size = n
+        self._cos = self._ops.asarray(np.cos(angle).astype(self._dtype))
+        self._sin = self._ops.asarray(np.sin(angle).astype(self._dtype))
+
+    def tables(self, positions: int) -> tuple[Array, Array]:
+        """(cos, sin) that cover at least this many positions. ConfigError beyond the model's."""
+        if positions > self.max_positions:
+            raise ConfigError(
+                f"a sequence of {positions} tokens is longer than the model's "
+                f"max_position_embeddings ({self.max_positions}); shorten it"
+            )
+        if positions > self._size:
+            self._grow(min(max(positions, 2 * self._size), self.max_positions))
+        return self._cos, self._sin
