@@ -1,7 +1,8 @@
 """Builds the C core as `pylora._core` (cffi, API mode); setup.py and the build backend call it.
 
-The declarations come from csrc/pylora.h itself, so that header and binding cannot disagree. Nothing is
-compiled for the building machine: each instruction set has its own source files, chosen at run time.
+The declarations come from csrc/pylora.h itself, so that header and binding cannot disagree.
+Nothing is compiled for the building machine: each instruction set has its own source files, chosen
+at run time.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ ffibuilder.set_source(
     sources=sources(),
     include_dirs=["csrc"],
     depends=[str(f.relative_to(ROOT)) for f in ROOT.glob("csrc/**/*.[hi]*")],
-    # No contraction: a fused multiply-add happens where the source says so and nowhere else, so that
-    # results do not depend on the compiler. -g0 keeps the installed file small.
+    # No contraction: a fused multiply-add happens where the source says so and nowhere else, so
+    # that results do not depend on the compiler. -g0 keeps the installed file small.
     extra_compile_args=["/std:c11", "/O2", "/fp:precise", "/experimental:c11atomics"]
     if MSVC
     else ["-std=c11", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"],

@@ -113,7 +113,8 @@ class CBackend:
         wanted = os.environ.get("PYLORA_ISA")
         if wanted and wanted not in self.isas():
             raise BackendError(
-                f"PYLORA_ISA={wanted!r} is not available here; choose one of {', '.join(self.isas())}"
+                f"PYLORA_ISA={wanted!r} is not available here; "
+                f"choose one of {', '.join(self.isas())}"
             )
         self._pool = Pool(ffi)
         self._scratch = _Scratch()

@@ -54,7 +54,7 @@ class Pool:
             self.used_bytes -= size
 
     def _trim(self, keep: int) -> None:
-        """Returns free blocks to the system, the largest first, until at most `keep` bytes are left."""
+        """Returns free blocks to the system, the largest first, until `keep` bytes are left."""
         for size in sorted(self._free, reverse=True):
             blocks = self._free[size]
             while blocks and self.free_bytes > keep:
