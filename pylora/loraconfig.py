@@ -1,0 +1,250 @@
+"""LoraConfig: what an adapter_config.json says, checked; nothing in it is silently ignored.
+
+Every field of PEFT's LoraConfig (0.21) is in one of three groups: those that pylora carries out
+(the attributes of `LoraConfig`), those that have no effect on the result (`_INERT`), and those that
+change the mathematics in a way that pylora does not implement (`_REFUSED`). A field of no group is
+refused unless it is empty. This file does not know any model: see plan.py for the matching.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pylora.errors import ConfigError, UnsupportedError
+
+# These say where a file came from, how A and B were first filled (init_lora_weights itself is
+# checked; a file has them as trained), or are read only together with a field of _REFUSED.
+_INERT = frozenset(
+    "auto_mapping peft_version revision inference_mode runtime_config eva_config corda_config "
+    "loftq_config lora_ga_config megatron_core qalora_group_size".split()
+)
+_REFUSED = {
+    "use_dora": "weight-decomposed LoRA (DoRA) rescales the merged weight",
+    "alora_invocation_tokens": "activated LoRA (aLoRA) switches the adapter on inside a sequence",
+    "layer_replication": "the model's layers are repeated",
+    "target_parameters": "the adapter sits on bare parameters, not on modules",
+    "trainable_token_indices": "single rows of the embedding are trained",
+    "megatron_config": "the layers are Megatron's parallel layers",
+    "use_qalora": "QA-LoRA pools the input before A",
+    "use_bdlora": "block-diagonal LoRA constrains A or B",
+    "arrow_config": "Arrow routes between several adapters",
+    "kasa_config": "KaSA truncates the base weight and puts a diagonal between A and B",
+    "velora_config": "VeLoRA changes the gradient of A",
+    "monteclora_config": "Monte Carlo LoRA samples the adapter's weights",
+    "ensure_weight_tying": "the adapters of tied layers share their tensors",
+}
+# Initialisations that leave the base weights alone: an adapter made so can be read and used.
+_READABLE_INITS = ("eva", "orthogonal")
+_MAX_PATTERN = 4096  # characters of one regular expression
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Settings of a LoRA adapter, with PEFT's names, meanings and defaults.
+
+    `target_modules` is a list of module names (a name matches a module path that equals it or ends
+    in "." and it), a regular expression for whole paths, or "all-linear" (every linear module but
+    the output layer). Keys of `rank_pattern` and `alpha_pattern` are regular expressions for the
+    end of a path; the first key that matches decides.
+
+    Raises ConfigError for a value out of range, UnsupportedError for one not implemented.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    target_modules: Sequence[str] | None = None  # lists become tuples
+    exclude_modules: Sequence[str] | None = None
+    layers_to_transform: Sequence[int] | None = None
+    layers_pattern: Sequence[str] | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    lora_dropout: float = 0.0
+    bias: str = (
+        "none"  # "none", "all" or "lora_only": which biases of the base the adapter replaces
+    )
+    lora_bias: bool = False  # a bias on B
+    init_lora_weights: bool | str = True  # True (Kaiming-uniform), "gaussian" or False (B random)
+    modules_to_save: Sequence[str] | None = None
+    fan_in_fan_out: bool = False
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    peft_type: str = "LORA"
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+            value = getattr(self, name)
+            if isinstance(value, str) and name in ("layers_pattern", "modules_to_save"):
+                value = (value,)
+            if not isinstance(value, str):
+                value = _names(name, value)
+            object.__setattr__(self, name, value)
+        layers: Any = self.layers_to_transform
+        if layers is not None:
+            layers = (layers,) if isinstance(layers, int) else layers
+            object.__setattr__(self, "layers_to_transform", _indices(layers))
+        _check_scalars(self)
+        _check_patterns(self)
+        _check_combinations(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "adapter_config.json") -> LoraConfig:
+        """A config from the fields of an adapter_config.json; `where` is named in errors."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        try:
+            _refuse_others(values, known)
+            kept = {name: value for name, value in values.items() if name in known}
+            for name in ("rank_pattern", "alpha_pattern"):
+                if kept.get(name, {}) is None:
+                    kept[name] = {}
+            return cls(**kept)
+        except (ConfigError, UnsupportedError) as error:
+            raise type(error)(f"{where}: {error}") from None
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str = "adapter_config.json") -> LoraConfig:
+        """A config from the text of an adapter_config.json; repeated keys are an error."""
+        try:
+            values = json.loads(text, object_pairs_hook=_unique)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{where} is not valid JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(
+                f"{where} holds {type(values).__name__}, expected an object of fields"
+            )
+        return cls.from_dict(values, where)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as PEFT reads them: lists for tuples."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {
+            name: list(v) if isinstance(v, tuple) else dict(v) if isinstance(v, Mapping) else v
+            for name, v in values.items()
+        }
+
+    def to_json(self) -> str:
+        """The text of an adapter_config.json. The order of pattern keys matters and is kept."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} occurs twice")
+    return values
+
+
+def _refuse_others(values: Mapping[str, Any], known: set[str]) -> None:
+    for name, value in values.items():
+        if name in known or name in _INERT or value in (None, False, 0, "", [], {}):
+            continue
+        if name in _REFUSED:
+            raise UnsupportedError(
+                f"{name} = {value!r} is not supported: {_REFUSED[name]}; "
+                "merge this adapter into its base model with PEFT, or retrain without it"
+            )
+        raise UnsupportedError(
+            f"the field {name!r} = {value!r} is unknown to pylora, so what it would change "
+            "cannot be kept; remove the field if it has no effect on the result"
+        )
+
+
+def _names(name: str, value: Any) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, (list, tuple, set, frozenset)):
+        raise ConfigError(f"{name} = {value!r}: expected a list of names or a string")
+    items = sorted(value) if isinstance(value, (set, frozenset)) else value
+    for item in items:
+        if not isinstance(item, str) or not item:
+            raise ConfigError(f"{name} contains {item!r}: expected a non-empty string")
+    return tuple(items)
+
+
+def _indices(value: Any) -> tuple[int, ...] | None:
+    if not isinstance(value, (list, tuple)) or any(
+        isinstance(i, bool) or not isinstance(i, int) for i in value
+    ):
+        raise ConfigError(f"layers_to_transform = {value!r}: expected an integer or a list of them")
+    return tuple(value) or None  # PEFT takes an empty list as "every layer"
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_rank(name: str, value: Any) -> None:
+    """Raises ConfigError unless `value` is a positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+        raise ConfigError(f"{name} = {value!r}: a rank must be a positive integer")
+
+
+def check_alpha(name: str, value: Any) -> None:
+    """Raises ConfigError unless `value` is a positive finite number."""
+    if not _number(value) or not 0 < value < math.inf:
+        raise ConfigError(f"{name} = {value!r}: alpha must be a positive number")
+
+
+def _check_scalars(c: LoraConfig) -> None:
+    check_rank("r", c.r)
+    check_alpha("lora_alpha", c.lora_alpha)
+    if not _number(c.lora_dropout) or not 0 <= c.lora_dropout < 1:
+        raise ConfigError(f"lora_dropout = {c.lora_dropout!r}: expected a number in [0, 1)")
+    for name in ("use_rslora", "lora_bias", "fan_in_fan_out"):
+        if not isinstance(getattr(c, name), bool):
+            raise ConfigError(f"{name} = {getattr(c, name)!r}: expected true or false")
+    for name in ("task_type", "base_model_name_or_path"):
+        if not isinstance(getattr(c, name), (str, type(None))):
+            raise ConfigError(f"{name} = {getattr(c, name)!r}: expected a string or null")
+    if c.bias not in ("none", "all", "lora_only"):
+        raise ConfigError(f"bias = {c.bias!r}: expected 'none', 'all' or 'lora_only'")
+    if c.peft_type != "LORA":
+        raise UnsupportedError(f"peft_type = {c.peft_type!r} is not supported, only 'LORA' is")
+    if c.fan_in_fan_out:
+        raise UnsupportedError(
+            "fan_in_fan_out = true is for layers that store W as [in, out] (GPT-2's Conv1D); every "
+            "linear module of the supported models stores [out, in]: set it to false"
+        )
+    init = c.init_lora_weights
+    if not isinstance(init, bool) and init not in ("gaussian", *_READABLE_INITS):
+        raise UnsupportedError(
+            f"init_lora_weights = {init!r} is not supported (it may change the base weights); "
+            "expected true, false or 'gaussian'"
+        )
+
+
+def _check_patterns(c: LoraConfig) -> None:
+    for name, check in (("rank_pattern", check_rank), ("alpha_pattern", check_alpha)):
+        patterns = getattr(c, name)
+        if not isinstance(patterns, Mapping):
+            raise ConfigError(f"{name} = {patterns!r}: expected an object of pattern: number")
+        for key, value in patterns.items():
+            check(f"{name}[{key!r}]", value)
+    texts = [c.target_modules, c.exclude_modules, *c.rank_pattern, *c.alpha_pattern]
+    for text in [*texts, *(c.layers_pattern or ())]:
+        if isinstance(text, str) and len(text) > _MAX_PATTERN:
+            raise ConfigError(
+                f"the pattern {text[:40]!r}... is longer than {_MAX_PATTERN} characters"
+            )
+
+
+def _check_combinations(c: LoraConfig) -> None:
+    if isinstance(c.target_modules, str):
+        for name in ("layers_to_transform", "layers_pattern"):
+            if getattr(c, name):
+                raise ConfigError(
+                    f"{name} needs target_modules to be a list of names, not a string"
+                )
+    if c.layers_pattern and c.layers_to_transform is None:
+        raise ConfigError(
+            "layers_pattern is given without layers_to_transform: name the layers too"
+        )
+    if c.lora_bias and not isinstance(c.init_lora_weights, bool):
+        raise ConfigError("lora_bias = true needs init_lora_weights = true or false (as in PEFT)")
