@@ -129,7 +129,7 @@ typedef struct vf {
 #define V_BINARY(op, a, b) V_EACH(LANE(a, i) op LANE(b, i))
 #endif
 #define V_EACH(expr)                                \
-  vf r_;                                            \
+  vf r_ = {0};                                      \
   for (int i = 0; i < 4; i++) LANE(r_, i) = (expr); \
   return r_
 INLINE vf v_set1(float x) { V_EACH(x); }
@@ -165,6 +165,45 @@ INLINE vf v_pow2(vf n) {
   return r;
 }
 #endif
+
+INLINE vf v_neg(vf a) { return v_sub(v_set1(-0.0f), a); }
+
+/* y 2^n for whole n in [-252, 254]; both factors are normal numbers, so only the result is rounded. */
+INLINE vf v_scale2(vf y, vf n) {
+#if defined(VEC_AVX512)
+  return _mm512_scalef_ps(y, n);
+#else
+  vf half = v_round(v_mul(n, v_set1(0.5f)));
+  return v_mul(v_mul(y, v_pow2(half)), v_pow2(v_sub(n, half)));
+#endif
+}
+
+/* e^x within 2 ulp: x = n ln 2 + f, |f| <= ln 2 / 2 (n ln 2 in two parts, the first exact: Cody & Waite),
+ * e^f by the minimax polynomial of Cephes' expf, times 2^n. 0 at -inf and where it underflows, with
+ * subnormal results on the way; inf where it overflows; NaN at NaN. */
+INLINE vf v_exp(vf x) {
+  x = v_max(v_set1(-150.0f), v_min(v_set1(128.0f), x)); /* in this order of arguments NaN survives */
+  vf n = v_round(v_mul(x, v_set1(1.44269504f)));
+  vf f = v_fma(n, v_set1(-0.693359375f), x);
+  f = v_fma(n, v_set1(2.12194440e-4f), f);
+  vf p = v_set1(1.9875691500e-4f);
+  p = v_fma(p, f, v_set1(1.3981999507e-3f));
+  p = v_fma(p, f, v_set1(8.3334519073e-3f));
+  p = v_fma(p, f, v_set1(4.1665795894e-2f));
+  p = v_fma(p, f, v_set1(1.6666665459e-1f));
+  p = v_fma(p, f, v_set1(5.0000001201e-1f));
+  p = v_add(v_set1(1.0f), v_fma(p, v_mul(f, f), f));
+  return v_scale2(p, n);
+}
+
+/* sigmoid(x) and sigmoid(-x), each to full relative accuracy: e = exp(-|x|) <= 1 never overflows. */
+INLINE void v_sigmoid(vf x, vf *s, vf *minus) {
+  vf e = v_exp(v_min(x, v_neg(x)));
+  vf large = v_div(v_set1(1.0f), v_add(v_set1(1.0f), e));
+  vf small = v_mul(e, large);
+  *s = v_lt(x, v_zero(), small, large);
+  *minus = v_lt(x, v_zero(), large, small);
+}
 
 /* Lanes added in a fixed tree: ((0 + 8) + (4 + 12)) + ... : the same for every call. */
 INLINE float v_hsum(vf x) {
