@@ -99,9 +99,7 @@ def epoch_steps(
     if packing:
         assert max_tokens is not None
         micros = _packed(lengths, order, max_tokens)
-        steps = [
-            tuple(micros[i : i + accumulation]) for i in range(0, len(micros), accumulation)
-        ]
+        steps = [tuple(micros[i : i + accumulation]) for i in range(0, len(micros), accumulation)]
     else:
         groups = _bucketed(lengths, order, batch_size)
         steps = [_split(lengths, group, accumulation, max_tokens) for group in groups]
@@ -117,9 +115,7 @@ def _bucketed(lengths: Sequence[int], order: list[int], size: int) -> list[list[
     return groups
 
 
-def _split(
-    lengths: Sequence[int], group: list[int], parts: int, max_tokens: int | None
-) -> Step:
+def _split(lengths: Sequence[int], group: list[int], parts: int, max_tokens: int | None) -> Step:
     """`group` in order, cut into `parts` of nearly equal count, and where max_tokens is reached."""
     micros: list[Micro] = []
     for part in np.array_split(np.asarray(group), min(parts, len(group))):

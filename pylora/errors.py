@@ -35,6 +35,10 @@ class DataError(PyloraError, ValueError):
     """A training or evaluation record cannot be used. The message names the file and line."""
 
 
+class TrainingError(PyloraError, ArithmeticError):
+    """Training left the finite numbers. The message names the step and the last good checkpoint."""
+
+
 class BackendError(PyloraError, RuntimeError):
     """A backend is unknown, unavailable, or reported a failure."""
 

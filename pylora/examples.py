@@ -14,23 +14,17 @@ silently: a record that cannot be used is a DataError that names the file and th
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, overload
 
 import numpy as np
 
+from pylora.config import LlamaConfig
 from pylora.errors import ConfigError, DataError
+from pylora.records import kind_of, messages_of, read_records, string
 from pylora.reference import IGNORE
-
-KINDS: dict[str, tuple[str, ...]] = {
-    "prompt and completion": ("prompt", "completion"),
-    "messages": ("messages",),
-    "text": ("text",),
-}
-_MAX_LINE = 64 * 2**20  # bytes; a longer line is not a record but a file of another format
 
 
 class Tokenizer(Protocol):
@@ -104,6 +98,40 @@ def digest(examples: Sequence[Example]) -> str:
     return h.hexdigest()
 
 
+def check_examples(
+    examples: Sequence[Example], config: LlamaConfig, what: str, max_tokens: int | None = None
+) -> None:
+    """DataError for an example that a model of this configuration cannot take.
+
+    `what` names the set ("training"); max_tokens limits one example, as batches of that size do.
+    """
+    if not examples:
+        raise DataError(f"there are no {what} examples")
+    for example in examples:
+        where, n = example.where, len(example)
+        if example.labels.shape != example.ids.shape or example.ids.ndim != 1 or n == 0:
+            raise DataError(f"{where}: ids and labels must be vectors of one length, not empty")
+        labels = example.labels[example.labels != IGNORE]
+        if labels.size == 0:
+            raise DataError(f"{where}: no label counts, so there is nothing to learn")
+        for name, tokens in (("token", example.ids), ("label", labels)):
+            bad = tokens[(tokens < 0) | (tokens >= config.vocab_size)]
+            if bad.size:
+                raise DataError(
+                    f"{where}: {name} {bad[0]} is outside the model's vocabulary of "
+                    f"{config.vocab_size}; was another model's tokenizer used?"
+                )
+        if n > config.max_position_embeddings:
+            raise DataError(
+                f"{where}: {n} tokens, more than the {config.max_position_embeddings} positions "
+                "that the model has; set max_length"
+            )
+        if max_tokens is not None and n > max_tokens:
+            raise DataError(
+                f"{where}: {n} tokens, more than max_tokens {max_tokens}; raise max_tokens"
+            )
+
+
 def load_examples(
     path: str | os.PathLike[str],
     tokenizer: Tokenizer,
@@ -128,8 +156,8 @@ def load_examples(
         )
     examples: list[Example] = []
     truncated, first = 0, ""
-    for where, record in _records(path):
-        kind = _kind(record, where)
+    for where, record in read_records(path):
+        kind = kind_of(record, where)
         if not first:
             first, first_where = kind, where
         elif kind != first:
@@ -157,76 +185,6 @@ def load_examples(
     return Examples(examples, truncated)
 
 
-def _records(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file:line", object) of each line that is not blank."""
-    name = os.fspath(path)
-    try:
-        with open(path, "rb") as file:
-            number = 0
-            while line := file.readline(_MAX_LINE + 1):
-                number += 1
-                where = f"{name}:{number}"
-                if len(line) > _MAX_LINE:
-                    raise DataError(f"{where}: the line is longer than {_MAX_LINE} bytes")
-                if line.strip():
-                    yield where, _parse(line, where)
-    except OSError as error:
-        raise DataError(f"{name}: cannot be read: {error.strerror or error}") from error
-
-
-def _parse(line: bytes, where: str) -> dict[str, Any]:
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        record = dict(pairs)
-        if len(record) != len(pairs):
-            raise DataError(f"{where}: a field occurs twice in one JSON object")
-        return record
-
-    try:
-        record = json.loads(line.decode("utf-8-sig"), object_pairs_hook=no_duplicates)
-    except DataError:
-        raise
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 at byte {error.start} of the line") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
-    except (RecursionError, ValueError) as error:
-        raise DataError(f"{where}: not a usable JSON value: {error}") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: a record must be a JSON object, not {_type(record)}")
-    return record
-
-
-def _kind(record: dict[str, Any], where: str) -> str:
-    kinds = [kind for kind, fields in KINDS.items() if any(f in record for f in fields)]
-    if not kinds:
-        has = ", ".join(repr(name) for name in list(record)[:8]) or "no field"
-        raise DataError(
-            f"{where}: a record must have 'prompt' and 'completion', or 'messages', or 'text'; "
-            f"this one has {has}"
-        )
-    if len(kinds) > 1:
-        raise DataError(f"{where}: the record mixes {' with '.join(kinds)}; keep one of them")
-    return kinds[0]
-
-
-def _string(record: dict[str, Any], field: str, where: str, may_be_empty: bool = False) -> str:
-    if field not in record:
-        raise DataError(f"{where}: the field {field!r} is missing")
-    value = record[field]
-    if not isinstance(value, str):
-        raise DataError(f"{where}: the field {field!r} must be a string, not {_type(value)}")
-    if not (value.strip() or may_be_empty):
-        raise DataError(f"{where}: the field {field!r} is empty")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise DataError(f"{where}: the field {field!r} has half of a UTF-16 surrogate pair")
-    return value
-
-
-def _type(value: object) -> str:
-    names = {dict: "an object", list: "an array", str: "a string", bool: "true or false"}
-    return "null" if value is None else names.get(type(value), "a number")
-
-
 Encoded = tuple[list[int], list[bool]]  # tokens, and which of them count in the loss
 
 
@@ -237,19 +195,19 @@ def _closed(tokens: list[int], tokenizer: Tokenizer) -> list[int]:
 
 
 def _encode_pair(record: dict[str, Any], tokenizer: Tokenizer, where: str) -> Encoded:
-    prompt = tokenizer.encode(_string(record, "prompt", where))
-    completion = _closed(tokenizer.encode(_string(record, "completion", where)), tokenizer)
+    prompt = tokenizer.encode(string(record, "prompt", where))
+    completion = _closed(tokenizer.encode(string(record, "completion", where)), tokenizer)
     return prompt + completion, [False] * len(prompt) + [True] * len(completion)
 
 
 def _encode_text(record: dict[str, Any], tokenizer: Tokenizer, where: str) -> Encoded:
-    tokens = _closed(tokenizer.encode(_string(record, "text", where)), tokenizer)
+    tokens = _closed(tokenizer.encode(string(record, "text", where)), tokenizer)
     return tokens, [True] * len(tokens)
 
 
 def _encode_messages(record: dict[str, Any], tokenizer: Tokenizer, where: str) -> Encoded:
     """Renders the chat up to each assistant turn and up to its end: the difference is the turn."""
-    messages = _messages(record["messages"], where)
+    messages = messages_of(record["messages"], where)
     tokens: list[int] = []
     counted: list[bool] = []
     done = ""  # the text that `tokens` stand for
@@ -279,23 +237,6 @@ def _encode_messages(record: dict[str, Any], tokenizer: Tokenizer, where: str) -
                 tokens.append(tokenizer.eos_ids[0])
                 counted.append(True)
     return tokens, counted
-
-
-def _messages(value: Any, where: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list):
-        raise DataError(f"{where}: the field 'messages' must be an array, not {_type(value)}")
-    for i, message in enumerate(value):
-        place = f"{where}: messages[{i}]"
-        if not isinstance(message, dict):
-            raise DataError(f"{place} must be an object, not {_type(message)}")
-        _string(message, "role", place)
-        _string(message, "content", place, may_be_empty=message["role"] != "assistant")
-    roles = [message["role"] for message in value]
-    if "assistant" not in roles:
-        raise DataError(f"{where}: the messages have no assistant turn, so nothing to learn")
-    if roles[0] == "assistant":
-        raise DataError(f"{where}: the first message is the assistant's, with nothing to answer")
-    return value
 
 
 _ENCODERS = {

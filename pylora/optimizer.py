@@ -28,13 +28,13 @@ def trainable(adapter: Mapping[str, LoRA]) -> dict[str, np.ndarray]:
         f"{path}.{field}": getattr(lora, field)
         for path, lora in adapter.items()
         for field in _FIELDS
-        if getattr(lora, field) is not None
+        if getattr(lora, field) is not None and getattr(lora, field).size
     }
     if not found:
         raise PlanError("the adapter has no modules, so there is nothing to train")
     for name, array in found.items():
-        flags = getattr(array, "flags", None)
-        if array.dtype != np.float32 or not (flags.writeable and flags.c_contiguous):
+        ready = array.flags.writeable and array.flags.c_contiguous
+        if array.dtype != np.float32 or not ready:
             raise DtypeError(
                 f"{name} is trained in place, so it must be a writeable C-contiguous float32 "
                 f"array; it is {array.dtype} of shape {array.shape}"

@@ -1,4 +1,4 @@
-"""The settings of a training run, checked when they are made. It reads no files and trains nothing."""
+"""The settings of a training run, checked when they are made. Nothing is read or trained here."""
 
 from __future__ import annotations
 
@@ -116,14 +116,6 @@ class TrainConfig:
         """All fields, as JSON values."""
         return dataclasses.asdict(self)
 
-    def differences(self, other: dict[str, Any]) -> list[str]:
-        """What makes a run of `other` (to_json's) another run than this, as "field: there → here".
-
-        Fields that change no number of the run (when to log, evaluate and save) do not count.
-        """
-        here = self.to_json()
-        return [
-            f"{name} was {other.get(name)!r} and is {here.get(name)!r}"
-            for name in sorted(here.keys() | other.keys())
-            if name not in _BESIDE_THE_POINT and here.get(name) != other.get(name)
-        ]
+    def identity(self) -> dict[str, Any]:
+        """The fields that decide the numbers of a run: all but when to log, evaluate and save."""
+        return {k: v for k, v in self.to_json().items() if k not in _BESIDE_THE_POINT}
