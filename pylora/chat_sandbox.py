@@ -1,0 +1,220 @@
+"""The sandbox that chat templates run in: Jinja's own, with bounds on work and size.
+
+Jinja's sandbox denies a template Python's internals; the bounds here deny it endless loops and
+giant strings. Loop rounds, calls, filters and operators spend from one budget for each render, and
+whatever can make a long text is checked before it is made. Needs the extra "text"; import it only
+where that is known to be there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from functools import lru_cache, wraps
+from typing import Any
+
+from jinja2 import Template, nodes
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
+
+MAX_TEXT = 1 << 24  # characters of any text that a template makes, entries of any list
+BUDGET = 1_000_000  # rounds, calls, filters and operators in one render
+MAX_NUMBER = 1 << 64
+
+_FILTERS = frozenset(
+    "abs capitalize count d default dictsort e escape first float int items join last length list "
+    "lower map max min reject rejectattr replace reverse round safe select selectattr sort string "
+    "striptags sum title trim truncate unique upper wordcount".split()
+)
+# String methods whose result can be far longer than what goes in.
+_GROWING = frozenset("center expandtabs format format_map ljust rjust translate zfill".split())
+
+_left: ContextVar[list[int]] = ContextVar("pylora_chat_budget")
+
+
+class TemplateFailure(Exception):
+    """What raise_exception and the bounds raise inside a template."""
+
+
+def _spend(amount: int) -> None:
+    left = _left.get()
+    left[0] -= amount
+    if left[0] < 0:
+        raise TemplateFailure(f"it takes more than {BUDGET} steps")
+
+
+def joined(pieces: Iterable[Any]) -> str:
+    """ "".join with a bound on the length."""
+    parts: list[str] = []
+    size = 0
+    for piece in pieces:
+        text = str(piece)
+        size += len(text)
+        if size > MAX_TEXT:
+            raise TemplateFailure(f"it makes a text of more than {MAX_TEXT} characters")
+        parts.append(text)
+    return "".join(parts)
+
+
+def _rounds(items: Iterable[Any]) -> Iterator[Any]:
+    """What every `for` in a template goes through: one step of the budget for each round."""
+    for item in items:
+        _spend(1)
+        yield item
+
+
+def _length(x: Any) -> int:
+    return len(x) if isinstance(x, (str, bytes, list, tuple, dict)) else 0
+
+
+def _counted(function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)  # keeps Jinja's marks of what to pass
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        _spend(1 + sum(_length(a) for a in args) // 64)
+        return function(*args, **kwargs)
+
+    return counted
+
+
+def _replace(text: str, old: str, new: str, count: int = -1) -> str:
+    grown = len(text) + max(text.count(old), 0) * len(new)
+    if grown > MAX_TEXT:
+        raise TemplateFailure(f"it makes a text of more than {MAX_TEXT} characters")
+    return text.replace(old, new, count)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_: Any) -> str:
+    if indent is not None and not 0 <= indent <= 16:
+        raise TemplateFailure(f"tojson with an indent of {indent}")
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+
+
+def _indent(text: str, width: int = 4, first: bool = False, blank: bool = False) -> str:
+    if not 0 <= int(width) <= 64:
+        raise TemplateFailure(f"indent with a width of {width}")
+    pad = " " * int(width)
+    lines = [pad + line if line or blank else line for line in str(text).splitlines()]
+    shown = joined(f"{line}\n" for line in lines)[:-1]
+    return shown if first or not lines else shown[len(pad) if lines[0] else 0 :]
+
+
+def _raise_exception(message: Any = "") -> None:
+    raise TemplateFailure(f"it refuses these messages: {message}")
+
+
+def _whole(x: Any) -> int:
+    return x if isinstance(x, int) else 0
+
+
+def _replace_filter(text: Any, old: Any, new: Any, count: int | None = None) -> str:
+    return _replace(str(text), str(old), str(new), -1 if count is None else count)
+
+
+def _join_filter(items: Iterable[Any], d: Any = "", attribute: str | None = None) -> str:
+    if attribute is not None:
+        items = (item[attribute] for item in items)
+    parts: list[Any] = []
+    for item in items:
+        parts += [d, item] if parts else [item]
+        _spend(1)
+    return joined(parts)
+
+
+class Bounds(NodeTransformer):
+    """Sends every loop and every `~` through the functions above."""
+
+    def visit_For(self, node: Any) -> Any:
+        self.generic_visit(node)
+        node.iter = nodes.Filter(node.iter, "_rounds", [], [], None, None)
+        return node
+
+    def visit_Concat(self, node: Any) -> Any:
+        self.generic_visit(node)
+        return nodes.Filter(nodes.List(node.nodes), "_joined", [], [], None, None)
+
+
+class Generation(Extension):
+    """{% generation %}: transformers' mark of the assistant's tokens; here only its content."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class Environment(ImmutableSandboxedEnvironment):
+    intercepted_binops = frozenset(("+", "*", "**", "%"))
+    concat = staticmethod(joined)
+
+    def _parse(self, *args: Any) -> Any:
+        return Bounds().visit(super()._parse(*args))
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        if isinstance(obj, str) and attr in _GROWING:
+            return False
+        return bool(super().is_safe_attribute(obj, attr, value))
+
+    def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+        _spend(1 + sum(_length(a) for a in args) // 64)
+        text = getattr(function, "__self__", None)
+        if isinstance(text, str) and function.__name__ == "replace":
+            return _replace(text, *args, **kwargs)
+        if isinstance(text, str) and function.__name__ == "join":
+            items = [str(a) for a in args[0]]
+            joined([*items, text * min(len(items), MAX_TEXT // (len(text) or 1) + 1)])
+            return text.join(items)
+        return super().call(context, function, *args, **kwargs)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        _spend(1)
+        sizes = _length(left), _length(right)
+        if operator == "+":
+            size = sum(sizes)
+        elif operator == "*" and any(sizes):
+            size = max(sizes) * max(_whole(left), _whole(right))
+        elif operator == "%" and isinstance(left, str):
+            raise TemplateFailure("the operator % on text is not supported; use ~ instead")
+        elif operator == "**" or abs(_whole(left)) > MAX_NUMBER or abs(_whole(right)) > MAX_NUMBER:
+            raise TemplateFailure("powers and giant numbers are not supported")
+        else:
+            size = 0
+        if size > MAX_TEXT:
+            raise TemplateFailure(f"it makes a text or list of more than {MAX_TEXT} entries")
+        return super().call_binop(context, operator, left, right)
+
+
+@lru_cache(maxsize=1)
+def _environment() -> Environment:
+    environment = Environment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
+    )
+    kept = {name: f for name, f in environment.filters.items() if name in _FILTERS}
+    bounded = {
+        "tojson": _tojson,
+        "indent": _indent,
+        "replace": _replace_filter,
+        "join": _join_filter,
+    }
+    environment.filters = {name: _counted(f) for name, f in (kept | bounded).items()}
+    environment.filters |= {"_rounds": _rounds, "_joined": joined}
+    environment.globals = {
+        name: environment.globals[name] for name in ("range", "dict", "namespace")
+    } | {"raise_exception": _raise_exception}
+    return environment
+
+
+@lru_cache(maxsize=8)
+def _compile(template: str) -> Template:
+    return _environment().from_string(template)
+
+
+def render(template: str, variables: dict[str, Any]) -> str:
+    """Renders within the bounds; raises whatever Jinja, the bounds or the template raise."""
+    token = _left.set([BUDGET])
+    try:
+        return joined(_compile(template).generate(variables))
+    finally:
+        _left.reset(token)
