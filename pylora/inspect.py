@@ -10,13 +10,21 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pylora.config import LlamaConfig
+from pylora.config import LlamaConfig, ModuleSpec
+from pylora.errors import PlanError
+from pylora.formats.safetensors import SafeTensors
+from pylora.peft import WEIGHTS
 from pylora.types import Array, LoRA
 
+_KEY = re.compile(
+    r"base_model\.model\.(?P<path>.+)\."
+    r"(?P<part>lora_embedding_[AB]|lora_[AB](?=\.weight)|base_layer\.bias)(?:\.weight)?"
+)
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 
@@ -48,6 +56,29 @@ class ModuleStats:
         """Squared Frobenius norm over squared spectral norm: 1 .. rank; 0 for a delta of zero."""
         largest = self.singular_values[0] if self.singular_values else 0.0
         return (self.norm / largest) ** 2 if largest > 0 else 0.0
+
+
+def modules_of(directory: str | Path) -> dict[str, ModuleSpec]:
+    """The modules that a PEFT directory has A and B for, by the shapes in its file.
+
+    It stands in for a model's modules where there is no model to check the adapter against; names
+    in the adapter's config that match none of these are then an error that a model would not give.
+    """
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    with SafeTensors(Path(directory) / WEIGHTS) as file:
+        for key in file.tensors:
+            if found := _KEY.fullmatch(key):
+                shapes.setdefault(found["path"], {})[found["part"]] = file.shape(key)
+        where = file.path
+    modules = {}
+    for path, parts in shapes.items():
+        kind = "embedding" if "lora_embedding_A" in parts else "linear"
+        A, B = (f"lora_{'embedding_' * (kind == 'embedding')}{letter}" for letter in "AB")
+        if len(parts.get(A, ())) != 2 or len(parts.get(B, ())) != 2:
+            raise PlanError(f"{where}: {path} needs both {A} and {B}, each with two dimensions")
+        bias = "base_layer.bias" in parts
+        modules[path] = ModuleSpec(kind, parts[B][0], parts[A][1], bias)
+    return modules
 
 
 def singular_values(lora: LoRA) -> Array:

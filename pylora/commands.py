@@ -1,0 +1,460 @@
+"""The verbs of the command line: thin faces on the Python functions of the same names.
+
+A verb reads its arguments, calls, and prints; what it does is documented where it is done. Imports
+of the heavier parts are inside the verbs, so that `pylora --help` is quick. Needs the `cli` extra.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pylora.cli import verb
+from pylora.console import Console, megabytes
+from pylora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pylora.loraconfig import LoraConfig
+    from pylora.train import TrainResult
+
+app = typer.Typer(
+    help="LoRA without a deep-learning framework: train, run, merge and inspect adapters.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[Path, typer.Argument(help="GGUF file or Hugging Face directory")]
+AdapterDir = Annotated[Path, typer.Argument(help="PEFT directory")]
+Seed = Annotated[int, typer.Option(help="of everything that is drawn at random")]
+Rank = Annotated[int, typer.Option("--rank", "-r", help="rank of A and B")]
+Alpha = Annotated[float | None, typer.Option(help="lora_alpha; default: twice the rank")]
+Targets = Annotated[
+    str, typer.Option(help="modules, separated by commas; or a regular expression; or all-linear")
+]
+RsLora = Annotated[bool, typer.Option(help="scale by alpha / sqrt(r) in place of alpha / r")]
+
+
+@app.callback()
+@verb
+def common(
+    backend: Annotated[str | None, typer.Option(help="c or numpy; default: c where built")] = None,
+) -> None:
+    """LoRA without a deep-learning framework: train, run, merge and inspect adapters."""
+    if backend is not None:
+        import pylora
+
+        pylora.use(backend)
+
+
+@app.command()
+@verb
+def train(
+    model: Model,
+    data: Annotated[Path, typer.Argument(help="JSONL: prompt and completion, messages, or text")],
+    out: Annotated[Path, typer.Argument(help="folder of the run; the adapter is in OUT/adapter")],
+    eval_data: Annotated[Path | None, typer.Option("--eval", help="JSONL to evaluate on")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="adapter_config.json, in place of the options below")
+    ] = None,
+    rank: Rank = 8,
+    alpha: Alpha = None,
+    targets: Targets = "q_proj,k_proj,v_proj,o_proj",
+    rslora: RsLora = False,
+    dropout: Annotated[float, typer.Option(help="lora_dropout")] = 0.0,
+    learning_rate: Annotated[float, typer.Option("--lr", help="peak learning rate")] = 2e-4,
+    epochs: Annotated[int, typer.Option(help="passes over the data")] = 1,
+    steps: Annotated[int | None, typer.Option(help="updates, in place of epochs")] = None,
+    batch_size: Annotated[int, typer.Option(help="examples per update")] = 8,
+    accumulation: Annotated[int, typer.Option(help="micro-batches per update")] = 1,
+    packing: Annotated[bool, typer.Option(help="fill batches up to --max-tokens")] = False,
+    max_tokens: Annotated[int | None, typer.Option(help="tokens per micro-batch")] = None,
+    max_length: Annotated[int | None, typer.Option(help="most tokens of a record")] = None,
+    truncate: Annotated[bool, typer.Option(help="cut longer records; else an error")] = False,
+    schedule: Annotated[str, typer.Option(help="cosine, linear or constant")] = "cosine",
+    warmup: Annotated[int, typer.Option(help="steps of warm-up")] = 0,
+    weight_decay: float = 0.0,
+    lora_plus: Annotated[float, typer.Option(help="rate of B over rate of A (LoRA+)")] = 1.0,
+    recompute: Annotated[bool, typer.Option(help="gradient checkpointing")] = False,
+    eval_every: Annotated[int | None, typer.Option(help="steps between evaluations")] = None,
+    save_every: Annotated[int | None, typer.Option(help="steps between checkpoints")] = None,
+    resume: Annotated[bool, typer.Option(help="continue the run in OUT, bit for bit")] = False,
+    overwrite: Annotated[bool, typer.Option(help="replace the run in OUT")] = False,
+    seed: Seed = 0,
+) -> None:
+    """Fine-tune an adapter. Writes OUT/adapter (PEFT), log.jsonl, loss.png and checkpoints."""
+    from pylora.adapter import Adapter
+    from pylora.examples import load_examples
+    from pylora.formats import open_checkpoint
+    from pylora.model import Llama
+    from pylora.plan import resolve
+    from pylora.train import TrainConfig
+    from pylora.train import train as run
+
+    settings = TrainConfig(
+        learning_rate=learning_rate,
+        epochs=epochs,
+        steps=steps,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        packing=packing,
+        max_tokens=max_tokens,
+        schedule=schedule,
+        warmup_steps=warmup,
+        weight_decay=weight_decay,
+        lora_plus_ratio=lora_plus,
+        recompute=recompute,
+        seed=seed,
+        eval_every=eval_every,
+        save_every=save_every,
+    )
+    screen = Console()
+    with open_checkpoint(model) as checkpoint:
+        tokenizer = checkpoint.tokenizer()
+        lora = _lora_config(config, rank, alpha, targets, rslora, dropout, checkpoint.path)
+        plan = resolve(lora, checkpoint.config.modules())
+        limit = {"max_length": max_length, "too_long": "truncate" if truncate else "error"}
+        examples = load_examples(data, tokenizer, **limit)  # type: ignore[arg-type]
+        evals = load_examples(eval_data, tokenizer, **limit) if eval_data else None  # type: ignore[arg-type]
+        llama = Llama.from_checkpoint(checkpoint)
+        adapter = Adapter.init(plan, lora, seed, base=checkpoint.load)
+    screen.say(
+        f"{len(examples):,} examples; {adapter.num_parameters:,} trainable parameters "
+        f"({100 * adapter.num_parameters / llama.config.num_parameters:.2f} %)"
+    )
+    if examples.truncated:
+        screen.say(f"{examples.truncated:,} examples were cut to {max_length} tokens")
+    with screen.training() as on_step:
+        result = run(
+            llama,
+            adapter,
+            examples,
+            settings,
+            out,
+            evals,
+            on_step,
+            resume=resume,
+            overwrite=overwrite,
+        )
+    _after_training(screen, result, out)
+
+
+def _after_training(screen: Console, result: TrainResult, out: Path) -> None:
+    from pylora.errors import MissingExtraError
+    from pylora.plots import loss_curve, sparkline
+
+    screen.say(
+        f"loss {result.losses[0]:.4f} {sparkline(result.losses)} {result.losses[-1]:.4f}; "
+        f"{result.tokens_per_second:.0f} tokens/s"
+    )
+    if result.evaluation is not None:
+        e = result.evaluation
+        screen.say(f"evaluation: loss {e.nll:.4f}, perplexity {e.perplexity:.2f}")
+    try:
+        loss_curve(out / "loss.png", result.losses)
+    except MissingExtraError as error:
+        screen.say(f"no picture of the loss: {error}")
+    screen.say(f"adapter: {out / 'adapter'}")
+
+
+def _lora_config(
+    file: Path | None,
+    rank: int,
+    alpha: float | None,
+    targets: str,
+    rslora: bool,
+    dropout: float,
+    base: Path,
+) -> LoraConfig:
+    """The settings in an adapter_config.json, or those of the options."""
+    from pylora.files import read_text
+    from pylora.loraconfig import LoraConfig
+
+    if file is not None:
+        return LoraConfig.from_json(read_text(file, limit=1 << 24), str(file))
+    names = tuple(name.strip() for name in targets.split(",") if name.strip())
+    plain = all(name.replace("_", "").replace(".", "").isalnum() for name in names)
+    listed = plain and targets.strip().lower() != "all-linear"
+    return LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,
+        target_modules=names if listed else targets.strip(),
+        use_rslora=rslora,
+        lora_dropout=dropout,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base.name,
+    )
+
+
+@app.command()
+@verb
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="text to continue, or with --chat a question")],
+    adapter: Annotated[Path | None, typer.Option(help="PEFT directory")] = None,
+    chat: Annotated[bool, typer.Option(help="through the model's chat template")] = False,
+    system: Annotated[str | None, typer.Option(help="system message, with --chat")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n")] = 128,
+    temperature: Annotated[float, typer.Option(help="0: greedy")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="0: all")] = 0,
+    top_p: float = 1.0,
+    seed: Seed = 0,
+) -> None:
+    """Continue a text, with or without an adapter; words appear as they come."""
+    from pylora.adapter import Adapter
+    from pylora.formats import open_checkpoint
+    from pylora.generate import generate as run
+    from pylora.model import Llama
+
+    if system is not None and not chat:
+        raise ConfigError("--system needs --chat")
+    with open_checkpoint(model) as checkpoint:
+        tokenizer = checkpoint.tokenizer()
+        loaded = None
+        if adapter is not None:
+            modules = checkpoint.config.modules()
+            loaded = Adapter.load(adapter, modules, base=checkpoint.load)
+        llama = Llama.from_checkpoint(checkpoint)
+    if loaded is not None:
+        llama.attach(loaded)
+    if chat:
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        messages.append({"role": "user", "content": prompt})
+        ids = tokenizer.encode(tokenizer.apply_chat(messages, add_generation_prompt=True))
+    else:
+        ids = tokenizer.encode(prompt, bos=tokenizer.add_bos)
+    stream = _Stream(tokenizer)
+    run(
+        llama,
+        [ids],
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        eos_ids=tokenizer.eos_ids,
+        on_token=stream,
+    )
+    stream.end()
+
+
+class _Stream:
+    """Prints text as its tokens come; a character that is not whole yet waits for its rest."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.ids, self.shown = tokenizer, list[int](), 0
+
+    def __call__(self, row: int, token: int) -> None:
+        self.ids.append(token)
+        self._show(self.tokenizer.decode(self.ids).rstrip("�"))
+
+    def _show(self, text: str) -> None:
+        print(text[self.shown :], end="", flush=True)
+        self.shown = max(self.shown, len(text))
+
+    def end(self) -> None:
+        self._show(self.tokenizer.decode(self.ids))
+        print()
+
+
+@app.command()
+@verb
+def merge(
+    model: Model,
+    adapter: AdapterDir,
+    out: Annotated[Path, typer.Argument(help="new Hugging Face directory")],
+    dtype: Annotated[
+        str | None, typer.Option(help="f32, f16 or bf16; default: as the model is stored")
+    ] = None,
+) -> None:
+    """Write the model with the adapter merged into it, for transformers and for `unmerge`."""
+    from pylora.merge import merge_checkpoint
+
+    _print_report(merge_checkpoint(model, adapter, out, dtype))
+
+
+@app.command()
+@verb
+def unmerge(
+    merged: Annotated[Path, typer.Argument(help="directory that `pylora merge` wrote")],
+    out: Annotated[Path, typer.Argument(help="new Hugging Face directory")],
+) -> None:
+    """Take the adapter out of a merged model again: the original weights, bit for bit."""
+    from pylora.merge import unmerge_checkpoint
+
+    _print_report(unmerge_checkpoint(merged, out))
+
+
+def _print_report(report: Any) -> None:
+    values = report if isinstance(report, dict) else vars(report)
+    for name, value in values.items():
+        print(f"{name.replace('_', ' ')}: {value}")
+
+
+@app.command()
+@verb
+def plan(
+    model: Model,
+    adapter: Annotated[
+        Path | None, typer.Argument(help="PEFT directory or adapter_config.json")
+    ] = None,
+    rank: Rank = 8,
+    alpha: Alpha = None,
+    targets: Targets = "q_proj,k_proj,v_proj,o_proj",
+    rslora: RsLora = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object per module")] = False,
+) -> None:
+    """Show each module that an adapter would touch: r, alpha, scale, and the rules behind them."""
+    from pylora.formats import open_checkpoint
+    from pylora.plan import resolve
+
+    file = adapter / "adapter_config.json" if adapter and adapter.is_dir() else adapter
+    with open_checkpoint(model) as checkpoint:
+        config = _lora_config(file, rank, alpha, targets, rslora, 0.0, checkpoint.path)
+        resolved = resolve(config, checkpoint.config.modules())
+        total = checkpoint.config.num_parameters
+    if as_json:
+        for entry in resolved.entries:
+            print(json.dumps(vars(entry)))
+        return
+    rows = [
+        (e.path, f"{e.d} × {e.k}", e.r, f"{e.alpha:g}", f"{e.scale:g}", _rules(e))
+        for e in resolved.entries
+    ]
+    screen = Console()
+    screen.table(
+        ("module", "d × k", "r", "alpha", "scale", "because of"),
+        rows,
+        right=("d × k", "r", "alpha", "scale"),
+    )
+    if resolved.bias_only:
+        screen.say(f"and the biases of {len(resolved.bias_only)} modules without LoRA")
+    screen.say(
+        f"{len(resolved.entries)} modules, {resolved.num_parameters:,} trainable parameters, "
+        f"{100 * resolved.num_parameters / total:.3f} % of {total:,}"
+    )
+
+
+def _rules(entry: Any) -> str:
+    return "; ".join((entry.rule_target, entry.rule_r, entry.rule_alpha, entry.rule_scale))
+
+
+@app.command()
+@verb
+def inspect(
+    adapter: Annotated[Path | None, typer.Argument(help="PEFT directory")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="check the adapter against this model's modules")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="PNG to draw")] = None,
+    numbers: Annotated[
+        bool, typer.Option("--numbers", help="the parameter counts LoRA is known by, computed")
+    ] = False,
+) -> None:
+    """Show how far an adapter moves each module: norm and singular values of its delta."""
+    from pylora.inspect import numbers as compute_numbers
+
+    screen = Console()
+    if numbers:
+        rows = [
+            (
+                n.what,
+                n.rank,
+                f"{n.trainable:,}",
+                f"{n.full:,}",
+                f"{100 * n.trainable / n.full:.3f} %",
+            )
+            for n in compute_numbers()
+        ]
+        columns = ("weight", "r", "trainable with LoRA", "all", "share")
+        screen.table(columns, rows, right=columns[1:])
+    if adapter is None:
+        if not numbers:
+            raise ConfigError("name a PEFT directory to inspect, or give --numbers")
+        return
+    _inspect_adapter(screen, adapter, model, picture)
+
+
+def _inspect_adapter(
+    screen: Console, directory: Path, model: Path | None, picture: Path | None
+) -> None:
+    from pylora.adapter import Adapter
+    from pylora.formats import open_checkpoint
+    from pylora.inspect import inspect as measure
+    from pylora.inspect import modules_of
+    from pylora.plots import adapter_picture
+
+    if model is None:
+        adapter = Adapter.load(directory, modules_of(directory))
+    else:
+        with open_checkpoint(model) as checkpoint:
+            adapter = Adapter.load(directory, checkpoint.config.modules(), base=checkpoint.load)
+    stats = measure(adapter)
+    screen.table(
+        ("module", "d × k", "r", "scale", "norm", "stable rank", "singular values"),
+        [
+            (
+                s.path,
+                f"{s.d} × {s.k}",
+                s.rank,
+                f"{s.scale:g}",
+                f"{s.norm:.4g}",
+                f"{s.stable_rank:.2f}",
+                _first(s.singular_values),
+            )
+            for s in stats
+        ],
+        right=("d × k", "r", "scale", "norm", "stable rank"),
+    )
+    full = sum(s.d * s.k for s in stats)
+    screen.say(
+        f"{adapter.num_parameters:,} parameters ({megabytes(4 * adapter.num_parameters)} in "
+        f"float32) in {len(stats)} modules whose weights have {full:,}: "
+        f"{100 * adapter.num_parameters / full:.2f} %"
+    )
+    if picture is not None:
+        adapter_picture(picture, stats, title=f"Adapter {directory.name}: {len(stats)} modules")
+        screen.say(f"picture: {picture}")
+
+
+def _first(values: Sequence[float], most: int = 5) -> str:
+    shown = " ".join(f"{value:.3g}" for value in values[:most])
+    return shown + (" …" if len(values) > most else "")
+
+
+@app.command()
+@verb
+def demo(
+    model: Annotated[
+        Path | None, typer.Option(help="GGUF file or folder, in place of the downloaded model")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="folder for everything it writes")] = Path("out/demo"),
+    short: Annotated[bool, typer.Option("--short", help="fewer steps and items")] = False,
+    steps: Annotated[int | None, typer.Option(min=1, help="training steps")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Teach SmolLM2-135M a notation, measured before and after: minutes on two cores."""
+    from dataclasses import replace
+
+    from pylora.demo import SHORT, Settings, run
+
+    settings = replace(SHORT if short else Settings(), seed=seed)
+    if steps is not None:
+        settings = replace(settings, steps=steps)
+    # With another model or length nobody knows what to expect: then the figures are only shown.
+    run(out, model=model, settings=settings, judge=model is None and steps is None)
+
+
+@app.command()
+@verb
+def info() -> None:
+    """Show versions, backends, the instruction set in use and the number of threads."""
+    from pylora import build_info
+
+    for name, value in build_info().items():
+        print(f"{name}: {', '.join(value) if isinstance(value, list) else value}")
