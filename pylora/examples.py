@@ -7,15 +7,16 @@ Three kinds of record, one kind per file, one record per line:
     {"text": "..."}                            loss on every token and the end-of-sequence token
 
 Prompt and completion are encoded apart, as they are when a prompt is continued by generation; so
-are the turns of a chat. Fields of other names are left alone. Nothing is skipped or shortened
-silently: a record that cannot be used is a DataError that names the file and the line.
+are the turns of a chat. A sequence starts with the begin-of-sequence token if the tokenizer says so
+(in a chat: if the template says so). Fields of other names are left alone. Nothing is skipped or
+shortened silently: a record that cannot be used is a DataError that names the file and the line.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, overload
 
@@ -28,15 +29,17 @@ from pylora.reference import IGNORE
 
 
 class Tokenizer(Protocol):
-    """What this module asks of a tokenizer; pylora.formats.text.Tokenizer is one."""
+    """What this module asks of a tokenizer; pylora.text.Tokenizer is one."""
 
     @property
     def eos_ids(self) -> Sequence[int]: ...
+    @property
+    def add_bos(self) -> bool: ...
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str, *, bos: bool = False) -> list[int]: ...
 
     def apply_chat(
-        self, messages: list[dict[str, Any]], add_generation_prompt: bool = False
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False
     ) -> str: ...
 
 
@@ -52,14 +55,16 @@ class Example:
     def of(cls, tokens: Sequence[int], counted: Sequence[bool], where: str = "example") -> Example:
         """From n + 1 tokens; counted[t] says whether predicting tokens[t] counts in the loss.
 
-        The first token is predicted by nothing. DataError where no token is left to predict.
+        The first token is predicted by nothing; tokens behind the last one that counts are left
+        out, as nothing depends on them. DataError where no token is left to predict.
         """
         t, c = np.asarray(tokens, np.int64).reshape(-1), np.asarray(counted, bool).reshape(-1)
         if t.shape != c.shape:
             raise DataError(f"{where}: {t.size} tokens but {c.size} flags of which count")
         if not c[1:].any():
             raise DataError(f"{where}: there is no token to learn after the first one")
-        return cls(t[:-1].copy(), np.where(c[1:], t[1:], IGNORE), where)
+        end = int(np.flatnonzero(c)[-1])
+        return cls(t[:end].copy(), np.where(c[1 : end + 1], t[1 : end + 1], IGNORE), where)
 
     def __len__(self) -> int:
         return int(self.ids.size)
@@ -195,13 +200,14 @@ def _closed(tokens: list[int], tokenizer: Tokenizer) -> list[int]:
 
 
 def _encode_pair(record: dict[str, Any], tokenizer: Tokenizer, where: str) -> Encoded:
-    prompt = tokenizer.encode(string(record, "prompt", where))
+    prompt = tokenizer.encode(string(record, "prompt", where), bos=tokenizer.add_bos)
     completion = _closed(tokenizer.encode(string(record, "completion", where)), tokenizer)
     return prompt + completion, [False] * len(prompt) + [True] * len(completion)
 
 
 def _encode_text(record: dict[str, Any], tokenizer: Tokenizer, where: str) -> Encoded:
-    tokens = _closed(tokenizer.encode(string(record, "text", where)), tokenizer)
+    text = string(record, "text", where)
+    tokens = _closed(tokenizer.encode(text, bos=tokenizer.add_bos), tokenizer)
     return tokens, [True] * len(tokens)
 
 
