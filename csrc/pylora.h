@@ -120,10 +120,10 @@ typedef enum pylora_rope_layout {
   PYLORA_ROPE_INTERLEAVED = 1, /* pairs (2i, 2i + 1): the paper, GGUF's Llama */
 } pylora_rope_layout;
 
-typedef struct pylora_adamw {
-  float lr, beta1, beta2, eps, weight_decay;
-  float grad_scale; /* the gradient is multiplied by this first (clipping); 1: unchanged */
-  int64_t step;     /* 1 for the first step */
+typedef struct pylora_adamw { /* doubles: 1 - 0.999 of a float is off by 1e-5 */
+  double lr, beta1, beta2, eps, weight_decay;
+  double grad_scale; /* the gradient is multiplied by this first (clipping); 1: unchanged */
+  int64_t step;      /* 1 for the first step */
 } pylora_adamw;
 
 /* ---- packing ---------------------------------------------------------------------------- */

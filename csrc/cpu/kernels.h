@@ -23,7 +23,35 @@ typedef struct pylora_kernels {
   /* One 32 x 32 tile: dst[j*32 + i] = src[i*32 + j]. */
   void (*transpose32)(const float *src, float *dst);
 
-#include "rows_table.h" /* loops over one row: norms, softmax, SwiGLU, AdamW */
+  /* Loops over one row of n elements (rows.inc). An element has the same bits in a full vector and in
+   * the tail, and sums are in an order fixed by n alone. Outputs may be inputs, element for element. */
+  float (*sum_squares)(int64_t n, const float *x);
+  float (*dot)(int64_t n, const float *a, const float *b);
+  void (*scale)(int64_t n, const float *x, float s, float *y); /* y = x s */
+  /* y = x r w */
+  void (*rms_forward)(int64_t n, const float *x, const float *w, float r, float *y);
+  /* dx = (add ? dx : 0) + r (dy w - x r² mean(dy w x)) */
+  void (*rms_backward)(int64_t n, const float *dy, const float *x, const float *w, float r, float *dx,
+                       int add);
+  void (*rms_weight)(int64_t n, const float *dy, const float *x, float r, float *dw); /* dw += dy x r */
+  /* (ya, yb) = (a c - b s, b c + a s): the pair rotated */
+  void (*rotate)(int64_t n, const float *a, const float *b, const float *c, const float *s, int inverse,
+                 float *ya, float *yb);
+  void (*swiglu_forward)(int64_t n, const float *gate, const float *up, float *y);
+  void (*swiglu_backward)(int64_t n, const float *dy, const float *gate, const float *up, float *dgate,
+                          float *dup);
+  void (*exp_sum)(int64_t n, const float *x, float *top, float *sum); /* max x, sum exp(x - max x) */
+  void (*exp_scaled)(int64_t n, const float *x, float lse, float weight, float *y); /* weight exp(x - lse) */
+  /* param, m, v after one step; c: see pylora_adamw_step */
+  void (*adamw)(int64_t n, float *param, const float *grad, float *m, float *v, const float *c);
+
+  /* Loops over the columns of a panel s [n][32], of which the first `cols` are used: a column is one
+   * query of the attention, a row is one key.
+   * s = exp(s - top), top = max over the rows, sum = sum over the rows of the new s, in order */
+  void (*softmax_columns)(int64_t n, int cols, float *s, float *top, float *sum);
+  /* s = P = exp(s - lse);  dp = scale P (dp - delta) */
+  void (*softmax_columns_backward)(int64_t n, int cols, float *s, float *dp, const float *lse,
+                                   const float *delta, float scale);
 } pylora_kernels;
 
 extern const pylora_kernels pylora_kernels_portable;

@@ -1,0 +1,259 @@
+/* transformer.c - what a Llama block needs besides linear layers and attention: RMSNorm, rotary
+ * embedding, SwiGLU and the token embedding, each with its backward. Rows are independent tasks; sums
+ * over rows (dw, dW) are split by columns instead, so that each is added up in the order of the rows. */
+#include <math.h>
+
+#include "internal.h"
+
+enum {
+  WORK = 16 * 1024 /* elements per task: microseconds, against the cost of handing it over */
+};
+
+/* Tasks of several rows each: fn(ctx, first, end). */
+typedef struct rows {
+  void (*fn)(const void *ctx, int64_t first, int64_t end);
+  const void *ctx;
+  int64_t n, per_task;
+} rows;
+
+static void rows_task(void *ctx, int64_t task, int thread) {
+  (void)thread;
+  const rows *r = ctx;
+  r->fn(r->ctx, task * r->per_task, min64((task + 1) * r->per_task, r->n));
+}
+
+/* n pieces of `elements` each, in parallel. */
+static void each_row(void (*fn)(const void *, int64_t, int64_t), const void *ctx, int64_t n,
+                     int64_t elements) {
+  rows r = {fn, ctx, n, max64(1, WORK / max64(1, elements))};
+  pylora_parallel(rows_task, &r, ceil_div(n, r.per_task), pylora_num_threads());
+}
+
+/* ---- RMSNorm ---- */
+
+typedef struct norm {
+  const pylora_kernels *K;
+  const pylora_mat *x, *dy, *y; /* y: the result, dx in backward */
+  const float *w;
+  float eps, *rstd;
+  const float *rstd_in;
+  int add;
+  float *dw;
+} norm;
+
+static void norm_rows(const void *ctx, int64_t first, int64_t end) {
+  const norm *f = ctx;
+  const int64_t k = f->x->cols;
+  for (int64_t i = first; i < end; i++) {
+    const float *x = f->x->p + i * f->x->ld;
+    f->rstd[i] = 1.0f / sqrtf(f->K->sum_squares(k, x) / (float)k + f->eps);
+    f->K->rms_forward(k, x, f->w, f->rstd[i], f->y->p + i * f->y->ld);
+  }
+}
+
+int pylora_rms_norm_forward(const pylora_mat *x, const float *w, float eps, const pylora_mat *y,
+                            float *rstd) {
+  if (!x || !y) return PYLORA_E_NULL;
+  const int64_t m = x->rows, k = x->cols;
+  TRY(check_mat(x, m, k, 0));
+  TRY(check_mat(y, m, k, 1));
+  if (m == 0) return PYLORA_OK;
+  if (k == 0) return PYLORA_E_SHAPE; /* the mean of nothing */
+  if (!w || !rstd) return PYLORA_E_NULL;
+  const norm f = {.K = pylora_table(), .x = x, .y = y, .w = w, .eps = eps, .rstd = rstd};
+  each_row(norm_rows, &f, m, k);
+  return PYLORA_OK;
+}
+
+static void norm_back_rows(const void *ctx, int64_t first, int64_t end) {
+  const norm *f = ctx;
+  for (int64_t i = first; i < end; i++)
+    f->K->rms_backward(f->x->cols, f->dy->p + i * f->dy->ld, f->x->p + i * f->x->ld, f->w,
+                       f->rstd_in[i], f->y->p + i * f->y->ld, f->add);
+}
+
+static void norm_weight_columns(const void *ctx, int64_t first, int64_t end) {
+  const norm *f = ctx;
+  memset(f->dw + first, 0, (size_t)(end - first) * sizeof(float));
+  for (int64_t i = 0; i < f->x->rows; i++)
+    f->K->rms_weight(end - first, f->dy->p + i * f->dy->ld + first, f->x->p + i * f->x->ld + first,
+                     f->rstd_in[i], f->dw + first);
+}
+
+int pylora_rms_norm_backward(const pylora_mat *dy, const pylora_mat *x, const float *w,
+                             const float *rstd, const pylora_mat *dx, int add_dx, float *dw) {
+  if (!x || !dy || !dx) return PYLORA_E_NULL;
+  const int64_t m = x->rows, k = x->cols;
+  TRY(check_mat(x, m, k, 0));
+  TRY(check_mat(dy, m, k, 0));
+  TRY(check_mat(dx, m, k, 1));
+  if (m && k == 0) return PYLORA_E_SHAPE;
+  if (m && (!w || !rstd)) return PYLORA_E_NULL;
+  const norm f = {.K = pylora_table(),
+                  .x = x,
+                  .dy = dy,
+                  .y = dx,
+                  .w = w,
+                  .rstd_in = rstd,
+                  .add = add_dx,
+                  .dw = dw};
+  if (dw) each_row(norm_weight_columns, &f, k, max64(m, WORK / 128)); /* first: dx may be dy */
+  each_row(norm_back_rows, &f, m, k);
+  return PYLORA_OK;
+}
+
+/* ---- rotary embedding ---- */
+
+typedef struct rope {
+  const pylora_kernels *K;
+  const pylora_mat *x, *c, *s, *y;
+  const int64_t *position;
+  int64_t dim;
+  int layout, inverse;
+} rope;
+
+static void rope_rows(const void *ctx, int64_t first, int64_t end) {
+  const rope *f = ctx;
+  const int64_t half = f->dim / 2;
+  for (int64_t i = first; i < end; i++) {
+    const float *c = f->c->p + f->position[i] * f->c->ld, *s = f->s->p + f->position[i] * f->s->ld;
+    for (int64_t h = 0; h < f->x->cols; h += f->dim) {
+      const float *x = f->x->p + i * f->x->ld + h;
+      float *y = f->y->p + i * f->y->ld + h;
+      if (f->layout == PYLORA_ROPE_HALF) {
+        f->K->rotate(half, x, x + half, c, s, f->inverse, y, y + half);
+        continue;
+      }
+      for (int64_t j = 0; j < half; j++) {
+        const float a = x[2 * j], b = x[2 * j + 1], sin = f->inverse ? -s[j] : s[j];
+        y[2 * j] = a * c[j] - b * sin;
+        y[2 * j + 1] = b * c[j] + a * sin;
+      }
+    }
+  }
+}
+
+int pylora_rope(const pylora_mat *x, const pylora_mat *cosines, const pylora_mat *sines,
+                const int64_t *position, int32_t head_dim, int layout, int inverse,
+                const pylora_mat *y) {
+  if (!x || !cosines || !sines || !y) return PYLORA_E_NULL;
+  if (head_dim < 2 || head_dim % 2 || x->cols % head_dim) return PYLORA_E_SHAPE;
+  if (layout != PYLORA_ROPE_HALF && layout != PYLORA_ROPE_INTERLEAVED) return PYLORA_E_VALUE;
+  TRY(check_mat(x, x->rows, x->cols, 0));
+  TRY(check_mat(y, x->rows, x->cols, 1));
+  TRY(check_mat(cosines, cosines->rows, head_dim / 2, 0));
+  TRY(check_mat(sines, cosines->rows, head_dim / 2, 0));
+  if (x->rows && !position) return PYLORA_E_NULL;
+  for (int64_t i = 0; i < x->rows; i++)
+    if (position[i] < 0 || position[i] >= cosines->rows) return PYLORA_E_INDEX;
+  const rope f = {pylora_table(), x, cosines, sines, y, position, head_dim, layout, inverse};
+  each_row(rope_rows, &f, x->rows, x->cols);
+  return PYLORA_OK;
+}
+
+/* ---- SwiGLU ---- */
+
+typedef struct swiglu {
+  const pylora_kernels *K;
+  const pylora_mat *gate, *up, *y, *dy, *dgate, *dup;
+} swiglu;
+
+static void swiglu_rows(const void *ctx, int64_t first, int64_t end) {
+  const swiglu *f = ctx;
+  for (int64_t i = first; i < end; i++)
+    f->K->swiglu_forward(f->gate->cols, f->gate->p + i * f->gate->ld, f->up->p + i * f->up->ld,
+                         f->y->p + i * f->y->ld);
+}
+
+int pylora_swiglu_forward(const pylora_mat *gate, const pylora_mat *up, const pylora_mat *y) {
+  if (!gate || !up || !y) return PYLORA_E_NULL;
+  TRY(check_mat(gate, gate->rows, gate->cols, 0));
+  TRY(check_mat(up, gate->rows, gate->cols, 0));
+  TRY(check_mat(y, gate->rows, gate->cols, 1));
+  const swiglu f = {.K = pylora_table(), .gate = gate, .up = up, .y = y};
+  each_row(swiglu_rows, &f, gate->rows, gate->cols);
+  return PYLORA_OK;
+}
+
+static void swiglu_back_rows(const void *ctx, int64_t first, int64_t end) {
+  const swiglu *f = ctx;
+  for (int64_t i = first; i < end; i++)
+    f->K->swiglu_backward(f->gate->cols, f->dy->p + i * f->dy->ld, f->gate->p + i * f->gate->ld,
+                          f->up->p + i * f->up->ld, f->dgate->p + i * f->dgate->ld,
+                          f->dup->p + i * f->dup->ld);
+}
+
+int pylora_swiglu_backward(const pylora_mat *dy, const pylora_mat *gate, const pylora_mat *up,
+                           const pylora_mat *dgate, const pylora_mat *dup) {
+  if (!dy || !gate || !up || !dgate || !dup) return PYLORA_E_NULL;
+  const int64_t m = gate->rows, n = gate->cols;
+  TRY(check_mat(gate, m, n, 0));
+  TRY(check_mat(up, m, n, 0));
+  TRY(check_mat(dy, m, n, 0));
+  TRY(check_mat(dgate, m, n, 1));
+  TRY(check_mat(dup, m, n, 1));
+  const swiglu f = {pylora_table(), gate, up, NULL, dy, dgate, dup};
+  each_row(swiglu_back_rows, &f, m, n);
+  return PYLORA_OK;
+}
+
+/* ---- embedding ---- */
+
+typedef struct embedding {
+  const int64_t *ids;
+  const float *W;
+  int64_t m, k;
+  const pylora_mat *y;
+} embedding;
+
+static void gather_rows(const void *ctx, int64_t first, int64_t end) {
+  const embedding *f = ctx;
+  for (int64_t i = first; i < end; i++) {
+    const int64_t id = f->ids[i];
+    const float *w = f->W + id / PYLORA_PANEL * PYLORA_PANEL * f->k + id % PYLORA_PANEL;
+    float *y = f->y->p + i * f->y->ld;
+    for (int64_t j = 0; j < f->k; j++) y[j] = w[j * PYLORA_PANEL];
+  }
+}
+
+static int check_ids(const int64_t *ids, int64_t m, int64_t vocab) {
+  if (m && !ids) return PYLORA_E_NULL;
+  for (int64_t i = 0; i < m; i++)
+    if (ids[i] < 0 || ids[i] >= vocab) return PYLORA_E_INDEX;
+  return PYLORA_OK;
+}
+
+int pylora_embedding_forward(const int64_t *ids, int64_t m, const pylora_packed *W,
+                             const pylora_mat *y) {
+  if (!W || !y) return PYLORA_E_NULL;
+  if (W->magic != PYLORA_MAGIC) return PYLORA_E_PACKED;
+  if (W->dtype != PYLORA_F32) return PYLORA_E_UNSUPPORTED;
+  TRY(check_mat(y, m, W->k, 1));
+  TRY(check_ids(ids, m, W->d));
+  const embedding f = {ids, W->data, m, W->k, y};
+  each_row(gather_rows, &f, m, W->k);
+  return PYLORA_OK;
+}
+
+static void scatter_columns(const void *ctx, int64_t first, int64_t end) {
+  const embedding *f = ctx; /* y is dW, W is dy with the row stride k */
+  const pylora_mat *dW = f->y;
+  for (int64_t t = 0; t < dW->rows; t++)
+    memset(dW->p + t * dW->ld + first, 0, (size_t)(end - first) * sizeof(float));
+  for (int64_t i = 0; i < f->m; i++) {
+    float *to = dW->p + f->ids[i] * dW->ld;
+    const float *from = f->W + i * f->k;
+    for (int64_t j = first; j < end; j++) to[j] += from[j];
+  }
+}
+
+int pylora_embedding_backward(const int64_t *ids, const pylora_mat *dy, const pylora_mat *dW) {
+  if (!dy || !dW) return PYLORA_E_NULL;
+  TRY(check_mat(dy, dy->rows, dy->cols, 0));
+  TRY(check_mat(dW, dW->rows, dy->cols, 1));
+  TRY(check_ids(ids, dy->rows, dW->rows));
+  if (dW->cols == 0 || dW->rows == 0) return PYLORA_OK;
+  const embedding f = {ids, dy->p, dy->rows, dy->ld, dW};
+  each_row(scatter_columns, &f, dW->cols, WORK / 64); /* 64 columns per task */
+  return PYLORA_OK;
+}
