@@ -197,7 +197,7 @@ class Reference:
             first, second = slice(0, half), slice(half, None)
         else:
             first, second = slice(0, None, 2), slice(1, None, 2)
-        heads = x.reshape(m, -1, head_dim)
+        heads = x.reshape(m, x.shape[1] // head_dim, head_dim)
         y, a, b = self.xp.empty_like(heads), heads[..., first], heads[..., second]
         y[..., first], y[..., second] = a * c - b * s, b * c + a * s
         return y.reshape(x.shape)
@@ -215,7 +215,8 @@ class Reference:
 
     def _heads(self, attn: Attn, *arrays: Array) -> list[Array]:
         """Views [rows, kv_heads, heads / kv_heads or 1, D]: a kv head and the heads it serves."""
-        return [a.reshape(a.shape[0], attn.kv_heads, -1, attn.head_dim) for a in arrays]
+        G, D = attn.kv_heads, attn.head_dim
+        return [a.reshape(a.shape[0], G, a.shape[1] // (G * D), D) for a in arrays]
 
     def attention_forward(
         self, q: Array, k: Array, v: Array, seqs: Seqs, attn: Attn
@@ -267,9 +268,9 @@ class Reference:
         return gate * self._sigmoid(gate) * up
 
     def swiglu_backward(self, dy: Array, gate: Array, up: Array) -> tuple[Array, Array]:
-        """dgate = dy up σ (1 + gate (1 - σ)), dup = dy gate σ, with σ = sigmoid(gate)."""
+        """dgate = dy up σ (1 + gate (1 - σ)), dup = dy gate σ; 1 - σ(gate) is taken as σ(-gate)."""
         sigma = self._sigmoid(gate)
-        return dy * up * sigma * (1 + gate * (1 - sigma)), dy * gate * sigma
+        return dy * up * sigma * (1 + gate * self._sigmoid(-gate)), dy * gate * sigma
 
     def _sigmoid(self, x: Array) -> Array:
         xp = self.xp
