@@ -25,6 +25,10 @@ _loaded: dict[str, Backend] = {}
 _chosen: Backend | None = None
 
 
+class _NotBuilt(BackendError):
+    """The backend's module cannot be imported in this installation."""
+
+
 def _load(name: str) -> Backend:
     """The one instance of a backend. BackendError if unknown or not importable here."""
     if name not in _CLASSES:
@@ -34,7 +38,7 @@ def _load(name: str) -> Backend:
         try:
             _loaded[name] = getattr(importlib.import_module(module), cls)()
         except ImportError as error:
-            raise BackendError(
+            raise _NotBuilt(
                 f"the backend {name!r} is not available in this installation ({error}); "
                 "reinstall pylora with a C compiler present, or choose another backend"
             ) from error
@@ -71,7 +75,7 @@ def available() -> tuple[str, ...]:
     for name in _CLASSES:
         try:
             _load(name)
-        except BackendError:
+        except _NotBuilt:  # any other failure is the user's to know
             continue
         names.append(name)
     return tuple(names)

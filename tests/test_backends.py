@@ -1,0 +1,133 @@
+"""The registry of backends, and what every backend must have."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pylora
+from pylora import backends
+from pylora.backends.protocol import Backend
+from pylora.errors import BackendError, DtypeError, ShapeError
+from pylora.reference import Reference
+
+
+@pytest.fixture
+def clean(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """No choice made and no variable set; whatever was chosen comes back afterwards."""
+    monkeypatch.delenv(backends.ENV, raising=False)
+    monkeypatch.setattr(backends, "_chosen", None)
+    return monkeypatch
+
+
+def test_a_choice_beats_the_variable_which_beats_the_default(clean: Any) -> None:
+    assert backends.get().name == backends.available()[0]
+    clean.setenv(backends.ENV, "no such backend")
+    with pytest.raises(BackendError, match="no such backend"):
+        backends.get()
+    clean.setenv(backends.ENV, "numpy")
+    assert backends.get() is backends.get("numpy")
+    pylora.use("numpy")
+    clean.setenv(backends.ENV, "no such backend")
+    assert backends.get().name == "numpy"
+    pylora.use(None)
+    with pytest.raises(BackendError):
+        backends.get()
+    mine = backends.get("numpy")
+    assert backends.get(mine) is mine
+
+
+def test_the_default_falls_back_only_where_the_core_is_not_built(clean: Any) -> None:
+    clean.setattr(backends, "_loaded", {})
+    clean.setitem(backends._CLASSES, "c", ("pylora.backends.nowhere", "CBackend"))
+    assert backends.available() == ("numpy",)
+    assert backends.get().name == "numpy"
+    with pytest.raises(BackendError, match="'c' is not available"):
+        backends.get("c")
+
+    class Broken:
+        def __init__(self) -> None:
+            raise BackendError("PYLORA_ISA is wrong")
+
+    clean.setattr(backends, "Broken", Broken, raising=False)
+    clean.setitem(backends._CLASSES, "c", ("pylora.backends", "Broken"))
+    with pytest.raises(BackendError, match="PYLORA_ISA is wrong"):
+        backends.get()
+
+
+def test_every_backend_has_every_operation_with_the_same_parameters(ops: Any) -> None:
+    members = [n for n in vars(Backend) if not n.startswith("_")]
+    operations = [n for n in vars(Reference) if not n.startswith("_")]
+    assert set(operations) <= set(members)
+    for name in (*members, "name", "xp"):
+        assert hasattr(ops, name), f"{ops.name} lacks {name}"
+    for name in operations:
+        want = [(p.name, p.kind, p.default) for p in signature(getattr(Reference, name))]
+        assert [(p.name, p.kind, p.default) for p in signature(getattr(type(ops), name))] == want
+        assert [(p.name, p.kind, p.default) for p in signature(getattr(Backend, name))] == want
+
+
+def signature(f: Any) -> list[inspect.Parameter]:
+    return list(inspect.signature(f).parameters.values())
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (33, 7), (64, 65)])
+def test_packing_keeps_shape_and_bits(
+    ops: Any, rng: np.random.Generator, shape: tuple[int, int]
+) -> None:
+    W = rng.standard_normal(shape).astype(np.float32)
+    W[0, 0] = -0.0
+    before = W.copy()
+    packed = ops.pack(W)
+    assert packed.shape == shape and packed.nbytes >= W.nbytes
+    assert ops.to_numpy(ops.unpack(packed)).tobytes() == before.tobytes()
+    assert ops.to_numpy(ops.unpack(ops.pack(np.asfortranarray(W)))).tobytes() == before.tobytes()
+    ops.unpack(packed)[...] = 0
+    assert ops.to_numpy(ops.unpack(packed)).tobytes() == before.tobytes()
+
+
+def test_arrays(ops: Any) -> None:
+    assert ops.zeros((2, 3)).dtype == np.float32 and not ops.zeros((2, 3)).any()
+    assert ops.empty((300, 400)).shape == (300, 400)
+    assert ops.zeros(4).shape == (4,)
+    a = ops.asarray(np.ones((3, 4), np.float32).T)
+    assert a.flags.c_contiguous and a.shape == (4, 3)
+    for bad in (np.float16, np.int64):
+        with pytest.raises(DtypeError, match=np.dtype(bad).name):
+            ops.asarray(np.ones(3, bad))
+    with pytest.raises(ShapeError):
+        ops.pack(np.ones(3, np.float32))
+
+
+def test_the_numpy_backend_never_writes_to_a_packed_weight() -> None:
+    packed = backends.get("numpy").pack(np.ones((2, 2)))
+    with pytest.raises(ValueError, match="read-only"):
+        packed[0, 0] = 2
+
+
+def test_importing_pylora_imports_no_heavy_part() -> None:
+    heavy = "pylora.model pylora.formats pylora.cli gguf tokenizers safetensors matplotlib typer"
+    code = f"import sys, pylora; print([m for m in '{heavy}'.split() if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_every_public_name_is_there() -> None:
+    assert set(pylora.__all__) == set(pylora._HOME) | {"__version__", "build_info", "use"}
+    for name in pylora.__all__:
+        assert getattr(pylora, name) is not None
+        assert name in dir(pylora)
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = pylora.nothing
+
+
+def test_build_info_says_what_computes() -> None:
+    info = pylora.build_info()
+    assert info["pylora"] == pylora.__version__ == "0.1.0"
+    assert info["backend"] in info["backends"]
+    assert ("isa" in info) == ("c" in info["backends"])
