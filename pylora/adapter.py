@@ -64,8 +64,8 @@ class Adapter(Mapping[str, LoRA]):
 
         A is Kaiming-uniform, U(-1/sqrt(k), 1/sqrt(k)) (True), or N(0, 1/r²) ("gaussian"); with
         False B and its bias are random too, U(-1/sqrt(r), 1/sqrt(r)). Of an embedding A = 0 (random
-        with False) and B ~ N(0, 1). The numbers depend on seed, module path and element alone: the streams are
-        ("init", path) for A, ("init", path, "B") and ("init", path, "bias").
+        with False) and B ~ N(0, 1). The numbers depend on seed, module path and element alone: the
+        streams are ("init", path) for A, ("init", path, "B") and ("init", path, "bias").
 
         `base` gives the base model's tensors by name; it is needed where config.bias is not "none"
         and the model has biases, which start as the base's.

@@ -159,7 +159,7 @@ def _refuse_saved_modules(file: SafeTensors, config: LoraConfig) -> None:
         if ".lora_" not in key and any(name in key.split(".") for name in names):
             raise UnsupportedError(
                 f"{file.path}: tensor {key!r} is a whole module that was trained beside the "
-                f"adapter (modules_to_save = {list(config.modules_to_save)}), which is not supported"
+                f"adapter (modules_to_save = {list(config.modules_to_save)}), which is unsupported"
             )
 
 
@@ -222,8 +222,8 @@ def _check_copy(file: SafeTensors, key: str, path: str, base: Load | None) -> No
     if base is None:
         raise PlanError(
             f"{file.path}: tensor {key!r} is a copy of a base weight; give the base model's "
-            "tensors too (base=checkpoint.load) so that it can be compared, or save the adapter without it "
-            "(PEFT: save_embedding_layers=False)"
+            "tensors too (base=checkpoint.load) so that it can be compared, or save the adapter "
+            "without it (PEFT: save_embedding_layers=False)"
         )
     want, dtype = base_weight(base, path), file.dtype(key)
     if file.shape(key) != want.shape or dtype not in _DTYPES:
