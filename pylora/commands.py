@@ -275,7 +275,12 @@ def merge(
     """Write the model with the adapter merged into it, for transformers and for `unmerge`."""
     from pylora.merge import merge_checkpoint
 
-    _print_report(merge_checkpoint(model, adapter, out, dtype))
+    report = merge_checkpoint(model, adapter, out, dtype=dtype)
+    print(
+        f"{report.directory}: {len(report.modules)} modules merged, {megabytes(report.weight_bytes)} "
+        f"of weights, {megabytes(report.residue_bytes)} that make `pylora unmerge` exact; "
+        f"tokenizer: {report.tokenizer}"
+    )
 
 
 @app.command()
@@ -288,12 +293,6 @@ def unmerge(
     from pylora.merge import unmerge_checkpoint
 
     _print_report(unmerge_checkpoint(merged, out))
-
-
-def _print_report(report: Any) -> None:
-    values = report if isinstance(report, dict) else vars(report)
-    for name, value in values.items():
-        print(f"{name.replace('_', ' ')}: {value}")
 
 
 @app.command()
