@@ -20,7 +20,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 MAX_TEXT = 1 << 24  # characters of any text that a template makes, entries of any list
-BUDGET = 1_000_000  # rounds, calls, filters and operators in one render
+BUDGET = 500_000  # steps in one render
+CHARGE = 64  # a step also pays for so many characters or entries of a value that is made
 MAX_NUMBER = 1 << 64
 
 _FILTERS = frozenset(
@@ -28,8 +29,12 @@ _FILTERS = frozenset(
     "lower map max min reject rejectattr replace reverse round safe select selectattr sort string "
     "striptags sum title trim truncate unique upper wordcount".split()
 )
+# Those of them that print their input.
+_TEXTUAL = frozenset(
+    "capitalize e escape lower safe string striptags title trim truncate upper wordcount".split()
+)
 # String methods whose result can be far longer than what goes in.
-_GROWING = frozenset("center expandtabs format format_map ljust rjust translate zfill".split())
+_GROWING = frozenset("center expandtabs ljust rjust translate zfill".split())
 
 _left: ContextVar[list[int]] = ContextVar("pylora_chat_budget")
 
@@ -50,12 +55,36 @@ def joined(pieces: Iterable[Any]) -> str:
     parts: list[str] = []
     size = 0
     for piece in pieces:
-        text = str(piece)
+        text = _text(piece)
         size += len(text)
         if size > MAX_TEXT:
             raise TemplateFailure(f"it makes a text of more than {MAX_TEXT} characters")
         parts.append(text)
+    _spend(1 + size // CHARGE)
     return "".join(parts)
+
+
+def _text(value: Any) -> str:
+    """str(value), after walking it: nested lists that share parts print exponentially long."""
+    if isinstance(value, (list, tuple, dict)):
+        _walk(value)
+    return str(value)
+
+
+def _walk(value: Any) -> None:
+    _spend(_cost((value,)))
+    for item in value.values() if isinstance(value, dict) else value:
+        if isinstance(item, (list, tuple, dict)):
+            _walk(item)
+        else:
+            _spend(_cost((item,)))
+
+
+def _shown(value: Any) -> str:
+    """What every {{ expression }} goes through."""
+    text = _text(value)
+    _spend(_cost((text,)))
+    return text
 
 
 def _rounds(items: Iterable[Any]) -> Iterator[Any]:
@@ -66,13 +95,20 @@ def _rounds(items: Iterable[Any]) -> Iterator[Any]:
 
 
 def _length(x: Any) -> int:
-    return len(x) if isinstance(x, (str, bytes, list, tuple, dict)) else 0
+    return len(x) if isinstance(x, (str, bytes, list, tuple, dict, range)) else 0
 
 
-def _counted(function: Callable[..., Any]) -> Callable[..., Any]:
+def _cost(values: Iterable[Any]) -> int:
+    return 1 + sum(_length(value) for value in values) // CHARGE
+
+
+def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)  # keeps Jinja's marks of what to pass
     def counted(*args: Any, **kwargs: Any) -> Any:
-        _spend(1 + sum(_length(a) for a in args) // 64)
+        _spend(_cost(args))
+        for value in args if name in _TEXTUAL else ():
+            if isinstance(value, (list, tuple, dict)):
+                _walk(value)
         return function(*args, **kwargs)
 
     return counted
@@ -82,22 +118,37 @@ def _replace(text: str, old: str, new: str, count: int = -1) -> str:
     grown = len(text) + max(text.count(old), 0) * len(new)
     if grown > MAX_TEXT:
         raise TemplateFailure(f"it makes a text of more than {MAX_TEXT} characters")
+    _spend(1 + grown // CHARGE)
     return text.replace(old, new, count)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_: Any) -> str:
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Unlike Jinja's, it does not escape for HTML; so do transformers and the templates expect."""
     if indent is not None and not 0 <= indent <= 16:
         raise TemplateFailure(f"tojson with an indent of {indent}")
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+    if isinstance(value, (list, tuple, dict)):
+        _walk(value)
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
 
 
 def _indent(text: str, width: int = 4, first: bool = False, blank: bool = False) -> str:
     if not 0 <= int(width) <= 64:
         raise TemplateFailure(f"indent with a width of {width}")
-    pad = " " * int(width)
-    lines = [pad + line if line or blank else line for line in str(text).splitlines()]
-    shown = joined(f"{line}\n" for line in lines)[:-1]
-    return shown if first or not lines else shown[len(pad) if lines[0] else 0 :]
+    pad, lines = " " * int(width), str(text).splitlines()
+    padded = joined(f"{pad if line or blank else ''}{line}\n" for line in lines)[:-1]
+    return padded if first or not lines or not (lines[0] or blank) else padded[len(pad) :]
 
 
 def _raise_exception(message: Any = "") -> None:
@@ -158,38 +209,40 @@ class Environment(ImmutableSandboxedEnvironment):
         return bool(super().is_safe_attribute(obj, attr, value))
 
     def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
-        _spend(1 + sum(_length(a) for a in args) // 64)
+        _spend(_cost(args))
+        name = getattr(function, "__name__", "")
+        if name in ("format", "format_map"):  # Jinja hands these out before asking if they are safe
+            raise TemplateFailure(f"{name}() is not supported; use ~ instead")
         text = getattr(function, "__self__", None)
-        if isinstance(text, str) and function.__name__ == "replace":
+        if isinstance(text, str) and name == "replace":
             return _replace(text, *args, **kwargs)
-        if isinstance(text, str) and function.__name__ == "join":
-            items = [str(a) for a in args[0]]
-            joined([*items, text * min(len(items), MAX_TEXT // (len(text) or 1) + 1)])
-            return text.join(items)
+        if isinstance(text, str) and name == "join":
+            return _join_filter(args[0], text)
         return super().call(context, function, *args, **kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        _spend(1)
-        sizes = _length(left), _length(right)
+        size = 0
         if operator == "+":
-            size = sum(sizes)
-        elif operator == "*" and any(sizes):
-            size = max(sizes) * max(_whole(left), _whole(right))
+            size = _length(left) + _length(right)
+        elif operator == "*" and (_length(left) or _length(right)):
+            size = max(_length(left), _length(right)) * max(_whole(left), _whole(right))
         elif operator == "%" and isinstance(left, str):
             raise TemplateFailure("the operator % on text is not supported; use ~ instead")
-        elif operator == "**" or abs(_whole(left)) > MAX_NUMBER or abs(_whole(right)) > MAX_NUMBER:
+        elif operator == "**" or max(abs(_whole(left)), abs(_whole(right))) > MAX_NUMBER:
             raise TemplateFailure("powers and giant numbers are not supported")
-        else:
-            size = 0
         if size > MAX_TEXT:
             raise TemplateFailure(f"it makes a text or list of more than {MAX_TEXT} entries")
+        _spend(1 + size // CHARGE)
         return super().call_binop(context, operator, left, right)
 
 
 @lru_cache(maxsize=1)
 def _environment() -> Environment:
     environment = Environment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_shown,
+        extensions=["jinja2.ext.loopcontrols", Generation],
     )
     kept = {name: f for name, f in environment.filters.items() if name in _FILTERS}
     bounded = {
@@ -198,7 +251,7 @@ def _environment() -> Environment:
         "replace": _replace_filter,
         "join": _join_filter,
     }
-    environment.filters = {name: _counted(f) for name, f in (kept | bounded).items()}
+    environment.filters = {name: _counted(name, f) for name, f in (kept | bounded).items()}
     environment.filters |= {"_rounds": _rounds, "_joined": joined}
     environment.globals = {
         name: environment.globals[name] for name in ("range", "dict", "namespace")
