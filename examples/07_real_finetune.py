@@ -2,8 +2,9 @@
 
     python examples/07_real_finetune.py [MODEL]
 
-MODEL is a GGUF file or a Hugging Face directory; without it, the file that `pylora demo` has put into
-the cache. Six questions and answers are learnt; a seventh, worded anew, is asked before and after.
+MODEL is a GGUF file or a Hugging Face directory; without it, the file that `pylora demo` has put
+into the cache. Six questions and answers are learnt; a seventh, worded anew, is asked before and
+after.
 """
 
 from __future__ import annotations
