@@ -1,0 +1,37 @@
+"""A small training problem that several test files share: a tiny model that learns to count."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pylora.adapter import Adapter
+from pylora.config import LlamaConfig
+from pylora.examples import Example
+from pylora.loraconfig import LoraConfig
+from pylora.model import Llama
+from pylora.plan import resolve
+
+VOCAB = LlamaConfig.tiny().vocab_size
+
+
+def counting(n: int = 12, first: int = 0) -> list[Example]:
+    """Sequences of several lengths in which each token is 7 more than the one before."""
+    out = []
+    for i in range(first, first + n):
+        length = 3 + (5 * i) % 7
+        tokens = [(11 * i + 7 * t) % VOCAB for t in range(length + 1)]
+        out.append(Example.of(tokens, [False] * 2 + [True] * (length - 1), f"counting:{i}"))
+    return out
+
+
+def problem(ops: Any, *, seed: int = 0, **lora: Any) -> tuple[Llama, Adapter]:
+    """A tiny random model on this backend and a fresh adapter for it."""
+    settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
+    config = LoraConfig(**{**settings, **lora})
+    model = Llama.random(LlamaConfig.tiny(), seed=seed, backend=ops)
+    return model, Adapter.init(resolve(config, model.config.modules()), config, seed=1)
+
+
+def bits(arrays: Any) -> dict[str, bytes]:
+    """Names and bits, for comparisons that let nothing through."""
+    return {name: array.tobytes() for name, array in arrays.items()}
