@@ -3,44 +3,21 @@
  * bits depend on neither threads nor batch. */
 #include "internal.h"
 
-enum { LANES = 16, WORDS = 4 * LANES, CHUNK = 64 * WORDS };
+enum { WORDS = PYLORA_PHILOX_WORDS, CHUNK = 64 * WORDS };
 
-/* The 64 words of blocks b .. b+15. Loops over lanes, which the compiler turns into vectors. */
-static void philox_blocks(uint64_t seed, uint64_t stream, uint64_t b, uint32_t *out) {
-  uint32_t c0[LANES], c1[LANES], c2[LANES], c3[LANES];
-  for (int i = 0; i < LANES; i++) {
-    c0[i] = (uint32_t)(b + (uint64_t)i);
-    c1[i] = (uint32_t)((b + (uint64_t)i) >> 32);
-    c2[i] = (uint32_t)stream;
-    c3[i] = (uint32_t)(stream >> 32);
-  }
-  uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
-  for (int round = 0; round < 10; round++) {
-    for (int i = 0; i < LANES; i++) {
-      const uint64_t p0 = (uint64_t)0xD2511F53u * c0[i], p1 = (uint64_t)0xCD9E8D57u * c2[i];
-      c0[i] = (uint32_t)(p1 >> 32) ^ c1[i] ^ key0;
-      c1[i] = (uint32_t)p1;
-      c2[i] = (uint32_t)(p0 >> 32) ^ c3[i] ^ key1;
-      c3[i] = (uint32_t)p0;
-    }
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
-  }
-  for (int i = 0; i < LANES; i++, out += 4)
-    out[0] = c0[i], out[1] = c1[i], out[2] = c2[i], out[3] = c3[i];
-}
-
-static void words(uint64_t seed, uint64_t stream, int64_t first, int64_t n, uint32_t *out) {
+static void words(const pylora_kernels *K, uint64_t seed, uint64_t stream, int64_t first, int64_t n,
+                  uint32_t *out) {
   uint32_t block[WORDS];
   while (n > 0) {
     const int64_t skip = first % 4, take = min64(n, WORDS - skip);
-    philox_blocks(seed, stream, (uint64_t)(first / 4), block);
+    K->philox(seed, stream, (uint64_t)(first / 4), block);
     memcpy(out, block + skip, (size_t)take * sizeof(uint32_t));
     first += take, out += take, n -= take;
   }
 }
 
 typedef struct philox {
+  const pylora_kernels *K;
   uint64_t seed, stream;
   int64_t first, n;
   uint32_t *out;
@@ -50,14 +27,14 @@ static void philox_task(void *ctx, int64_t task, int thread) {
   (void)thread;
   const philox *f = ctx;
   const int64_t i = task * CHUNK;
-  words(f->seed, f->stream, f->first + i, min64(CHUNK, f->n - i), f->out + i);
+  words(f->K, f->seed, f->stream, f->first + i, min64(CHUNK, f->n - i), f->out + i);
 }
 
 int pylora_philox(uint64_t seed, uint64_t stream, int64_t first, int64_t n, uint32_t *out) {
   if (n < 0) return PYLORA_E_SHAPE;
   if (first < 0 || first > INT64_MAX - n) return PYLORA_E_VALUE;
   if (n && !out) return PYLORA_E_NULL;
-  philox f = {seed, stream, first, n, out};
+  philox f = {pylora_table(), seed, stream, first, n, out};
   pylora_parallel(philox_task, &f, ceil_div(n, CHUNK), pylora_num_threads());
   return PYLORA_OK;
 }
@@ -68,11 +45,12 @@ static void dropout_row(const pylora_drop *drop, int64_t first, int64_t n, const
   /* p 2^32 is exact in double, and at most 2^32 - 2^8. */
   const uint32_t threshold = (uint32_t)((double)drop->p * 4294967296.0);
   const float scale = 1.0f / (1.0f - drop->p);
+  const pylora_kernels *K = pylora_table();
   uint32_t w[WORDS];
   for (int64_t j = 0; j < n; j += WORDS, first += WORDS) {
     const int64_t part = min64(WORDS, n - j);
-    words(drop->seed, drop->stream, first, part, w);
-    for (int64_t t = 0; t < part; t++) y[j + t] = w[t] >= threshold ? x[j + t] * scale : 0.0f;
+    words(K, drop->seed, drop->stream, first, part, w);
+    K->drop(part, w, threshold, x + j, scale, y + j);
   }
 }
 

@@ -12,6 +12,8 @@
 
 #include <stdint.h>
 
+#define PYLORA_PHILOX_WORDS 64
+
 typedef struct pylora_kernels {
   const char *name;
   int (*supported)(void); /* can this CPU run the table? */
@@ -52,6 +54,11 @@ typedef struct pylora_kernels {
   /* s = P = exp(s - lse);  dp = scale P (dp - delta) */
   void (*softmax_columns_backward)(int64_t n, int cols, float *s, float *dp, const float *lse,
                                    const float *delta, float scale);
+
+  /* The words of blocks b .. b + 15 of a Philox stream. */
+  void (*philox)(uint64_t seed, uint64_t stream, uint64_t b, uint32_t *out);
+  /* y = word >= threshold ? x scale : 0 */
+  void (*drop)(int64_t n, const uint32_t *word, uint32_t threshold, const float *x, float scale, float *y);
 } pylora_kernels;
 
 extern const pylora_kernels pylora_kernels_portable;

@@ -52,6 +52,16 @@ INLINE vf v_lt(vf a, vf b, vf x, vf y) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
 }
 
+/* 64-bit lanes: the product of the low halves, and what Philox needs beside it */
+#define VQ 8
+typedef __m512i vq;
+INLINE vq q_set1(uint64_t x) { return _mm512_set1_epi64((long long)x); }
+INLINE vq q_load(const uint64_t *p) { return _mm512_loadu_si512(p); }
+INLINE void q_store(uint64_t *p, vq x) { _mm512_storeu_si512(p, x); }
+INLINE vq q_mul(vq a, vq b) { return _mm512_mul_epu32(a, b); }
+INLINE vq q_xor(vq a, vq b) { return _mm512_xor_si512(a, b); }
+INLINE vq q_high(vq a) { return _mm512_srli_epi64(a, 32); }
+
 #elif defined(VEC_AVX2)
 
 #include <immintrin.h>
@@ -80,6 +90,15 @@ INLINE vf v_pow2(vf n) {
       _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
 INLINE vf v_lt(vf a, vf b, vf x, vf y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+
+#define VQ 4
+typedef __m256i vq;
+INLINE vq q_set1(uint64_t x) { return _mm256_set1_epi64x((long long)x); }
+INLINE vq q_load(const uint64_t *p) { return _mm256_loadu_si256((const __m256i *)(const void *)p); }
+INLINE void q_store(uint64_t *p, vq x) { _mm256_storeu_si256((__m256i *)(void *)p, x); }
+INLINE vq q_mul(vq a, vq b) { return _mm256_mul_epu32(a, b); }
+INLINE vq q_xor(vq a, vq b) { return _mm256_xor_si256(a, b); }
+INLINE vq q_high(vq a) { return _mm256_srli_epi64(a, 32); }
 
 #elif defined(VEC_NEON)
 
@@ -113,6 +132,15 @@ INLINE vf v_round(vf a) { return vrndnq_f32(a); }
 INLINE vf v_pow2(vf n) {
   return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23));
 }
+
+#define VQ 2
+typedef uint64x2_t vq;
+INLINE vq q_set1(uint64_t x) { return vdupq_n_u64(x); }
+INLINE vq q_load(const uint64_t *p) { return vld1q_u64(p); }
+INLINE void q_store(uint64_t *p, vq x) { vst1q_u64(p, x); }
+INLINE vq q_mul(vq a, vq b) { return vmull_u32(vmovn_u64(a), vmovn_u64(b)); }
+INLINE vq q_xor(vq a, vq b) { return veorq_u64(a, b); }
+INLINE vq q_high(vq a) { return vshrq_n_u64(a, 32); }
 
 #else /* portable: four lanes that any compiler can turn into what the target's baseline has */
 
@@ -164,6 +192,15 @@ INLINE vf v_pow2(vf n) {
   }
   return r;
 }
+
+#define VQ 1
+typedef uint64_t vq;
+INLINE vq q_set1(uint64_t x) { return x; }
+INLINE vq q_load(const uint64_t *p) { return *p; }
+INLINE void q_store(uint64_t *p, vq x) { *p = x; }
+INLINE vq q_mul(vq a, vq b) { return (a & 0xffffffffu) * (b & 0xffffffffu); }
+INLINE vq q_xor(vq a, vq b) { return a ^ b; }
+INLINE vq q_high(vq a) { return a >> 32; }
 #endif
 
 INLINE vf v_neg(vf a) { return v_sub(v_set1(-0.0f), a); }
