@@ -16,7 +16,7 @@ from pylora.config import LlamaConfig
 from pylora.linear import DropKey, Grads, LinearCache, LoRALinear
 from pylora.rope import Rope
 from pylora.types import Array, Attn, Seqs
-from pylora.weights import Weights
+from pylora.weights import Weights, vector
 
 
 def positions(seqs: Seqs) -> np.ndarray:
@@ -81,8 +81,8 @@ class Attention:
         self.q_norm: Array | None = None
         self.k_norm: Array | None = None
         if config.qk_norm:
-            self.q_norm = ops.asarray(weights(f"{path}.q_norm.weight"))
-            self.k_norm = ops.asarray(weights(f"{path}.k_norm.weight"))
+            self.q_norm = vector(weights, f"{path}.q_norm.weight", ops)
+            self.k_norm = vector(weights, f"{path}.k_norm.weight", ops)
         self.shape = Attn(
             config.num_attention_heads,
             config.num_key_value_heads,

@@ -17,7 +17,7 @@ from pylora.linear import DropKey, Grads, LoRALinear
 from pylora.mlp import MLP, MLPCache
 from pylora.rope import Rope
 from pylora.types import Array, Seqs
-from pylora.weights import Weights
+from pylora.weights import Weights, vector
 
 
 @dataclass(eq=False)
@@ -44,9 +44,9 @@ class Block:
     ) -> None:
         path = f"model.layers.{layer}"
         self.ops, self.eps = ops, config.rms_norm_eps
-        self.input_norm = ops.asarray(weights(f"{path}.input_layernorm.weight"))
+        self.input_norm = vector(weights, f"{path}.input_layernorm.weight", ops)
         self.attention = Attention(config, layer, weights, rope, ops=ops)
-        self.mid_norm = ops.asarray(weights(f"{path}.post_attention_layernorm.weight"))
+        self.mid_norm = vector(weights, f"{path}.post_attention_layernorm.weight", ops)
         self.mlp = MLP(config, layer, weights, ops=ops)
 
     @property

@@ -107,7 +107,7 @@ class LoRALinear:
         self.path, self.ops = path, ops
         self.W = ops.pack(W) if isinstance(W, np.ndarray) else W
         self.d, self.k = self.W.shape
-        self.bias = None if bias is None else ops.asarray(bias)
+        self.bias = None if bias is None else ops.asarray(bias).copy()
         if bias is not None and bias.shape != (self.d,):
             raise ShapeError(f"{path}: bias has shape {bias.shape}, expected ({self.d},)")
         self._lora: LoRA | None = None

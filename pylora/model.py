@@ -32,7 +32,7 @@ from pylora.linear import DropKey, Grads, LinearCache, LoRAGrad, LoRALinear
 from pylora.reference import IGNORE
 from pylora.rope import Rope
 from pylora.types import Array, LoRA, Seqs
-from pylora.weights import Weights, checked_weights, random_weights
+from pylora.weights import Weights, checked_weights, random_weights, vector
 
 __all__ = ["IGNORE", "DropKey", "Grads", "Llama", "LoRAGrad", "ModelCache", "random_weights"]
 
@@ -83,7 +83,7 @@ class Llama:
             Block(config, i, checked, self.rope, ops=self.ops)
             for i in range(config.num_hidden_layers)
         ]
-        self.norm = self.ops.asarray(checked("model.norm.weight"))
+        self.norm = vector(checked, "model.norm.weight", self.ops)
         tied = config.tie_word_embeddings  # one packed weight then serves both
         head = self.embed_tokens.W if tied else checked("lm_head.weight")
         self.lm_head = LoRALinear("lm_head", head, ops=self.ops)

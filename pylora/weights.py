@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from pylora.backends.protocol import Backend
 from pylora.config import LlamaConfig
 from pylora.errors import ShapeError
+from pylora.types import Array
 
 Weights = Callable[[str], np.ndarray]  # Hugging Face tensor name -> array
 
@@ -27,6 +29,11 @@ def checked_weights(config: LlamaConfig, weights: Weights) -> Weights:
         return array
 
     return checked
+
+
+def vector(weights: Weights, name: str, ops: Backend) -> Array:
+    """A norm's weight, copied: the array may be a view that would keep a whole file mapped."""
+    return ops.asarray(weights(name)).copy()
 
 
 def random_weights(config: LlamaConfig, seed: int = 0, dtype: Any = np.float32) -> Weights:

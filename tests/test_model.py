@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -514,3 +515,23 @@ def test_the_c_backend_refuses_what_it_would_round() -> None:
         pytest.skip("the C core is not built")
     with pytest.raises(DtypeError, match="float64"):
         Llama.random(LlamaConfig.tiny(), backend="c", dtype=np.float64)
+
+
+def test_a_model_keeps_no_array_that_it_was_given(rng: np.random.Generator) -> None:
+    """So that the file that the arrays are views of can be closed once everything is packed."""
+    if "c" not in backends.available():
+        pytest.skip("the C core is not built; packing is a view on the numpy backend")
+    config = LlamaConfig.tiny(**ARCHITECTURES["llama-biases"])
+    weights = random_weights(config)
+    given: list[weakref.ref[np.ndarray]] = []
+
+    def source(name: str) -> np.ndarray:
+        assert all(r() is None for r in given[:-1]), "an earlier tensor is still alive"
+        array = weights(name)
+        given.append(weakref.ref(array))
+        return array
+
+    net = Llama(config, source, backend="c")
+    assert len(given) == len(config.tensors())
+    assert all(r() is None for r in given)
+    assert net.config is config

@@ -25,15 +25,17 @@ class NumpyBackend(Reference):
         super().__init__(np)
 
     def pack(self, W: np.ndarray) -> np.ndarray:
-        """W [d,k] as a read-only C-contiguous array (a view where W is contiguous already)."""
+        """W [d,k] as a read-only C-contiguous array: a view where W is contiguous already, so the
+        caller gives W away."""
         if W.ndim != 2:
             raise ShapeError(f"a weight to pack must be [d, k], got shape {W.shape}")
-        packed = self.asarray(W).view()
+        packed: np.ndarray = self.asarray(W).view()
         packed.flags.writeable = False
         return packed
 
     def unpack(self, P: np.ndarray) -> np.ndarray:
-        return P.copy()
+        W: np.ndarray = P.copy()
+        return W
 
     def asarray(self, a: Any) -> np.ndarray:
         """A C-contiguous array of a; DtypeError unless float32, float64 or complex128."""
