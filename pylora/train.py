@@ -115,7 +115,7 @@ class _Run:
         self.saved = 0  # step of the newest checkpoint
         self.log: Log | None = None
         self.identity: dict[str, Any] = {}
-        self.steps = config.steps or sum(len(self._epoch(e)) for e in range(config.epochs))
+        self.steps = config.steps or self._all_epochs()
         if config.warmup_steps > self.steps:
             raise ConfigError(
                 f"warmup_steps is {config.warmup_steps}, but the run has only {self.steps} steps"
@@ -132,6 +132,12 @@ class _Run:
             packing=c.packing,
             max_tokens=c.max_tokens,
         )
+
+    def _all_epochs(self) -> int:
+        """Steps of all epochs. With packing epochs differ, without they do not."""
+        if self.config.packing:
+            return sum(len(self._epoch(e)) for e in range(self.config.epochs))
+        return self.config.epochs * math.ceil(len(self.examples) / self.config.batch_size)
 
     # ---- files --------------------------------------------------------------------------------
 

@@ -130,7 +130,7 @@ def test_a_finished_run_can_be_resumed_and_stays_as_it_is(ops: Any, tmp_path: Pa
     assert (tmp_path / "log.jsonl").read_bytes() == before
 
 
-# ---- another run is refused -----------------------------------------------------------------------
+# ---- another run is refused ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_nothing_to_resume_from(tmp_path: Path) -> None:
         train(model, adapter, counting(), CONFIG, resume=True)
 
 
-# ---- damage and crashes ---------------------------------------------------------------------------
+# ---- damage and crashes -------------------------------------------------------------------------
 
 
 def test_an_error_while_a_checkpoint_is_written_leaves_the_one_before(

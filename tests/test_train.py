@@ -1,10 +1,9 @@
-"""Training: it learns, accumulation is the full batch, and it stops with a sentence when it must."""
+"""Training: it learns, accumulation is the full batch, and bad numbers stop it with a sentence."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -139,14 +138,15 @@ def test_threads_change_no_bit() -> None:
     assert ends[0] == ends[1] == ends[2]
 
 
-def test_packing_trains_on_every_example(ops: Any) -> None:
+@pytest.mark.parametrize("packing", [False, True])
+def test_an_epoch_trains_on_every_example_once(ops: Any, packing: bool) -> None:
     model, adapter = problem(ops)
-    config = TrainConfig(epochs=2, packing=True, max_tokens=20, learning_rate=0.02)
+    config = TrainConfig(epochs=2, batch_size=5, packing=packing, max_tokens=20, learning_rate=0.02)
     result = train(model, adapter, counting(), config)
     assert result.tokens == 2 * sum(len(e) for e in counting())
 
 
-# ---- the optimizer --------------------------------------------------------------------------------
+# ---- the optimizer ------------------------------------------------------------------------------
 
 
 def test_an_update_by_hand(ops: Any, rng: Any) -> None:
@@ -196,7 +196,7 @@ def test_arrays_that_cannot_be_trained_are_named() -> None:
         gradients({}, {"m.A": A})
 
 
-# ---- what a run reports ---------------------------------------------------------------------------
+# ---- what a run reports -------------------------------------------------------------------------
 
 
 def test_steps_are_reported_and_logged(ops: Any, tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_the_loss_is_that_of_the_model(ops: Any) -> None:
     assert result.losses[0] == math.fsum(nll.tolist()) / sum(e.label_count for e in examples)
 
 
-# ---- ends that are not the last step --------------------------------------------------------------
+# ---- ends that are not the last step ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("poison", ["weights", "gradient"])
@@ -283,7 +283,7 @@ def test_ctrl_c_ends_after_the_step_with_a_checkpoint(ops: Any, tmp_path: Path) 
 
     def on_step(info: StepInfo) -> None:
         if info.step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
         train(model, adapter, counting(), FAST, tmp_path, on_step=on_step)
@@ -316,7 +316,7 @@ def test_without_a_directory_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-# ---- settings -------------------------------------------------------------------------------------
+# ---- settings -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
