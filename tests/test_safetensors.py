@@ -63,7 +63,6 @@ def test_bfloat16_needs_no_ml_dtypes_and_agrees_with_it(tmp_path: Path) -> None:
     file = SafeTensors(tmp_path / "ours")
     assert file.dtype("x") == "bf16" and np.array_equal(file.view("x"), bits)
     expected = theirs["x"].astype(np.float32)
-    assert np.array_equal(file.load("x").view(np.uint32) << 16 >> 16, np.zeros_like(bits))
     assert np.array_equal(file.load("x"), expected, equal_nan=True)
 
 
