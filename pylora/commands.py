@@ -292,7 +292,11 @@ def unmerge(
     """Take the adapter out of a merged model again: the original weights, bit for bit."""
     from pylora.merge import unmerge_checkpoint
 
-    _print_report(unmerge_checkpoint(merged, out))
+    report = unmerge_checkpoint(merged, out)
+    print(
+        f"{report.directory}: {len(report.modules)} modules unmerged, {report.tensors} tensors "
+        f"verified by SHA-256; tokenizer: {report.tokenizer}"
+    )
 
 
 @app.command()

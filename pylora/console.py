@@ -56,7 +56,7 @@ class Console:
 
     @contextmanager
     def training(self) -> Iterator[OnStep]:
-        """Shows step, loss, tokens/s and ETA while the block runs; yields what to call each step."""
+        """Shows step, loss, tokens/s and ETA while the block runs; yields train's on_step."""
         if not self.rich.is_terminal:
             yield self._lines()
             return

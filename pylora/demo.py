@@ -24,13 +24,13 @@ from typing import Any
 from pylora import build_info
 from pylora.adapter import Adapter
 from pylora.console import Console, megabytes
-from pylora.demo_merge import compare_merged
+from pylora.demo_items import DATA, Items, answers, encode_prompts, exact_match, read_items
+from pylora.demo_merge import compare_merged, outputs
 from pylora.errors import PyloraError
 from pylora.examples import load_examples
 from pylora.fetch import fetch
 from pylora.files import atomic_write
 from pylora.formats import open_checkpoint
-from pylora.generate import generate
 from pylora.inspect import inspect
 from pylora.loraconfig import LoraConfig
 from pylora.model import Llama
@@ -38,9 +38,6 @@ from pylora.peft import parameters
 from pylora.plan import resolve
 from pylora.plots import adapter_picture, loss_curve, sparkline
 from pylora.train import TrainConfig, TrainResult, train
-
-DATA = Path(__file__).parent / "data" / "notation"
-FIRST = ("∃Ψ", "Ψ⇒Δ")  # held-out items that are shown first
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ def run(
     out, screen = Path(out_dir), console or Console()
     screen.heading("1. The model")
     source = fetch(say=screen.say) if model is None else Path(model)
-    items = _items(settings.test_items)
+    items = read_items(settings.test_items)
     with open_checkpoint(source) as checkpoint:
         tokenizer = checkpoint.tokenizer()
         examples = load_examples(DATA / "train.jsonl", tokenizer)
@@ -96,9 +93,8 @@ def run(
         total, trainable = llama.config.num_parameters, adapter.num_parameters
         info = build_info()
         screen.say(f"{source}, {_size(source)}; backend {llama.ops.name} ({info.get('isa', '')})")
-        screen.say(
-            f"{total:,} parameters, {trainable:,} of them trainable ({100 * trainable / total:.2f} %)"
-        )
+        share = 100 * trainable / total
+        screen.say(f"{total:,} parameters, {trainable:,} of them trainable ({share:.2f} %)")
 
         screen.heading(f"2. Before: {len(items)} held-out statements")
         before = answers(llama, tokenizer, items)
@@ -121,7 +117,10 @@ def run(
         _show(screen, items, before, after)
 
         screen.heading("5. Merged into the weights, and out again")
-        merge = compare_merged(checkpoint, llama, loaded, _prompts(tokenizer, items[:24]))
+        some, ops = encode_prompts(tokenizer, items[:24]), llama.ops
+        apart = outputs(llama, some)
+        del llama
+        merge = compare_merged(checkpoint, loaded, some, apart, ops)
         screen.table(("merge", "value"), list(merge.rows()), right=("value",))
 
     adapter_bytes = _size_of_folder(out / "adapter")
@@ -150,9 +149,9 @@ def run(
         "build": info,
     }
     _write(out, report, items, before, after)
-    rss = report["peak_rss_bytes"]
+    rss = peak_rss_bytes()
     screen.say(
-        f"{report['seconds']:.0f} s in all, {result.tokens_per_second:.0f} tokens/s in training, "
+        f"{time.perf_counter() - began:.0f} s in all, {result.tokens_per_second:.0f} tokens/s in training, "
         f"peak memory {megabytes(rss) if rss else 'unknown'}; everything is in {out}"
     )
     if judge:
@@ -160,39 +159,71 @@ def run(
     return report
 
 
-# ---- measuring ------------------------------------------------------------------------------------
-
-
-def _items(count: int) -> list[dict[str, str]]:
-    """The first `count` held-out items of the file, those of `FIRST` among them and in front."""
-    lines = (DATA / "test.jsonl").read_text(encoding="utf-8").splitlines()
-    items: list[dict[str, str]] = [json.loads(line) for line in lines]
-    items.sort(key=lambda item: item["completion"].strip() not in FIRST)
-    return items[:count]
-
-
-def _prompts(tokenizer: Any, items: list[dict[str, str]]) -> list[list[int]]:
-    return [tokenizer.encode(item["prompt"]) for item in items]
-
-
-def answers(model: Llama, tokenizer: Any, items: list[dict[str, str]]) -> list[str]:
-    """What the model says to each prompt, greedily: the first line that is not empty.
-
-    It may use a few tokens more than the longest right answer has, so that a line break before the
-    answer, or an unusual spelling, does not cut it off.
-    """
-    longest = max(len(tokenizer.encode(item["completion"])) for item in items)
-    tokens = generate(
-        model, _prompts(tokenizer, items), longest + 4, eos_ids=tokenizer.eos_ids, batch_size=50
+def _train(
+    model: Llama, adapter: Adapter, examples: Any, settings: Settings, out: Path, screen: Console
+) -> TrainResult:
+    config = TrainConfig(
+        learning_rate=settings.learning_rate,
+        steps=settings.steps,
+        packing=True,
+        max_tokens=settings.tokens_per_step,
+        warmup_steps=min(10, settings.steps),
+        floor=0.05,
+        seed=settings.seed,
+        keep=1,
     )
-    texts = (tokenizer.decode(ids).strip() for ids in tokens)
-    return [text.splitlines()[0].strip() if text else "" for text in texts]
+    with screen.training() as on_step:
+        result = train(model, adapter, examples, config, out, on_step=on_step, overwrite=True)
+    line = sparkline([math.log(max(loss, 1e-6)) for loss in result.losses])
+    first, last = result.losses[0], sum(result.losses[-10:]) / len(result.losses[-10:])
+    screen.say(f"loss {first:.3f} {line} {last:.3f} (log scale)")
+    return result
 
 
-def exact_match(items: list[dict[str, str]], texts: list[str]) -> float:
-    """The share of items whose answer is the expected one, character for character."""
-    right = sum(i["completion"].strip() == t for i, t in zip(items, texts, strict=True))
-    return right / len(items)
+def _show(screen: Console, items: Items, before: list[str], after: list[str]) -> None:
+    rows = [
+        (item["prompt"].rsplit(".", 1)[0], item["completion"].strip(), _short(b), a)
+        for item, b, a in list(zip(items, before, after, strict=True))[:10]
+    ]
+    screen.table(("statement", "expected", "before", "after"), rows, title="Some of them")
+    shares = [f"{exact_match(items, texts):.1%}" for texts in (before, after)]
+    screen.table(
+        ("exact match", "before", "after"),
+        [(f"{len(items)} held-out statements", *shares)],
+        right=("before", "after"),
+    )
+
+
+def _short(text: str, most: int = 28) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _write(
+    out: Path,
+    report: dict[str, Any],
+    items: Items,
+    before: list[str],
+    after: list[str],
+) -> None:
+    lines = [
+        json.dumps({**item, "before": b, "after": a}, ensure_ascii=False) + "\n"
+        for item, b, a in zip(items, before, after, strict=True)
+    ]
+    with atomic_write(out / "generations.jsonl") as beside:
+        beside.write_text("".join(lines), encoding="utf-8")
+    with atomic_write(out / "report.json") as beside:
+        text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
+        beside.write_text(text + "\n", encoding="utf-8")
+
+
+def _judge(report: dict[str, Any], settings: Settings) -> None:
+    before, after = report["exact_match_before"], report["exact_match_after"]
+    if before > settings.expect_before or after < settings.expect_after:
+        raise PyloraError(
+            f"the demo did not show what it should: exact match was {before:.1%} before (expected "
+            f"at most {settings.expect_before:.0%}) and {after:.1%} after (expected at least "
+            f"{settings.expect_after:.0%})"
+        )
 
 
 def peak_rss_bytes() -> int | None:
@@ -221,74 +252,3 @@ def _check_equal(adapter: Adapter, loaded: Adapter) -> None:
     )
     if not same:
         raise PyloraError("the adapter read back from disk is not the one that was saved")
-
-
-# ---- the parts ------------------------------------------------------------------------------------
-
-
-def _train(
-    model: Llama, adapter: Adapter, examples: Any, settings: Settings, out: Path, screen: Console
-) -> TrainResult:
-    config = TrainConfig(
-        learning_rate=settings.learning_rate,
-        steps=settings.steps,
-        packing=True,
-        max_tokens=settings.tokens_per_step,
-        warmup_steps=min(10, settings.steps),
-        floor=0.05,
-        seed=settings.seed,
-        keep=1,
-    )
-    with screen.training() as on_step:
-        result = train(model, adapter, examples, config, out, on_step=on_step, overwrite=True)
-    line = sparkline([math.log(max(loss, 1e-6)) for loss in result.losses])
-    first, last = result.losses[0], sum(result.losses[-10:]) / len(result.losses[-10:])
-    screen.say(f"loss {first:.3f} {line} {last:.3f} (log scale)")
-    return result
-
-
-def _show(
-    screen: Console, items: list[dict[str, str]], before: list[str], after: list[str]
-) -> None:
-    rows = [
-        (item["prompt"].rsplit(".", 1)[0], item["completion"].strip(), _short(b), a)
-        for item, b, a in list(zip(items, before, after, strict=True))[:10]
-    ]
-    screen.table(("statement", "expected", "before", "after"), rows, title="Some of them")
-    screen.table(
-        ("held-out exact match", "before", "after"),
-        [(len(items), f"{exact_match(items, before):.1%}", f"{exact_match(items, after):.1%}")],
-        right=("before", "after"),
-    )
-
-
-def _short(text: str, most: int = 28) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
-
-
-def _write(
-    out: Path,
-    report: dict[str, Any],
-    items: list[dict[str, str]],
-    before: list[str],
-    after: list[str],
-) -> None:
-    lines = [
-        json.dumps({**item, "before": b, "after": a}, ensure_ascii=False) + "\n"
-        for item, b, a in zip(items, before, after, strict=True)
-    ]
-    with atomic_write(out / "generations.jsonl") as beside:
-        beside.write_text("".join(lines), encoding="utf-8")
-    with atomic_write(out / "report.json") as beside:
-        text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
-        beside.write_text(text + "\n", encoding="utf-8")
-
-
-def _judge(report: dict[str, Any], settings: Settings) -> None:
-    before, after = report["exact_match_before"], report["exact_match_after"]
-    if before > settings.expect_before or after < settings.expect_after:
-        raise PyloraError(
-            f"the demo did not show what it should: exact match was {before:.1%} before (expected "
-            f"at most {settings.expect_before:.0%}) and {after:.1%} after (expected at least "
-            f"{settings.expect_after:.0%})"
-        )

@@ -1,7 +1,7 @@
 """The demo's last part: the adapter merged into the weights, compared, and taken out exactly.
 
 All in memory: a merged model on disk would be half a gigabyte that nobody asked for (that is what
-`pylora merge` is for). The merged weights stand in for a second model's, which is let go again.
+`pylora merge` is for). One model stands at a time.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from pylora.adapter import Adapter
+from pylora.backends.protocol import Backend
 from pylora.errors import PyloraError
+from pylora.formats import Checkpoint
 from pylora.generate import generate
 from pylora.model import Llama
 from pylora.types import Seqs
@@ -23,7 +24,7 @@ _NEW_TOKENS = 16
 
 
 @dataclass(frozen=True)
-class MergeReport:
+class MergeCheck:
     """What merging did and what taking it out again cost."""
 
     max_abs_difference: float  # of the logits, merged against base plus adapter
@@ -44,20 +45,37 @@ class MergeReport:
         yield "bytes that keep them", f"{self.residue_bytes:,}"
 
 
-def compare_merged(
-    checkpoint: Any, model: Llama, adapter: Adapter, prompts: list[list[int]]
-) -> MergeReport:
-    """Merges `adapter` (attached to `model`) into the checkpoint's weights, and unmerges it.
+@dataclass(frozen=True, eq=False)
+class Outputs:
+    """What a model makes of some prompts."""
 
-    Raises PyloraError if a weight does not come back bit for bit.
+    logits: np.ndarray  # after every token of every prompt [tokens, vocab]
+    texts: list[list[int]]  # the greedy continuations
+
+
+def outputs(model: Llama, prompts: list[list[int]]) -> Outputs:
+    """Runs the prompts, one behind the other, and continues each."""
+    ids = np.concatenate([np.asarray(prompt, np.int64) for prompt in prompts])
+    logits, _ = model.forward(ids, Seqs.of([len(prompt) for prompt in prompts]))
+    return Outputs(model.ops.to_numpy(logits), generate(model, prompts, _NEW_TOKENS))
+
+
+def compare_merged(
+    checkpoint: Checkpoint, adapter: Adapter, prompts: list[list[int]], apart: Outputs, ops: Backend
+) -> MergeCheck:
+    """Merges `adapter` into the checkpoint's weights, and unmerges it.
+
+    apart: the outputs of the base with the adapter beside it. That model is not needed here, so
+    that its memory can be free while the merged one stands. Raises PyloraError if a weight does not
+    come back bit for bit.
     """
     merged: dict[str, np.ndarray] = {}
     lost = elements = residue_bytes = 0
     for path, lora in adapter.items():
         name = f"{path}.weight"
         W = np.ascontiguousarray(checkpoint.load(name))
-        merged[name], residue = model.ops.merge(W, lora)
-        back = model.ops.unmerge(merged[name], lora, residue)
+        merged[name], residue = ops.merge(W, lora)
+        back = ops.unmerge(merged[name], lora, residue)
         if _digest(back) != _digest(W):
             raise PyloraError(f"{name}: unmerge did not give the original weight back")
         lost += residue.position.size
@@ -65,27 +83,19 @@ def compare_merged(
         residue_bytes += residue.position.nbytes + residue.bits.nbytes
 
     def weights(name: str) -> np.ndarray:
-        return merged.pop(name) if name in merged else np.asarray(checkpoint.load(name))
+        return merged.pop(name) if name in merged else checkpoint.load(name)
 
-    apart = _outputs(model, prompts)
-    together = _outputs(Llama(model.config, weights, backend=model.ops), prompts)
-    same = sum(a == b for a, b in zip(apart[1], together[1], strict=True))
-    return MergeReport(
-        max_abs_difference=float(np.abs(apart[0] - together[0]).max()),
-        max_abs_logit=float(np.abs(apart[0]).max()),
+    together = outputs(Llama(checkpoint.config, weights, backend=ops), prompts)
+    same = sum(a == b for a, b in zip(apart.texts, together.texts, strict=True))
+    return MergeCheck(
+        max_abs_difference=float(np.abs(apart.logits - together.logits).max()),
+        max_abs_logit=float(np.abs(apart.logits).max()),
         greedy_agreement=same / len(prompts),
         modules_restored=len(adapter),
         residue_share=lost / elements,
         residue_bytes=residue_bytes,
-        base_bytes=4 * model.config.num_parameters,
+        base_bytes=4 * checkpoint.config.num_parameters,
     )
-
-
-def _outputs(model: Llama, prompts: list[list[int]]) -> tuple[np.ndarray, list[list[int]]]:
-    """The logits after every token of every prompt, and the greedy continuations."""
-    ids = np.concatenate([np.asarray(prompt, np.int64) for prompt in prompts])
-    logits, _ = model.forward(ids, Seqs.of([len(prompt) for prompt in prompts]))
-    return model.ops.to_numpy(logits), generate(model, prompts, _NEW_TOKENS)
 
 
 def _digest(array: np.ndarray) -> bytes:

@@ -86,10 +86,11 @@ def singular_values(lora: LoRA) -> Array:
 
     With B = Qb Rb and Aᵀ = Qa Ra, s B A = Qb (s Rb Raᵀ) Qaᵀ, and Q changes no singular value.
     """
-    Rb = np.linalg.qr(np.asarray(lora.B, np.float64), mode="r")  # [min(d, r), r]
-    Ra = np.linalg.qr(np.asarray(lora.A, np.float64).T, mode="r")  # [min(k, r), r]
-    values = np.linalg.svd(lora.scale * (Rb @ Ra.T), compute_uv=False)
-    return np.asarray(values)
+    A, B = np.asarray(lora.A, np.float64), np.asarray(lora.B, np.float64)
+    Rb: Array = np.linalg.qr(B, mode="r")  # [min(d, r), r]
+    Ra: Array = np.linalg.qr(A.T, mode="r")  # [min(k, r), r]
+    core = np.asarray(lora.scale * (Rb @ Ra.T), np.float64)
+    return np.linalg.svd(core, full_matrices=False, compute_uv=False)
 
 
 def inspect(adapter: Mapping[str, LoRA]) -> list[ModuleStats]:

@@ -26,7 +26,7 @@ def lora(rng: np.random.Generator, d: int, k: int, r: int, scale: float = 2.0) -
     d=st.integers(1, 9),
     k=st.integers(1, 9),
     r=st.integers(1, 12),
-    scale=st.floats(-4, 4),
+    scale=st.floats(-4, 4).map(lambda s: round(s, 3)),
     seed=st.integers(0, 999),
 )
 def test_singular_values_are_those_of_the_dense_delta(

@@ -99,7 +99,7 @@ COUNTS = {
     "compound": (420, 40),
 }
 # the two statements that explain the notation are held out, so the demo can ask for them
-HELD_OUT = {"∃Ψ", "Ψ⇒Δ"}
+HELD_OUT = {"∃Ψ": "consciousness exists", "Ψ⇒Δ": "consciousness leads to change"}
 
 
 def properties() -> Iterator[Pair]:
@@ -176,13 +176,18 @@ def build() -> tuple[list[Pair], list[Pair]]:
         pairs = sorted(FORMS[form](), key=lambda pair: rank("order", pair[0]))
         train += [pair for pair in pairs if not held_out(pair[1])][:n_train]
         unseen: dict[str, Pair] = {}  # one phrasing of each held-out composition
-        for pair in pairs:
-            if held_out(pair[1]):
-                unseen.setdefault(pair[1], pair)
+        for statement, notation in pairs:
+            if held_out(notation) and statement == HELD_OUT.get(notation, statement):
+                unseen.setdefault(notation, (statement, notation))
         first = [pair for notation, pair in unseen.items() if notation in HELD_OUT]
         rest = [pair for notation, pair in unseen.items() if notation not in HELD_OUT]
         test += (first + rest)[:n_test]
-    return tuple(sorted(p, key=lambda pair: rank("file", pair[0])) for p in (train, test))  # type: ignore[return-value]
+    return shuffled(train), shuffled(test)
+
+
+def shuffled(pairs: list[Pair]) -> list[Pair]:
+    """The pairs in an order that mixes the forms."""
+    return sorted(pairs, key=lambda pair: rank("file", pair[0]))
 
 
 def to_jsonl(pairs: list[Pair]) -> str:
