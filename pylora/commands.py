@@ -276,10 +276,10 @@ def merge(
     from pylora.merge import merge_checkpoint
 
     report = merge_checkpoint(model, adapter, out, dtype=dtype)
+    weights, residue = megabytes(report.weight_bytes), megabytes(report.residue_bytes)
     print(
-        f"{report.directory}: {len(report.modules)} modules merged, {megabytes(report.weight_bytes)} "
-        f"of weights, {megabytes(report.residue_bytes)} that make `pylora unmerge` exact; "
-        f"tokenizer: {report.tokenizer}"
+        f"{report.directory}: {len(report.modules)} modules merged, {weights} of weights, "
+        f"{residue} that make `pylora unmerge` exact; tokenizer: {report.tokenizer}"
     )
 
 

@@ -149,9 +149,9 @@ def run(
         "build": info,
     }
     _write(out, report, items, before, after)
-    rss = peak_rss_bytes()
+    rss, seconds = peak_rss_bytes(), time.perf_counter() - began
     screen.say(
-        f"{time.perf_counter() - began:.0f} s in all, {result.tokens_per_second:.0f} tokens/s in training, "
+        f"{seconds:.0f} s in all, {result.tokens_per_second:.0f} tokens/s in training, "
         f"peak memory {megabytes(rss) if rss else 'unknown'}; everything is in {out}"
     )
     if judge:
