@@ -1,4 +1,4 @@
-"""Small valid model files for the tests of readers: a GGUF of any type, a Hugging Face directory."""
+"""Small valid model files for the tests of readers: GGUF files and Hugging Face directories."""
 
 from __future__ import annotations
 
@@ -131,7 +131,9 @@ def byte_alphabet() -> list[str]:
     return [chr(b if b in keep else next(rest)) for b in range(256)]
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, pre: str = "smollm", template: str | None = None) -> None:
+def add_tokenizer(
+    writer: gguf.GGUFWriter, pre: str = "smollm", template: str | None = None
+) -> None:
     """A byte-level BPE with two special tokens, a user-defined one and a few merges."""
     tokens = ["<|im_start|>", "<|im_end|>", "<think>", *byte_alphabet(), "he", "ll", "hell", "Ġhe"]
     tokens += ["11", "Ġ1"]

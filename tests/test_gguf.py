@@ -201,9 +201,11 @@ def test_settings_that_change_the_result_are_refused(
 ) -> None:
     write_gguf(
         tmp_path / "m.gguf",
-        more=lambda w: w.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
-        if not isinstance(value, list)
-        else w.add_array(key, value),
+        more=lambda w: (
+            w.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+            if not isinstance(value, list)
+            else w.add_array(key, value)
+        ),
         skip=(key.removeprefix("llama."),),
     )
     with pytest.raises(UnsupportedError, match=message):

@@ -87,7 +87,8 @@ def test_equal_tensors_and_metadata_make_equal_files(tmp_path: Path) -> None:
     """The library hashes metadata into an order that differs between processes."""
     code = (
         "import sys, numpy as np; from pylora.formats.safetensors import save;"
-        "save(sys.argv[1], {'b': np.ones(3), 'a': np.ones(2)}, {c: 'ü\\n' + c for c in 'qwertzuiop'})"
+        "save(sys.argv[1], {'b': np.ones(3), 'a': np.ones(2)},"
+        "{c: 'ü\\n' + c for c in 'qwertzuiop'})"
     )
     for name in "abc":
         subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], check=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pylora.config import LlamaConfig
-from pylora.errors import FileFormatError
+from pylora.errors import ConfigError, FileFormatError, UnsupportedError
 
 if TYPE_CHECKING:
     from pylora.text import Tokenizer
@@ -98,6 +98,16 @@ def narrow(x: Array, dtype: str) -> Array:
     quiet = ((bits >> 16) | 0x40).astype(np.uint16)
     result: Array = np.where((bits & 0x7FFFFFFF) > 0x7F800000, quiet, rounded)
     return result
+
+
+def read_config(where: Path, content: Mapping[str, Any]) -> LlamaConfig:
+    """LlamaConfig.from_hf, whose errors then say which file: ConfigError becomes FileFormatError,
+    since the user wrote no configuration, and UnsupportedError stays one."""
+    try:
+        return LlamaConfig.from_hf(content)
+    except (ConfigError, UnsupportedError) as error:
+        kind = FileFormatError if isinstance(error, ConfigError) else UnsupportedError
+        raise kind(f"{where}: {str(error).removeprefix('config.json: ')}") from error
 
 
 def check_tensors(where: Path, config: LlamaConfig, found: Mapping[str, Shape]) -> tuple[str, ...]:

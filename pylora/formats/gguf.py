@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pylora.config import LlamaConfig
-from pylora.errors import ConfigError, FileFormatError, UnsupportedError
+from pylora.errors import FileFormatError, UnsupportedError
 from pylora.extras import need
-from pylora.formats.base import Array, Checkpoint, Shape, check_tensors, widen
+from pylora.formats.base import Array, Checkpoint, Shape, check_tensors, read_config, widen
 from pylora.formats.gguf_config import ROPE_FACTORS, hf_config
 from pylora.formats.gguf_header import GGUFHeader, read_header
 
@@ -53,12 +52,7 @@ class GGUFCheckpoint(Checkpoint):
         self.path = path
         header = read_header(path)
         self._header: GGUFHeader | None = header
-        try:
-            self.config = LlamaConfig.from_hf(hf_config(header))
-        except ConfigError as error:
-            raise FileFormatError(
-                f"{path}: the metadata describe no valid model: {error}"
-            ) from error
+        self.config = read_config(path, hf_config(header))
         self._stored: dict[str, str] = {}
         for name in header.tensors:
             if (hf := hf_name(name)) is None:
@@ -150,7 +144,7 @@ def dequantize(rows: Array, kind: str, where: str) -> Array:
     block, size = constants.GGML_QUANT_SIZES[qtype]
     width = rows.shape[1] // size * block
     out = np.empty((rows.shape[0], width), np.float32)
-    step = max(1, _CHUNK // (4 * width))
+    step = max(1, _CHUNK // max(4 * width, 1))
     try:
         with np.errstate(all="ignore"):  # a scale may be infinite or NaN: values are not judged
             for i in range(0, len(rows), step):

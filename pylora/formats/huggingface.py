@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pylora.config import LlamaConfig
-from pylora.errors import ConfigError, FileFormatError, UnsupportedError
+from pylora.errors import FileFormatError, UnsupportedError
 from pylora.files import read_json
-from pylora.formats.base import Array, Checkpoint, Shape, check_tensors, widen
+from pylora.formats.base import Array, Checkpoint, Shape, check_tensors, read_config, widen
 from pylora.formats.safetensors import SafeTensors
 
 if TYPE_CHECKING:
@@ -33,11 +32,8 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        config = read_json(path / "config.json", limit=MAX_CONFIG)
-        try:
-            self.config = LlamaConfig.from_hf(config)
-        except ConfigError as error:
-            raise FileFormatError(f"{path / 'config.json'}: {error}") from error
+        file = path / "config.json"
+        self.config = read_config(file, read_json(file, limit=MAX_CONFIG))
         self._files = _open_files(path)
         shapes = {
             name: file.shape(name)
