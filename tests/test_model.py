@@ -209,6 +209,29 @@ def test_blocks_below_the_lowest_adapter_keep_and_compute_nothing(
     ]
 
 
+def test_backward_of_some_rows_is_that_of_all_with_zeros_elsewhere(
+    rng: np.random.Generator,
+) -> None:
+    config = LlamaConfig.tiny()
+    net = Llama.random(config, backend="numpy", dtype=np.float64)
+    net.attach(an_adapter(config, rng, dtype=np.float64))
+    ids, _ = a_batch(rng, config)
+    rows = np.array([8, 2, 8])  # a row may be asked for twice
+    some, cache = net.forward(ids, SEQS, rows=rows)
+    dlogits = rng.standard_normal(some.shape)
+    got = net.backward(dlogits, cache)
+    whole, cache = net.forward(ids, SEQS)
+    scattered = np.zeros_like(whole)
+    np.add.at(scattered, rows, dlogits)
+    want = net.backward(scattered, cache)
+    for path, grad in want.items():
+        for name in "AB":
+            array = getattr(grad, name)
+            np.testing.assert_allclose(
+                getattr(got[path], name), array, rtol=0, atol=TOLERANCE * np.abs(array).max()
+            )
+
+
 def test_a_model_without_an_adapter_has_no_gradients(rng: np.random.Generator) -> None:
     net = Llama.random(LlamaConfig.tiny(), backend="numpy")
     ids, labels = a_batch(rng, net.config)
