@@ -59,7 +59,9 @@ class Tokenizer:
 
         Nothing is added, so that pieces of a sequence can be encoded apart. With `bos`, the
         sequence starts with `bos_id` (once, if the text starts with it already): pass
-        `bos=tokenizer.add_bos` where a whole sequence begins. Raises DataError.
+        `bos=tokenizer.add_bos` where a whole sequence begins. Characters that the vocabulary has
+        neither tokens nor bytes for (SmolLM2: some control characters) are left out, as the
+        model's own tokenizer does. Raises DataError.
         """
         if not isinstance(text, str):
             raise DataError(f"the text to encode must be a str, not {type(text).__name__}")
