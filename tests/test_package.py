@@ -1,0 +1,71 @@
+"""The package as it is installed: its metadata, and what it ships."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pylora
+from pylora.extras import EXTRAS
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+PACKAGE = Path(pylora.__file__).parent
+
+try:
+    DISTRIBUTION = importlib.metadata.distribution("pylora")
+except importlib.metadata.PackageNotFoundError:  # tests may run on the source tree
+    DISTRIBUTION = None
+installed = pytest.mark.skipif(DISTRIBUTION is None, reason="pylora is not installed")
+
+
+def test_one_version() -> None:
+    assert re.search(rf'^version = "{re.escape(pylora.__version__)}"$', PROJECT, re.MULTILINE)
+
+
+@pytest.mark.parametrize("module", sorted(EXTRAS))
+def test_the_extra_that_an_error_names_brings_the_package(module: str) -> None:
+    names = re.search(rf"^{EXTRAS[module]} = \[(.*)\]$", PROJECT, re.MULTILINE)
+    assert names and re.search(rf'"{module}\b', names[1], re.IGNORECASE)
+
+
+def test_every_public_name_is_there() -> None:
+    for name in pylora.__all__:
+        assert getattr(pylora, name) is not None
+    with pytest.raises(AttributeError, match="no_such_name"):
+        pylora.no_such_name  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["py.typed", "data/notation/train.jsonl"])
+def test_files_that_are_shipped(name: str) -> None:
+    assert (PACKAGE / name).is_file()
+
+
+@installed
+def test_only_the_promised_dependencies() -> None:
+    assert DISTRIBUTION is not None
+    needed = [r for r in DISTRIBUTION.requires or () if "extra ==" not in r]
+    names = {re.split(r"[^\w-]", r)[0] for r in needed}
+    assert names == {"numpy", "cffi", "safetensors"}
+
+
+@installed
+def test_the_installed_size_is_small() -> None:
+    size = sum(
+        p.stat().st_size for p in PACKAGE.rglob("*") if p.is_file() and "__pycache__" not in p.parts
+    )
+    assert size < 5_000_000
+
+
+def test_python_m_pylora_is_the_command() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "pylora", "--help"], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    for verb in ("train", "generate", "merge", "unmerge", "plan", "inspect", "demo"):
+        assert verb in result.stdout
