@@ -60,7 +60,7 @@ def pylora_step(batch: int, length: int) -> Callable[[], float]:
     adapter = pylora.Adapter.init(pylora.resolve(lora, config.modules()), lora, seed=0)
     model.attach(adapter)
     parameters = trainable(adapter)
-    optimizer = Optimizer(model.ops, parameters, TrainConfig(steps=1, lr=LR, max_grad_norm=None))
+    optimizer = Optimizer(model.ops, parameters, TrainConfig(steps=1, learning_rate=LR))
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch, length))
     labels = np.full_like(tokens, pylora.IGNORE)
     labels[:, :-1] = tokens[:, 1:]

@@ -13,18 +13,19 @@ from typing import Any
 import numpy as np
 
 SMALL = 1 << 16  # bytes; below this NumPy's own allocator is as good
-SLACK = 64 << 20  # bytes of free memory that are always kept
 
 
 class Pool:
-    """Free blocks by size class. `ffi` gives buffers with a destructor."""
+    """Free blocks by size class. `ffi` gives buffers with a destructor.
+
+    Used and free memory together stay below 9/8 of the most that was ever in use at once.
+    """
 
     def __init__(self, ffi: Any) -> None:
         self._ffi = ffi
         self._free: dict[int, list[np.ndarray]] = {}
         self._lock = threading.RLock()  # a destructor may run inside another method of this thread
-        self.free_bytes = 0
-        self.used_bytes = 0
+        self.free_bytes = self.used_bytes = self.peak_bytes = 0
 
     def empty(self, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
         """An uninitialised C-contiguous array, 64-byte aligned where it comes from the pool."""
@@ -39,9 +40,10 @@ class Pool:
                 block = blocks.pop()
                 self.free_bytes -= size
             else:
-                self._trim(self.used_bytes // 2 + SLACK)
+                self._trim(max(0, self.peak_bytes * 9 // 8 - self.used_bytes - size))
                 block = np.empty(size + 64, np.uint8)
             self.used_bytes += size
+            self.peak_bytes = max(self.peak_bytes, self.used_bytes)
         address = block.__array_interface__["data"][0]
         pointer = self._ffi.cast("char *", address + (-address) % 64)
         owner = self._ffi.gc(pointer, lambda _: self._give_back(block, size))
@@ -62,9 +64,10 @@ class Pool:
                 self.free_bytes -= size
 
     def trim(self) -> None:
-        """Returns all free blocks to the system."""
+        """Returns all free blocks to the system and forgets the peak."""
         with self._lock:
             self._trim(0)
+            self.peak_bytes = self.used_bytes
 
 
 def _size_class(nbytes: int) -> int:
