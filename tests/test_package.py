@@ -34,13 +34,6 @@ def test_the_extra_that_an_error_names_brings_the_package(module: str) -> None:
     assert names and re.search(rf'"{module}\b', names[1], re.IGNORECASE)
 
 
-def test_every_public_name_is_there() -> None:
-    for name in pylora.__all__:
-        assert getattr(pylora, name) is not None
-    with pytest.raises(AttributeError, match="no_such_name"):
-        pylora.no_such_name  # noqa: B018
-
-
 @pytest.mark.parametrize("name", ["py.typed", "data/notation/train.jsonl"])
 def test_files_that_are_shipped(name: str) -> None:
     assert (PACKAGE / name).is_file()
