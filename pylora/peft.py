@@ -95,7 +95,11 @@ def read(
             raise type(error)(f"{Path(directory) / CONFIG}: {error}") from None
         wanted = tensor_names(plan)
         source = _match(file, plan, wanted, base)
-        arrays = {key: _load(file, source[key], shape) for key, (_, _, shape) in wanted.items()}
+        rules = {e.path: f"r = {e.r} by {e.rule_r}" for e in plan.entries}
+        arrays = {
+            key: _load(file, source[key], shape, rules.get(path, ""))
+            for key, (path, _, shape) in wanted.items()
+        }
     return config, plan, assemble(config, plan, arrays)
 
 
@@ -200,10 +204,13 @@ def _match(
     return source
 
 
-def _load(file: SafeTensors, key: str, shape: tuple[int, ...]) -> Array:
+def _load(file: SafeTensors, key: str, shape: tuple[int, ...], rule: str) -> Array:
     found, dtype = file.shape(key), file.dtype(key)
     if found != shape:
-        raise PlanError(f"{file.path}: tensor {key!r} has shape {found}, expected {shape}")
+        raise PlanError(
+            f"{file.path}: tensor {key!r} has shape {found}, expected {shape}"
+            f"{f' ({rule})' if rule else ''}"
+        )
     if dtype not in _DTYPES:
         raise PlanError(
             f"{file.path}: tensor {key!r} is {dtype.upper()}, expected F32, F16 or BF16"
