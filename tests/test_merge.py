@@ -273,6 +273,30 @@ def test_shards_hold_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert tensors_of(tmp_path / "back") == tensors_of(tmp_path / "base")
 
 
+def test_a_quantized_gguf_becomes_a_hugging_face_directory(tmp_path: Path) -> None:
+    small = pytest.importorskip("small_models")
+    small.write_gguf(tmp_path / "m.gguf", kind="Q8_0", tokenizer=True)
+    with open_checkpoint(tmp_path / "m.gguf") as c:
+        adapter = adapter_for(c.config, target_modules=["q_proj"])
+        adapter.save(tmp_path / "adapter")
+        base = {n: c.load(n).tobytes() for n in c.names()}
+        tokens = c.tokenizer()
+    report = merge_checkpoint(tmp_path / "m.gguf", tmp_path / "adapter", tmp_path / "merged")
+    assert report.tokenizer == "written from the GGUF metadata"
+    with open_checkpoint(tmp_path / "merged") as m:
+        again = m.tokenizer()
+        assert again.encode("hello 11") == tokens.encode("hello 11")
+        assert again.chat_template == tokens.chat_template
+        assert (again.bos_id, again.add_bos) == (tokens.bos_id, tokens.add_bos)
+        assert set(tokens.eos_ids) <= set(again.eos_ids)
+        assert {m.dtype(n) for n in m.names()} == {"f32"}
+        changed = {n for n in m.names() if m.load(n).tobytes() != base[n]}
+        assert changed == {f"{path}.weight" for path in adapter}
+    unmerge_checkpoint(tmp_path / "merged", tmp_path / "back")
+    with open_checkpoint(tmp_path / "back") as b:
+        assert {n: b.load(n).tobytes() for n in b.names()} == base
+
+
 # ---- files that were changed ---------------------------------------------------------------------
 
 

@@ -91,6 +91,13 @@ def test_saving_twice_gives_the_same_bytes_and_keeps_other_files(tmp_path: Path)
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
+def test_saved_files_can_be_read_by_whom_the_system_says(tmp_path: Path) -> None:
+    make().save(tmp_path / "a")
+    (tmp_path / "plain").touch()
+    modes = {p.stat().st_mode for p in (tmp_path / "a").iterdir()}
+    assert modes == {(tmp_path / "plain").stat().st_mode}
+
+
 def test_bias_keys_are_pefts(tmp_path: Path) -> None:
     make(bias="all").save(tmp_path / "a")
     with SafeTensors(tmp_path / "a" / peft.WEIGHTS) as file:

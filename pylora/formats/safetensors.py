@@ -230,9 +230,12 @@ def save(
         for name, (a, dtype) in arrays.items()
     }
     with atomic_write(path) as beside:
+        beside.touch()
+        mode = beside.stat().st_mode  # the library's file could be read by its owner alone
         safetensors.serialize_file(entries, beside, dict(metadata) if metadata else None)
         if metadata and len(metadata) > 1:
             _sort_metadata(beside)
+        beside.chmod(mode)
 
 
 def _sort_metadata(path: Path) -> None:
