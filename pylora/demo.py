@@ -6,6 +6,7 @@ on. Everything it prints is computed in that run, and lies in the output folder 
     report.json         every figure        generations.jsonl   what was said, item by item
     loss.png            the loss curve      log.jsonl           the training log
     adapter/            the adapter, a PEFT directory           adapter.png  what it changed
+    checkpoint-NNNNNN/  the adapter and the optimizer's state after the last step
 
 It judges the notation task alone; it is not a benchmark of the model.
 """
@@ -44,7 +45,7 @@ from pylora.train import TrainConfig, TrainResult, train
 class Settings:
     """What the demo does; `expect_*` are what a run on the real model is held to."""
 
-    steps: int = 170
+    steps: int = 150
     tokens_per_step: int = 340  # about 17 examples
     learning_rate: float = 2e-3
     rank: int = 8
