@@ -1,0 +1,306 @@
+"""A correct implementation of every method of the protocol, in NumPy: pylora's reference, adapted.
+
+The kit is tested with it, its mutants are made from it (each overrides one method), and it is an
+example of an adapter that leaves nothing out. It is slow and takes every dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pylora import random
+from pylora.adapter import Adapter
+from pylora.config import ModuleSpec
+from pylora.conformance.protocol import AttentionShape, LoraTriple
+from pylora.loraconfig import LoraConfig
+from pylora.plan import resolve
+from pylora.reference import Reference
+from pylora.types import Array, Attn, Drop, LoRA, Seqs
+
+Batch = tuple[Array, Array, Array]  # (x [m,k], target [m,d], counted [m] bool)
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+class Correct:
+    """Every capability. Subclass it and override one method to make a wrong implementation.
+
+    bfloat16 is computed in float32 and rounded once; merges of it too.
+    """
+
+    name = "pylora reference"
+    dtypes: tuple[str, ...] = ("float32", "float64", "bfloat16", "complex128")
+    file_format = "peft"
+    thread_safe = True
+    ops = Reference()
+
+    # ---- one adapter --------------------------------------------------------------------------
+
+    def forward(
+        self, x: Array, W: Array, A: Array, B: Array, scale: float, bias: Array | None = None
+    ) -> Array:
+        wide = [self.widen(a) for a in (x, W, A, B, bias)]
+        y, _ = self.ops.lora_forward(wide[0], wide[1], wide[4], LoRA(wide[2], wide[3], scale))
+        return y.astype(x.dtype)
+
+    def base(self, x: Array, W: Array, bias: Array | None = None) -> Array:
+        y, _ = self.ops.lora_forward(self.widen(x), self.widen(W), self.widen(bias))
+        return y.astype(x.dtype)
+
+    def backward(
+        self, dy: Array, x: Array, W: Array, A: Array, B: Array, scale: float
+    ) -> tuple[Array, ...]:
+        return self.dropout_backward(dy, x, W, A, B, scale, 0.0, 0)
+
+    def loss_gradients(
+        self, batches: Sequence[Batch], W: Array, A: Array, B: Array, scale: float
+    ) -> tuple[Array, Array]:
+        """Sums of each micro-batch's gradients, every row weighted by 1 / all counted rows."""
+        total = sum(int(counted.sum()) for _, _, counted in batches)
+        dA, dB = np.zeros_like(A), np.zeros_like(B)
+        for x, target, counted in batches:
+            weight = np.where(counted, 1 / max(total, 1), 0).astype(x.dtype)
+            dy = (self.forward(x, W, A, B, scale) - target) * weight[:, None]
+            _, gA, gB = self.backward(dy, x, W, A, B, scale)[:3]
+            dA, dB = dA + gA, dB + gB
+        return dA, dB
+
+    def scaling(self, alpha: float, r: int, use_rslora: bool) -> float:
+        return alpha / math.sqrt(r) if use_rslora else alpha / r
+
+    def init(self, d: int, k: int, r: int, seed: int, method: str) -> tuple[Array, Array]:
+        stream = random.stream("init", "module")
+        if method == "gaussian":
+            A = random.normal((r, k), 1 / r, seed=seed, stream=stream)
+        else:
+            A = random.uniform((r, k), 1 / math.sqrt(k), seed=seed, stream=stream)
+        return A, np.zeros((d, r), np.float32)
+
+    # ---- dropout ------------------------------------------------------------------------------
+
+    def drop(self, p: float, seed: int) -> Drop | None:
+        """The mask of a seed; None without dropout."""
+        return Drop(p, seed, random.stream("dropout", "module", "0")) if p else None
+
+    def dropout_forward(
+        self, x: Array, W: Array, A: Array, B: Array, scale: float, p: float, seed: int
+    ) -> Array:
+        wide = [self.widen(a) for a in (x, W, A, B)]
+        lora = LoRA(wide[2], wide[3], scale, p)
+        y, _ = self.ops.lora_forward(wide[0], wide[1], None, lora, self.drop(p, seed))
+        return y.astype(x.dtype)
+
+    def dropout_backward(
+        self,
+        dy: Array,
+        x: Array,
+        W: Array,
+        A: Array,
+        B: Array,
+        scale: float,
+        p: float,
+        seed: int,
+    ) -> tuple[Array, ...]:
+        wide = [self.widen(a) for a in (dy, x, W, A, B)]
+        drop, lora = self.drop(p, seed), LoRA(wide[3], wide[4], scale, p)
+        h = self.ops._rows(self.ops.dropout(wide[1], drop), wide[3].T)
+        grads = self.ops.lora_backward(wide[0], wide[1], h, wide[2], lora, drop)
+        return tuple(np.asarray(g).astype(x.dtype) for g in grads)
+
+    # ---- merge --------------------------------------------------------------------------------
+
+    def merge(self, W: Array, A: Array, B: Array, scale: float) -> Any:
+        """W', or (W', state): the state is what makes unmerge exact."""
+        if W.dtype == np.float64:
+            return W + scale * (B @ A)
+        lora, dtype = LoRA(self.widen(A), self.widen(B), scale), self.stored(W)
+        merged, residue = self.ops.merge(self.bits(W), lora, dtype)
+        return merged.view(W.dtype), residue
+
+    def unmerge(self, W: Array, A: Array, B: Array, scale: float, state: Any = None) -> Array:
+        if W.dtype == np.float64:
+            return W - scale * (B @ A)
+        lora, dtype = LoRA(self.widen(A), self.widen(B), scale), self.stored(W)
+        return self.ops.unmerge(self.bits(W), lora, state, dtype).view(W.dtype)
+
+    # ---- several adapters ---------------------------------------------------------------------
+
+    def forward_stacked(
+        self, x: Array, W: Array, adapters: Sequence[LoraTriple], bias: Array | None = None
+    ) -> Array:
+        """The base and every adapter's update: their A's and scaled B's as one long adapter."""
+        if not adapters:
+            return self.base(x, W, bias)
+        A = np.concatenate([self.widen(A) for A, _, _ in adapters], axis=0)
+        B = np.concatenate(
+            [self.widen(B) * self.widen(B).dtype.type(s) for _, B, s in adapters], axis=1
+        )
+        y, _ = self.ops.lora_forward(
+            self.widen(x), self.widen(W), self.widen(bias), LoRA(A, B, 1.0)
+        )
+        return y.astype(x.dtype)
+
+    def forward_mixed(
+        self,
+        x: Array,
+        W: Array,
+        adapters: Sequence[LoraTriple],
+        rows: Array,
+        bias: Array | None = None,
+    ) -> Array:
+        y = np.empty((x.shape[0], W.shape[0]), x.dtype)
+        for i in sorted({int(row) for row in rows}):
+            mine = np.asarray(rows) == i
+            xi = x[mine]
+            y[mine] = self.base(xi, W, bias) if i < 0 else self.forward(xi, W, *adapters[i], bias)
+        return y
+
+    def module(self, W: Array, bias: Array | None = None) -> CorrectModule:
+        return CorrectModule(self, W, bias)
+
+    # ---- files and plan -----------------------------------------------------------------------
+
+    def save(
+        self, directory: str, adapters: Mapping[str, tuple[Array, Array]], config: dict[str, Any]
+    ) -> None:
+        modules = {p: (B.shape[0], A.shape[1]) for p, (A, B) in adapters.items()}
+        lora, plan = self._resolve(config, modules)
+        parts = {e.path: LoRA(*adapters[e.path], scale=e.scale) for e in plan}
+        Adapter(lora, plan, parts).save(directory)
+
+    def load(self, directory: str, modules: Mapping[str, tuple[int, int]]) -> dict[str, LoraTriple]:
+        adapter = Adapter.load(directory, self._specs(modules))
+        return {path: (lora.A, lora.B, lora.scale) for path, lora in adapter.items()}
+
+    def plan(
+        self, config: dict[str, Any], modules: Mapping[str, tuple[int, int]]
+    ) -> dict[str, tuple[int, float, float]]:
+        _, plan = self._resolve(config, modules)
+        return {e.path: (e.r, e.alpha, e.scale) for e in plan}
+
+    def _specs(self, modules: Mapping[str, tuple[int, int]]) -> dict[str, ModuleSpec]:
+        return {path: ModuleSpec("linear", d, k) for path, (d, k) in modules.items()}
+
+    def _resolve(self, config: dict[str, Any], modules: Mapping[str, tuple[int, int]]) -> Any:
+        lora = LoraConfig.from_dict(config)
+        return lora, resolve(lora, self._specs(modules))
+
+    # ---- attention ----------------------------------------------------------------------------
+
+    def attention(
+        self,
+        x: Array,
+        weights: Mapping[str, Array],
+        adapters: Mapping[str, LoraTriple],
+        shape: AttentionShape,
+    ) -> Array:
+        return self._attend(x, weights, adapters, shape)[0]
+
+    def attention_backward(
+        self,
+        dy: Array,
+        x: Array,
+        weights: Mapping[str, Array],
+        adapters: Mapping[str, LoraTriple],
+        shape: AttentionShape,
+    ) -> tuple[Array, dict[str, tuple[Array, Array]]]:
+        ops, loras = self.ops, {name: LoRA(*a) for name, a in adapters.items()}
+        _, (q, k, v, o, lse, h, seqs, attn, cos, sin, position) = self._attend(
+            x, weights, adapters, shape
+        )
+        grads: dict[str, tuple[Array, Array]] = {}
+
+        def back(name: str, g: Array, inp: Array) -> Array:
+            dx, dA, dB = ops.lora_backward(g, inp, h[name], weights[name], loras.get(name))
+            if name in loras:
+                grads[name] = dA, dB
+            return dx
+
+        do = back("o_proj", dy, o)
+        dq, dk, dv = ops.attention_backward(do, q, k, v, o, lse, seqs, attn)
+        dq = ops.rope(dq, cos, sin, position, attn.head_dim, inverse=True)
+        dk = ops.rope(dk, cos, sin, position, attn.head_dim, inverse=True)
+        dx = back("q_proj", dq, x) + back("k_proj", dk, x) + back("v_proj", dv, x)
+        return dx, grads
+
+    def _attend(
+        self,
+        x: Array,
+        weights: Mapping[str, Array],
+        adapters: Mapping[str, LoraTriple],
+        shape: AttentionShape,
+    ) -> tuple[Array, Any]:
+        """The output, and what backward needs."""
+        ops, D, h = self.ops, shape.head_dim, {}
+
+        def project(name: str, inp: Array) -> Array:
+            lora = LoRA(*adapters[name]) if name in adapters else None
+            out, h[name] = ops.lora_forward(inp, weights[name], None, lora)
+            return out
+
+        angle = shape.rope_theta ** (-np.arange(0, D, 2) / D)
+        table = np.outer(np.arange(max(shape.lengths, default=0)), angle)
+        cos, sin = np.cos(table).astype(x.dtype), np.sin(table).astype(x.dtype)
+        position = np.concatenate([np.arange(n) for n in (0, *shape.lengths)]).astype(np.int64)
+        seqs, attn = Seqs.of(shape.lengths), Attn(shape.heads, shape.kv_heads, D, D**-0.5)
+        q = ops.rope(project("q_proj", x), cos, sin, position, D)
+        k = ops.rope(project("k_proj", x), cos, sin, position, D)
+        v = project("v_proj", x)
+        o, lse = ops.attention_forward(q, k, v, seqs, attn)
+        return project("o_proj", o), (q, k, v, o, lse, h, seqs, attn, cos, sin, position)
+
+    def set_num_threads(self, n: int) -> None:
+        """NumPy's products of one row have no threads to set."""
+
+    # ---- dtypes -------------------------------------------------------------------------------
+
+    def widen(self, a: Array | None) -> Any:
+        """bfloat16 as float32; other arrays as they are."""
+        return a.astype(np.float32) if a is not None and a.dtype.itemsize == 2 else a
+
+    def stored(self, W: Array) -> str:
+        return "bf16" if W.dtype.itemsize == 2 else "f32"
+
+    def bits(self, W: Array) -> Array:
+        """W itself, or the uint16 bits of a bfloat16 array."""
+        return np.ascontiguousarray(W).view(np.uint16) if W.dtype.itemsize == 2 else W
+
+
+class CorrectModule:
+    """One module with an adapter that comes and goes. The base weight is kept aside, never changed:
+    merging makes another array."""
+
+    def __init__(self, maker: Correct, W: Array, bias: Array | None) -> None:
+        self.maker, self.W, self.bias = maker, W, bias
+        self.lora: LoraTriple | None = None
+        self.merged: Array | None = None
+        self.state: Any = None
+
+    def forward(self, x: Array) -> Array:
+        if self.merged is not None:
+            return self.maker.base(x, self.merged, self.bias)
+        if self.lora is None:
+            return self.maker.base(x, self.W, self.bias)
+        return self.maker.forward(x, self.W, *self.lora, self.bias)
+
+    def attach(self, A: Array, B: Array, scale: float) -> None:
+        self.lora = A, B, scale
+
+    def detach(self) -> None:
+        self.lora = self.merged = self.state = None
+
+    def merge(self) -> None:
+        if self.lora is not None:
+            result = self.maker.merge(self.W, *self.lora)
+            self.merged, self.state = result if isinstance(result, tuple) else (result, None)
+
+    def unmerge(self) -> None:
+        if self.merged is not None and self.lora is not None:
+            self.W = self.maker.unmerge(self.merged, *self.lora, self.state)
+            self.merged = self.state = None
+
+    def weight(self) -> Array:
+        return self.W if self.merged is None else self.merged

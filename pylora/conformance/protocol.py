@@ -1,0 +1,169 @@
+"""What the kit asks of a LoRA implementation: a name and `forward`; everything else is optional.
+
+An implementation is an object, or a class that is made without arguments. A method that it has is
+a capability that is tested; one that it lacks (or that is None) is reported as not tested. Arrays
+in and out are NumPy arrays of one of `dtypes` (bfloat16 is `ml_dtypes.bfloat16`); an adapter
+converts. Letters: m tokens, k inputs, d outputs, r rank; a size may be 0 but for r, d and k >= 1.
+
+    name: str                                            # of the report; default: the class's name
+    dtypes: tuple[str, ...] = ("float32",)               # of "float64", "float32", "bfloat16", and
+                                                         # "complex128" (forward only: complex step)
+    file_format: str = ""                                # "peft" if save and load use PEFT's layout
+    thread_safe: bool = False                            # may be called from several threads at once
+
+    forward(x [m,k], W [d,k], A [r,k], B [d,r], scale, bias=None) -> y [m,d]          the only must
+    base(x, W, bias=None) -> y [m,d]                                     the module without adapter
+    backward(dy [m,d], x, W, A, B, scale) -> (dx, dA, dB)    or (dx, dA, dB, dW), dW None or zeros
+    loss_gradients(batches, W, A, B, scale) -> (dA, dB)      batches: list of (x, target [m,d],
+                     counted [m] bool); of the mean over ALL counted rows of |y - target|² / 2
+    scaling(alpha, r, use_rslora) -> float
+    init(d, k, r, seed, method) -> (A, B)                    method "kaiming" or "gaussian"
+    merge(W, A, B, scale) -> W'  or  (W', state)             state: whatever unmerge needs
+    unmerge(W', A, B, scale, state=None) -> W
+    forward_stacked(x, W, adapters, bias=None) -> y          adapters: list of (A, B, scale), all on
+    forward_mixed(x, W, adapters, rows, bias=None) -> y      row i uses adapters[rows[i]]; -1: none
+    dropout_forward(x, W, A, B, scale, p, seed) -> y         the mask is that of (seed, x.shape)
+    dropout_backward(dy, x, W, A, B, scale, p, seed) -> (dx, dA, dB)
+    module(W, bias=None) -> object with forward(x), attach(A, B, scale), detach(), and optionally
+                     merge(), unmerge(), weight() -> the base weight as it is now [d,k]
+    save(directory, adapters, config)     adapters: {path: (A, B)}; config: PEFT's fields (r,
+                     lora_alpha, target_modules, use_rslora, rank_pattern, alpha_pattern)
+    load(directory, modules) -> {path: (A, B, scale)}        modules: {path: (d, k)}; raises where
+                     the files and the modules do not fit each other
+    plan(config, modules) -> {path: (r, alpha, scale)}       raises for what matches nothing
+    attention(x [m,hidden], weights, adapters, shape) -> y [m,hidden]
+                     weights: {"q_proj": W, "k_proj", "v_proj", "o_proj"}; adapters: {name: (A, B,
+                     scale)} of some of them; shape: AttentionShape
+    attention_backward(dy, x, weights, adapters, shape) -> (dx, {name: (dA, dB)})
+    set_num_threads(n)
+
+An implementation may be given strided, negatively strided and read-only arrays and must not write
+to them. It may raise for what it does not take; the report then says so and goes on.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pylora.errors import ConfigError
+from pylora.types import Array
+
+LoraTriple = tuple[Array, Array, float]  # (A [r,k], B [d,r], scale)
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Causal attention over sequences that lie one behind the other in the rows of x.
+
+    Rotary embedding in the half-split layout, position 0 at each sequence's first row; scores are
+    scaled by 1 / sqrt(head_dim). heads % kv_heads == 0; sum(lengths) == m.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    lengths: tuple[int, ...]
+    rope_theta: float = 10000.0
+
+
+class Implementation(Protocol):
+    """The one method that an implementation must have; the file's header lists the others."""
+
+    name: str
+
+    def forward(
+        self, x: Array, W: Array, A: Array, B: Array, scale: float, bias: Array | None = None
+    ) -> Array:
+        """y = x Wᵀ + bias + scale x Aᵀ Bᵀ, [m,d] in the dtype of x."""
+
+
+class Module(Protocol):
+    """A module with state, as frameworks have them."""
+
+    def forward(self, x: Array) -> Array: ...
+    def attach(self, A: Array, B: Array, scale: float) -> None: ...
+    def detach(self) -> None: ...
+
+
+METHODS = (
+    "forward",
+    "base",
+    "backward",
+    "loss_gradients",
+    "scaling",
+    "init",
+    "merge",
+    "unmerge",
+    "forward_stacked",
+    "forward_mixed",
+    "dropout_forward",
+    "dropout_backward",
+    "module",
+    "save",
+    "load",
+    "plan",
+    "attention",
+    "attention_backward",
+    "set_num_threads",
+)
+DTYPES = ("float32", "float64", "bfloat16", "complex128")
+
+
+def capabilities(implementation: Any) -> frozenset[str]:
+    """The names in METHODS that it has, "float64" and the like for each of its dtypes, "peft_files"
+    where it reads and writes PEFT's files, and "thread_safe"."""
+    found = {name for name in METHODS if callable(getattr(implementation, name, None))}
+    found |= {str(d) for d in getattr(implementation, "dtypes", ("float32",))}
+    if getattr(implementation, "file_format", "") == "peft":
+        found.add("peft_files")
+    if getattr(implementation, "thread_safe", False) is True:
+        found.add("thread_safe")
+    return frozenset(found)
+
+
+def instantiate(implementation: Any) -> Any:
+    """The object itself, or one of the class."""
+    return implementation() if isinstance(implementation, type) else implementation
+
+
+def name_of(implementation: Any) -> str:
+    """Its `name`, else its class's."""
+    name = getattr(implementation, "name", None)
+    return name if isinstance(name, str) else type(implementation).__name__
+
+
+def find(path: str) -> Any:
+    """What "package.module:Name" names, made if it is a class. ConfigError if there is no such."""
+    module, colon, name = path.partition(":")
+    if not colon or not module or not name:
+        raise ConfigError(f"{path!r} does not name an implementation; write package.module:Class")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{path}: {error}; is its folder on PYTHONPATH?") from error
+    made = instantiate(found)
+    if not callable(getattr(made, "forward", None)):
+        raise ConfigError(f"{path} has no method forward(x, W, A, B, scale, bias=None)")
+    return made
+
+
+def problems_of(implementation: Any) -> list[str]:
+    """Sentences about what the object says of itself and cannot be so."""
+    said: list[str] = []
+    dtypes: Sequence[Any] = getattr(implementation, "dtypes", ("float32",))
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            said.append(f"dtypes names {dtype!r}; known are {', '.join(DTYPES)}")
+    for name in METHODS:
+        value = getattr(implementation, name, None)
+        if value is not None and not callable(value):
+            said.append(f"{name} is {type(value).__name__}, not a method")
+    return said
+
+
+Adapters = Mapping[str, LoraTriple]
