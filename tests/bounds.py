@@ -124,7 +124,7 @@ def lora_backward(
     p: float = 0.0,
     dtype: Any = np.float32,
 ) -> tuple[Array, Array, Array]:
-    """Of dx, dA, dB: chains of two products (g = dy B is the first), gamma of the sum of lengths."""
+    """Of dx, dA, dB: chains of two products (g = dy B the first), gamma of the sum of lengths."""
     (m, d), r, s = dy.shape, lora.rank, abs(lora.scale)
     D, A, B = _abs(dy), _abs(lora.A), _abs(lora.B)
     dx = D @ _abs(W) + s * ((D @ B) @ A) / (1 - p)
@@ -222,8 +222,8 @@ def attention_backward(
     dtype: Any = np.float32,
 ) -> tuple[Array, Array, Array]:
     """Of dq, dk, dv with o and lse exact inputs. P = exp(s - lse) is off by the factor of the
-    forward bound; dS = P (dP - sum do o) by gamma_D of its magnitudes; then sums over the n keys, or
-    over the queries and the heads that share a key."""
+    forward bound; dS = P (dP - sum do o) by gamma_D of its magnitudes; then sums over the n keys,
+    or over the queries and the heads that share a key."""
     u = unit(dtype)
     dq, dk, dv = np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape)
     shared = q.shape[0] * (attn.heads // attn.kv_heads)
@@ -303,8 +303,8 @@ def cross_entropy_backward(
 def adamw_step(
     param: Array, grad: Array, m: Array, v: Array, o: AdamW, dtype: Any = np.float32
 ) -> tuple[Array, Array, Array]:
-    """Of param, m, v. Each coefficient is rounded once; m sums two terms of any sign, v two positive
-    ones; the update is m_hat / (sqrt(v_hat) + eps), whose denominator has no cancellation."""
+    """Of param, m, v. Each coefficient is rounded once; m sums two terms of any sign, v two
+    positive ones; the update is m_hat / (sqrt(v_hat) + eps), whose denominator has no cancellation."""
     g = _abs(grad) * abs(o.grad_scale)
     mag_m = o.beta1 * _abs(m) + (1 - o.beta1) * g
     new_v = o.beta2 * _abs(v) + (1 - o.beta2) * g * g
@@ -360,8 +360,8 @@ def _sigmoid(x: Array) -> Array:
 
 
 def _each_query(q: Array, k: Array, v: Array, seqs: Seqs, attn: Attn) -> Any:
-    """For each query and head: (row, head, scores, their magnitudes, values, (a, b, keys, columns of
-    the kv head), columns of the head), in float64."""
+    """For each query and head: (row, head, scores, their magnitudes, values, (a, b, keys, columns
+    of the kv head), columns of the head), in float64."""
     q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
     D, group = attn.head_dim, attn.heads // attn.kv_heads
     for t, a, b in Reference()._spans(seqs, attn):

@@ -124,7 +124,7 @@ class CBackend:
     @staticmethod
     def isas() -> list[str]:
         """The kernel tables that this build has and this CPU can run, best first."""
-        names = []
+        names: list[str] = []
         while (name := lib.pylora_isa_name(len(names))) != ffi.NULL:
             names.append(ffi.string(name).decode())
         return names
@@ -299,7 +299,7 @@ class CBackend:
         position = _ints("residue.position", residue.position)
         bits = np.ascontiguousarray(residue.bits, np.uint32)
         _want("residue.bits", bits, position.shape)
-        out = np.empty_like(merged)
+        out: np.ndarray = np.empty_like(merged)
         status = lib.pylora_unmerge(
             code, d, k, _at(merged, "void *"), k, low, position.size,
             _at(position, "int64_t *"), _at(bits, "uint32_t *"), _at(out, "void *"), k,
@@ -471,7 +471,7 @@ class CBackend:
         return float(out[0])
 
     def philox(self, seed: int, stream: int, first: int, n: int) -> np.ndarray:
-        out = np.empty(n, np.uint32)
+        out: np.ndarray = np.empty(n, np.uint32)
         _check(lib.pylora_philox(seed, stream, first, n, _at(out, "uint32_t *")), "philox")
         return out
 
