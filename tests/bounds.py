@@ -304,7 +304,7 @@ def adamw_step(
     param: Array, grad: Array, m: Array, v: Array, o: AdamW, dtype: Any = np.float32
 ) -> tuple[Array, Array, Array]:
     """Of param, m, v. Each coefficient is rounded once; m sums two terms of any sign, v two
-    positive ones; the update is m_hat / (sqrt(v_hat) + eps), whose denominator has no cancellation."""
+    positive ones; the update is m_hat / (sqrt(v_hat) + eps), no cancellation below the bar."""
     g = _abs(grad) * abs(o.grad_scale)
     mag_m = o.beta1 * _abs(m) + (1 - o.beta1) * g
     new_v = o.beta2 * _abs(v) + (1 - o.beta2) * g * g
