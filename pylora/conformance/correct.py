@@ -35,6 +35,7 @@ class Correct:
     dtypes: tuple[str, ...] = ("float32", "float64", "bfloat16", "complex128")
     file_format = "peft"
     thread_safe = True
+    bitwise = True
     ops = Reference()
 
     # ---- one adapter --------------------------------------------------------------------------

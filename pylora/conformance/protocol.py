@@ -9,7 +9,9 @@ converts. Letters: m tokens, k inputs, d outputs, r rank; a size may be 0 but fo
     dtypes: tuple[str, ...] = ("float32",)               # of "float64", "float32", "bfloat16", and
                                                          # "complex128" (forward only: complex step)
     file_format: str = ""                                # "peft" if save and load use PEFT's layout
-    thread_safe: bool = False                            # may be called from several threads at once
+    thread_safe: bool = False                            # several threads at once may call it
+    bitwise: bool = False                                # promises that the bits of a row of a
+                     result depend on that row alone: not on the batch, its neighbours or threads
 
     forward(x [m,k], W [d,k], A [r,k], B [d,r], scale, bias=None) -> y [m,d]          the only must
     base(x, W, bias=None) -> y [m,d]                                     the module without adapter
@@ -114,13 +116,12 @@ DTYPES = ("float32", "float64", "bfloat16", "complex128")
 
 def capabilities(implementation: Any) -> frozenset[str]:
     """The names in METHODS that it has, "float64" and the like for each of its dtypes, "peft_files"
-    where it reads and writes PEFT's files, and "thread_safe"."""
+    where it reads and writes PEFT's files, and "thread_safe" and "bitwise" where it says so."""
     found = {name for name in METHODS if callable(getattr(implementation, name, None))}
     found |= {str(d) for d in getattr(implementation, "dtypes", ("float32",))}
     if getattr(implementation, "file_format", "") == "peft":
         found.add("peft_files")
-    if getattr(implementation, "thread_safe", False) is True:
-        found.add("thread_safe")
+    found |= {p for p in ("thread_safe", "bitwise") if getattr(implementation, p, False) is True}
     return frozenset(found)
 
 
