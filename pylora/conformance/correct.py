@@ -238,20 +238,30 @@ class Correct:
         ops, D, h = self.ops, shape.head_dim, {}
 
         def project(name: str, inp: Array) -> Array:
-            lora = LoRA(*adapters[name]) if name in adapters else None
-            out, h[name] = ops.lora_forward(inp, weights[name], None, lora)
+            out, h[name] = self._project(name, inp, weights, adapters)
             return out
 
+        position = self._positions(shape)
         angle = shape.rope_theta ** (-np.arange(0, D, 2) / D)
-        table = np.outer(np.arange(max(shape.lengths, default=0)), angle)
+        table = np.outer(np.arange(position.max(initial=-1) + 1), angle)
         cos, sin = np.cos(table).astype(x.dtype), np.sin(table).astype(x.dtype)
-        position = np.concatenate([np.arange(n) for n in (0, *shape.lengths)]).astype(np.int64)
         seqs, attn = Seqs.of(shape.lengths), Attn(shape.heads, shape.kv_heads, D, D**-0.5)
         q = ops.rope(project("q_proj", x), cos, sin, position, D)
         k = ops.rope(project("k_proj", x), cos, sin, position, D)
         v = project("v_proj", x)
         o, lse = ops.attention_forward(q, k, v, seqs, attn)
         return project("o_proj", o), (q, k, v, o, lse, h, seqs, attn, cos, sin, position)
+
+    def _project(
+        self, name: str, x: Array, weights: Mapping[str, Array], adapters: Mapping[str, LoraTriple]
+    ) -> tuple[Array, Array | None]:
+        """One of the four projections, with its adapter if it has one; and h."""
+        lora = LoRA(*adapters[name]) if name in adapters else None
+        return self.ops.lora_forward(x, weights[name], None, lora)
+
+    def _positions(self, shape: AttentionShape) -> Array:
+        """Each row's position in its sequence."""
+        return np.concatenate([np.arange(n) for n in (0, *shape.lengths)]).astype(np.int64)
 
     def set_num_threads(self, n: int) -> None:
         """NumPy's products of one row have no threads to set."""
