@@ -10,10 +10,10 @@
 
 #define PYLORA_MAGIC 0x504c3031u /* "PL01" */
 
-#define TRY(expr)                  \
-  do {                             \
-    int status_ = (expr);          \
-    if (status_) return status_;   \
+#define TRY(expr)                \
+  do {                           \
+    int status_ = (expr);        \
+    if (status_) return status_; \
   } while (0)
 
 static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -42,7 +42,9 @@ typedef struct arena {
 } arena;
 
 #define PYLORA_ALIGN 64
-static inline size_t round_up(size_t n) { return (n + PYLORA_ALIGN - 1) & ~(size_t)(PYLORA_ALIGN - 1); }
+static inline size_t round_up(size_t n) {
+  return (n + PYLORA_ALIGN - 1) & ~(size_t)(PYLORA_ALIGN - 1);
+}
 
 static inline arena arena_of(void *p, size_t bytes) {
   uintptr_t a = ((uintptr_t)p + PYLORA_ALIGN - 1) & ~(uintptr_t)(PYLORA_ALIGN - 1);
@@ -68,7 +70,7 @@ typedef void (*pylora_task)(void *ctx, int64_t task, int thread);
 void pylora_parallel(pylora_task fn, void *ctx, int64_t n, int threads);
 
 /* Dropout of a piece of a [.,k] matrix: x holds rows row.. and columns col.. of it.  (random.c) */
-int pylora_dropout_at(const pylora_mat *x, const pylora_drop *drop, int64_t row, int64_t col, int64_t k,
-                      const pylora_mat *y);
+int pylora_dropout_at(const pylora_mat *x, const pylora_drop *drop, int64_t row, int64_t col,
+                      int64_t k, const pylora_mat *y);
 
 #endif

@@ -61,7 +61,8 @@ typedef struct fwd {
   float *tiles; /* a tile per thread */
 } fwd;
 
-static void pack_low(const float *M, int64_t rows, int64_t cols, int64_t ld, float scale, float *out) {
+static void pack_low(const float *M, int64_t rows, int64_t cols, int64_t ld, float scale,
+                     float *out) {
   for (int64_t p = 0; p < ceil_div(rows, PANEL); p++, out += cols * PANEL) {
     int64_t n = min64(PANEL, rows - p * PANEL);
     if (n < PANEL) memset(out, 0, (size_t)(cols * PANEL) * sizeof(float));
@@ -76,8 +77,8 @@ static void h_block(void *ctx, int64_t task, int thread) {
   const fwd *f = ctx;
   int64_t i = task * 64, n = min64(64, f->xa->rows - i), k = f->xa->cols;
   for (int64_t j = 0; j < f->r; j += PANEL)
-    f->K->gemm(n, (int)min64(PANEL, f->r - j), k, f->xa->p + i * f->xa->ld, f->xa->ld, 1, f->At + j * k,
-               PANEL, f->h->p + i * f->h->ld + j, f->h->ld, 0);
+    f->K->gemm(n, (int)min64(PANEL, f->r - j), k, f->xa->p + i * f->xa->ld, f->xa->ld, 1,
+               f->At + j * k, PANEL, f->h->p + i * f->h->ld + j, f->h->ld, 0);
 }
 
 static void store_tile(const fwd *f, int64_t i, int64_t n, int64_t j, const float *tile) {
@@ -106,16 +107,16 @@ static void y_block(void *ctx, int64_t task, int thread) {
     const float *panel = (const float *)f->W->data + p * k * PANEL;
     if (k == 0) memset(tile, 0, (size_t)(n * PANEL) * sizeof(float));
     for (int64_t t = 0; t < k; t += chunk)
-      f->K->gemm(n, PANEL, min64(chunk, k - t), x->p + i * x->ld + t, x->ld, 1, panel + t * PANEL, PANEL,
-                 tile, PANEL, t > 0);
+      f->K->gemm(n, PANEL, min64(chunk, k - t), x->p + i * x->ld + t, x->ld, 1, panel + t * PANEL,
+                 PANEL, tile, PANEL, t > 0);
     if (f->bias) {
       int64_t cols = min64(PANEL, f->W->d - p * PANEL);
       for (int64_t t = 0; t < n; t++)
         for (int64_t q = 0; q < cols; q++) tile[t * PANEL + q] += f->bias[p * PANEL + q];
     }
     if (f->low)
-      f->K->gemm(n, PANEL, f->low, f->h->p + i * f->h->ld, f->h->ld, 1, f->Bt + p * f->low * PANEL, PANEL,
-                 tile, PANEL, 1);
+      f->K->gemm(n, PANEL, f->low, f->h->p + i * f->h->ld, f->h->ld, 1, f->Bt + p * f->low * PANEL,
+                 PANEL, tile, PANEL, 1);
     store_tile(f, i, n, p * PANEL, tile);
   }
 }
@@ -133,7 +134,14 @@ int pylora_lora_forward(const pylora_mat *x, const pylora_packed *W, const float
   if (r) TRY(check_mat(h, m, r, 1));
   int threads = pylora_num_threads();
   arena a = arena_of(ws, ws_bytes);
-  fwd f = {.K = pylora_table(), .x = x, .y = y, .residual = residual, .W = W, .bias = bias, .h = h, .r = r};
+  fwd f = {.K = pylora_table(),
+           .x = x,
+           .y = y,
+           .residual = residual,
+           .W = W,
+           .bias = bias,
+           .h = h,
+           .r = r};
   pylora_mat dropped;
   if (!(f.tiles = arena_floats(&a, (int64_t)threads * (MAX_ROWS + CHUNK_D) * PANEL)))
     return PYLORA_E_WORKSPACE;
@@ -190,8 +198,8 @@ static void g_block(void *ctx, int64_t task, int thread) {
   const pylora_lora *l = w->lora;
   int64_t i = task * 64, n = min64(64, w->dy->rows - i);
   for (int64_t j = 0; j < w->r; j += PANEL)
-    w->K->gemm(n, (int)min64(PANEL, w->r - j), w->dy->cols, w->dy->p + i * w->dy->ld, w->dy->ld, 1, l->B + j,
-               l->ldb, w->g + i * w->r + j, w->r, 0);
+    w->K->gemm(n, (int)min64(PANEL, w->r - j), w->dy->cols, w->dy->p + i * w->dy->ld, w->dy->ld, 1,
+               l->B + j, l->ldb, w->g + i * w->r + j, w->r, 0);
   for (int64_t t = i * w->r; t < (i + n) * w->r; t++) w->g[t] *= l->s;
 }
 
@@ -212,16 +220,18 @@ static void dA_strip(void *ctx, int64_t task, int thread) {
   (void)thread;
   const bwd *w = ctx;
   int64_t j = task * PANEL;
-  w->K->gemm(w->r, (int)min64(PANEL, w->x->cols - j), w->x->rows, w->g, 1, w->r, w->x->p + j, w->x->ld,
-             w->dA->p + j, w->dA->ld, 0);
+  w->K->gemm(w->r, (int)min64(PANEL, w->x->cols - j), w->x->rows, w->g, 1, w->r, w->x->p + j,
+             w->x->ld, w->dA->p + j, w->dA->ld, 0);
 }
 
 /* 32 columns of dx for a block of rows: dy W, the 32 x 32 tiles of W transposed chunk by chunk */
 static void dx_block(void *ctx, int64_t task, int thread) {
   const bwd *w = ctx;
-  int64_t d = w->W->d, k = w->W->k, i = task / w->strips * w->rows, n = min64(w->rows, w->dy->rows - i);
+  int64_t d = w->W->d, k = w->W->k, i = task / w->strips * w->rows,
+          n = min64(w->rows, w->dy->rows - i);
   int64_t j = task % w->strips * PANEL, cols = min64(PANEL, k - j);
-  float *tile = w->tiles + (int64_t)thread * (MAX_ROWS + CHUNK_D) * PANEL, *Wt = tile + MAX_ROWS * PANEL;
+  float *tile = w->tiles + (int64_t)thread * (MAX_ROWS + CHUNK_D) * PANEL,
+        *Wt = tile + MAX_ROWS * PANEL;
   memset(tile, 0, (size_t)(n * PANEL) * sizeof(float));
   for (int64_t t = 0; t < d; t += CHUNK_D) {
     int64_t rows = min64(CHUNK_D, d - t);
@@ -231,10 +241,12 @@ static void dx_block(void *ctx, int64_t task, int thread) {
         w->K->transpose32(panel, Wt + q * PANEL);
       } else {
         for (int64_t a = 0; a < PANEL; a++)
-          for (int64_t b = 0; b < PANEL; b++) Wt[(q + a) * PANEL + b] = b < cols ? panel[b * PANEL + a] : 0;
+          for (int64_t b = 0; b < PANEL; b++)
+            Wt[(q + a) * PANEL + b] = b < cols ? panel[b * PANEL + a] : 0;
       }
     }
-    w->K->gemm(n, PANEL, rows, w->dy->p + i * w->dy->ld + t, w->dy->ld, 1, Wt, PANEL, tile, PANEL, 1);
+    w->K->gemm(n, PANEL, rows, w->dy->p + i * w->dy->ld + t, w->dy->ld, 1, Wt, PANEL, tile, PANEL,
+               1);
   }
   if (w->low) {
     const pylora_lora *l = w->lora;
@@ -243,7 +255,8 @@ static void dx_block(void *ctx, int64_t task, int thread) {
     } else { /* the same mask as forward's, from the same words */
       for (int64_t q = 0; q < n; q++) {
         float *low = Wt, *c = tile + q * PANEL;
-        w->K->gemm(1, (int)cols, w->r, w->g + (i + q) * w->r, w->r, 1, l->A + j, l->lda, low, PANEL, 0);
+        w->K->gemm(1, (int)cols, w->r, w->g + (i + q) * w->r, w->r, 1, l->A + j, l->lda, low, PANEL,
+                   0);
         pylora_mat one = {low, 1, cols, cols};
         pylora_dropout_at(&one, w->drop, i + q, j, k, &one);
         for (int64_t b = 0; b < cols; b++) c[b] += low[b];
@@ -286,8 +299,17 @@ int pylora_lora_backward(const pylora_mat *dy, const pylora_mat *x, const pylora
   }
   int threads = pylora_num_threads();
   arena a = arena_of(ws, ws_bytes);
-  bwd w = {.K = pylora_table(), .dy = dy, .x = x, .h = h, .dx = dx, .dA = dA, .dB = dB, .W = W, .lora = lora,
-           .r = r, .add = add_dx};
+  bwd w = {.K = pylora_table(),
+           .dy = dy,
+           .x = x,
+           .h = h,
+           .dx = dx,
+           .dA = dA,
+           .dB = dB,
+           .W = W,
+           .lora = lora,
+           .r = r,
+           .add = add_dx};
   if (r && lora->drop && lora->drop->p > 0) w.drop = lora->drop;
   float *xa = NULL;
   pylora_mat dropped;

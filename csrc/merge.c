@@ -27,7 +27,8 @@ static uint16_t narrow_bf16(double t) {
   memcpy(&u, &f, 4);
   if (f != f) return (uint16_t)((u >> 16) | 0x40);
   uint32_t low = u & 0xffff, up = low > 0x8000;
-  if (low == 0x8000) { /* a tie of bf16: was the double on it, or did float's rounding put it there? */
+  if (low ==
+      0x8000) { /* a tie of bf16: was the double on it, or did float's rounding put it there? */
     double exact = (double)f;
     up = t == exact ? (u >> 16 & 1) : fabs(t) > fabs(exact);
   }
@@ -48,8 +49,8 @@ static uint16_t narrow_f16(double t) {
   if (t != t) return sign | 0x7e00;
   if (t >= 65520) return sign | 0x7c00; /* rounds to infinity */
   int e;
-  frexp(t, &e);               /* t in [2^(e-1), 2^e) */
-  if (t == 0 || e < -13) e = -13; /* subnormals share the smallest exponent */
+  frexp(t, &e);                      /* t in [2^(e-1), 2^e) */
+  if (t == 0 || e < -13) e = -13;    /* subnormals share the smallest exponent */
   double n = rint(ldexp(t, 11 - e)); /* in units of the last place, to nearest even: 0 .. 2048 */
   return (uint16_t)(sign | (uint16_t)(n + (e + 13) * 1024));
 }
@@ -137,9 +138,10 @@ static void merge_row(void *ctx, int64_t i, int thread) {
   if (q->row_lossy) q->row_lossy[i] = lossy;
 }
 
-static int check(int dtype, int64_t d, int64_t k, const void *W, const void *out, const pylora_lora *l,
-                 int64_t ldo) {
-  if (dtype != PYLORA_F32 && dtype != PYLORA_BF16 && dtype != PYLORA_F16) return PYLORA_E_UNSUPPORTED;
+static int check(int dtype, int64_t d, int64_t k, const void *W, const void *out,
+                 const pylora_lora *l, int64_t ldo) {
+  if (dtype != PYLORA_F32 && dtype != PYLORA_BF16 && dtype != PYLORA_F16)
+    return PYLORA_E_UNSUPPORTED;
   if (d < 0 || k < 0 || (d > 1 && ldo < k && ldo > -k)) return PYLORA_E_SHAPE;
   if (!l) return PYLORA_E_NULL;
   if (l->r < 0) return PYLORA_E_SHAPE;
@@ -147,10 +149,17 @@ static int check(int dtype, int64_t d, int64_t k, const void *W, const void *out
   return PYLORA_OK;
 }
 
-int pylora_merge(int dtype, int64_t d, int64_t k, const void *W, int64_t ldw, const pylora_lora *lora,
-                 void *out, int64_t ldo, int64_t *row_lossy) {
+int pylora_merge(int dtype, int64_t d, int64_t k, const void *W, int64_t ldw,
+                 const pylora_lora *lora, void *out, int64_t ldo, int64_t *row_lossy) {
   TRY(check(dtype, d, k, W, out, lora, ldo));
-  job q = {.dtype = dtype, .d = d, .k = k, .ldw = ldw, .ldm = ldo, .W = W, .merged = out, .l = lora,
+  job q = {.dtype = dtype,
+           .d = d,
+           .k = k,
+           .ldw = ldw,
+           .ldm = ldo,
+           .W = W,
+           .merged = out,
+           .l = lora,
            .row_lossy = row_lossy};
   pylora_parallel(merge_row, &q, d, pylora_num_threads());
   return PYLORA_OK;
@@ -158,7 +167,8 @@ int pylora_merge(int dtype, int64_t d, int64_t k, const void *W, int64_t ldw, co
 
 static int64_t residue_row(const job *q, int64_t i, int64_t at) {
   if (!q->row_lossy[i]) return at;
-  const void *W = row_of(q->W, q->dtype, i, q->ldw), *merged = row_of(q->merged, q->dtype, i, q->ldm);
+  const void *W = row_of(q->W, q->dtype, i, q->ldw),
+             *merged = row_of(q->merged, q->dtype, i, q->ldm);
   const int64_t end = at + q->row_lossy[i];
   double t[COLS];
   for (int64_t j = 0; j < q->k && at < end; j += COLS) {
@@ -182,13 +192,22 @@ static void residue_rows(void *ctx, int64_t task, int thread) {
   for (int64_t i = first; i < min64(q->d, first + ROWS); i++) at = residue_row(q, i, at);
 }
 
-int pylora_merge_residue(int dtype, int64_t d, int64_t k, const void *W, int64_t ldw, const void *merged,
-                         int64_t ldm, const pylora_lora *lora, const int64_t *row_lossy,
-                         int64_t *position, uint32_t *bits) {
+int pylora_merge_residue(int dtype, int64_t d, int64_t k, const void *W, int64_t ldw,
+                         const void *merged, int64_t ldm, const pylora_lora *lora,
+                         const int64_t *row_lossy, int64_t *position, uint32_t *bits) {
   TRY(check(dtype, d, k, W, merged, lora, ldm));
   if (!row_lossy || !position || !bits) return d ? PYLORA_E_NULL : PYLORA_OK;
-  job q = {.dtype = dtype, .d = d, .k = k, .ldw = ldw, .ldm = ldm, .W = W, .merged = (char *)(uintptr_t)merged,
-           .l = lora, .row_lossy = (int64_t *)(uintptr_t)row_lossy, .position = position, .bits = bits};
+  job q = {.dtype = dtype,
+           .d = d,
+           .k = k,
+           .ldw = ldw,
+           .ldm = ldm,
+           .W = W,
+           .merged = (char *)(uintptr_t)merged,
+           .l = lora,
+           .row_lossy = (int64_t *)(uintptr_t)row_lossy,
+           .position = position,
+           .bits = bits};
   pylora_parallel(residue_rows, &q, ceil_div(d, ROWS), pylora_num_threads());
   return PYLORA_OK;
 }
@@ -207,14 +226,21 @@ static void unmerge_row(void *ctx, int64_t i, int thread) {
 }
 
 int pylora_unmerge(int dtype, int64_t d, int64_t k, const void *merged, int64_t ldm,
-                   const pylora_lora *lora, int64_t n, const int64_t *position, const uint32_t *bits,
-                   void *out, int64_t ldo) {
+                   const pylora_lora *lora, int64_t n, const int64_t *position,
+                   const uint32_t *bits, void *out, int64_t ldo) {
   TRY(check(dtype, d, k, merged, out, lora, ldo));
   if (n < 0) return PYLORA_E_SHAPE;
   if (n && (!position || !bits)) return PYLORA_E_NULL;
   for (int64_t i = 0; i < n; i++)
     if (position[i] < 0 || k == 0 || position[i] / k >= d) return PYLORA_E_INDEX;
-  job q = {.dtype = dtype, .d = d, .k = k, .ldw = ldm, .ldm = ldo, .W = merged, .merged = out, .l = lora};
+  job q = {.dtype = dtype,
+           .d = d,
+           .k = k,
+           .ldw = ldm,
+           .ldm = ldo,
+           .W = merged,
+           .merged = out,
+           .l = lora};
   pylora_parallel(unmerge_row, &q, d, pylora_num_threads());
   for (int64_t i = 0; i < n; i++) {
     char *row = (char *)out + position[i] / k * ldo * (int64_t)width(dtype);

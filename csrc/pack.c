@@ -33,7 +33,8 @@ int pylora_pack(const pylora_mat *W, void *buffer, pylora_packed *out) {
   TRY(check_mat(W, W->rows, W->cols, 0));
   if (!pylora_pack_bytes(W->rows, W->cols)) return PYLORA_E_SHAPE;
   job j = {W, buffer};
-  if (W->cols) pylora_parallel(pack_panel, &j, ceil_div(W->rows, PYLORA_PANEL), pylora_num_threads());
+  if (W->cols)
+    pylora_parallel(pack_panel, &j, ceil_div(W->rows, PYLORA_PANEL), pylora_num_threads());
   *out = (pylora_packed){PYLORA_MAGIC, PYLORA_F32, W->rows, W->cols, buffer};
   return PYLORA_OK;
 }

@@ -3,16 +3,26 @@
 
 const char *pylora_status_text(int status) {
   switch (status) {
-    case PYLORA_OK: return "success";
-    case PYLORA_E_NULL: return "a required pointer is NULL";
-    case PYLORA_E_SHAPE: return "the shapes do not fit each other, or a size is negative or too large";
-    case PYLORA_E_WORKSPACE: return "the workspace is smaller than its query function says";
-    case PYLORA_E_INDEX: return "a token id, label or position is out of range";
-    case PYLORA_E_VALUE: return "a scalar argument is out of its domain";
-    case PYLORA_E_UNSUPPORTED: return "this build or this CPU does not support it";
-    case PYLORA_E_PACKED: return "the packed weight was not made by pylora_pack";
-    case PYLORA_E_THREADS: return "the threads could not be started";
-    default: return "unknown status";
+  case PYLORA_OK:
+    return "success";
+  case PYLORA_E_NULL:
+    return "a required pointer is NULL";
+  case PYLORA_E_SHAPE:
+    return "the shapes do not fit each other, or a size is negative or too large";
+  case PYLORA_E_WORKSPACE:
+    return "the workspace is smaller than its query function says";
+  case PYLORA_E_INDEX:
+    return "a token id, label or position is out of range";
+  case PYLORA_E_VALUE:
+    return "a scalar argument is out of its domain";
+  case PYLORA_E_UNSUPPORTED:
+    return "this build or this CPU does not support it";
+  case PYLORA_E_PACKED:
+    return "the packed weight was not made by pylora_pack";
+  case PYLORA_E_THREADS:
+    return "the threads could not be started";
+  default:
+    return "unknown status";
   }
 }
 

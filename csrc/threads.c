@@ -58,8 +58,8 @@ static mutex_t call_lock = MUTEX_INIT; /* held by the caller whose tasks run */
 static mutex_t sleep_lock = MUTEX_INIT;
 static cond_t wake = COND_INIT;
 
-static _Atomic int wanted;  /* threads per call, the caller's included; 0: not asked yet */
-static int workers;         /* running worker threads; guarded by call_lock */
+static _Atomic int wanted; /* threads per call, the caller's included; 0: not asked yet */
+static int workers;        /* running worker threads; guarded by call_lock */
 static _Atomic int sleepers;
 
 static struct {

@@ -20,8 +20,8 @@ typedef struct pylora_kernels {
 
   /* c[i,j] = (add ? c[i,j] : 0) + sum_t a[i*ars + t*acs] * b[t*ldb + j]  for i < m, j < n, t < kk.
    * n <= PYLORA_PANEL; b and c are touched only at j < n. */
-  void (*gemm)(int64_t m, int n, int64_t kk, const float *a, int64_t ars, int64_t acs, const float *b,
-               int64_t ldb, float *c, int64_t ldc, int add);
+  void (*gemm)(int64_t m, int n, int64_t kk, const float *a, int64_t ars, int64_t acs,
+               const float *b, int64_t ldb, float *c, int64_t ldc, int add);
   /* One 32 x 32 tile: dst[j*32 + i] = src[i*32 + j]. */
   void (*transpose32)(const float *src, float *dst);
 
@@ -33,17 +33,20 @@ typedef struct pylora_kernels {
   /* y = x r w */
   void (*rms_forward)(int64_t n, const float *x, const float *w, float r, float *y);
   /* dx = (add ? dx : 0) + r (dy w - x r² mean(dy w x)) */
-  void (*rms_backward)(int64_t n, const float *dy, const float *x, const float *w, float r, float *dx,
-                       int add);
-  void (*rms_weight)(int64_t n, const float *dy, const float *x, float r, float *dw); /* dw += dy x r */
+  void (*rms_backward)(int64_t n, const float *dy, const float *x, const float *w, float r,
+                       float *dx, int add);
+  void (*rms_weight)(int64_t n, const float *dy, const float *x, float r,
+                     float *dw); /* dw += dy x r */
   /* (ya, yb) = (a c - b s, b c + a s): the pair rotated */
-  void (*rotate)(int64_t n, const float *a, const float *b, const float *c, const float *s, int inverse,
-                 float *ya, float *yb);
+  void (*rotate)(int64_t n, const float *a, const float *b, const float *c, const float *s,
+                 int inverse, float *ya, float *yb);
   void (*swiglu_forward)(int64_t n, const float *gate, const float *up, float *y);
-  void (*swiglu_backward)(int64_t n, const float *dy, const float *gate, const float *up, float *dgate,
-                          float *dup);
-  void (*exp_sum)(int64_t n, const float *x, float *top, float *sum); /* max x, sum exp(x - max x) */
-  void (*exp_scaled)(int64_t n, const float *x, float lse, float weight, float *y); /* weight exp(x - lse) */
+  void (*swiglu_backward)(int64_t n, const float *dy, const float *gate, const float *up,
+                          float *dgate, float *dup);
+  void (*exp_sum)(int64_t n, const float *x, float *top,
+                  float *sum); /* max x, sum exp(x - max x) */
+  void (*exp_scaled)(int64_t n, const float *x, float lse, float weight,
+                     float *y); /* weight exp(x - lse) */
   /* param, m, v after one step; c: see pylora_adamw_step */
   void (*adamw)(int64_t n, float *param, const float *grad, float *m, float *v, const float *c);
 
@@ -58,7 +61,8 @@ typedef struct pylora_kernels {
   /* The words of blocks b .. b + 15 of a Philox stream. */
   void (*philox)(uint64_t seed, uint64_t stream, uint64_t b, uint32_t *out);
   /* y = word >= threshold ? x scale : 0 */
-  void (*drop)(int64_t n, const uint32_t *word, uint32_t threshold, const float *x, float scale, float *y);
+  void (*drop)(int64_t n, const uint32_t *word, uint32_t threshold, const float *x, float scale,
+               float *y);
 } pylora_kernels;
 
 extern const pylora_kernels pylora_kernels_portable;
