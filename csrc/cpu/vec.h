@@ -31,8 +31,12 @@ INLINE vf v_zero(void) { return _mm512_setzero_ps(); }
 INLINE vf v_set1(float x) { return _mm512_set1_ps(x); }
 INLINE vf v_load(const float *p) { return _mm512_loadu_ps(p); }
 INLINE void v_store(float *p, vf x) { _mm512_storeu_ps(p, x); }
-INLINE vf v_load_n(const float *p, int n) { return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1u), p); }
-INLINE void v_store_n(float *p, vf x, int n) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1u), x); }
+INLINE vf v_load_n(const float *p, int n) {
+  return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1u), p);
+}
+INLINE void v_store_n(float *p, vf x, int n) {
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1u), x);
+}
 INLINE vf v_add(vf a, vf b) { return _mm512_add_ps(a, b); }
 INLINE vf v_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
 INLINE vf v_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
@@ -84,12 +88,16 @@ INLINE vf v_max(vf a, vf b) { return _mm256_max_ps(a, b); }
 INLINE vf v_min(vf a, vf b) { return _mm256_min_ps(a, b); }
 INLINE vf v_sqrt(vf a) { return _mm256_sqrt_ps(a); }
 INLINE vf v_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
-INLINE vf v_round(vf a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE vf v_round(vf a) {
+  return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 INLINE vf v_pow2(vf n) {
   return _mm256_castsi256_ps(
       _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
-INLINE vf v_lt(vf a, vf b, vf x, vf y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+INLINE vf v_lt(vf a, vf b, vf x, vf y) {
+  return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
+}
 
 #define VQ 4
 typedef __m256i vq;
@@ -185,7 +193,8 @@ INLINE vf v_lt(vf a, vf b, vf x, vf y) {
 INLINE vf v_pow2(vf n) {
   vf r;
   for (int i = 0; i < 4; i++) {
-    uint32_t u = (uint32_t)((int32_t)LANE(n, i) + 127) << 23;
+    const float e = LANE(n, i); /* NaN has no integer; what it is multiplied by is NaN then, too */
+    uint32_t u = (uint32_t)((e >= -126 && e <= 127 ? (int32_t)e : 0) + 127) << 23;
     float f;
     memcpy(&f, &u, 4);
     LANE(r, i) = f;
@@ -219,7 +228,8 @@ INLINE vf v_scale2(vf y, vf n) {
  * e^f by the minimax polynomial of Cephes' expf, times 2^n. 0 at -inf and where it underflows, with
  * subnormal results on the way; inf where it overflows; NaN at NaN. */
 INLINE vf v_exp(vf x) {
-  x = v_max(v_set1(-150.0f), v_min(v_set1(128.0f), x)); /* in this order of arguments NaN survives */
+  x = v_max(v_set1(-150.0f),
+            v_min(v_set1(128.0f), x)); /* in this order of arguments NaN survives */
   vf n = v_round(v_mul(x, v_set1(1.44269504f)));
   vf f = v_fma(n, v_set1(-0.693359375f), x);
   f = v_fma(n, v_set1(2.12194440e-4f), f);

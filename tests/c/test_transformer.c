@@ -1,0 +1,176 @@
+/* RMSNorm, rotary embedding, SwiGLU, embedding, and the exponential beneath them. */
+#include "check.h"
+#include "internal.h"
+
+static void rms_norm(void) {
+  for (int c = 0; c < 30; c++) {
+    const int64_t m = PICK(0, 1, 3, 20), k = PICK(1, 2, 15, 16, 17, 63, 64, 65, 300);
+    const float size = PICK(1, 1000) == 1 ? 1e-3f : 30.0f;
+    const pylora_mat x = matrix(m, k, size), dy = matrix(m, k, 1), y = matrix(m, k, 0),
+                     y0 = matrix(m, k, 0);
+    const float *w = floats(k, 1), eps = 1e-5f;
+    float *rstd = floats(m, 0), *rstd0 = floats(m, 0), *dw = floats(k, 1), *dw0 = floats(k, 1);
+    OK(pylora_rms_norm_forward(&x, w, eps, &y, rstd));
+    pylora_ref_rms_norm_forward(&x, w, eps, &y0, rstd0);
+    const pylora_mat ay = abs_of(&y0), r = column(rstd, m), r0 = column(rstd0, m);
+    expect_near("y", &y, &y0, &ay, (double)k / 2 + 7);
+    expect_near("rstd", &r, &r0, &r0, (double)k / 2 + 5);
+    for (int64_t i = 0; i < m; i++) {
+      const pylora_mat x1 = row_of(&x, i), y1 = matrix(1, k, 0), yi = row_of(&y, i);
+      float one;
+      OK(pylora_rms_norm_forward(&x1, w, eps, &y1, &one));
+      expect_same("row of y alone", &y1, &yi);
+      EXPECT(one == rstd[i]);
+    }
+    const pylora_mat inplace = copy_of(&x);
+    OK(pylora_rms_norm_forward(&inplace, w, eps, &inplace, rstd));
+    expect_same("y in x", &inplace, &y);
+
+    const int add = (int)below(2);
+    const pylora_mat dx = matrix(m, k, 1), dx0 = copy_of(&dx), mag = abs_of(&dx),
+                     dwmag = matrix(1, k, 0);
+    fill(&dwmag, 0);
+    for (int64_t i = 0; i < m; i++) {
+      double mean = 0, R = rstd0[i];
+      for (int64_t j = 0; j < k; j++)
+        mean += fabs((double)*el(&dy, i, j) * w[j] * (double)*el(&x, i, j)) / (double)k;
+      for (int64_t j = 0; j < k; j++) {
+        const double a = fabs(*el(&x, i, j)), g = fabs(*el(&dy, i, j));
+        *el(&mag, i, j) += (float)(1.01 * R * (g * fabs(w[j]) + a * R * R * mean));
+        *el(&dwmag, 0, j) += (float)(1.01 * g * a * R);
+      }
+    }
+    OK(pylora_rms_norm_backward(&dy, &x, w, rstd0, &dx, add, dw));
+    pylora_ref_rms_norm_backward(&dy, &x, w, rstd0, &dx0, add, dw0);
+    const pylora_mat dwm = {dw, 1, k, k}, dwm0 = {dw0, 1, k, k};
+    expect_near("dx", &dx, &dx0, &mag, (double)k + 9);
+    expect_near("dw", &dwm, &dwm0, &dwmag, (double)m + 3);
+    const pylora_mat same = copy_of(&dy),
+                     plain = matrix(m, k, 0); /* dx may be dy; dw is not disturbed */
+    float *dw2 = floats(k, 0);
+    OK(pylora_rms_norm_backward(&dy, &x, w, rstd0, &plain, 0, NULL));
+    OK(pylora_rms_norm_backward(&same, &x, w, rstd0, &same, 0, dw2));
+    expect_same("dx in dy", &same, &plain);
+    EXPECT(memcmp(dw, dw2, (size_t)k * sizeof(float)) == 0);
+    release();
+  }
+}
+
+static void rope(void) {
+  for (int c = 0; c < 20; c++) {
+    const int64_t m = PICK(0, 1, 9), D = PICK(2, 6, 32, 34, 64), heads = PICK(1, 3), n = 12;
+    const pylora_mat x = matrix(m, heads * D, 1), cosines = matrix(n, D / 2, 0),
+                     sines = matrix(n, D / 2, 0);
+    const pylora_mat y = matrix(m, heads * D, 0), y0 = matrix(m, heads * D, 0),
+                     mag = matrix(m, heads * D, 0);
+    const int64_t *position = ids_below(m, n);
+    for (int64_t i = 0; i < n; i++)
+      for (int64_t j = 0; j < D / 2; j++) {
+        const double angle = 100 * (double)uniform();
+        *el(&cosines, i, j) = (float)cos(angle), *el(&sines, i, j) = (float)sin(angle);
+      }
+    fill(&mag, 2);
+    for (int layout = 0; layout < 2; layout++)
+      for (int inverse = 0; inverse < 2; inverse++) {
+        OK(pylora_rope(&x, &cosines, &sines, position, (int32_t)D, layout, inverse, &y));
+        pylora_ref_rope(&x, &cosines, &sines, position, (int32_t)D, layout, inverse, &y0);
+        expect_near("y", &y, &y0, &mag, 2);
+        const pylora_mat same = copy_of(&x);
+        OK(pylora_rope(&same, &cosines, &sines, position, (int32_t)D, layout, inverse, &same));
+        expect_same("y in x", &same, &y);
+        OK(pylora_rope(&same, &cosines, &sines, position, (int32_t)D, layout, !inverse, &same));
+        expect_near("there and back", &same, &x, &mag, 8);
+      }
+    release();
+  }
+}
+
+static void swiglu(void) {
+  for (int c = 0; c < 20; c++) {
+    const int64_t m = PICK(0, 1, 7), n = PICK(1, 15, 16, 33, 200);
+    const float size = (float)PICK(1, 10, 95, 200);
+    const pylora_mat gate = matrix(m, n, size), up = matrix(m, n, 1), dy = matrix(m, n, 1);
+    const pylora_mat y = matrix(m, n, 0), y0 = matrix(m, n, 0), dg = matrix(m, n, 0),
+                     dg0 = matrix(m, n, 0);
+    const pylora_mat du = matrix(m, n, 0), du0 = matrix(m, n, 0), mag = matrix(m, n, 0);
+    OK(pylora_swiglu_forward(&gate, &up, &y));
+    OK(pylora_swiglu_backward(&dy, &gate, &up, &dg, &du));
+    pylora_ref_swiglu_forward(&gate, &up, &y0);
+    pylora_ref_swiglu_backward(&dy, &gate, &up, &dg0, &du0);
+    for (int64_t i = 0; i < m; i++)
+      for (int64_t j = 0; j < n; j++) { /* 1 + gate (1 - σ) cancels */
+        const double g = *el(&gate, i, j), s = 1 / (1 + exp(-g));
+        *el(&mag, i, j) =
+            (float)(fabs(*el(&dy, i, j) * *el(&up, i, j)) * s * (1 + fabs(g) / (1 + exp(g))));
+      }
+    const pylora_mat ay = abs_of(&y0), adu = abs_of(&du0);
+    expect_near("y", &y, &y0, &ay, EXP + 4);
+    expect_near("dgate", &dg, &dg0, &mag, 2 * EXP + 10);
+    expect_near("dup", &du, &du0, &adu, EXP + 4);
+    const pylora_mat g = copy_of(&gate), u = copy_of(&up);
+    OK(pylora_swiglu_backward(&dy, &g, &u, &g, &u));
+    expect_same("dgate in gate", &g, &dg);
+    expect_same("dup in up", &u, &du);
+    const pylora_mat z = copy_of(&gate);
+    OK(pylora_swiglu_forward(&z, &up, &z));
+    expect_same("y in gate", &z, &y);
+    release();
+  }
+}
+
+static void embedding(void) {
+  const int64_t m = PICK(0, 1, 40), vocab = PICK(1, 31, 32, 33, 70), k = PICK(1, 8, 65, 130);
+  const pylora_mat W = matrix(vocab, k, 1), y = matrix(m, k, 0), y0 = matrix(m, k, 0),
+                   dy = matrix(m, k, 1);
+  const pylora_mat dW = matrix(vocab, k, 1), dW0 = matrix(vocab, k, 1);
+  const int64_t *ids = ids_below(m, vocab);
+  const pylora_packed P = packed(&W);
+  OK(pylora_embedding_forward(ids, m, &P, &y));
+  pylora_ref_embedding_forward(ids, m, &W, &y0);
+  expect_same("y", &y, &y0);
+  OK(pylora_embedding_backward(ids, &dy, &dW));
+  pylora_ref_embedding_backward(ids, &dy, &dW0);
+  expect_same("dW", &dW, &dW0);
+}
+
+/* exp within 2 ulp from where it underflows to where it overflows, and what it does at the ends. */
+static void exponential(void) {
+  enum { N = 4099 };
+  static float x[N], y[N];
+  const pylora_kernels *K = pylora_table();
+  double worst = 0;
+  for (int c = 0; c < 100; c++) {
+    for (int i = 0; i < N; i++) x[i] = c % 2 ? 100 * uniform() - 6 : uniform();
+    K->exp_scaled(N, x, 0, 1, y);
+    for (int i = 0; i < N; i++) {
+      const double want = exp((double)x[i]);
+      if (want > FLT_MAX) {
+        EXPECT(y[i] == INFINITY || y[i] == FLT_MAX, "exp(%g) = %g", x[i], y[i]);
+        continue;
+      }
+      int e;
+      frexp(fmax(want, FLT_MIN), &e);
+      worst = fmax(worst, fabs(y[i] - want) / ldexp(1, e - 24));
+    }
+  }
+  EXPECT(worst <= 2, "%g ulp", worst);
+  float ends[6] = {-INFINITY, -200, INFINITY, 89, NAN, 0}, out[6];
+  K->exp_scaled(6, ends, 0, 1, out);
+  EXPECT(out[0] == 0 && out[1] == 0 && out[2] == INFINITY && out[3] == INFINITY && isnan(out[4]) &&
+         out[5] == 1);
+  for (int64_t i = 0; i < 40; i++) { /* an element has the same bits in a vector and in the tail */
+    K->exp_scaled(40 - i, x + i, 0, 1, y);
+    float one;
+    K->exp_scaled(1, x + 39, 0, 1, &one);
+    EXPECT(memcmp(&one, &y[39 - i], sizeof one) == 0);
+  }
+}
+
+int main(void) {
+  each_setup(rms_norm);
+  each_setup(rope);
+  each_setup(swiglu);
+  each_setup(embedding);
+  each_setup(exponential);
+  return finish("test_transformer");
+}
