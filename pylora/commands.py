@@ -455,6 +455,20 @@ def demo(
 
 @app.command()
 @verb
+def vectors(
+    out: Annotated[Path, typer.Option(help="folder to write; see docs/porting.md")],
+) -> None:
+    """Write the golden vectors that a port is checked against."""
+    from pylora.conformance.vectors import VERSION, all_cases, write
+
+    cases = all_cases()
+    write(out, cases)
+    numbers = sum(expected.value.size for case in cases for expected in case.outputs.values())
+    print(f"{out}: version {VERSION}, {len(cases)} cases, {numbers} numbers to be met")
+
+
+@app.command()
+@verb
 def info() -> None:
     """Show versions, backends, the instruction set in use and the number of threads."""
     from pylora import build_info
