@@ -191,6 +191,7 @@ class Reference:
         pairs (2i, 2i + 1). A rotation's transpose is its inverse, so backward is inverse=True.
         """
         m, half = x.shape[0], head_dim // 2
+        _in_range("position", position, cos.shape[0])
         c, s = cos[position][:, None, :], sin[position][:, None, :]
         s = -s if inverse else s
         if layout == "half":
@@ -280,11 +281,13 @@ class Reference:
         return xp.where(x >= 0, 1, e) / (1 + e)
 
     def embedding_forward(self, ids: Array, W: Array) -> Array:
-        """y[i] = W[ids[i]]; W [vocab, k]."""
+        """y[i] = W[ids[i]]; W [vocab, k]. IndexError for an id outside of it."""
+        _in_range("token id", ids, W.shape[0])
         return W[ids]
 
     def embedding_backward(self, ids: Array, dy: Array, rows: int) -> Array:
         """dW [rows, k]: each dy[i] added to row ids[i], in the order of i."""
+        _in_range("token id", ids, rows)
         dW = self.xp.zeros((rows, dy.shape[1]), dy.dtype)
         self.xp.add.at(dW, ids, dy)
         return dW
@@ -293,6 +296,7 @@ class Reference:
 
     def cross_entropy_forward(self, logits: Array, labels: Array) -> tuple[Array, Array]:
         """nll[i] = lse[i] - logits[i, labels[i]], 0 where the label is IGNORE. Returns nll, lse."""
+        _in_range("label", labels[labels != IGNORE], logits.shape[1])
         xp, top = self.xp, logits.real.max(axis=1)
         lse = top + xp.log(xp.exp(logits - top[:, None]).sum(axis=1))
         picked = logits[xp.arange(logits.shape[0]), xp.where(labels == IGNORE, 0, labels)]
@@ -303,6 +307,7 @@ class Reference:
     ) -> Array:
         """dlogits = weight (softmax - onehot), 0 where the label is IGNORE. With `overwrite` the
         caller gives `logits` away and a backend may return the result in it."""
+        _in_range("label", labels[labels != IGNORE], logits.shape[1])
         xp, row = self.xp, self.xp.arange(logits.shape[0])
         d = xp.exp(logits - lse[:, None])
         d[row, xp.where(labels == IGNORE, 0, labels)] -= 1
@@ -351,3 +356,9 @@ class Reference:
         keep = words.reshape(x.shape) >= math.floor(float(np.float32(drop.p)) * 2**32)
         scale = x.dtype.type(1) / (x.dtype.type(1) - x.dtype.type(np.float32(drop.p)))
         return self.xp.where(keep, x * scale, x.dtype.type(0))
+
+
+def _in_range(what: str, index: Array, n: int) -> None:
+    """IndexError unless all of `index` is in 0 .. n - 1: a negative index must not wrap around."""
+    if bool(((index < 0) | (index >= n)).any()):
+        raise IndexError(f"a {what} is outside of 0 .. {n - 1}")
