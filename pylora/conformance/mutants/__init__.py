@@ -1,0 +1,49 @@
+"""Wrong implementations of LoRA: the kit is worth what it finds wrong.
+
+Each is the correct one (`pylora.conformance.correct`) with as little changed as the bug needs, and
+each is a bug that a real project had or could have. A law that kills none of them is of no use;
+one that they all pass shows a hole in the laws. `mutants()` lists them, in the order of the docs.
+"""
+
+from __future__ import annotations
+
+from pylora.conformance.mutants import (
+    attention,
+    batches,
+    dropouts,
+    files,
+    gradients,
+    initial,
+    inputs,
+    linear,
+    merging,
+    modules,
+    numerics,
+    plans,
+    scales,
+)
+from pylora.conformance.mutants.registry import REGISTRY, Mutant
+
+__all__ = ["GROUPS", "Mutant", "mutants"]
+
+GROUPS = (
+    scales,
+    linear,
+    numerics,
+    inputs,
+    gradients,
+    dropouts,
+    initial,
+    merging,
+    modules,
+    batches,
+    plans,
+    files,
+    attention,
+)
+
+
+def mutants() -> tuple[Mutant, ...]:
+    """All of them, group by group (importing a group's module has registered its mutants)."""
+    order = [group.__name__ for group in GROUPS]
+    return tuple(sorted(REGISTRY.values(), key=lambda m: order.index(m.group)))
