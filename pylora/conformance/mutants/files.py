@@ -14,6 +14,7 @@ import numpy as np
 from pylora.conformance.correct import Correct
 from pylora.conformance.mutants.registry import wrong
 from pylora.conformance.protocol import LoraTriple
+from pylora.errors import FileFormatError
 from pylora.formats.base import widen
 from pylora.formats.safetensors import save
 from pylora.types import Array
@@ -25,13 +26,20 @@ Modules = Mapping[str, tuple[int, int]]
 Tensors = dict[str, Array]
 
 
-def read_leniently(directory: str) -> tuple[dict[str, Any], Tensors]:
-    """Settings and tensors (float32) of a PEFT directory; of a repeated key, the last."""
+def read(directory: str, *, repeated: bool = False) -> tuple[dict[str, Any], Tensors]:
+    """Settings and tensors (float32) of a PEFT directory, unchecked.
+
+    A repeated key raises, or, with `repeated`, the last one counts.
+    """
     config = json.loads((Path(directory) / CONFIG).read_text(encoding="utf-8"))
     raw = (Path(directory) / WEIGHTS).read_bytes()
     end = 8 + int.from_bytes(raw[:8], "little")
     tensors: Tensors = {}
-    for key, about in json.loads(raw[8:end]).items():
+    pairs = json.loads(raw[8:end], object_pairs_hook=lambda found: found)
+    for key, found in pairs:
+        about = dict(found)
+        if key in tensors and not repeated:
+            raise FileFormatError(f"{directory}: {key!r} is there twice")
         if key != "__metadata__":
             first, last = about["data_offsets"]
             data = np.frombuffer(raw[end + first : end + last], DTYPES[about["dtype"]])
@@ -52,17 +60,19 @@ def rewritten(
     directory: str, change: Callable[[dict[str, Any], Tensors], tuple[dict[str, Any], Tensors]]
 ) -> None:
     """Writes the directory again, changed."""
-    write(directory, *change(*read_leniently(directory)))
+    write(directory, *change(*read(directory)))
 
 
 class Lenient(Correct):
     """A reader that mends what it reads before the strict one sees it."""
 
+    repeated = False
+
     def mend(self, config: dict[str, Any], tensors: Tensors, modules: Modules) -> Tensors:
         return tensors
 
     def load(self, directory: str, modules: Modules) -> dict[str, LoraTriple]:
-        config, tensors = read_leniently(directory)
+        config, tensors = read(directory, repeated=self.repeated)
         tensors = self.mend(config, tensors, modules)
         with tempfile.TemporaryDirectory() as clean:
             write(clean, config, tensors)
@@ -112,7 +122,7 @@ class MissingIsZero(Lenient):
     "A JSON parser's silence; two readers see two adapters in one file.",
 )
 class DuplicateAccepted(Lenient):
-    pass
+    repeated = True
 
 
 @wrong(
@@ -150,7 +160,7 @@ class NanAccepted(Lenient):
 )
 class LoadRsloraForgotten(Correct):
     def load(self, directory: str, modules: Modules) -> dict[str, LoraTriple]:
-        config, _ = read_leniently(directory)
+        config, _ = read(directory)
         loaded = super().load(directory, modules)
         if not config.get("use_rslora"):
             return loaded
@@ -165,7 +175,7 @@ class LoadRsloraForgotten(Correct):
 )
 class LoadAlphaPatternForgotten(Correct):
     def load(self, directory: str, modules: Modules) -> dict[str, LoraTriple]:
-        config, _ = read_leniently(directory)
+        config, _ = read(directory)
         loaded = super().load(directory, modules)
         plain = self.plan({k: v for k, v in config.items() if k != "alpha_pattern"}, modules)
         return {path: (A, B, plain[path][2]) for path, (A, B, _) in loaded.items()}
@@ -205,7 +215,7 @@ class SavePrefixMissing(Correct):
         rewritten(directory, lambda c, t: (c, {k.removeprefix(PREFIX): v for k, v in t.items()}))
 
     def load(self, directory: str, modules: Modules) -> dict[str, LoraTriple]:
-        config, tensors = read_leniently(directory)
+        config, tensors = read(directory)
         with tempfile.TemporaryDirectory() as whole:
             write(whole, config, {PREFIX + k.removeprefix(PREFIX): v for k, v in tensors.items()})
             return super().load(whole, modules)
@@ -225,7 +235,7 @@ class SaveTransposed(Correct):
         rewritten(directory, _transposed)
 
     def load(self, directory: str, modules: Modules) -> dict[str, LoraTriple]:
-        config, tensors = read_leniently(directory)
+        config, tensors = read(directory)
         with tempfile.TemporaryDirectory() as turned:
             write(turned, *_transposed(config, tensors))
             return super().load(turned, modules)
