@@ -57,7 +57,7 @@ class Settings:
     expect_after: float = 0.80  # at least
 
 
-SHORT = Settings(steps=60, test_items=50, expect_after=0.10)
+SHORT = Settings(steps=80, test_items=50, expect_after=0.20)
 
 
 def run(

@@ -71,7 +71,7 @@ def modules_of(directory: str | Path) -> dict[str, ModuleSpec]:
                 shapes.setdefault(found["path"], {})[found["part"]] = file.shape(key)
         where = file.path
     modules = {}
-    for path, parts in shapes.items():
+    for path, parts in sorted(shapes.items(), key=lambda item: _by_number(item[0])):
         kind = "embedding" if "lora_embedding_A" in parts else "linear"
         A, B = (f"lora_{'embedding_' * (kind == 'embedding')}{letter}" for letter in "AB")
         if len(parts.get(A, ())) != 2 or len(parts.get(B, ())) != 2:
@@ -79,6 +79,11 @@ def modules_of(directory: str | Path) -> dict[str, ModuleSpec]:
         bias = "base_layer.bias" in parts
         modules[path] = ModuleSpec(kind, parts[B][0], parts[A][1], bias)
     return modules
+
+
+def _by_number(path: str) -> list[tuple[int, str]]:
+    """A sort key: layer 9 before layer 10, which files do not keep."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in path.split(".")]
 
 
 def singular_values(lora: LoRA) -> Array:
