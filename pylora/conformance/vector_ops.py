@@ -79,6 +79,7 @@ def lora_case(
         path, step, row0 = "model.layers.0.mlp.up_proj", 3, 2
         drop = Drop(p, 7, random.stream("dropout", path, str(step)), row0)
         params |= {"p": p, "seed": "7", "path": path, "step": step, "row0": row0}
+        params["stream"] = str(drop.stream)
     case = Case(name, "lora", spec, params)
     inputs = case.inputs
     inputs["x"] = draw(f"{name}/x", (m, k))
@@ -181,6 +182,7 @@ def _random() -> list[Case]:
         out.append(case)
     drop = Drop(0.3, 11, random.stream("dropout", path, "1"), row0=3)
     params = {"p": drop.p, "seed": "11", "path": path, "step": 1, "row0": drop.row0}
+    params["stream"] = str(drop.stream)
     case = Case("dropout", "dropout", ("D-2", "D-7", "D-8"), params)
     case.inputs["x"] = draw("dropout/x", (4, 9))
     dropped = _ref.dropout(case.inputs["x"], drop)
