@@ -140,6 +140,11 @@ class OrderByBatchSize(Correct):
             x, W, A = (np.ascontiguousarray(a[:, ::-1]) for a in (x, W, A))
         return super().forward(x, W, A, B, scale, bias)
 
+    def base(self, x: Array, W: Array, bias: Array | None = None) -> Array:
+        if x.shape[0] > 1:
+            x, W = (np.ascontiguousarray(a[:, ::-1]) for a in (x, W))
+        return super().base(x, W, bias)
+
 
 @wrong(
     "rows-gathered-by-product",
@@ -206,13 +211,22 @@ class ThreadsSplitTheSum(Correct):
     def forward(
         self, x: Array, W: Array, A: Array, B: Array, scale: float, bias: Array | None = None
     ) -> Array:
-        cuts = np.array_split(np.arange(x.shape[1]), self.threads)
-        first, *others = [c for c in cuts if c.size]
+        first, *others = self._cuts(x)
         y = self.widen(super().forward(x[:, first], W[:, first], A[:, first], B, scale, bias))
         for cut in others:
             part = super().forward(x[:, cut], W[:, cut], A[:, cut], B, scale)
             y = y + self.widen(part)
         return y.astype(x.dtype)
+
+    def base(self, x: Array, W: Array, bias: Array | None = None) -> Array:
+        first, *others = self._cuts(x)
+        y = self.widen(super().base(x[:, first], W[:, first], bias))
+        for cut in others:
+            y = y + self.widen(super().base(x[:, cut], W[:, cut]))
+        return y.astype(x.dtype)
+
+    def _cuts(self, x: Array) -> list[Array]:
+        return [c for c in np.array_split(np.arange(x.shape[1]), self.threads) if c.size]
 
 
 @wrong(
@@ -221,11 +235,16 @@ class ThreadsSplitTheSum(Correct):
     "With n threads, rows beyond the last multiple of n are left zero.",
     "m // n rows for each thread, and nobody for the rest.",
 )
-class ThreadsDropTheRest(ThreadsSplitTheSum):
+class ThreadsDropTheRest(Correct):
+    threads = 1
+
+    def set_num_threads(self, n: int) -> None:
+        self.threads = n
+
     def forward(
         self, x: Array, W: Array, A: Array, B: Array, scale: float, bias: Array | None = None
     ) -> Array:
-        y = Correct.forward(self, x, W, A, B, scale, bias).copy()
+        y = super().forward(x, W, A, B, scale, bias)
         y[x.shape[0] // self.threads * self.threads :] = 0
         return y
 
