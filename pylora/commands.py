@@ -432,6 +432,48 @@ def _first(values: Sequence[float], most: int = 5) -> str:
 
 @app.command()
 @verb
+def check(
+    model: Model,
+    adapter: Annotated[
+        Path | None, typer.Option(help="PEFT directory; default: random, on q, k, v and o")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="JSONL to take tokens from; default: random tokens")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="tokens to check with")] = 24,
+    seed: Seed = 0,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", help="file to write the report to")
+    ] = None,
+) -> None:
+    """Prove gradients, merging and zero-init on a real model and adapter; exit code 1 if not."""
+    from pylora.check import check_model
+    from pylora.files import atomic_write
+
+    report = check_model(model, adapter, data=data, tokens=tokens, seed=seed)
+    if as_json is not None:
+        with atomic_write(as_json) as file:
+            file.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+    screen = Console()
+    rows = [
+        (f.check, f.verdict, _figure(f.measured), _figure(f.allowed), f.text)
+        for f in report.findings
+    ]
+    columns = ("check", "verdict", "measured", "allowed", "of what")
+    screen.table(columns, rows, right=("measured", "allowed"))
+    screen.say(f"{report.tokens} tokens; {report.scope}; backend {report.backend}")
+    failed = sum(f.verdict == "FAIL" for f in report.findings)
+    screen.say(f"FAILED: {failed} of {len(rows)} checks" if failed else "everything holds")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+@app.command()
+@verb
 def demo(
     model: Annotated[
         Path | None, typer.Option(help="GGUF file or folder, in place of the downloaded model")
