@@ -14,6 +14,9 @@ EXTRAS: dict[str, str] = {
     "typer": "cli",
     "rich": "cli",
     "matplotlib": "plot",
+    "hypothesis": "conformance",
+    "ml_dtypes": "conformance",
+    "pytest": "test",
 }
 
 

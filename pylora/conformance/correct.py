@@ -36,6 +36,7 @@ class Correct:
     file_format = "peft"
     thread_safe = True
     bitwise = True
+    exact_unmerge = True
     ops = Reference()
 
     # ---- one adapter --------------------------------------------------------------------------
@@ -269,8 +270,10 @@ class Correct:
     # ---- dtypes -------------------------------------------------------------------------------
 
     def widen(self, a: Array | None) -> Any:
-        """bfloat16 as float32; other arrays as they are."""
-        return a.astype(np.float32) if a is not None and a.dtype.itemsize == 2 else a
+        """bfloat16 as float32; contiguous, since NumPy's products depend on the layout."""
+        if a is None:
+            return None
+        return np.ascontiguousarray(a.astype(np.float32) if a.dtype.itemsize == 2 else a)
 
     def stored(self, W: Array) -> str:
         return "bf16" if W.dtype.itemsize == 2 else "f32"

@@ -12,6 +12,7 @@ converts. Letters: m tokens, k inputs, d outputs, r rank; a size may be 0 but fo
     thread_safe: bool = False                            # several threads at once may call it
     bitwise: bool = False                                # promises that the bits of a row of a
                      result depend on that row alone: not on the batch, its neighbours or threads
+    exact_unmerge: bool = False                          # promises that unmerge gives back every bit
 
     forward(x [m,k], W [d,k], A [r,k], B [d,r], scale, bias=None) -> y [m,d]          the only must
     base(x, W, bias=None) -> y [m,d]                                     the module without adapter
@@ -111,17 +112,18 @@ METHODS = (
     "attention_backward",
     "set_num_threads",
 )
+PROMISES = ("thread_safe", "bitwise", "exact_unmerge")
 DTYPES = ("float32", "float64", "bfloat16", "complex128")
 
 
 def capabilities(implementation: Any) -> frozenset[str]:
     """The names in METHODS that it has, "float64" and the like for each of its dtypes, "peft_files"
-    where it reads and writes PEFT's files, and "thread_safe" and "bitwise" where it says so."""
+    where it reads and writes PEFT's files, and each of PROMISES that it makes."""
     found = {name for name in METHODS if callable(getattr(implementation, name, None))}
     found |= {str(d) for d in getattr(implementation, "dtypes", ("float32",))}
     if getattr(implementation, "file_format", "") == "peft":
         found.add("peft_files")
-    found |= {p for p in ("thread_safe", "bitwise") if getattr(implementation, p, False) is True}
+    found |= {p for p in PROMISES if getattr(implementation, p, False) is True}
     return frozenset(found)
 
 

@@ -1,0 +1,301 @@
+"""One example of one law: calls the implementation, checks what comes back, remembers every call.
+
+A law receives a `Trial` in place of the implementation. Its methods are the protocol's; it raises
+`Broken` where the implementation raises or returns something of the wrong form, `Violation` where a
+result is not what the law asks. What it remembers becomes the counterexample's program.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pylora.conformance.protocol import METHODS
+from pylora.types import Array
+
+
+class Problem:
+    """The drawn input of a law: named arrays and numbers."""
+
+    def __init__(self, **fields: Any) -> None:
+        self.__dict__.update(fields)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"this problem has no {name}; it has {', '.join(vars(self))}")
+
+    def __repr__(self) -> str:
+        def show(v: Any) -> str:
+            return f"{v.dtype}{list(v.shape)}" if isinstance(v, np.ndarray) else repr(v)
+
+        return "Problem(" + ", ".join(f"{k}={show(v)}" for k, v in vars(self).items()) + ")"
+
+    def replaced(self, **fields: Any) -> Problem:
+        """The same problem with some fields exchanged."""
+        return Problem(**{**vars(self), **fields})
+
+
+class NotTested(Exception):
+    """The law does not apply to what this implementation offers; the text says why."""
+
+
+class Broken(Exception):
+    """The implementation raised, or what it returned has the wrong form."""
+
+
+@dataclass(eq=False)
+class Violation(Exception):
+    """A result that the law forbids: what, where, and by how much."""
+
+    what: str
+    got: Any = None
+    want: Any = None
+    bound: Any = None
+    at: Any = None  # index into the result that `got` is
+    source: Any = None  # the result itself, to be found among the calls
+    error: float = float("nan")
+    allowed: float = float("nan")
+    must_raise: bool = False
+
+    def __str__(self) -> str:
+        return self.what
+
+    @property
+    def ratio(self) -> float:
+        """error / bound; infinite where nothing is allowed."""
+        if not self.error >= 0:
+            return float("inf")
+        return self.error / self.allowed if self.allowed > 0 else float("inf")
+
+
+@dataclass(eq=False)
+class Call:
+    """One call: the arguments as they were before it."""
+
+    owner: str  # variable that the method belongs to
+    method: str
+    arguments: tuple[Any, ...]
+    before: tuple[Any, ...]  # copies
+    result: Any = None
+    name: str = "result"  # variable for the result
+
+
+@dataclass(eq=False)
+class Trial:
+    """An implementation under one example of a law. See the file's header."""
+
+    implementation: Any
+    calls: list[Call] = field(default_factory=list)
+    ratio: float = 0.0  # largest error / bound seen, of bounds that are not zero
+    notes: dict[str, bool] = field(default_factory=dict)
+    directories: list[str] = field(default_factory=list)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in METHODS:
+            raise AttributeError(name)
+        return lambda *arguments: self.call(self.implementation, "implementation", name, arguments)
+
+    def call(self, owner: Any, variable: str, method: str, arguments: tuple[Any, ...]) -> Any:
+        """Calls owner.method(*arguments), remembers it, and checks the form of the result."""
+        call = Call(variable, method, arguments, snapshot(arguments), name=self._name(method))
+        self.calls.append(call)
+        try:
+            result = getattr(owner, method)(*arguments)
+        except (Exception, SystemExit) as error:
+            text = " ".join(str(error).split())[:300]
+            raise Broken(f"{method} raised {type(error).__name__}: {text}") from error
+        call.result = result
+        if variable == "implementation":
+            check_form(method, arguments, result)
+        if method == "module":
+            return ModuleTrial(self, result, call.name)
+        return result
+
+    def must_raise(self, why: str, method: str, *arguments: Any) -> None:
+        """Violation unless the call raises an Exception."""
+        call = Call("implementation", method, arguments, snapshot(arguments), name="result")
+        self.calls.append(call)
+        try:
+            call.result = getattr(self.implementation, method)(*arguments)
+        except Exception:
+            return
+        raise Violation(f"{method} accepted {why}; it must raise", must_raise=True)
+
+    def expect(
+        self, what: str, got: Any, want: Any, bound: Any = 0.0, at: Any = None, signs: bool = False
+    ) -> None:
+        """Violation unless |got[at] - want| <= bound everywhere. NaN equals NaN, inf itself.
+
+        With `signs` +0 and -0 differ.
+        """
+        source, got = got, got if at is None else got[at]
+        g, w = np.asarray(got), np.asarray(want)
+        if g.shape != w.shape:
+            raise Violation(f"{what}: shape {g.shape}, expected {w.shape}", g, w, 0.0, at, source)
+        g, w = _comparable(g), _comparable(w)
+        with np.errstate(all="ignore"):
+            error = np.abs(g - w)
+            error = np.where((g == w) | (np.isnan(g) & np.isnan(w)), 0.0, error)
+            error = np.where(np.isnan(error), np.inf, error).astype(np.float64)
+            if signs and g.dtype.kind == "f":
+                error = np.where((error == 0) & (np.signbit(g) != np.signbit(w)), np.inf, error)
+        limit = np.broadcast_to(np.asarray(bound, np.float64), error.shape)
+        bad = error > limit
+        if not bad.any():
+            positive = limit > 0
+            if positive.any():
+                self.ratio = max(self.ratio, float((error[positive] / limit[positive]).max()))
+            return
+        rank = np.where(bad, error / np.maximum(limit, 1e-300), -1)
+        where = np.unravel_index(int(np.argmax(rank)), error.shape)
+        text = f"{what}{[int(i) for i in where] if where else ''}"
+        text += f": got {g[where]!s}, expected {w[where]!s}"
+        count = f" ({int(bad.sum())} of {bad.size} elements are out)" if bad.size > 1 else ""
+        raise Violation(
+            text + count,
+            np.asarray(got),
+            np.asarray(want),
+            bound,
+            at,
+            source,
+            float(error[where]),
+            float(limit[where]),
+        )
+
+    def fail(self, what: str, got: Any = None, want: Any = None) -> None:
+        """A violation that is no comparison of numbers."""
+        raise Violation(what, got, want, source=got)
+
+    def note(self, what: str, holds: bool) -> None:
+        """Counted over the examples and reported; no verdict hangs on it."""
+        self.notes[what] = self.notes.get(what, True) and holds
+
+    def directory(self) -> str:
+        """A new empty temporary directory, removed when the example is over."""
+        self.directories.append(tempfile.mkdtemp(prefix="pylora-conformance-"))
+        return self.directories[-1]
+
+    def write(self, path: str, data: bytes) -> None:
+        """Writes a file as part of the example."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_bytes(data)
+        self.calls.append(Call("file", "write", (path, data), (path, data), name=""))
+
+    def close(self) -> None:
+        """Removes the example's directories."""
+        for directory in self.directories:
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def _name(self, method: str) -> str:
+        stem = {"forward": "y", "base": "y", "backward": "gradients", "merge": "merged"}
+        name = stem.get(method, "module" if method == "module" else "result")
+        count = sum(c.name.rstrip("0123456789") == name for c in self.calls)
+        return f"{name}{count + 1}" if count else name
+
+
+class ModuleTrial:
+    """A module of the implementation, its calls remembered like the implementation's own."""
+
+    def __init__(self, trial: Trial, module: Any, name: str) -> None:
+        self._trial, self._module, self._name = trial, module, name
+
+    def has(self, method: str) -> bool:
+        return callable(getattr(self._module, method, None))
+
+    def __getattr__(self, method: str) -> Any:
+        if not self.has(method):
+            raise NotTested(f"the module has no {method}()")
+        return lambda *arguments: self._trial.call(self._module, self._name, method, arguments)
+
+
+def snapshot(value: Any) -> Any:
+    """A copy of the arrays in nested lists, tuples and dicts, with their layout."""
+    if isinstance(value, np.ndarray):
+        copy = np.copy(value, order="K")
+        copy.flags.writeable = value.flags.writeable
+        return copy
+    if isinstance(value, (list, tuple)):
+        return type(value)(snapshot(v) for v in value)
+    if isinstance(value, Mapping):
+        return {k: snapshot(v) for k, v in value.items()}
+    return value
+
+
+def _comparable(a: Array) -> Array:
+    if a.dtype.kind in "fiub" and a.dtype.itemsize > 8:
+        return a
+    if a.dtype.kind == "c":
+        return a
+    return a.astype(np.float64)
+
+
+# ---- the form of a result ------------------------------------------------------------------------
+
+
+def _array(what: str, a: Any, shape: tuple[int, ...], dtype: Any) -> None:
+    if not isinstance(a, np.ndarray):
+        raise Broken(f"{what} is {type(a).__module__}.{type(a).__name__}, expected a NumPy array")
+    if a.shape != shape:
+        raise Broken(f"{what} has shape {a.shape}, expected {shape}")
+    if dtype is not None and a.dtype != dtype:
+        raise Broken(f"{what} has dtype {a.dtype}, expected {np.dtype(dtype)}")
+
+
+def _tuple(what: str, value: Any, *lengths: int) -> Any:
+    if not isinstance(value, (tuple, list)) or len(value) not in lengths:
+        size = f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
+        raise Broken(f"{what} is {type(value).__name__}{size}, expected a tuple of {lengths[0]}")
+    return value
+
+
+def check_form(method: str, args: tuple[Any, ...], result: Any) -> None:
+    """Broken unless the result has the types, shapes and dtype of the protocol."""
+    if method in ("forward", "base", "dropout_forward", "forward_stacked", "forward_mixed"):
+        x, W = args[:2]
+        _array(f"the result of {method}", result, (x.shape[0], W.shape[0]), x.dtype)
+    elif method in ("backward", "dropout_backward"):
+        _, x, W, A, B = args[:5]
+        parts = _tuple(f"the result of {method}", result, 3, 4)
+        for name, part, like in zip(("dx", "dA", "dB"), parts, (x, A, B)):
+            _array(f"{name} of {method}", part, like.shape, like.dtype)
+        if len(parts) == 4 and parts[3] is not None:
+            _array(f"dW of {method}", parts[3], W.shape, None)
+    elif method == "loss_gradients":
+        for name, part, like in zip("AB", _tuple("the result", result, 2), args[2:4]):
+            _array(f"d{name} of {method}", part, like.shape, like.dtype)
+    elif method == "init":
+        d, k, r = args[:3]
+        A, B = _tuple("the result of init", result, 2)
+        _array("A of init", A, (r, k), None)
+        _array("B of init", B, (d, r), None)
+    elif method == "scaling":
+        if isinstance(result, bool) or not np.isscalar(result):
+            raise Broken(f"scaling returned {type(result).__name__}, expected a number")
+    elif method in ("merge", "unmerge"):
+        if method == "merge" and isinstance(result, tuple):
+            result = _tuple("the result of merge", result, 2)[0]
+        _array(f"the result of {method}", result, args[0].shape, args[0].dtype)
+    elif method in ("load", "plan"):
+        if not isinstance(result, Mapping):
+            raise Broken(f"{method} returned {type(result).__name__}, expected a dict by path")
+        for path, entry in result.items():
+            _tuple(f"{method}()[{path!r}]", entry, 3)
+    elif method == "attention":
+        _array("the result of attention", result, args[0].shape, args[0].dtype)
+    elif method == "attention_backward":
+        dx, grads = _tuple("the result of attention_backward", result, 2)
+        _array("dx of attention_backward", dx, args[1].shape, args[1].dtype)
+        if not isinstance(grads, Mapping) or set(grads) != set(args[3]):
+            raise Broken("attention_backward must return gradients of exactly the adapters given")
+        for name, pair in grads.items():
+            for letter, part, like in zip("AB", _tuple(name, pair, 2), args[3][name]):
+                _array(f"d{letter} of {name}", part, like.shape, like.dtype)
+    elif method == "module":
+        for need in ("forward", "attach", "detach"):
+            if not callable(getattr(result, need, None)):
+                raise Broken(f"the module has no method {need}")
