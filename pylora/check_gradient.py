@@ -87,7 +87,9 @@ def _loss_along(
         moved = {}
         for path, lora in adapter.items():
             pairs = {f: (getattr(lora, f), getattr(direction[path], f)) for f in FIELDS}
-            new = {f: None if a is None else a + a.dtype.type(t) * z for f, (a, z) in pairs.items()}
+            new: dict[str, Any] = {
+                f: None if a is None else a + a.dtype.type(t) * z for f, (a, z) in pairs.items()
+            }
             moved[path] = dataclasses.replace(lora, **new)
         model.attach(moved)
         nll, _ = model.loss(batch.ids, batch.labels, batch.seqs, grads=False)

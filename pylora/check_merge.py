@@ -95,7 +95,7 @@ def weights(
             "delta_norm": delta,
             "weight_norm": size,
         }
-        if not error <= worst:
+        if error > worst:
             worst, where = error, e.path
         path = part.own(e.path) if part is not None else e.path
         if path is not None:
@@ -143,9 +143,7 @@ def _error(
         bound = UNIT[dtype] * abs(base + t) * 1.000001 + _HALF_SUBNORMAL[dtype]
         bound += 4 * (e.r + 2) * UNIT["f64"] * (abs(base) + abs(scale) * (abs(b) @ abs(A)))
         ratio = abs(merged[i : i + _ROWS] - (base + t)) / bound
-        # max of an array with NaN is NaN, which then stays.
-        worst = max(worst, float(ratio.max(initial=0.0))) if not math.isnan(worst) else worst
-        worst = math.nan if np.isnan(ratio).any() else worst
+        worst = max(worst, math.inf if np.isnan(ratio).any() else float(ratio.max(initial=0.0)))
         delta += float((t * t).sum())
         size += float((base * base).sum())
     return worst, math.sqrt(delta), math.sqrt(size)

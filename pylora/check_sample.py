@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -143,7 +144,9 @@ class Part:
 
 def _as_float64(lora: LoRA) -> LoRA:
     arrays = {f: getattr(lora, f) for f in FIELDS}
-    wide = {f: None if a is None else a.astype(np.float64) for f, a in arrays.items()}
+    wide: dict[str, Any] = {
+        f: None if a is None else a.astype(np.float64) for f, a in arrays.items()
+    }
     return dataclasses.replace(lora, scale=float(np.float32(lora.scale)), **wide)
 
 
@@ -165,10 +168,14 @@ def part_of(checkpoint: Checkpoint, adapter: Adapter, memory: float) -> Part | N
         )
         if bytes_needed(small, whole=first == 0) > _USABLE * memory:
             continue
-        part = Part(small, first, lambda name, n=first: checkpoint.load(_renumber(name, n)), {})
+        part = Part(small, first, _loader(checkpoint, first), {})
         own = {name: lora for path, lora in adapter.items() if (name := part.own(path))}
         return dataclasses.replace(part, adapter=own) if own else None
     return None
+
+
+def _loader(checkpoint: Checkpoint, first: int) -> Callable[[str], np.ndarray]:
+    return lambda name: checkpoint.load(_renumber(name, first))
 
 
 def bytes_needed(config: LlamaConfig, *, whole: bool) -> int:
