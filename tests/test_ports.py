@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -125,3 +126,14 @@ def test_ports_are_short_and_stand_alone() -> None:
     assert [line for line in imports.splitlines() if line.startswith("import ")] == [
         'import { createHash } from "node:crypto";'
     ]
+
+
+def test_both_references_have_the_same_operations_in_the_same_order() -> None:
+    """csrc/reference.c and pylora/reference.py are read side by side: sections and names agree."""
+    root = PORTS.parents[1]
+    in_c = (root / "csrc" / "reference.c").read_text(encoding="utf-8")
+    in_python = (root / "pylora" / "reference.py").read_text(encoding="utf-8")
+    operations = re.compile(r"^\w+ pylora_ref_(\w+)\(|^/\* -{4} (.+?) -+ \*/", re.M)
+    methods = re.compile(r"^    def ([a-z]\w+)\(|^    # -{4} (.+?) -+$", re.M)
+    assert operations.findall(in_c) == methods.findall(in_python)
+    assert len(operations.findall(in_c)) == 24
