@@ -19,9 +19,10 @@ import numpy as np
 from pylora import random
 from pylora.check_report import Finding
 from pylora.check_sample import FIELDS, Batch, Part, counted
+from pylora.conformance.bounds_ops import unit
 from pylora.linear import Grads, LoRAGrad
 from pylora.model import Llama
-from pylora.rounding import UNIT, Exact, Rounded
+from pylora.rounding import Exact, Rounded
 from pylora.types import LoRA
 
 SIGMAS = 6.0  # beyond this many standard deviations an error is no rounding
@@ -45,7 +46,7 @@ def in_float64(
         rounded.append(more or {})
         off += float(abs(other - nll).sum()) / counted(batch) / SAMPLES
     # The model of rounding is of float32; float64's is smaller by the ratio of the units.
-    noise = SIGMAS * off * UNIT["f64"] / UNIT["f32"]
+    noise = SIGMAS * off * unit("f64") / unit("f32")
     for name in ("A", "B"):
         direction = _direction(adapter, seed, (name,) if name == "A" else FIELDS[1:])
         loss = _loss_along(exact, adapter, direction, batch)

@@ -16,6 +16,7 @@ from pylora.adapter import Adapter
 from pylora.check_gradient import SIGMAS
 from pylora.check_report import FAIL, PASS, WARN, Finding
 from pylora.check_sample import Batch, Part
+from pylora.conformance.bounds_ops import gamma, unit
 from pylora.embedding import Embedding
 from pylora.formats import Checkpoint, widen
 from pylora.linear import LoRALinear
@@ -23,7 +24,7 @@ from pylora.merge_weight import digest, merge_weight, unmerge_weight
 from pylora.model import Llama
 from pylora.peft import parameters
 from pylora.plan import PlanEntry
-from pylora.rounding import UNIT, Exact, Rounded
+from pylora.rounding import Exact, Rounded
 from pylora.types import LoRA
 
 _ROWS = 1024  # rows of a weight that are looked at together, to bound memory
@@ -76,7 +77,7 @@ def weights(
     llama.attach(own)
     attached = llama.ops.to_numpy(llama.forward(batch.ids, batch.seqs)[0]).astype(np.float64)
     llama.detach()
-    worst, where, restored, units = 0.0, "-", [], [UNIT["f32"]]
+    worst, where, restored, units = 0.0, "-", [], [unit("f32")]
     embedding = False
     for e in adapter.plan:
         W, dtype = _stored(checkpoint, e.path)
@@ -99,7 +100,7 @@ def weights(
             worst, where = error, e.path
         path = part.own(e.path) if part is not None else e.path
         if path is not None:
-            units.append(UNIT[dtype])
+            units.append(unit(dtype))
             embedding |= e.kind == "embedding"
             llama.modules[path].W = llama.ops.pack(widen(merged, dtype))
     yield _size(adapter, modules)
@@ -132,7 +133,7 @@ def _error(
     """(largest error of the merged weight over its bound, norm of the delta, norm of the weight).
 
     One rounding is at most u |W + scale B A|, or half the smallest subnormal number; the delta, in
-    float64, is off by at most r + 2 of its roundings.
+    float64, is off by at most gamma_{r+2}, on either side.
     """
     A, B = (lora.A, lora.B) if e.kind == "linear" else (lora.B.T, lora.A.T)
     A, B = A.astype(np.float64), B.astype(np.float64)
@@ -140,8 +141,8 @@ def _error(
     for i in range(0, W.shape[0], _ROWS):
         base, b = W[i : i + _ROWS].astype(np.float64), B[i : i + _ROWS]
         t = scale * (b @ A)
-        bound = UNIT[dtype] * abs(base + t) * 1.000001 + _HALF_SUBNORMAL[dtype]
-        bound += 4 * (e.r + 2) * UNIT["f64"] * (abs(base) + abs(scale) * (abs(b) @ abs(A)))
+        bound = unit(dtype) * abs(base + t) * 1.000001 + _HALF_SUBNORMAL[dtype]
+        bound += 2 * gamma(e.r + 2, "f64") * (abs(base) + abs(scale) * (abs(b) @ abs(A)))
         ratio = abs(merged[i : i + _ROWS] - (base + t)) / bound
         worst = max(worst, math.inf if np.isnan(ratio).any() else float(ratio.max(initial=0.0)))
         delta += float((t * t).sum())

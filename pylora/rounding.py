@@ -20,11 +20,10 @@ from typing import Any
 import numpy as np
 
 from pylora.backends.numpy import NumpyBackend
+from pylora.conformance.bounds_ops import EXP, unit
 from pylora.types import Array, Attn, Drop, LoRA, Seqs
 
-UNIT = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-8, "f64": 2.0**-53}  # unit roundoffs
-_U = UNIT["f32"]
-_EXP = 8  # roundings that one exp or log may be away from exact (4 ulp)
+_U = unit("f32")
 
 
 class Exact(NumpyBackend):
@@ -165,10 +164,10 @@ class Rounded(Exact):
     def attention_forward(
         self, q: Array, k: Array, v: Array, seqs: Seqs, attn: Attn
     ) -> tuple[Array, Array]:
-        n = float(max(attn.head_dim, int(seqs.k_len.max(initial=0))) + _EXP**2)
+        n = float(max(attn.head_dim, int(seqs.k_len.max(initial=0))) + EXP**2)
         q, k, v = self._input(q, n), self._input(k, n), self._input(v, n)
         o, lse = super().attention_forward(q, k, v, seqs, attn)
-        return o, self._noise(lse, abs(lse) + _EXP)
+        return o, self._noise(lse, abs(lse) + EXP)
 
     def attention_backward(
         self,
@@ -181,15 +180,15 @@ class Rounded(Exact):
         seqs: Seqs,
         attn: Attn,
     ) -> tuple[Array, Array, Array]:
-        n = float(max(attn.head_dim, int(seqs.k_len.max(initial=0))) + _EXP**2)
+        n = float(max(attn.head_dim, int(seqs.k_len.max(initial=0))) + EXP**2)
         do, q, k, v, o = (self._input(a, n) for a in (do, q, k, v, o))
         return super().attention_backward(do, q, k, v, o, lse, seqs, attn)
 
     def swiglu_forward(self, gate: Array, up: Array) -> Array:
-        return self._off(super().swiglu_forward(gate, up), _EXP + 4)
+        return self._off(super().swiglu_forward(gate, up), EXP + 4)
 
     def swiglu_backward(self, dy: Array, gate: Array, up: Array) -> tuple[Array, Array]:
-        return super().swiglu_backward(self._off(dy, _EXP + 4), self._off(gate, _EXP), up)
+        return super().swiglu_backward(self._off(dy, EXP + 4), self._off(gate, EXP), up)
 
     def embedding_forward(self, ids: Array, W: Array) -> Array:
         y = super().embedding_forward(ids, W)
@@ -200,10 +199,10 @@ class Rounded(Exact):
 
     def cross_entropy_forward(self, logits: Array, labels: Array) -> tuple[Array, Array]:
         nll, lse = super().cross_entropy_forward(logits, labels)
-        return self._noise(nll, abs(nll) + abs(lse) + _EXP), self._noise(lse, abs(lse) + _EXP)
+        return self._noise(nll, abs(nll) + abs(lse) + EXP), self._noise(lse, abs(lse) + EXP)
 
     def cross_entropy_backward(
         self, logits: Array, labels: Array, lse: Array, weight: Array, overwrite: bool = False
     ) -> Array:
         d = super().cross_entropy_backward(logits, labels, lse, weight)
-        return self._off(d, _EXP + abs(logits - lse[:, None]))
+        return self._off(d, EXP + abs(logits - lse[:, None]))
