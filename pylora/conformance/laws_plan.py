@@ -54,6 +54,23 @@ def _regex(t: Trial, p: Problem) -> None:
     )
 
 
+def _all_linear(t: Trial, p: Problem) -> None:
+    config = {k: v for k, v in p.config.items() if not k.endswith("_pattern")}
+    named = {**config, "target_modules": sorted({q.rsplit(".", 1)[1] for q in p.modules})}
+    word = ("all-linear", "ALL-LINEAR")[p.seed % 2]
+    got = t.plan({**config, "target_modules": word}, {**p.modules, "lm_head": (3, 2)})
+    _compare(t, got, expected(named, p.modules))
+
+
+def _whole_keys(t: Trial, p: Problem) -> None:
+    name = p.config["target_modules"][0]
+    modules = {**p.modules, f"model.layers.0.self_attn.x{name}": (2, 3)}
+    targets = [*p.config["target_modules"], f"x{name}"]
+    config = {**p.config, "target_modules": targets, "rank_pattern": {name: 6}}
+    config["alpha_pattern"] = {f".*{name}": 5, name: 9}
+    _compare(t, t.plan(config, modules), expected(config, modules))
+
+
 def _first_match(t: Trial, p: Problem) -> None:
     """Of several keys that match, the first in the config's order decides."""
     name = p.config["target_modules"][0]
@@ -158,6 +175,22 @@ LAWS = (
         "the last, or the longest, decides: the scale differs from PEFT's",
         ("T-5",),
         _first_match,
+    ),
+    _law(
+        "T12",
+        '"all-linear" chooses every linear module but the output layer.',
+        "as a list of all their names does; lm_head is not among them",
+        "the output layer is adapted, which PEFT's readers do not expect",
+        ("T-2",),
+        _all_linear,
+    ),
+    _law(
+        "T13",
+        "A pattern's key matches the whole path or what follows a dot.",
+        "rank_pattern = {q_proj: 6} says nothing of x.xq_proj; '.*q_proj' does",
+        "the key is searched for anywhere: layers.1 also means layers.11",
+        ("T-5",),
+        _whole_keys,
     ),
     _law(
         "T5",

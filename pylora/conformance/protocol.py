@@ -12,7 +12,7 @@ converts. Letters: m tokens, k inputs, d outputs, r rank; a size may be 0 but fo
     thread_safe: bool = False                            # several threads at once may call it
     bitwise: bool = False                                # promises that the bits of a row of a
                      result depend on that row alone: not on the batch, its neighbours or threads
-    exact_unmerge: bool = False                          # promises that unmerge gives every bit back
+    exact_unmerge: bool = False                          # promises that unmerge gives back each bit
 
     forward(x [m,k], W [d,k], A [r,k], B [d,r], scale, bias=None) -> y [m,d]          the only must
     base(x, W, bias=None) -> y [m,d]                                     the module without adapter

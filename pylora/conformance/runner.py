@@ -35,7 +35,7 @@ class Outcome:
     status: str
     reason: str = ""  # of failed, broken and not tested: a sentence
     examples: int = 0
-    found_at: int | None = None  # the number of the first example that failed
+    found_at: int | None = None  # the number of the first example that failed or broke
     raised: int = 0  # examples in which the implementation broke
     tightness: float = (
         0.0  # the largest error / bound of what passed; 0 where laws ask for equality
@@ -109,20 +109,21 @@ def run_law(
     if missing:
         return Outcome(law, NOT_TESTED, f"there is no {', '.join(missing)}")
     began = time.perf_counter()
-    search = _Search(implementation, law)
+    search = Search(implementation, law)
     search.run(examples, seed, shrink)
     outcome = search.outcome(shrink)
     outcome.seconds = time.perf_counter() - began
     return outcome
 
 
-class _Search:
+class Search:
     """What hypothesis's examples of one law come to."""
 
     def __init__(self, implementation: Any, law: Law) -> None:
         self.implementation, self.law = implementation, law
         self.count = self.raised = 0
         self.found_at: int | None = None
+        self.broken_at: int | None = None
         self.failure: tuple[Problem, Violation] | None = None
         self.broken: tuple[int, Problem, Broken] | None = None
         self.not_tested: dict[str, int] = {}
@@ -167,6 +168,7 @@ class _Search:
         except Broken as broken:
             if searching:
                 self.raised += 1
+                self.broken_at = self.broken_at or self.count
             size = _size(problem)
             if self.broken is None or size < self.broken[0]:
                 self.broken = size, problem, broken
@@ -186,7 +188,7 @@ class _Search:
             law,
             PASSED,
             examples=self.count,
-            found_at=self.found_at,
+            found_at=self.found_at or self.broken_at,
             raised=self.raised,
             tightness=self.tightness,
             notes={k: (v[0], v[1]) for k, v in self.notes.items()},

@@ -262,7 +262,7 @@ def plans(draw: Any) -> Problem:
         for n in MODULES
     }
     targets = draw(st.lists(st.sampled_from(MODULES), min_size=1, max_size=3, unique=True))
-    r, alpha = draw(st.sampled_from((1, 2, 4, 9))), draw(st.sampled_from((1, 16, 8, 3)))
+    r, alpha = draw(st.sampled_from((1, 2, 4, 9))), draw(st.sampled_from((1, 16, 8, 3, 2.5)))
     config: dict[str, Any] = {
         "r": r,
         "lora_alpha": alpha,

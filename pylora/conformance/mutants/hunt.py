@@ -1,82 +1,45 @@
 """Which laws kill a mutant, and after how many examples.
 
-Examples are hypothesis's, from a fixed seed, without shrinking: a mutant's first wrong result is
-all that is asked for. Laws that never touch what a mutant changes are not run.
+A law kills a mutant that it finds to fail or to break. Laws that never touch what a mutant changes
+are not run: they have the correct implementation before them.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
 from pylora.conformance.correct import Correct
 from pylora.conformance.law import Law
+from pylora.conformance.laws import LAWS
 from pylora.conformance.mutants.registry import Mutant
-from pylora.conformance.testcase import Broken, NotTested, Trial, Violation
-from pylora.extras import need
+from pylora.conformance.runner import BROKEN, FAILED, PROFILES, Outcome, Search, run_law
 
 
-@dataclass(frozen=True)
-class Kill:
-    """A law that found a mutant out at the example of this number (the first is 1)."""
-
-    law: str
-    example: int
-
-
-class _Found(Exception):
-    """Ends a search."""
+def kills(
+    mutant: Mutant, laws: Iterable[Law] = (), *, examples: int = PROFILES["quick"], seed: int = 0
+) -> Iterator[Outcome]:
+    """The outcomes of the laws that kill it, in the order of the laws, each with a fresh mutant."""
+    for law in concerned(mutant, laws):
+        outcome = run_law(mutant.make(), law, examples=examples, seed=seed, shrink=False)
+        if outcome.status in (FAILED, BROKEN):
+            yield outcome
 
 
-def survives(implementation: Any, law: Law, examples: int) -> int | None:
-    """The number of the first example at which the law is broken, or None if it holds in all."""
-    hypothesis = need("hypothesis")
-    count, first = 0, 0
-
-    def check(problem: Any) -> None:
-        nonlocal count, first
-        count += 1
-        trial = Trial(implementation)
-        try:
-            law.check(trial, problem)
-        except NotTested:
-            return
-        except (Violation, Broken):
-            first = first or count
-            raise _Found from None
-        finally:
-            trial.close()
-
-    settings = hypothesis.settings(
-        max_examples=examples,
-        phases=(hypothesis.Phase.generate,),
-        database=None,
-        deadline=None,
-        derandomize=True,
-        report_multiple_bugs=False,
-        print_blob=False,
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            settings(hypothesis.given(law.problems())(check))()
-        except (_Found, hypothesis.errors.Flaky):
-            return first
-    return first or None
+def killer(mutant: Mutant, *, seed: int = 0) -> Outcome | None:
+    """A law of the quick profile that kills it, found in little time: few examples come first."""
+    for examples in (10, PROFILES["quick"]):
+        found = next(kills(mutant, examples=examples, seed=seed), None)
+        if found is not None:
+            return found
+    return None
 
 
-def kills(mutant: Mutant, laws: Sequence[Law], examples: int) -> Iterator[Kill]:
-    """The laws that kill it, in their order, each with a fresh mutant."""
+def concerned(mutant: Mutant, laws: Iterable[Law] = ()) -> list[Law]:
+    """Of these laws (all if none is given) those that use something that the mutant changes."""
     changed = _changed(mutant)
-    for law in laws:
-        if changed & _touched(law):
-            first = survives(mutant.make(), law, examples)
-            if first is not None:
-                yield Kill(law.id, first)
+    return [law for law in laws or LAWS.values() if changed & _used(law)]
 
 
 def _changed(mutant: Mutant) -> frozenset[str]:
@@ -87,11 +50,8 @@ def _changed(mutant: Mutant) -> frozenset[str]:
             break
         names |= set(vars(base)) & set(dir(Correct))
     # Every method reads `ops`; mutants of it change the attention alone.
-    return frozenset("_attend" if name == "ops" else name for name in names) - {
-        "__module__",
-        "__doc__",
-        "name",
-    }
+    names = {"_attend" if name == "ops" else name for name in names}
+    return frozenset(n for n in names if not n.startswith("__") and n != "name")
 
 
 class _Recorder(Correct):
@@ -107,8 +67,8 @@ class _Recorder(Correct):
 
 
 @cache
-def _touched(law: Law) -> frozenset[str]:
+def _used(law: Law) -> frozenset[str]:
     """The attributes of an implementation that the law has a use for, directly or not."""
     recorder = _Recorder()
-    survives(recorder, law, 12)
+    Search(recorder, law).run(12, 0, False)
     return frozenset(recorder.read)
