@@ -6,13 +6,14 @@ are not run: they have the correct implementation before them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any
 
 from pylora.conformance.correct import Correct
 from pylora.conformance.law import Law
 from pylora.conformance.laws import LAWS
+from pylora.conformance.mutants import mutants
 from pylora.conformance.mutants.registry import Mutant
 from pylora.conformance.runner import BROKEN, FAILED, PROFILES, Outcome, Search, run_law
 
@@ -34,6 +35,18 @@ def killer(mutant: Mutant, *, seed: int = 0) -> Outcome | None:
         if found is not None:
             return found
     return None
+
+
+def hunt(say: Callable[[str], None], *, seed: int = 0) -> bool:
+    """Kills all mutants, says how, one line each, and returns whether none survived."""
+    every, alive = mutants(), 0
+    for mutant in every:
+        found = killer(mutant, seed=seed)
+        alive += found is None
+        how = f"{found.law.id:4} at example {found.found_at}" if found else "SURVIVES"
+        say(f"{mutant.id:34} {how}")
+    say(f"{len(every)} mutants, {len(every) - alive} killed, {alive} alive")
+    return alive == 0
 
 
 def concerned(mutant: Mutant, laws: Iterable[Law] = ()) -> list[Law]:

@@ -41,8 +41,7 @@ class AZero(Correct):
     "init-factors-swapped",
     "gross",
     "A is zero and B is random. The start is still the base.",
-    "Which of the two is zero was remembered wrongly.",
-    "microsoft/LoRA#155",
+    "Embeddings are initialised that way round, and one function served both.",
 )
 class FactorsSwapped(Correct):
     def init(self, d: int, k: int, r: int, seed: int, method: str) -> tuple[Array, Array]:

@@ -141,7 +141,8 @@ class MergeWritesToW(Correct):
     "merge-writes-to-b",
     "subtle",
     "merge folds the scale into the B that it is given.",
-    "B *= scale, and a second merge of the adapter is scaled twice.",
+    "B *= scale in place; the training that shares B goes on with the scaled one.",
+    "unslothai/unsloth-zoo#941",
 )
 class MergeWritesToB(Correct):
     def merge(self, W: Array, A: Array, B: Array, scale: float) -> Any:
@@ -177,7 +178,7 @@ class UnmergeDoesNothing(Correct):
     "unmerge-by-subtraction-drifts",
     "subtle",
     "unmerge rounds W' - s B A anew: a merge and unmerge before each step add up their errors.",
-    "With bfloat16 weights a tenth of them changes at once and all drift over a training.",
+    "With bfloat16 weights a sixth of them changed, further with each cycle of a training.",
     "huggingface/trl#6688",
 )
 class UnmergeDrifts(Correct):

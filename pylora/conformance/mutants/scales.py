@@ -129,8 +129,8 @@ class NegativeClipped(Correct):
     "scale-negative-absolute",
     "subtle",
     "The square root of |scale| goes to A and to B, and the sign is lost.",
-    "Adapters with negative weights were summed so: each factor took a share of the weight.",
-    "huggingface/peft#2918",
+    "A negative weight given to both factors cancels: an adapter times -1 is the adapter.",
+    "huggingface/peft#3004",
 )
 class NegativeAbsolute(Correct):
     def forward(
