@@ -38,7 +38,8 @@ typedef struct product {
 static void rectangle(const product *p, int64_t r0, int64_t r1, int64_t t0, int64_t t1) {
   for (int64_t j = 0; j < p->cols; j += PANEL)
     p->K->gemm(r1 - r0, (int)min64(PANEL, p->cols - j), t1 - t0, p->a + r0 * p->ars + t0 * p->acs,
-               p->ars, p->acs, p->b + t0 * p->ldb + j, p->ldb, p->c + r0 * p->ldc + j, p->ldc, 1);
+               p->ars, p->acs, p->b + t0 * p->ldb + j, p->ldb, p->c + r0 * p->ldc + j, p->ldc,
+               GEMM_CONTINUE);
 }
 
 /* Rows [r0, r1) over the part of [t0, t1) that they see. Splits until the rest is rectangles; each
@@ -213,7 +214,7 @@ static void forward_panel(const call *f, const block *b, int64_t head, int64_t h
   float top[PANEL], sum[PANEL];
 
   transpose(f->K, q, ldq, cols, D, f->a->scale, w.qt);
-  f->K->gemm(b->keys, (int)cols, D, k, f->k->ld, 1, w.qt, PANEL, w.s, PANEL, 0);
+  f->K->gemm(b->keys, (int)cols, D, k, f->k->ld, 1, w.qt, PANEL, w.s, PANEL, GEMM_SET);
   for (int64_t c = 0; c < cols && b->n > 1; c++) {
     const int64_t low = max64(0, c + b->of_query.low), high = c + b->of_query.high;
     for (int64_t t = 0; t < low; t++) w.s[t * PANEL + c] = -INFINITY;
@@ -306,8 +307,8 @@ static void backward_panel(const call *f, const block *b, int64_t head, scratch 
   }
   transpose(f->K, q, f->q->ld, b->n, D, f->a->scale, w.qt);
   transpose(f->K, d_o, f->d_o->ld, b->n, D, 1.0f, w.ot);
-  f->K->gemm(b->keys, (int)b->n, D, k, f->k->ld, 1, w.qt, PANEL, w.s, PANEL, 0);
-  f->K->gemm(b->keys, (int)b->n, D, v, f->v->ld, 1, w.ot, PANEL, w.dp, PANEL, 0);
+  f->K->gemm(b->keys, (int)b->n, D, k, f->k->ld, 1, w.qt, PANEL, w.s, PANEL, GEMM_SET);
+  f->K->gemm(b->keys, (int)b->n, D, v, f->v->ld, 1, w.ot, PANEL, w.dp, PANEL, GEMM_SET);
   f->K->softmax_columns_backward(b->keys, (int)b->n, w.s, w.dp, lse, delta, f->a->scale);
 
   const product pq = {f->K, w.dp, 1, PANEL, k, f->k->ld, dq, f->dq->ld, D};

@@ -6,14 +6,16 @@
  * Backward, one task = 32 inputs: W's panels are transposed 32 x 32 on the way, which for many rows
  * costs a percent and saves a second copy of the weights in memory.
  *
- * Every sum runs in one order (see cpu/kernels.h), whatever the blocks and threads. */
+ * Every sum runs in one order (see cpu/kernels.h), whatever the blocks and threads.  Sums of more than
+ * a thousand terms are added up in pieces: at the head, dx sums over the vocabulary, and one chain of
+ * 49,152 terms would lose the small ones. */
 #include "internal.h"
 
 enum {
   PANEL = PYLORA_PANEL,
   BLOCK_BYTES = 384 * 1024, /* rows of x per block: half of a usual L2 */
   MAX_ROWS = 1024,          /* rows per block at most; sizes the scratch tile */
-  CHUNK_K = 1024,           /* forward: k per pass over the tile */
+  CHUNK = 1024,             /* terms of a sum that are added up in one chain */
   CHUNK_D = 512,            /* backward: rows of W transposed at a time (64 KiB) */
   GROUP = 4,                /* panels per task while there are many */
 };
@@ -44,6 +46,17 @@ static int any_nonzero(const float *B, int64_t rows, int64_t cols, int64_t ld) {
     for (int64_t j = 0; j < cols; j++)
       if (B[i * ld + j] != 0) return 1; /* also NaN */
   return 0;
+}
+
+/* The kernel's product, with the kk terms in pieces of equal length of at most CHUNK. */
+static int64_t piece(int64_t kk) { return ceil_div(kk, max64(1, ceil_div(kk, CHUNK))); }
+static void product(const pylora_kernels *K, int64_t m, int64_t n, int64_t kk, const float *a,
+                    int64_t ars, int64_t acs, const float *b, int64_t ldb, float *c, int64_t ldc) {
+  const int64_t step = piece(kk);
+  K->gemm(m, (int)n, step, a, ars, acs, b, ldb, c, ldc, GEMM_SET);
+  for (int64_t t = step; t < kk; t += step)
+    K->gemm(m, (int)n, min64(step, kk - t), a + t * acs, ars, acs, b + t * ldb, ldb, c, ldc,
+            GEMM_ADD);
 }
 
 /* ---- forward ---- */
@@ -77,8 +90,8 @@ static void h_block(void *ctx, int64_t task, int thread) {
   const fwd *f = ctx;
   int64_t i = task * 64, n = min64(64, f->xa->rows - i), k = f->xa->cols;
   for (int64_t j = 0; j < f->r; j += PANEL)
-    f->K->gemm(n, (int)min64(PANEL, f->r - j), k, f->xa->p + i * f->xa->ld, f->xa->ld, 1,
-               f->At + j * k, PANEL, f->h->p + i * f->h->ld + j, f->h->ld, 0);
+    product(f->K, n, min64(PANEL, f->r - j), k, f->xa->p + i * f->xa->ld, f->xa->ld, 1,
+            f->At + j * k, PANEL, f->h->p + i * f->h->ld + j, f->h->ld);
 }
 
 static void store_tile(const fwd *f, int64_t i, int64_t n, int64_t j, const float *tile) {
@@ -102,13 +115,9 @@ static void y_block(void *ctx, int64_t task, int thread) {
   int64_t i = task / f->groups * f->rows, n = min64(f->rows, x->rows - i);
   int64_t p0 = task % f->groups * f->per_group, p1 = min64(panels, p0 + f->per_group);
   float *tile = f->tiles + (int64_t)thread * (MAX_ROWS + CHUNK_D) * PANEL;
-  int64_t chunk = ceil_div(k, max64(1, ceil_div(k, CHUNK_K)));
   for (int64_t p = p0; p < p1; p++) {
     const float *panel = (const float *)f->W->data + p * k * PANEL;
-    if (k == 0) memset(tile, 0, (size_t)(n * PANEL) * sizeof(float));
-    for (int64_t t = 0; t < k; t += chunk)
-      f->K->gemm(n, PANEL, min64(chunk, k - t), x->p + i * x->ld + t, x->ld, 1, panel + t * PANEL,
-                 PANEL, tile, PANEL, t > 0);
+    product(f->K, n, PANEL, k, x->p + i * x->ld, x->ld, 1, panel, PANEL, tile, PANEL);
     if (f->bias) {
       int64_t cols = min64(PANEL, f->W->d - p * PANEL);
       for (int64_t t = 0; t < n; t++)
@@ -116,7 +125,7 @@ static void y_block(void *ctx, int64_t task, int thread) {
     }
     if (f->low)
       f->K->gemm(n, PANEL, f->low, f->h->p + i * f->h->ld, f->h->ld, 1, f->Bt + p * f->low * PANEL,
-                 PANEL, tile, PANEL, 1);
+                 PANEL, tile, PANEL, GEMM_ADD);
     store_tile(f, i, n, p * PANEL, tile);
   }
 }
@@ -198,8 +207,8 @@ static void g_block(void *ctx, int64_t task, int thread) {
   const pylora_lora *l = w->lora;
   int64_t i = task * 64, n = min64(64, w->dy->rows - i);
   for (int64_t j = 0; j < w->r; j += PANEL)
-    w->K->gemm(n, (int)min64(PANEL, w->r - j), w->dy->cols, w->dy->p + i * w->dy->ld, w->dy->ld, 1,
-               l->B + j, l->ldb, w->g + i * w->r + j, w->r, 0);
+    product(w->K, n, min64(PANEL, w->r - j), w->dy->cols, w->dy->p + i * w->dy->ld, w->dy->ld, 1,
+            l->B + j, l->ldb, w->g + i * w->r + j, w->r);
   for (int64_t t = i * w->r; t < (i + n) * w->r; t++) w->g[t] *= l->s;
 }
 
@@ -209,7 +218,7 @@ static void dB_strip(void *ctx, int64_t task, int thread) {
   const bwd *w = ctx;
   int64_t j = task * PANEL, d = w->dy->cols;
   int n = (int)min64(PANEL, d - j);
-  w->K->gemm(w->r, n, w->dy->rows, w->h->p, 1, w->h->ld, w->dy->p + j, w->dy->ld, w->dBt + j, d, 0);
+  product(w->K, w->r, n, w->dy->rows, w->h->p, 1, w->h->ld, w->dy->p + j, w->dy->ld, w->dBt + j, d);
   for (int64_t i = 0; i < n; i++)
     for (int64_t t = 0; t < w->r; t++)
       w->dB->p[(j + i) * w->dB->ld + t] = w->lora->s * w->dBt[t * d + j + i];
@@ -220,8 +229,8 @@ static void dA_strip(void *ctx, int64_t task, int thread) {
   (void)thread;
   const bwd *w = ctx;
   int64_t j = task * PANEL;
-  w->K->gemm(w->r, (int)min64(PANEL, w->x->cols - j), w->x->rows, w->g, 1, w->r, w->x->p + j,
-             w->x->ld, w->dA->p + j, w->dA->ld, 0);
+  product(w->K, w->r, min64(PANEL, w->x->cols - j), w->x->rows, w->g, 1, w->r, w->x->p + j,
+          w->x->ld, w->dA->p + j, w->dA->ld);
 }
 
 /* 32 columns of dx for a block of rows: dy W, the 32 x 32 tiles of W transposed chunk by chunk */
@@ -246,17 +255,18 @@ static void dx_block(void *ctx, int64_t task, int thread) {
       }
     }
     w->K->gemm(n, PANEL, rows, w->dy->p + i * w->dy->ld + t, w->dy->ld, 1, Wt, PANEL, tile, PANEL,
-               1);
+               GEMM_ADD);
   }
   if (w->low) {
     const pylora_lora *l = w->lora;
     if (!w->drop) {
-      w->K->gemm(n, (int)cols, w->r, w->g + i * w->r, w->r, 1, l->A + j, l->lda, tile, PANEL, 1);
+      w->K->gemm(n, (int)cols, w->r, w->g + i * w->r, w->r, 1, l->A + j, l->lda, tile, PANEL,
+                 GEMM_ADD);
     } else { /* the same mask as forward's, from the same words */
       for (int64_t q = 0; q < n; q++) {
         float *low = Wt, *c = tile + q * PANEL;
         w->K->gemm(1, (int)cols, w->r, w->g + (i + q) * w->r, w->r, 1, l->A + j, l->lda, low, PANEL,
-                   0);
+                   GEMM_SET);
         pylora_mat one = {low, 1, cols, cols};
         pylora_dropout_at(&one, w->drop, i + q, j, k, &one);
         for (int64_t b = 0; b < cols; b++) c[b] += low[b];

@@ -5,8 +5,8 @@
  * instruction set with the vector type of vec.h.
  *
  * One rule makes the library's determinism: an element of a result is summed over k in the order
- * k = 0, 1, 2, ... in one accumulator, whatever the tile.  So no tiling, row count or thread count
- * changes its bits. */
+ * k = 0, 1, 2, ... in one accumulator, whatever the tile; long sums are cut into pieces at places
+ * that depend on k alone.  So no tiling, row count or thread count changes its bits. */
 #ifndef PYLORA_CPU_KERNELS_H
 #define PYLORA_CPU_KERNELS_H
 
@@ -14,14 +14,21 @@
 
 #define PYLORA_PHILOX_WORDS 64
 
+/* What a product does with what is in c. */
+enum {
+  GEMM_SET = 0,      /* c = sum */
+  GEMM_CONTINUE = 1, /* the sum starts from c: one chain, as if both calls were one */
+  GEMM_ADD = 2,      /* c = c + sum: pieces of a long sum, which lose less than one long chain */
+};
+
 typedef struct pylora_kernels {
   const char *name;
   int (*supported)(void); /* can this CPU run the table? */
 
-  /* c[i,j] = (add ? c[i,j] : 0) + sum_t a[i*ars + t*acs] * b[t*ldb + j]  for i < m, j < n, t < kk.
+  /* c[i,j] = sum_t a[i*ars + t*acs] * b[t*ldb + j]  for i < m, j < n, t < kk, as `mode` says.
    * n <= PYLORA_PANEL; b and c are touched only at j < n. */
   void (*gemm)(int64_t m, int n, int64_t kk, const float *a, int64_t ars, int64_t acs,
-               const float *b, int64_t ldb, float *c, int64_t ldc, int add);
+               const float *b, int64_t ldb, float *c, int64_t ldc, int mode);
   /* One 32 x 32 tile: dst[j*32 + i] = src[i*32 + j]. */
   void (*transpose32)(const float *src, float *dst);
 
