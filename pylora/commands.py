@@ -517,3 +517,38 @@ def info() -> None:
 
     for name, value in build_info().items():
         print(f"{name}: {', '.join(value) if isinstance(value, list) else value}")
+
+
+@app.command()
+@verb
+def conformance(
+    implementation: Annotated[
+        str | None, typer.Argument(help="package.module:Class, found on PYTHONPATH or here")
+    ] = None,
+    profile: Annotated[str, typer.Option(help="quick (100 examples a law) or nightly")] = "quick",
+    law: Annotated[list[str] | None, typer.Option(help="id of a law; may be repeated")] = None,
+    examples: Annotated[int | None, typer.Option(help="per law, in place of a profile")] = None,
+    seed: Seed = 0,
+    as_list: Annotated[bool, typer.Option("--list", help="show the laws and stop")] = False,
+    mutants: Annotated[
+        bool, typer.Option("--mutants", help="kill the kit's own wrong implementations and stop")
+    ] = False,
+) -> None:
+    """Test any implementation of LoRA against the laws; exit code 1 if one fails or breaks."""
+    from pylora.conformance import command
+
+    if mutants:
+        from pylora.conformance.mutants.hunt import hunt
+
+        if not hunt(print, seed=seed):
+            raise typer.Exit(1)
+        return
+    if as_list:
+        print(command.listing(law or []), end="")
+        return
+    if implementation is None:
+        raise ConfigError(
+            "name an implementation, package.module:Class, or give --list or --mutants"
+        )
+    if not command.test(implementation, profile, law or [], examples, seed, print):
+        raise typer.Exit(1)

@@ -34,7 +34,7 @@ def _dots(t: Trial, p: Problem) -> None:
     p, modules = fitting(p), dict(p.modules)
     for target in p.config["target_modules"]:
         modules[f"model.layers.0.self_attn.x{target}"] = (2, 3)
-        modules[f"model.layers.0.{target}.inner"] = (2, 3)
+        modules[f"model.layers.0.{target}_more"] = (2, 3)
     _compare(t, t.plan(p.config, modules), expected(p.config, modules))
 
 
@@ -155,7 +155,7 @@ LAWS = (
     _law(
         "T2",
         "A target names whole parts of a path, at its end.",
-        "q_proj chooses x.q_proj, and neither x.xq_proj nor x.q_proj.inner",
+        "q_proj chooses x.q_proj, and neither x.xq_proj nor x.q_proj_more",
         "modules are adapted that nobody named",
         ("T-1",),
         _dots,

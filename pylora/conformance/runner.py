@@ -208,6 +208,8 @@ class Search:
             out.counterexample = self._program(broken)
         elif sum(self.not_tested.values()) >= self.count:
             out.status, out.reason = NOT_TESTED, next(iter(self.not_tested), "no example was drawn")
+        elif self.not_tested:
+            out.notes["not tested"] = sum(self.not_tested.values()), self.count
         return out
 
     def _violation(self, problem: Problem) -> Violation | None:

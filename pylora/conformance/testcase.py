@@ -106,6 +106,8 @@ class Trial:
         self.calls.append(call)
         try:
             result = getattr(owner, method)(*arguments)
+        except NotImplementedError as error:
+            raise NotTested(f"{method} says NotImplementedError: {error}") from error
         except (Exception, SystemExit) as error:
             text = " ".join(str(error).split())[:300]
             raise Broken(f"{method} raised {type(error).__name__}: {text}") from error

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pylora.conformance.correct import Correct
 from pylora.conformance.mutants.registry import wrong
-from pylora.types import Array
+from pylora.reference import Reference
+from pylora.types import Array, Drop
 
 
 @wrong(
@@ -189,3 +190,46 @@ class DxNotRescaled(Correct):
     ) -> tuple[Array, ...]:
         _, dA, dB = super().dropout_backward(dy, x, W, A, B, scale, p, seed)
         return super().dropout_backward(dy, x, W, A, B, scale * (1 - p), p, seed)[0], dA, dB
+
+
+@wrong(
+    "dropout-seed-moves-on",
+    "subtle",
+    "Each call draws another mask, whatever the seed.",
+    "One generator for the whole program: recomputing a layer drops other elements.",
+)
+class SeedMovesOn(Correct):
+    calls = 0
+
+    def drop(self, p: float, seed: int) -> Drop | None:
+        self.calls += 1
+        return super().drop(p, seed + self.calls)
+
+
+@wrong(
+    "dropout-seed-ignored",
+    "subtle",
+    "Every seed gives the same mask.",
+    "The stream is numbered by the module and not by the step as well.",
+)
+class SeedIgnored(Correct):
+    def drop(self, p: float, seed: int) -> Drop | None:
+        return super().drop(p, 0)
+
+
+class _OneMaskForAllRows(Reference):
+    def dropout(self, x: Array, drop: Drop | None) -> Array:
+        if drop is None or drop.p == 0 or not x.shape[0]:
+            return super().dropout(x, drop)
+        row = super().dropout(self.xp.ones_like(x[:1]), drop)
+        return self.xp.where(row == 0, x.dtype.type(0), x * row)
+
+
+@wrong(
+    "dropout-one-mask-for-all-rows",
+    "subtle",
+    "All rows of a batch lose the same elements.",
+    "A mask of the shape of one row, broadcast. Its expectation and its backward pass are right.",
+)
+class OneMaskForAllRows(Correct):
+    ops = _OneMaskForAllRows()

@@ -19,7 +19,11 @@ from pylora.conformance.runner import BROKEN, FAILED, PROFILES, Outcome, Search,
 
 
 def kills(
-    mutant: Mutant, laws: Iterable[Law] = (), *, examples: int = PROFILES["quick"], seed: int = 0
+    mutant: Mutant,
+    laws: Iterable[Law] | None = None,
+    *,
+    examples: int = PROFILES["quick"],
+    seed: int = 0,
 ) -> Iterator[Outcome]:
     """The outcomes of the laws that kill it, in the order of the laws, each with a fresh mutant."""
     for law in concerned(mutant, laws):
@@ -49,10 +53,11 @@ def hunt(say: Callable[[str], None], *, seed: int = 0) -> bool:
     return alive == 0
 
 
-def concerned(mutant: Mutant, laws: Iterable[Law] = ()) -> list[Law]:
+def concerned(mutant: Mutant, laws: Iterable[Law] | None = None) -> list[Law]:
     """Of these laws (all if none is given) those that use something that the mutant changes."""
     changed = _changed(mutant)
-    return [law for law in laws or LAWS.values() if changed & _used(law)]
+    laws = LAWS.values() if laws is None else laws
+    return [law for law in laws if changed & _used(law)]
 
 
 def _changed(mutant: Mutant) -> frozenset[str]:
@@ -62,8 +67,8 @@ def _changed(mutant: Mutant) -> frozenset[str]:
         if base is Correct:
             break
         names |= set(vars(base)) & set(dir(Correct))
-    # Every method reads `ops`; mutants of it change the attention alone.
-    names = {"_attend" if name == "ops" else name for name in names}
+    if "ops" in names:  # every method reads it, and a mutant of it changes the attention or dropout
+        names = names - {"ops"} | {"_attend", "drop"}
     return frozenset(n for n in names if not n.startswith("__") and n != "name")
 
 

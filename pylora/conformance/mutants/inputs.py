@@ -57,7 +57,7 @@ class RowStrideOnly(Correct):
     "x-scaled-in-place",
     "subtle",
     "x is multiplied by the scale in place; the result is right, the caller's x is not.",
-    "An allocation saved; a second backward pass reads the wrong x. (There, dx was put into x.)",
+    "An allocation saved; a second backward pass reads the wrong x. There, dx was put into x.",
     "axolotl-ai-cloud/axolotl#3800",
 )
 class XScaledInPlace(Correct):

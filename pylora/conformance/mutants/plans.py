@@ -226,3 +226,59 @@ class UnmatchedPatternAccepted(Correct):
                 if any(re.match(rf"(.*\.)?({key})$", path) for path in modules)
             }
         return super().plan(changed, modules)
+
+
+@wrong(
+    "plan-bad-number-mended",
+    "subtle",
+    "A rank that is no positive integer becomes one, and an alpha of NaN becomes 1.",
+    "max(1, int(r)), so that nothing divides by zero.",
+)
+class BadNumberMended(Correct):
+    def plan(self, config: dict[str, Any], modules: Modules) -> Planned:
+        r, alpha = config.get("r", 8), config.get("lora_alpha", 8)
+        mended = {"r": max(1, int(r)), "lora_alpha": 1 if math.isnan(alpha) else alpha}
+        return super().plan({**config, **mended}, modules)
+
+
+@wrong(
+    "plan-other-method-as-lora",
+    "subtle",
+    "A setting that is not known is dropped: a DoRA adapter is run as plain LoRA.",
+    "Only the fields that the program knows are copied from the file.",
+)
+class OtherMethodAsLora(Correct):
+    known = frozenset(
+        "r lora_alpha target_modules exclude_modules layers_to_transform use_rslora rank_pattern "
+        "alpha_pattern".split()
+    )
+
+    def plan(self, config: dict[str, Any], modules: Modules) -> Planned:
+        return super().plan({k: v for k, v in config.items() if k in self.known}, modules)
+
+
+@wrong(
+    "plan-unknown-layer-skipped",
+    "subtle",
+    "A layer that the model does not have is skipped in silence.",
+    "Settings of a larger model of the same family.",
+)
+class UnknownLayerSkipped(Correct):
+    def plan(self, config: dict[str, Any], modules: Modules) -> Planned:
+        layers = config.get("layers_to_transform")
+        if not layers:
+            return super().plan(config, modules)
+        there = [n for n in layers if any(f".{n}." in path for path in modules)]
+        return super().plan({**config, "layers_to_transform": there or None}, modules)
+
+
+@wrong(
+    "plan-layers-ignored",
+    "gross",
+    "layers_to_transform is not looked at.",
+    "A setting that few files have.",
+)
+class LayersIgnored(Correct):
+    def plan(self, config: dict[str, Any], modules: Modules) -> Planned:
+        super().plan(config, modules)
+        return super().plan({**config, "layers_to_transform": None}, modules)
