@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
 from pylora.conformance.correct import Correct
 from pylora.conformance.laws import LAWS
 from pylora.conformance.mutants import GROUPS, Mutant, mutants
-from pylora.conformance.mutants.hunt import concerned, killer
+from pylora.conformance.mutants.hunt import concerned, hunt, killer
 from pylora.conformance.runner import PASSED, run_law
 
 ALL = mutants()
@@ -38,17 +39,37 @@ def test_there_are_enough_and_each_is_told():
         assert (mutant.link is None) == (mutant.thread is None)
 
 
+def test_the_table_in_the_docs_is_of_these_mutants_and_laws():
+    text = (Path(__file__).parents[1] / "docs" / "mutants.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w-]+)`.*\| (\w+) \| (\d+) \| [\w, ]*\|$", text, re.MULTILINE)
+    assert [id for id, _, _ in rows] == [m.id for m in ALL], "run tools/mutant_table.py"
+    assert {law for _, law, _ in rows} <= set(LAWS)
+    assert all(m.link in text for m in ALL if m.link)
+
+
 def test_only_laws_that_use_what_a_mutant_changes_are_run():
     by_id = {m.id: m for m in ALL}
     ids = {law.id for law in concerned(by_id["scale-alpha"])}
     assert ids == {"S1", "S2"}
-    assert {law.id for law in concerned(by_id["attention-gqa-tiled"])} == {"A1", "A2", "A3", "A4"}
+    ids = {law.id for law in concerned(by_id["attention-k-adapter-after-rope"])}
+    assert ids == {"A1", "A2", "A3", "A4"}
 
 
 def test_a_mutant_that_is_not_one_is_not_killed():
     same = Mutant("same", "gross", "It is right.", "A control.", None, _Same, __name__)
     assert concerned(same, [LAWS["S1"], LAWS["F2"]]) == [LAWS["S1"]]
     assert killer(same) is None
+
+
+def test_the_hunt_says_who_survives(monkeypatch):
+    same = Mutant("same", "gross", "It is right.", "A control.", None, _Same, __name__)
+    dead = next(m for m in ALL if m.id == "scale-alpha")
+    said: list[str] = []
+    monkeypatch.setattr("pylora.conformance.mutants.hunt.mutants", lambda: (dead, same))
+    assert not hunt(said.append)
+    assert said[0].split() == ["scale-alpha", "S1", "at", "example", "1"]
+    assert said[1].split() == ["same", "SURVIVES"]
+    assert said[2] == "2 mutants, 1 killed, 1 alive"
 
 
 class _Same(Correct):
