@@ -41,7 +41,7 @@ def inverse_frequencies(
 
 class Rope:
     """Tables of cos and sin [positions, head_dim / 2] for a model's positions; all layers
-    share them."""
+    share them, and threads may: a longer pair takes the place of the older one at once."""
 
     def __init__(self, config: LlamaConfig, dtype: Any = np.float32, *, ops: Backend) -> None:
         self.max_positions = config.max_position_embeddings
@@ -49,13 +49,12 @@ class Rope:
             config.head_dim, config.rope_theta, config.rope_scaling
         )
         self._dtype, self._ops = dtype, ops
-        self._grow(min(256, self.max_positions))
+        self._pair = self._make(min(256, self.max_positions))
 
-    def _grow(self, n: int) -> None:
+    def _make(self, n: int) -> tuple[Array, Array]:
         angle = np.arange(n, dtype=np.float64)[:, None] * self._frequency
-        self._size = n
-        self._cos = self._ops.asarray(np.cos(angle).astype(self._dtype))
-        self._sin = self._ops.asarray(np.sin(angle).astype(self._dtype))
+        cos, sin = (self._ops.asarray(f(angle).astype(self._dtype)) for f in (np.cos, np.sin))
+        return cos, sin
 
     def tables(self, positions: int) -> tuple[Array, Array]:
         """(cos, sin) that cover at least this many positions. ConfigError beyond the model's."""
@@ -64,6 +63,7 @@ class Rope:
                 f"a sequence of {positions} tokens is longer than the model's "
                 f"max_position_embeddings ({self.max_positions}); shorten it"
             )
-        if positions > self._size:
-            self._grow(min(max(positions, 2 * self._size), self.max_positions))
-        return self._cos, self._sin
+        pair = self._pair  # read once: another thread may put a longer or a shorter one there
+        if positions > (size := pair[0].shape[0]):
+            pair = self._pair = self._make(min(max(positions, 2 * size), self.max_positions))
+        return pair
