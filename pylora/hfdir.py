@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from pylora.config import LlamaConfig
-from pylora.errors import PyloraError
+from pylora.errors import ConfigError, PyloraError
 from pylora.extras import need
 from pylora.formats.base import Checkpoint
 
@@ -31,6 +31,22 @@ _TOKENIZER_FILES = (
     "added_tokens.json vocab.json merges.txt chat_template.jinja chat_template.json "
     "generation_config.json"
 ).split()
+
+
+def check_output(directory: Path, source: Path, marker: str | None = None) -> None:
+    """ConfigError unless a model made from `source` may be written to `directory`: one that is new
+    or empty, or that holds the file `marker`, which says that it was made in the same way."""
+    if directory.resolve() == source.resolve():
+        raise ConfigError(
+            f"{directory} is the model that is read here, and would be lost; name another directory"
+        )
+    if not directory.is_dir() or not any(directory.iterdir()):
+        return
+    if marker is None or not (directory / marker).is_file():
+        raise ConfigError(
+            f"{directory} holds files already, which a new model would replace; name a new "
+            "directory or empty this one"
+        )
 
 
 def write_config(directory: Path, config: LlamaConfig, specs: Mapping[str, Spec]) -> None:

@@ -24,9 +24,9 @@ from pylora.errors import ConfigError, UnsupportedError
 from pylora.files import atomic_dir
 from pylora.formats import Checkpoint, narrow, open_checkpoint, widen
 from pylora.formats.safetensors import Bf16
-from pylora.hfdir import Spec, write_config, write_tokenizer, write_weights
+from pylora.hfdir import Spec, check_output, write_config, write_tokenizer, write_weights
 from pylora.merge_weight import digest, max_delta, merge_weight, unmerge_weight
-from pylora.residue import Digests, Record
+from pylora.residue import FILE, Digests, Record
 from pylora.types import LoRA
 from pylora.unmerge import UnmergeReport, unmerge_checkpoint
 
@@ -88,7 +88,8 @@ def merge_checkpoint(
     `out_dir` becomes a Hugging Face directory that transformers loads, with the file that undoes
     the merge. `dtype` ("f32", "f16", "bf16") converts the base first; by default weights keep the
     dtype they are stored in, and those of a GGUF file become f32. Where the adapter targets one of
-    two tied embeddings, they are untied. Nothing is left behind if it fails.
+    two tied embeddings, they are untied. Nothing is left behind if it fails. ConfigError for an
+    `out_dir` that holds anything else than an earlier merge: no model is overwritten by mistake.
     """
     with open_checkpoint(model_path) as checkpoint:
         adapter = Adapter.load(adapter_dir, checkpoint.config.modules(), base=checkpoint.load)
@@ -106,8 +107,9 @@ def merge_adapter(
     """`merge_checkpoint` for a checkpoint and an adapter that are open already."""
     if dtype is not None and dtype not in _FLOATS:
         raise ConfigError(f"dtype = {dtype!r}: expected one of {', '.join(_FLOATS)}")
-    merge = _Merge(checkpoint, adapter, dtype, backends.get(backend))
     target = Path(out_dir)
+    check_output(target, checkpoint.path, FILE)
+    merge = _Merge(checkpoint, adapter, dtype, backends.get(backend))
     with atomic_dir(target) as beside:
         write_config(beside, merge.config, merge.specs)
         size = write_weights(beside, merge.specs, merge.tensor)

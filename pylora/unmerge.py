@@ -20,7 +20,7 @@ from pylora.backends.protocol import Backend
 from pylora.errors import FileFormatError
 from pylora.files import atomic_dir
 from pylora.formats import Checkpoint, open_checkpoint
-from pylora.hfdir import Spec, write_config, write_tokenizer, write_weights
+from pylora.hfdir import Spec, check_output, write_config, write_tokenizer, write_weights
 from pylora.merge_weight import digest, unmerge_weight
 from pylora.residue import Reader
 
@@ -46,8 +46,11 @@ def unmerge_checkpoint(
     """Restores the base model that was merged into `merged_dir`, bit for bit, as `out_dir`.
 
     Every tensor is compared with the SHA-256 that the merge recorded, before and after. Raises
-    FileFormatError naming the module that was altered since; then nothing is written.
+    FileFormatError naming the module that was altered since; then nothing is written. ConfigError
+    for an `out_dir` that holds files already.
     """
+    target = Path(out_dir)
+    check_output(target, Path(merged_dir))
     ops, reader = backends.get(backend), Reader(Path(merged_dir))
     with open_checkpoint(merged_dir) as checkpoint:
         tied = checkpoint.config.tie_word_embeddings or reader.record.tied
@@ -57,7 +60,6 @@ def unmerge_checkpoint(
         }
         _check_record(reader, checkpoint)
         restore = _restorer(reader, checkpoint, ops)
-        target = Path(out_dir)
         with atomic_dir(target) as beside:
             write_config(beside, config, specs)
             write_weights(beside, specs, restore)

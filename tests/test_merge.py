@@ -395,6 +395,30 @@ def test_a_directory_that_was_never_merged(tmp_path: Path) -> None:
         unmerge_checkpoint(tmp_path / "base", tmp_path / "back")
 
 
+def test_no_model_is_overwritten(tmp_path: Path) -> None:
+    merged, base, adapter = merged_model(tmp_path), tmp_path / "base", tmp_path / "adapter"
+    write_model(tmp_path / "other")
+    for source, out in (
+        (base, base),
+        (merged, merged),  # would lose the residue, and with it the base
+        (base, tmp_path / "merged" / ".." / "base"),
+        (base, tmp_path / "other"),
+        (base, adapter),
+    ):
+        before = {p: p.read_bytes() for p in out.iterdir()}
+        with pytest.raises(ConfigError, match=out.name):
+            merge_checkpoint(source, adapter, out)
+        assert {p: p.read_bytes() for p in out.iterdir()} == before
+    for out in (merged, tmp_path / "other"):
+        before = {p: p.read_bytes() for p in out.iterdir()}
+        with pytest.raises(ConfigError, match=out.name):
+            unmerge_checkpoint(merged, out)
+        assert {p: p.read_bytes() for p in out.iterdir()} == before
+    merge_checkpoint(base, adapter, merged, dtype="bf16")  # a merge may be made again
+    (tmp_path / "empty").mkdir()
+    unmerge_checkpoint(merged, tmp_path / "empty")
+
+
 @given(st.data())
 def test_random_damage_is_an_error_or_harmless(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
