@@ -2,7 +2,7 @@
 
     PYTHONPATH=examples/conformance pylora conformance jax_adapter:Jax
 
-Every new shape is compiled by XLA, which takes most of the time: use fewer examples for a first look.
+Every new shape is compiled by XLA, which takes most of the time: try it with few examples.
 """
 
 from __future__ import annotations

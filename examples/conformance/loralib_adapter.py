@@ -1,6 +1,6 @@
 """loralib (microsoft/LoRA), the paper's own code, under the kit.
 
-    PYTHONPATH=examples/conformance pylora conformance loralib_adapter:LoraLib
+PYTHONPATH=examples/conformance pylora conformance loralib_adapter:LoraLib
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The smallest adapter: forward alone, in plain NumPy. All else is reported as not tested.
 
-    PYTHONPATH=examples/conformance pylora conformance numpy_ten_lines:Plain
+PYTHONPATH=examples/conformance pylora conformance numpy_ten_lines:Plain
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Hugging Face PEFT under the kit: its Linear layer, its files and its choice of modules.
 
-    PYTHONPATH=examples/conformance pylora conformance peft_adapter:Peft
+PYTHONPATH=examples/conformance pylora conformance peft_adapter:Peft
 """
 
 from __future__ import annotations

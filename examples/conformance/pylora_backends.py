@@ -1,6 +1,6 @@
 """pylora's own backends under the kit.
 
-    PYTHONPATH=examples/conformance pylora conformance pylora_backends:C
+PYTHONPATH=examples/conformance pylora conformance pylora_backends:C
 """
 
 from __future__ import annotations
@@ -53,7 +53,6 @@ class _Backend(Correct):
         A = np.concatenate([A for A, _, _ in adapters])
         B = np.concatenate([B * np.float32(s) for _, B, s in adapters], axis=1)
         return self.forward(x, W, A, B, 1.0, bias)
-
 
     # Reference packs nothing; a backend's linear operations take packed weights.
     def attention(self, x: Any, weights: Any, adapters: Any, shape: Any) -> Any:

@@ -1,6 +1,6 @@
 """LoRA as one writes it in PyTorch, with autograd's gradients.
 
-    PYTHONPATH=examples/conformance pylora conformance torch_plain:Torch
+PYTHONPATH=examples/conformance pylora conformance torch_plain:Torch
 """
 
 from __future__ import annotations

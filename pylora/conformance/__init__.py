@@ -35,7 +35,7 @@ _WHERE = {
     "plans": "strategies",
     "several_adapters": "strategies",
 }
-__all__ = [  # noqa: F822 (made by __getattr__)
+__all__ = [
     "LAWS",
     "Law",
     "LoRAConformance",

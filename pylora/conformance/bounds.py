@@ -164,7 +164,7 @@ def loss_gradients(
     batches: list[tuple[Array, Array, Array]], W: Array, A: Array, B: Array, scale: float
 ) -> tuple[Array, Array]:
     """Of dA, dB: dy = (y - target) / N is off by the forward's bound and 4 roundings (the
-    difference, the weight, its product), which the gradients pass on; the sums are over all rows."""
+    difference, the weight, its product), which the gradients pass on; sums are over all rows."""
     x = np.concatenate([b[0] for b in batches])
     target = np.concatenate([b[1] for b in batches])
     counted = np.concatenate([b[2] for b in batches]).astype(bool)

@@ -83,10 +83,14 @@ class _Writer:
 
     def _compare(self, v: Violation) -> None:
         source = self._find(v.source)
+        if v.holds and source is not None:
+            self.lines.append(f"assert {v.holds.replace('RESULT', source)}, {v.what!r}")
+            return
         if v.want is None or source is None:
             self.lines.append(f"raise AssertionError({v.what!r})")
             return
         got = source if v.at is None else f"{source}[{_index(v.at)}]"
+        got += "".join(f"[{key!r}]" for key in v.item)
         want, bound = np.asarray(v.want), np.asarray(v.bound if v.bound is not None else 0.0)
         self.lines += [
             f"got = np.asarray({got})",
@@ -166,10 +170,13 @@ class _Writer:
             dtype = f"np.{a.dtype}" if a.dtype != bool else "bool"
         if a.size == 0:
             return f"np.zeros({a.shape}, {dtype})"
+        if a.size > 4 and (a == a.flat[0]).all() and not (a == 0).all():
+            return f"np.full({a.shape}, {_nested(a.flat[0])}, {dtype})"
         return f"np.array({_nested(a)}, {dtype})"
 
 
 def _nested(a: Array) -> str:
+    a = np.asarray(a)
     if a.ndim == 0:
         v = a.item() if a.dtype.kind in "iubc" else float(a)
         return _number(v) if isinstance(v, float) else repr(v)

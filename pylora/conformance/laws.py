@@ -47,3 +47,7 @@ def table() -> str:
         cells += [", ".join(law.spec), ", ".join(n for n in law.needs if n != "float32")]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(table(), end="")

@@ -175,6 +175,11 @@ def _backward(t: Trial, p: Problem) -> None:
             t.expect(f"d{letter} of {name}", got, w.value, twice * w.error)
 
 
+def _both(t: Trial, p: Problem) -> None:
+    _forward(t, p)
+    _backward(t, p)
+
+
 def _twice_if_64(p: Problem) -> float:
     """What is exact here is computed in float64, and is then off by as much itself."""
     return 2.0 if p.x.dtype == np.float64 else 1.0 + 2.0**-20
@@ -199,8 +204,8 @@ LAWS = (
     Law(
         "A1",
         "The attention block with adapters agrees with the formulas (float32).",
-        "softmax(q kᵀ / sqrt(D)) v with rotary q and k, each projection x Wᵀ + s (x Aᵀ) Bᵀ; running "
-        "error analysis",
+        "softmax(q kᵀ / sqrt(D)) v with rotary q and k, each projection x Wᵀ + s (x Aᵀ) Bᵀ; "
+        "running error analysis",
         "an adapter on the wrong projection, a wrong rotation, mask, or head",
         ("A-3", "A-4", "F-1"),
         ("attention", "float32"),
@@ -227,7 +232,7 @@ LAWS = (
         ("A-4", "A-5"),
         ("attention", "attention_backward", "float64"),
         lambda: attention_problems(dtype="float64"),
-        lambda t, p: (_forward(t, p), _backward(t, p))[0],
+        _both,
         ("x", "dy"),
     ),
     Law(

@@ -50,7 +50,8 @@ def _of_its_forward(t: Trial, p: Problem) -> None:
         along = float((np.asarray(gradient, np.float64) * v).sum())
         what = f"derivative along a change of {name}: <d{name}, v> = {along} against"
         if slope != along:
-            t.fail(f"{what} <dy, y({name} + v) - y({name})> = {slope}", gradient)
+            holds = f"(RESULT.astype(float) * np.array({v.tolist()})).sum() == {slope}"
+            t.fail(f"{what} <dy, y({name} + v) - y({name})> = {slope}", gradient, holds)
 
 
 def _complex_step(t: Trial, p: Problem) -> None:

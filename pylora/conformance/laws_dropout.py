@@ -65,18 +65,22 @@ def _expectation(t: Trial, p: Problem) -> None:
     # Hoeffding: P(|kept - n (1 - p)| >= e) <= 2 exp(-2 e² / n).
     allowed = math.sqrt(n * math.log(2 / UNLIKELY) / 2)
     if off > allowed:
-        t.fail(f"of {n} elements {kept} were kept with p = {p.p}; off by {off:.0f} > {allowed:.0f}")
+        holds = f"abs(np.count_nonzero(RESULT) - {n * (1 - p.p)}) <= {allowed}"
+        said = f"of {n} elements {kept} were kept with p = {p.p}; off by {off:.0f} > {allowed:.0f}"
+        t.fail(said, mask, holds)
 
 
 def _scattered(t: Trial, p: Problem) -> None:
-    kept = _mask(t, p.x.shape, p.p, p.seed) != 0
+    mask = _mask(t, p.x.shape, p.p, p.seed)
+    kept = mask != 0
     if (kept == kept[:1]).all():
-        t.fail("every row was given the same mask")
+        t.fail("every row was given the same mask", mask, "(RESULT != RESULT[:1]).any()")
     if (kept == kept[:, :1]).all():
-        t.fail("every column was given the same mask")
-    other = _mask(t, p.x.shape, p.p, p.seed + 1) != 0
-    if (kept == other).all():
-        t.fail(f"the seeds {p.seed} and {p.seed + 1} gave the same mask")
+        t.fail("every column was given the same mask", mask, "(RESULT != RESULT[:, :1]).any()")
+    other = _mask(t, p.x.shape, p.p, p.seed + 1)
+    if (kept == (other != 0)).all():
+        said = f"the seeds {p.seed} and {p.seed + 1} gave the same mask"
+        t.fail(said, other, "(RESULT != result).any()")
 
 
 def _forward(t: Trial, p: Problem) -> None:
@@ -135,7 +139,8 @@ def _starts(t: Trial, p: Problem) -> None:
     A, B = _init(t, p)
     t.expect("B", B, np.zeros(B.shape))
     if not np.isfinite(A).all() or not (A != 0).any():
-        t.fail("A is all zeros or not finite, so nothing can be learned", A)
+        holds = "np.isfinite(RESULT).all() and np.any(RESULT)"
+        t.fail("A is all zeros or not finite, so nothing can be learned", A, holds)
 
 
 def _seeded(t: Trial, p: Problem) -> None:
@@ -145,18 +150,21 @@ def _seeded(t: Trial, p: Problem) -> None:
     again, _ = _init(t, p)
     t.expect("A of the same seed", again, A)
     if (np.asarray(other) == A).all():
-        t.fail(f"the seeds {p.seed} and {p.seed + 1} give the same A", other)
+        said = f"the seeds {p.seed} and {p.seed + 1} give the same A"
+        t.fail(said, other, "(RESULT != result[0]).any()")
 
 
 def _distribution(t: Trial, p: Problem) -> None:
     """Of n = r k >= 2048 elements: the range, the mean, and the mean of squares."""
-    A = np.asarray(t.init(3, p.k, p.r, p.seed, p.method)[0], np.float64)
+    raw = t.init(3, p.k, p.r, p.seed, p.method)[0]
+    A = np.asarray(raw, np.float64)
     n, limit = A.size, math.log(2 / UNLIKELY)
     if p.method == "kaiming":
         edge = 1 / math.sqrt(p.k)
         top = float(np.abs(A).max())
         if top > edge * (1 + bounds.relative(4, "float32")):
-            t.fail(f"|A| reaches {top}, beyond 1 / sqrt(k) = {edge}", A)
+            holds = f"np.abs(RESULT).max() <= {edge * (1 + 1e-6)}"
+            t.fail(f"|A| reaches {top}, beyond 1 / sqrt(k) = {edge}", raw, holds)
         # Hoeffding, for elements in ±edge and squares in 0 .. edge².
         mean_off, square_off = edge * math.sqrt(2 * limit / n), edge**2 * math.sqrt(limit / (2 * n))
         square = edge**2 / 3
@@ -166,10 +174,12 @@ def _distribution(t: Trial, p: Problem) -> None:
         mean_off = math.sqrt(2 * limit * square / n)
         square_off = square * (2 * math.sqrt(limit / n) + 2 * limit / n)
     if abs(A.mean()) > mean_off:
-        t.fail(f"the mean of {n} elements of A is {A.mean():.3g}, beyond ±{mean_off:.3g}", A)
+        said = f"the mean of {n} elements of A is {A.mean():.3g}, beyond ±{mean_off:.3g}"
+        t.fail(said, raw, f"abs(RESULT.mean(dtype=float)) <= {mean_off}")
     got = float((A**2).mean())
     if abs(got - square) > square_off:
-        t.fail(f"the mean square of A is {got:.4g}, expected {square:.4g} ± {square_off:.2g}", A)
+        said = f"the mean square of A is {got:.4g}, expected {square:.4g} ± {square_off:.2g}"
+        t.fail(said, raw, f"abs((RESULT.astype(float) ** 2).mean() - {square}) <= {square_off}")
 
 
 def _starts_as_base(t: Trial, p: Problem) -> None:
@@ -239,7 +249,7 @@ LAWS = (
     Law(
         "P5",
         "The backward pass uses the forward pass's mask.",
-        "dA = s (dy B)ᵀ (mask x), dB = s dyᵀ ((mask x) Aᵀ), dx = dy W + s mask (dy B) A, in B1's bound",
+        "dA = s (dy B)ᵀ (mask x), dB = s dyᵀ ((mask x) Aᵀ), dx = dy W + s mask (dy B) A, as in B1",
         "another mask is drawn, x is taken undropped, or dx goes without the mask",
         ("D-3",),
         ("dropout_forward", "dropout_backward", "float32"),
@@ -294,8 +304,8 @@ LAWS = (
     Law(
         "I3",
         "A is distributed as its method says.",
-        "Kaiming: uniform in ±1 / sqrt(k); gaussian: N(0, 1 / r²); mean and mean square within tails "
-        "of chance 10⁻¹⁸",
+        "Kaiming: uniform in ±1 / sqrt(k); gaussian: N(0, 1 / r²); mean and mean square within "
+        "tails of chance 10⁻¹⁸",
         "the fan is taken from the wrong axis, or a variance for a deviation",
         ("I-2", "I-3"),
         ("init",),

@@ -57,10 +57,10 @@ def adapters(p: Problem) -> dict[str, tuple[Array, Array]]:
 
 
 def fitting(p: Problem) -> Problem:
-    """The problem without pattern keys that match no target: those are errors, and another law's."""
+    """The problem without pattern keys that match no target: those are errors of another law."""
     import re
 
-    paths = [path for path in expected(p.config, p.modules)]
+    paths = list(expected(p.config, p.modules))
     config = dict(p.config)
     for name in ("rank_pattern", "alpha_pattern"):
         kept = {
@@ -115,13 +115,13 @@ def _compare(
     plan = expected(p.config, p.modules)
     if set(got) != set(want):
         odd = sorted(set(got) ^ set(want))
-        t.fail(f"load returned other modules than were saved; they differ in {odd}", got)
+        holds = f"set(RESULT) == set({sorted(want)!r})"
+        t.fail(f"load returned other modules than were saved; they differ in {odd}", got, holds)
     for path, (A, B) in want.items():
-        a, b, scale = got[path]
-        t.expect(f"A of {path}", a, A, signs=True)
-        t.expect(f"B of {path}", b, B, signs=True)
+        t.expect(f"A of {path}", got, A, signs=True, item=(path, 0))
+        t.expect(f"B of {path}", got, B, signs=True, item=(path, 1))
         s = plan[path][2]
-        t.expect(f"scale of {path}", np.asarray(scale), s, 2.0**-22 * abs(s))
+        t.expect(f"scale of {path}", got, s, 2.0**-22 * abs(s), item=(path, 2))
 
 
 def _round_trip(t: Trial, p: Problem) -> None:

@@ -127,7 +127,7 @@ def _nan_stays(t: Trial, p: Problem) -> None:
 
 def _scale_rule(use_rslora: bool) -> Law:
     def check(t: Trial, p: Problem) -> None:
-        got = np.asarray(t.scaling(p.alpha, p.r, use_rslora))
+        got = t.scaling(p.alpha, p.r, use_rslora)
         want = p.alpha / np.sqrt(p.r) if use_rslora else p.alpha / p.r
         # float32 throughout: alpha, sqrt(r), and the quotient are rounded.
         bound = bounds.relative(4, "float32") * abs(want)

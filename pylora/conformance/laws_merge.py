@@ -242,7 +242,7 @@ LAWS = (
     Law(
         "M6",
         "Unmerging gives the weight back.",
-        "|unmerge(merge(W)) - W| <= the sum of both steps' bounds; whether every bit is back is reported",
+        "|unmerge(merge(W)) - W| <= the sum of both steps' bounds; the bits are compared too",
         "another scale, or another adapter, is taken out than was put in",
         ("M-3", "S-3"),
         ("merge", "unmerge", "float32"),

@@ -234,7 +234,7 @@ LAWS = (
     Law(
         "X3",
         "In a mixed batch each row has its own adapter's result.",
-        "y[i] = x[i] Wᵀ + bias + s (x[i] Aᵀ) Bᵀ of adapter rows[i], or base for -1, within F1's bound",
+        "y[i] = x[i] Wᵀ + bias + s (x[i] Aᵀ) Bᵀ of adapter rows[i], or base for -1, as in F1",
         "a row gets another row's adapter, or another adapter's scale",
         ("X-3",),
         ("forward_mixed", "float32"),

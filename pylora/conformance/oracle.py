@@ -1,7 +1,7 @@
 """The exact results that laws compare with: the formulas, in wide arithmetic, nothing else.
 
-float64 for float32 and bfloat16 inputs, `numpy.longdouble` for float64; the error of that is part of
-each bound.
+float64 for float32 and bfloat16 inputs, `numpy.longdouble` for float64; the error of that is part
+of each bound.
 """
 
 from __future__ import annotations

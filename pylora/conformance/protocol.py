@@ -149,7 +149,10 @@ def find(path: str) -> Any:
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{path}: {error}; is its folder on PYTHONPATH?") from error
-    made = instantiate(found)
+    try:
+        made = instantiate(found)
+    except Exception as error:  # the user's own code: whatever it raises, the sentence names it
+        raise ConfigError(f"{path}() raised {type(error).__name__}: {error}") from error
     if not callable(getattr(made, "forward", None)):
         raise ConfigError(f"{path} has no method forward(x, W, A, B, scale, bias=None)")
     return made

@@ -1,9 +1,9 @@
 """Running error analysis as an arithmetic: each number carries a bound of its own error.
 
-`Running(value, error)` is an array computed exactly (float64) together with how far a computation in
-unit roundoff u may be from it (Higham, "Accuracy and Stability of Numerical Algorithms", 2nd ed.,
-sect. 3.3; the error of a sum of n terms in any order is gamma_n of the magnitudes, 3.5). It is used
-where a chain of operations is too long to count by hand: the attention block and its backward.
+`Running(value, error)` is an array computed exactly (float64) together with how far a computation
+in unit roundoff u may be from it (Higham, "Accuracy and Stability of Numerical Algorithms", 2nd
+ed., sect. 3.3; the error of a sum of n terms in any order is gamma_n of the magnitudes, 3.5). It is
+used where a chain of operations is too long to count by hand: the attention block and its backward.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def simpler(
             continue
         if not (a.flags.c_contiguous and a.flags.writeable):
             better(problem.replaced(**{name: np.array(a, order="C")}))
-        for value in (0, 1):
+        for value in (0.0, 1.0):
             if not better(problem.replaced(**{name: np.full_like(a, value, order="C")})):
                 continue
             break

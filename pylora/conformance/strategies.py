@@ -26,7 +26,7 @@ FEATURES = (1, 2, 3, 4, 7, 8, 16, 31, 33, 64, 130)
 RANKS = (1, 2, 3, 4, 8, 17, 40)
 SCALES = (1.0, 2.0, 0.5, -1.0, 0.0, 16.0, -0.375, 1 / 3, 2.8284271247461903, 1e-3, 100.0)
 EXACT_SCALES = (1.0, 2.0, 0.5, -1.0, 0.0, -2.0, 0.25, 4.0)
-# Kinds of elements. "ones" makes every rounding go the same way; "wide" spreads over 40 powers of 2.
+# Kinds of elements. "ones" makes all roundings go the same way; "wide" spreads over 40 powers of 2.
 KINDS = ("normal", "integers", "ones", "wide", "zeros", "tiny", "subnormal", "huge", "positive")
 LAYOUTS = ("C", "F", "stepped", "negative", "readonly", "part", "columns")
 DTYPES = ("float32", "float64", "bfloat16")
@@ -139,7 +139,10 @@ def long_sums(draw: Any, dtype: str = "float32") -> Problem:
     sizes = {"m": 2, "k": 3, "d": 2, "r": 1, where: n}
     m, k, d, r = (sizes[c] for c in "mkdr")
     rng, kind = _rng(draw), draw(st.sampled_from(("ones", "positive")))
-    make = lambda *shape: elements(rng, shape, kind, dtype)
+
+    def make(*shape: int) -> Array:
+        return elements(rng, shape, kind, dtype)
+
     return Problem(
         x=make(m, k), W=make(d, k), A=make(r, k), B=make(d, r), dy=make(m, d), scale=1.0, bias=None
     )
@@ -165,7 +168,10 @@ def exact_problems(
     """
     m, k, d, r = _sizes(draw, tokens, features, ranks)
     rng = _rng(draw)
-    make = lambda *shape: integer_array(rng, shape)
+
+    def make(*shape: int) -> Array:
+        return integer_array(rng, shape)
+
     return Problem(
         x=make(m, k),
         W=make(d, k),
@@ -252,8 +258,8 @@ MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 
 @st.composite  # type: ignore[untyped-decorator]
 def plans(draw: Any) -> Problem:
-    """A PEFT config and the modules of a small transformer that it fits: several layers, shapes that
-    differ, targets, patterns of rank and alpha, rsLoRA; and for each target its (r, alpha)."""
+    """A PEFT config and the modules of a small transformer: several layers, shapes that differ,
+    targets, patterns of rank and alpha, rsLoRA. A pattern may match no target."""
     layers = draw(st.integers(1, 3))
     shapes = {n: (draw(st.integers(1, 6)), draw(st.integers(1, 6))) for n in MODULES}
     modules = {

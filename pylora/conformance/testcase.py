@@ -58,6 +58,8 @@ class Violation(Exception):
     bound: Any = None
     at: Any = None  # index into the result that `got` is
     source: Any = None  # the result itself, to be found among the calls
+    item: tuple[Any, ...] = ()  # keys that lead from the result to the number that is compared
+    holds: str = ""  # in place of a comparison: Python for what should hold of RESULT
     error: float = float("nan")
     allowed: float = float("nan")
     must_raise: bool = False
@@ -129,16 +131,26 @@ class Trial:
         raise Violation(f"{method} accepted {why}; it must raise", must_raise=True)
 
     def expect(
-        self, what: str, got: Any, want: Any, bound: Any = 0.0, at: Any = None, signs: bool = False
+        self,
+        what: str,
+        got: Any,
+        want: Any,
+        bound: Any = 0.0,
+        at: Any = None,
+        signs: bool = False,
+        item: tuple[Any, ...] = (),
     ) -> None:
         """Violation unless |got[at] - want| <= bound everywhere. NaN equals NaN, inf itself.
 
-        With `signs` +0 and -0 differ.
+        With `signs` +0 and -0 differ. `item`: keys that lead from `got` to a number in it.
         """
         source, got = got, got if at is None else got[at]
+        for key in item:
+            got = got[key]
         g, w = np.asarray(got), np.asarray(want)
         if g.shape != w.shape:
-            raise Violation(f"{what}: shape {g.shape}, expected {w.shape}", g, w, 0.0, at, source)
+            said = f"{what}: shape {g.shape}, expected {w.shape}"
+            raise Violation(said, g, w, 0.0, at, source, item)
         g, w = _comparable(g), _comparable(w)
         with np.errstate(all="ignore"):
             error = np.abs(g - w)
@@ -165,13 +177,15 @@ class Trial:
             bound,
             at,
             source,
-            float(error[where]),
-            float(limit[where]),
+            item,
+            error=float(error[where]),
+            allowed=float(limit[where]),
         )
 
-    def fail(self, what: str, got: Any = None, want: Any = None) -> None:
-        """A violation that is no comparison of numbers."""
-        raise Violation(what, got, want, source=got)
+    def fail(self, what: str, got: Any = None, holds: str = "") -> None:
+        """A violation that is no comparison of numbers; `holds` says in Python what RESULT, which
+        is `got`, should be like."""
+        raise Violation(what, got, source=got, holds=holds)
 
     def note(self, what: str, holds: bool) -> None:
         """Counted over the examples and reported; no verdict hangs on it."""
