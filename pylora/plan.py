@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pylora.config import ModuleSpec
 from pylora.errors import PlanError, UnsupportedError
 from pylora.loraconfig import LoraConfig
+from pylora.patterns import compiled
 
 ALL_LINEAR = "all-linear"
 _OUTPUT_LAYER = "lm_head"
@@ -163,13 +164,12 @@ def _is_or_ends(path: str, name: str) -> bool:
 
 
 def _full(pattern: str, path: str, name: str) -> bool:
-    return re.fullmatch(compiled(pattern, name), path) is not None
+    return compiled(pattern, name).fullmatch(path) is not None
 
 
 def _ends_with(key: str, path: str, name: str) -> bool:
     """PEFT's rule for keys of patterns: the key matches the whole path or its end after a dot."""
-    compiled(key, f"{name} key")
-    return re.match(rf"(.*\.)?({key})$", path) is not None
+    return compiled(key, f"{name} key", (r"(.*\.)?(", ")$")).match(path) is not None
 
 
 def _pattern(
@@ -190,8 +190,8 @@ def _layer(config: LoraConfig, path: str) -> int | None:
         match = re.match(r".*?\.[^.]*\.(\d+)\.", path)
         return int(match[1]) if match else None
     for pattern in patterns:
-        indexed = compiled(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", "layers_pattern")
-        if match := indexed.match(path):
+        frame = r"(?:^|.*?\.)", r"\.(?P<idx>\d+)\."
+        if match := compiled(pattern, "layers_pattern", frame).match(path):
             return None if match["idx"] is None else int(match["idx"])
     return None
 
@@ -238,38 +238,3 @@ def _hint(name: str, paths: Mapping[str, object]) -> str:
 
 def _show(value: object) -> str:
     return repr(list(value) if isinstance(value, tuple) else value)
-
-
-# ---- regular expressions from strangers ----------------------------------------------------------
-
-# A repeated group that itself repeats or branches can take exponential time to fail.
-_REPEATED_GROUP = re.compile(r"\)(?:[*+]|\{\d*,\d*\})")
-_REPEATS = re.compile(r"(?<!\\)(?:\\\\)*(?:[*+|]|\{\d*,)")
-
-
-def compiled(pattern: str, name: str) -> re.Pattern[str]:
-    """The compiled pattern. PlanError if it is invalid or could take exponential time to match."""
-    try:
-        result = re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise PlanError(f"{name}: {pattern!r} is not a regular expression: {error}") from None
-    for repeated in _REPEATED_GROUP.finditer(pattern):
-        group = pattern[_opening(pattern, repeated.start()) : repeated.start()]
-        if _REPEATS.search(group):
-            raise PlanError(
-                f"{name}: {pattern!r} repeats a group that repeats or branches itself, which can "
-                "take exponential time to match; write it without nested repetition"
-            )
-    return result
-
-
-def _opening(pattern: str, close: int) -> int:
-    """The index of the parenthesis that the one at `close` closes (0 if it is not found)."""
-    depth = 0
-    for i in range(close, -1, -1):
-        if i and pattern[i - 1] == "\\":
-            continue
-        depth += (pattern[i] == ")") - (pattern[i] == "(")
-        if depth == 0:
-            return i
-    return 0

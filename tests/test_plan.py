@@ -124,6 +124,13 @@ MATCHES_NOTHING = [
     ({"target_modules": r"(\w+)+x"}, "exponential"),
     ({"target_modules": r"(?:a|a)*x"}, "exponential"),
     ({"rank_pattern": {r"(q(_\w*)?){2,}": 2}}, "exponential"),
+    ({"target_modules": ".*" * 20 + "x"}, "exponential"),
+    ({"target_modules": "(.?){40}x"}, "exponential"),
+    ({"target_modules": ".?" * 30 + "x"}, "exponential"),
+    ({"target_modules": "(.|.a?)" * 30 + "x"}, "exponential"),
+    ({"alpha_pattern": {".*" * 20 + "x": 2}}, "alpha_pattern key: .*exponential"),
+    ({"rank_pattern": {"(?i)q_proj": 2}}, "rank_pattern key: '..i.q_proj' is not"),
+    ({"rank_pattern": {"q_proj)|(v": 2}}, "rank_pattern key: 'q_proj.*' is not"),
 ]
 
 
@@ -134,7 +141,16 @@ def test_what_matches_nothing_is_named(fields: dict[str, Any], message: str) -> 
 
 
 def test_ordinary_expressions_are_not_taken_for_hostile_ones() -> None:
-    for pattern in (r".*(?:self_attn|mlp).*(q_proj|v_proj)", r"model\.layers\.(\d+)\..*q_proj"):
+    names = "self_attn|attention|attn|mlp|feed_forward|ffn|dense"
+    for pattern in (
+        r".*(?:self_attn|mlp).*(q_proj|v_proj)",
+        r"model\.layers\.(\d+)\..*q_proj",
+        rf"model\.layers\.({'|'.join(map(str, range(80)))})\.({names})\.(q|k|v|o)_proj",
+        r"^(?!.*vision)(?=model).*?\.(?:layers|blocks)\.[0-9]{1,3}\..*?(q_proj|v_proj)",
+        # what a well-known tool for fine-tuning writes
+        rf"(?:.*?(?:language|text).*?(?:{names}).*?(?:q_proj|fc1|down_proj).*?)"
+        rf"|(?:\bmodel\.layers\.[\d]{{1,}}\.(?:{names})\.(?:(?:q_proj|k_proj)))",
+    ):
         assert plan(target_modules=pattern)
 
 
