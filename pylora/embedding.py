@@ -56,7 +56,7 @@ class Embedding:
             return y, EmbeddingCache(ids, None)
         h = ops.xp.ascontiguousarray(lora.A[:, ids].T)
         scale = h.dtype.type(lora.scale)
-        if nonzero(lora.B):
+        if nonzero(lora.B) and nonzero(lora.A):  # a fresh adapter of an embedding has A = 0
             y, _ = ops.lora_forward(scale * h, ops.pack(lora.B), residual=y)
         if nonzero(lora.bias):
             y = y + scale * lora.bias

@@ -221,11 +221,15 @@ def test_an_embedding_is_a_linear_layer_of_one_hot_rows(rng: np.random.Generator
         np.testing.assert_allclose(getattr(got["e"], name), getattr(want["e"], name), **F64)
 
 
-def test_an_embedding_with_zero_b_is_the_base(ops: Any, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("zero", ["A", "B"])
+def test_an_embedding_with_zero_a_or_b_is_the_base(
+    ops: Any, rng: np.random.Generator, zero: str
+) -> None:
     W = rng.standard_normal((11, 5)).astype(np.float32)
     W[3] = -0.0
-    embedding = Embedding("e", W, ops=ops)
-    A, B = rng.standard_normal((2, 11)).astype(np.float32), np.zeros((5, 2), np.float32)
+    embedding = Embedding("e", W.copy(), ops=ops)
+    A = rng.standard_normal((2, 11)).astype(np.float32) * (zero != "A")
+    B = rng.standard_normal((5, 2)).astype(np.float32) * (zero != "B")
     embedding.lora = LoRA(A, B, 1.0, bias=np.zeros(5, np.float32))
     y, _ = embedding.forward(np.array([3, 1]))
     assert ops.to_numpy(y).tobytes() == W[[3, 1]].tobytes()
