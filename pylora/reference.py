@@ -33,8 +33,8 @@ class Reference:
     # ---- LoRA linear --------------------------------------------------------------------------
 
     def _rows(self, x: Array, M: Array) -> Array:
-        """x [m,k] times M [k,n], one row at a time."""
-        return self.xp.matmul(x[:, None, :], M)[:, 0]
+        """x [m,k] times M [k,n], one row at a time; x in rows, since BLAS is for those alone."""
+        return self.xp.matmul(self.xp.ascontiguousarray(x)[:, None, :], M)[:, 0]
 
     def lora_forward(
         self,
