@@ -57,7 +57,7 @@ $(VENV)/.test: $(VENV)/.built
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.built
-	$(PIP) install --quiet "$(WHEEL)[lint]"
+	$(PIP) install --quiet "$(WHEEL)[all,conformance,lint]"
 	touch $@
 
 # torch first and pinned, so that nothing else decides which build of it is fetched.
