@@ -51,6 +51,16 @@ def whole_seqs(seqs: Seqs | None, m: int) -> Seqs:
     return seqs
 
 
+def row_numbers(rows: Any, m: int) -> np.ndarray:
+    """int64 [n] of row numbers, each from 0 to m - 1. DtypeError or ShapeError otherwise."""
+    array = np.asarray(rows)
+    if array.size and array.dtype.kind not in "iu":
+        raise DtypeError(f"rows must be whole numbers, got an array of {array.dtype}")
+    if array.ndim != 1 or (array.size and not (0 <= array.min() and array.max() < m)):
+        raise ShapeError(f"rows must be a flat list of numbers from 0 to {m - 1}, got {rows!r}")
+    return array.astype(np.int64)
+
+
 def row_weights(weight: Any, m: int, count: int, dtype: np.dtype) -> np.ndarray:
     """The weight of each row's loss [m]: the array given, a number for all, or 1 / count."""
     if weight is None:

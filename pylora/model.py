@@ -26,7 +26,7 @@ from pylora.errors import (
     ShapeError,
     UnsupportedError,
 )
-from pylora.inputs import row_weights, token_ids, whole_seqs
+from pylora.inputs import row_numbers, row_weights, token_ids, whole_seqs
 from pylora.kvcache import KVCache
 from pylora.linear import DropKey, Grads, LinearCache, LoRAGrad, LoRALinear
 from pylora.reference import IGNORE
@@ -213,7 +213,7 @@ class Llama:
         ids = token_ids(ids, self.config.vocab_size)
         seqs = whole_seqs(seqs, ids.size)
         if rows is not None:
-            rows = np.asarray(rows, np.int64)
+            rows = row_numbers(rows, ids.size)
             if drop is not None and self._head_dropout():
                 raise UnsupportedError("`rows` with dropout on lm_head; ask for all rows instead")
         x, trunk = self._trunk(ids, seqs, drop, self._lowest(), recompute)
@@ -224,6 +224,9 @@ class Llama:
 
     def backward(self, dlogits: Array, cache: ModelCache) -> Grads:
         """dlogits, shaped like the logits -> the gradient of each module that has an adapter."""
+        expected = (cache.x.shape[0], self.config.vocab_size)
+        if tuple(dlogits.shape) != expected:
+            raise ShapeError(f"dlogits has shape {list(dlogits.shape)}, expected {list(expected)}")
         grads: Grads = {}
         need_dx = self._lowest() < len(self.blocks)
         dn = self.lm_head.backward(dlogits, cache.head, grads, need_dx=need_dx)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from pylora.errors import BackendError
 from pylora.types import AdamW, Array, Attn, Drop, LoRA, Residue, Seqs
 
 IGNORE = -100  # a label with this value is not counted in the loss
@@ -194,10 +195,13 @@ class Reference:
         _in_range("position", position, cos.shape[0])
         c, s = cos[position][:, None, :], sin[position][:, None, :]
         s = -s if inverse else s
-        if layout == "half":
-            first, second = slice(0, half), slice(half, None)
-        else:
-            first, second = slice(0, None, 2), slice(1, None, 2)
+        pairs = {
+            "half": (slice(0, half), slice(half, None)),
+            "interleaved": (slice(0, None, 2), slice(1, None, 2)),
+        }
+        if layout not in pairs:
+            raise BackendError(f"rope: layout {layout!r} is none of {', '.join(pairs)}")
+        first, second = pairs[layout]
         heads = x.reshape(m, x.shape[1] // head_dim, head_dim)
         y, a, b = self.xp.empty_like(heads), heads[..., first], heads[..., second]
         y[..., first], y[..., second] = a * c - b * s, b * c + a * s

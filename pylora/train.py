@@ -147,6 +147,11 @@ class _Run:
             if resume:
                 raise ConfigError("resume needs out_dir, the directory of the run to continue")
             return
+        if not hasattr(self.adapter, "save"):
+            raise ConfigError(
+                "out_dir needs a pylora.Adapter, which can be written as a PEFT directory; a "
+                f"{type(self.adapter).__name__} can be trained without out_dir"
+            )
         self.identity = {
             **self.config.identity(),
             "backend": self.model.ops.name,

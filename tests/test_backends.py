@@ -104,6 +104,18 @@ def test_arrays(ops: Any) -> None:
         ops.pack(np.ones(3, np.float32))
 
 
+def test_settings_that_do_not_exist_are_refused(ops: Any) -> None:
+    x, table = np.ones((1, 4), np.float32), np.ones((1, 2), np.float32)
+    with pytest.raises(BackendError, match="'halves' is none of half, interleaved"):
+        ops.rope(x, table, table, np.array([0]), 4, layout="halves")
+    if ops.name == "c":
+        before = ops.num_threads
+        for n in (0, -1, 257, 10**12, 1.0, True, None):
+            with pytest.raises(BackendError, match="from 1 to 256"):
+                ops.set_num_threads(n)
+        assert ops.num_threads == before
+
+
 def test_the_numpy_backend_never_writes_to_a_packed_weight() -> None:
     packed = backends.get("numpy").pack(np.ones((2, 2)))
     with pytest.raises(ValueError, match="read-only"):

@@ -507,6 +507,14 @@ def test_inputs_are_checked(ops: Any) -> None:
     for lengths in ([1], [3]):
         with pytest.raises(ShapeError, match="Seqs.of"):
             net.forward([1, 2], Seqs.of(lengths))
+    for rows in ([2], [-1], [[0]], 0):
+        with pytest.raises(ShapeError, match="numbers from 0 to 1"):
+            net.forward([1, 2], rows=rows)
+    with pytest.raises(DtypeError, match="whole numbers"):
+        net.forward([1, 2], rows=[0.7])
+    logits, cache = net.forward([1, 2, 3], rows=[0, 2])
+    with pytest.raises(ShapeError, match=r"dlogits has shape \[1, 61\], expected \[2, 61\]"):
+        net.backward(logits[:1], cache)
     elsewhere = Seqs(np.array([0, 2]), np.array([1]), np.array([2]))
     with pytest.raises(ShapeError, match="Seqs.of"):
         net.forward([1, 2], elsewhere)

@@ -307,6 +307,14 @@ def test_a_directory_with_a_run_in_it_is_not_overwritten_by_accident(
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_what_cannot_be_saved_is_refused_before_training(tmp_path: Path) -> None:
+    model, adapter = problem("numpy")
+    before = adapter.digest()
+    with pytest.raises(ConfigError, match=r"a dict can be trained without out_dir"):
+        train(model, dict(adapter), counting(), FAST, tmp_path / "run")
+    assert adapter.digest() == before and not (tmp_path / "run").exists()
+
+
 def test_without_a_directory_nothing_is_written(
     ops: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -146,7 +146,8 @@ class CBackend:
 
     def set_num_threads(self, n: int) -> None:
         """Threads per operation, 1 to 256. It changes no bit of any result."""
-        if not isinstance(n, int) or lib.pylora_set_num_threads(n):
+        whole = isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= 256
+        if not whole or lib.pylora_set_num_threads(n):
             raise BackendError(f"the number of threads must be from 1 to 256, got {n!r}")
 
     # ---- arrays -------------------------------------------------------------------------------
@@ -351,6 +352,8 @@ class CBackend:
         x = _in("x", x, None, None)
         cos, sin = _in("cos", cos, None, head_dim // 2), _in("sin", sin, None, head_dim // 2)
         position = _ints("position", position, x.shape[0])
+        if layout not in _LAYOUTS:
+            raise BackendError(f"rope: layout {layout!r} is none of {', '.join(_LAYOUTS)}")
         y = self.empty(x.shape)
         status = lib.pylora_rope(
             _mat(x), _mat(cos), _mat(sin), _at(position, "int64_t *"), head_dim,
