@@ -105,14 +105,20 @@ def _backward(t: Trial, p: Problem) -> None:
 def _none(t: Trial, p: Problem) -> None:
     want = t.forward(p.x, p.W, p.A, p.B, p.scale)
     y = t.dropout_forward(p.x, p.W, p.A, p.B, p.scale, 0.0, p.seed % 1000)
-    t.expect("y with p = 0 against forward", y, want)
+    t.expect("y with p = 0 against forward", y, want, _slack(t, p, 0.0))
+
+
+def _slack(t: Trial, p: Problem, rate: float) -> Array:
+    """Zero where bits are promised, else twice the bound of the forward pass."""
+    lora = [(p.A, p.B, p.scale / (1 - rate))]
+    return np.asarray(0.0 if t.bitwise else 2 * bounds.forward(p.x, p.W, lora, extra=4))
 
 
 def _repeat(t: Trial, p: Problem) -> None:
     y = t.dropout_forward(p.x, p.W, p.A, p.B, p.scale, p.p, p.seed).copy()
     t.dropout_forward(p.x, p.W, p.A, p.B, p.scale, p.p, p.seed + 1)
     again = t.dropout_forward(p.x, p.W, p.A, p.B, p.scale, p.p, p.seed)
-    t.expect("y of the same seed a second time", again, y)
+    t.expect("y of the same seed a second time", again, y, _slack(t, p, p.p))
 
 
 # ---- initial values ------------------------------------------------------------------------------
@@ -260,7 +266,7 @@ LAWS = (
     Law(
         "P6",
         "Without dropout (p = 0) the result is the forward pass's.",
-        "y(p = 0) = y",
+        "y(p = 0) = y; without a promise of bits, within twice F1's bound",
         "the path of training computes something else",
         ("D-4",),
         ("forward", "dropout_forward", "float32"),
@@ -271,7 +277,7 @@ LAWS = (
     Law(
         "P7",
         "The same seed gives the same result.",
-        "y(seed) = y(seed) after a call with another seed",
+        "y(seed) = y(seed) after a call with another seed; tolerance as in P6",
         "a run cannot be repeated or resumed",
         ("D-5", "N-3"),
         DROP,

@@ -187,6 +187,12 @@ class Trial:
         is `got`, should be like."""
         raise Violation(what, got, source=got, holds=holds)
 
+    @property
+    def bitwise(self) -> bool:
+        """Whether the implementation promises bits. A BLAS may choose other kernels for the same
+        numbers elsewhere in memory, so from others only the bound can be asked."""
+        return getattr(self.implementation, "bitwise", False) is True
+
     def note(self, what: str, holds: bool) -> None:
         """Counted over the examples and reported; no verdict hangs on it."""
         self.notes[what] = self.notes.get(what, True) and holds
