@@ -6,7 +6,7 @@ is not implemented. Plain dictionaries only: no file is opened here.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -127,7 +127,7 @@ def check_int(name: str, value: object, low: int, high: int) -> None:
 
 def check_positive(name: str, value: object) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 < float(value) < math.inf:  # type: ignore[arg-type]
+    if not number or not 0 < value <= sys.float_info.max:  # type: ignore[operator]
         raise ConfigError(f"{name} must be a positive finite number, got {value!r}")
 
 

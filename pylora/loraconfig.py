@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -187,9 +186,9 @@ def check_rank(name: str, value: Any) -> None:
 
 
 def check_alpha(name: str, value: Any) -> None:
-    """Raises ConfigError unless `value` is a positive finite number."""
-    if not _number(value) or not 0 < value < math.inf:
-        raise ConfigError(f"{name} = {value!r}: alpha must be a positive number")
+    """Raises ConfigError unless `value` is a number whose scale float32 can hold."""
+    if not _number(value) or not 1e-30 <= value <= 1e30:
+        raise ConfigError(f"{name} = {value!r}: alpha must be a positive number, 1e-30 to 1e30")
 
 
 def _check_scalars(c: LoraConfig) -> None:

@@ -112,6 +112,8 @@ def test_both_spellings_of_rope_settings() -> None:
         ({"head_dim": 5}, ConfigError, "even"),
         ({"rms_norm_eps": 0.0}, ConfigError, "rms_norm_eps"),
         ({"rope_theta": float("nan")}, ConfigError, "rope_theta"),
+        ({"rope_theta": 10**400}, ConfigError, "rope_theta"),
+        ({"rms_norm_eps": 10**400}, ConfigError, "rms_norm_eps"),
         ({"tie_word_embeddings": "yes"}, ConfigError, "tie_word_embeddings"),
         ({"eos_token_id": 61}, ConfigError, "eos_token_ids"),
         ({"eos_token_id": ["2"]}, ConfigError, "eos_token_ids"),
