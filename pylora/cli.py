@@ -59,8 +59,9 @@ def verb(function: Callable[P, T]) -> Callable[P, T]:
             _stop("interrupted", 130)
         except BrokenPipeError:
             raise
-        except OSError as error:  # no such file, no permission, disk full: Python's text names it
-            _stop(str(error), 1)
+        except OSError as error:  # no such file, no permission, disk full
+            named = error.filename is not None and error.strerror
+            _stop(f"{error.filename}: {error.strerror}" if named else str(error), 1)
         except MemoryError:
             _stop("there is not enough memory for this model and these settings", 1)
 
