@@ -90,10 +90,9 @@ int pylora_num_threads(void) {
   int n = atomic_load(&wanted);
   if (n) return n;
   const char *env = getenv("PYLORA_NUM_THREADS");
-  n = env ? atoi(env) : 0;
-  if (n < 1) n = processors();
-  if (n < 1) n = 1;
-  if (n > MAX_THREADS) n = MAX_THREADS;
+  long asked = env ? strtol(env, NULL, 10) : 0;
+  if (asked < 1) asked = processors();
+  n = asked < 1 ? 1 : asked > MAX_THREADS ? MAX_THREADS : (int)asked;
   int none = 0;
   atomic_compare_exchange_strong(&wanted, &none, n);
   return atomic_load(&wanted);

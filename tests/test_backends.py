@@ -116,6 +116,16 @@ def test_settings_that_do_not_exist_are_refused(ops: Any) -> None:
         assert ops.num_threads == before
 
 
+@pytest.mark.parametrize("value", ["many", "0", "-4", "1.5", "257", "9" * 30])
+def test_a_number_of_threads_that_is_none_is_refused(clean: Any, value: str) -> None:
+    if "c" not in backends.available():
+        pytest.skip("the C core is not built")
+    clean.setattr(backends, "_loaded", {})
+    clean.setenv("PYLORA_NUM_THREADS", value)
+    with pytest.raises(BackendError, match=f"PYLORA_NUM_THREADS='{value}' is not a number"):
+        backends.get("c")
+
+
 def test_the_numpy_backend_never_writes_to_a_packed_weight() -> None:
     packed = backends.get("numpy").pack(np.ones((2, 2)))
     with pytest.raises(ValueError, match="read-only"):

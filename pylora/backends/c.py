@@ -116,6 +116,9 @@ class CBackend:
                 f"PYLORA_ISA={wanted!r} is not available here; "
                 f"choose one of {', '.join(self.isas())}"
             )
+        threads = os.environ.get("PYLORA_NUM_THREADS", "").strip()
+        if threads and not (threads.isdecimal() and 1 <= int(threads[:9]) <= 256):
+            raise BackendError(f"PYLORA_NUM_THREADS={threads!r} is not a number from 1 to 256")
         self._pool = Pool(ffi)
         self._scratch = _Scratch()
 
