@@ -55,20 +55,46 @@ static uint16_t narrow_f16(double t) {
   return (uint16_t)(sign | (uint16_t)(n + (e + 13) * 1024));
 }
 
-/* Element i of a row of `dtype`. */
+/* A number as bits, and back, rounded once to `dtype`. */
+static double decode(int dtype, uint32_t u) {
+  float f;
+  memcpy(&f, &u, 4);
+  return dtype == PYLORA_F32    ? (double)f
+         : dtype == PYLORA_BF16 ? widen_bf16((uint16_t)u)
+                                : widen_f16((uint16_t)u);
+}
+static uint32_t encode(int dtype, double t) {
+  if (dtype != PYLORA_F32) return dtype == PYLORA_BF16 ? narrow_bf16(t) : narrow_f16(t);
+  float f = (float)t;
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  return u;
+}
+
+/* Element i of a row of `dtype`. Rows are floats to one place and bits to another, so that they are
+ * read and written as bytes: a compiler may take a float and an integer to lie apart. */
+static uint32_t bits_of(int dtype, const void *row, int64_t i) {
+  uint32_t u;
+  uint16_t narrow;
+  if (dtype == PYLORA_F32) {
+    memcpy(&u, (const char *)row + i * 4, 4);
+    return u;
+  }
+  memcpy(&narrow, (const char *)row + i * 2, 2);
+  return narrow;
+}
+static void set_bits(int dtype, void *row, int64_t i, uint32_t u) {
+  uint16_t narrow = (uint16_t)u;
+  if (dtype == PYLORA_F32)
+    memcpy((char *)row + i * 4, &u, 4);
+  else
+    memcpy((char *)row + i * 2, &narrow, 2);
+}
 static double get(int dtype, const void *row, int64_t i) {
-  if (dtype == PYLORA_F32) return (double)((const float *)row)[i];
-  uint16_t u = ((const uint16_t *)row)[i];
-  return dtype == PYLORA_BF16 ? widen_bf16(u) : widen_f16(u);
+  return decode(dtype, bits_of(dtype, row, i));
 }
 static void put(int dtype, void *row, int64_t i, double t) {
-  if (dtype == PYLORA_F32)
-    ((float *)row)[i] = (float)t;
-  else
-    ((uint16_t *)row)[i] = dtype == PYLORA_BF16 ? narrow_bf16(t) : narrow_f16(t);
-}
-static uint32_t bits_of(int dtype, const void *row, int64_t i) {
-  return dtype == PYLORA_F32 ? ((const uint32_t *)row)[i] : ((const uint16_t *)row)[i];
+  set_bits(dtype, row, i, encode(dtype, t));
 }
 
 /* ---- a row at a time ---- */
@@ -101,9 +127,7 @@ static const void *row_of(const void *p, int dtype, int64_t i, int64_t ld) {
 
 /* Does round(merged - t) give back the bits of w?  (As a value, so that a NaN never does.) */
 static int restores(int dtype, const void *merged, int64_t j, double t, uint32_t w) {
-  uint32_t back[1] = {0};
-  put(dtype, back, 0, get(dtype, merged, j) - t);
-  return bits_of(dtype, back, 0) == w;
+  return encode(dtype, get(dtype, merged, j) - t) == w;
 }
 
 static void merge_row(void *ctx, int64_t i, int thread) {
@@ -244,11 +268,7 @@ int pylora_unmerge(int dtype, int64_t d, int64_t k, const void *merged, int64_t 
   pylora_parallel(unmerge_row, &q, d, pylora_num_threads());
   for (int64_t i = 0; i < n; i++) {
     char *row = (char *)out + position[i] / k * ldo * (int64_t)width(dtype);
-    uint16_t narrow = (uint16_t)bits[i];
-    if (dtype == PYLORA_F32)
-      memcpy(row + position[i] % k * 4, &bits[i], 4);
-    else
-      memcpy(row + position[i] % k * 2, &narrow, 2);
+    set_bits(dtype, row, position[i] % k, bits[i]);
   }
   return PYLORA_OK;
 }
