@@ -62,3 +62,19 @@ def test_python_m_pylora_is_the_command() -> None:
     assert result.returncode == 0, result.stderr
     for verb in ("train", "generate", "merge", "unmerge", "plan", "inspect", "demo"):
         assert verb in result.stdout
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_importing_and_a_first_layer_take_little_memory() -> None:
+    program = """
+import numpy, pylora
+from pylora import LoRA, LoRALinear, backends
+layer = LoRALinear("w", numpy.ones((64, 64), "f4"), ops=backends.get())
+layer.lora = LoRA(numpy.ones((4, 64), "f4"), numpy.ones((64, 4), "f4"), 2.0)
+assert (layer.forward(numpy.ones((3, 64), "f4"))[0] == 64 + 2 * 4 * 64).all()
+status = open("/proc/self/status").read()
+print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) < 60_000  # kB; half of it is NumPy
