@@ -143,6 +143,8 @@ def _check(
             raise ConfigError(f"{name} must be a whole number from {low} on, got {value!r}")
     most = model.config.max_position_embeddings
     for i, prompt in enumerate(prompts):
+        if not hasattr(prompt, "__len__"):
+            raise DataError(f"prompt {i} is {prompt!r}; give a list of prompts, each a list of ids")
         if len(prompt) == 0:
             raise DataError(f"prompt {i} is empty; give at least one token, such as the BOS token")
         if len(prompt) + max_new_tokens > most:

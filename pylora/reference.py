@@ -122,6 +122,7 @@ class Reference:
         """The W that merge was given, bit for bit (same adapter, same residue)."""
         W = self._narrow(self._wide(merged, dtype) - self._delta(lora), dtype)
         flat = self._bits(W).reshape(-1)
+        _in_range("residue position", residue.position, flat.size)
         flat[residue.position] = residue.bits.astype(flat.dtype)
         return flat.view(W.dtype).reshape(W.shape)
 

@@ -147,6 +147,7 @@ def test_top_p_keeps_the_shortest_run_that_reaches_it() -> None:
     ("settings", "error", "says"),
     [
         ({"prompts": [[1], []]}, DataError, "prompt 1 is empty"),
+        ({"prompts": [1, 2]}, DataError, "prompt 0 is 1; give a list of prompts"),
         ({"prompts": [[1] * 128]}, ConfigError, r"prompt 0 has 128.*max_position.*\(128\)"),
         ({"prompts": [[61]]}, DataError, "outside the vocabulary"),
         ({"max_new_tokens": -1}, ConfigError, "max_new_tokens"),

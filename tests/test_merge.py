@@ -28,7 +28,7 @@ from pylora.merge import (
 )
 from pylora.model import random_weights
 from pylora.plan import resolve
-from pylora.types import LoRA
+from pylora.types import LoRA, Residue
 
 DTYPES = ["f32", "f16", "bf16"]
 stateless = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # `ops` is
@@ -91,6 +91,14 @@ def test_unmerge_restores_any_bits_at_all(ops: Any, bits: list[int], dtype: str)
         merged, lost = merge_weight(ops, stored, lora, dtype)
         back = unmerge_weight(ops, merged, lora, lost, dtype)
     assert back.tobytes() == stored.tobytes()
+
+
+@pytest.mark.parametrize("position", [-1, 6])
+def test_a_residue_beyond_the_weight_is_refused(ops: Any, position: int) -> None:
+    W, lora = case(0, 2, 3, 1, 1e-3, "f32", "linear")
+    outside = Residue(np.array([position]), np.array([7], np.uint32))
+    with pytest.raises(IndexError):
+        unmerge_weight(ops, W, lora, outside)
 
 
 def test_a_small_delta_leaves_a_small_residue(ops: Any) -> None:
