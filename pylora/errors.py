@@ -15,6 +15,10 @@ class DtypeError(PyloraError, TypeError):
     """An array has a dtype that the operation or backend does not take."""
 
 
+class RangeError(PyloraError, IndexError):
+    """A token id, label, position or row number lies outside of what it indexes."""
+
+
 class FileFormatError(PyloraError, ValueError):
     """A file is truncated, malformed or hostile. The message names the file and the tensor."""
 

@@ -286,7 +286,7 @@ class Reference:
         return xp.where(x >= 0, 1, e) / (1 + e)
 
     def embedding_forward(self, ids: Array, W: Array) -> Array:
-        """y[i] = W[ids[i]]; W [vocab, k]. IndexError for an id outside of it."""
+        """y[i] = W[ids[i]]; W [vocab, k]. RangeError for an id outside of it."""
         _in_range("token id", ids, W.shape[0])
         return W[ids]
 
@@ -364,6 +364,6 @@ class Reference:
 
 
 def _in_range(what: str, index: Array, n: int) -> None:
-    """IndexError unless all of `index` is in 0 .. n - 1: a negative index must not wrap around."""
+    """RangeError unless all of `index` is in 0 .. n - 1: a negative index must not wrap around."""
     if bool(((index < 0) | (index >= n)).any()):
-        raise IndexError(f"a {what} is outside of 0 .. {n - 1}")
+        raise RangeError(f"a {what} is outside of 0 .. {n - 1}")

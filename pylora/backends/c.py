@@ -14,7 +14,7 @@ import numpy as np
 
 from pylora._core import ffi, lib
 from pylora.backends.pool import Pool
-from pylora.errors import BackendError, DtypeError, ShapeError
+from pylora.errors import BackendError, DtypeError, RangeError, ShapeError
 from pylora.types import AdamW, Array, Attn, Drop, LoRA, Residue, Seqs
 
 _F32 = np.dtype(np.float32)
@@ -37,7 +37,7 @@ class Packed:
 def _check(status: int, op: str) -> None:
     if status:
         text = ffi.string(lib.pylora_status_text(status)).decode()
-        raise (IndexError if status == _INDEX_ERROR else BackendError)(f"{op}: {text}")
+        raise (RangeError if status == _INDEX_ERROR else BackendError)(f"{op}: {text}")
 
 
 def _in(name: str, a: Array, *shape: int | None) -> np.ndarray:
