@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pylora.errors import BackendError
+from pylora.errors import BackendError, RangeError
 from pylora.types import AdamW, Array, Attn, Drop, LoRA, Residue, Seqs
 
 IGNORE = -100  # a label with this value is not counted in the loss
