@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pylora.errors import ConfigError
 from pylora.extras import need
 from pylora.files import atomic_write
 
@@ -111,6 +112,8 @@ class _figure:
 
     def __init__(self, path: str | Path, inches: tuple[float, float]) -> None:
         self.path = Path(path)
+        if self.path.suffix.lower() != ".png":
+            raise ConfigError(f"{self.path}: a picture is a PNG; name it .png")
         need("matplotlib")
         self.figure = need("matplotlib.figure").Figure(figsize=inches, layout="constrained")
 

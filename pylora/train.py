@@ -289,10 +289,12 @@ class _Run:
             kept = f"The last good checkpoint is {checkpoint.path_of(self.out_dir, self.saved)}"
         else:
             kept = "No checkpoint was written before it"
+        advice = "Lower learning_rate or max_grad_norm, or use more warmup_steps"
+        if step == 1:  # nothing has been learnt yet, so it is not the rate
+            advice = "Nothing was updated yet: look for NaN in the base weights or the adapter"
         return (
             f"training diverged at step {step}: the loss is {loss:g}, the gradient norm {norm:g}, "
-            f"the learning rate {rate:g}. {kept}. Lower learning_rate or max_grad_norm, or use "
-            "more warmup_steps"
+            f"the learning rate {rate:g}. {kept}. {advice}"
         )
 
     def _record(self, info: StepInfo) -> None:

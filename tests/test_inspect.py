@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pylora.errors import ConfigError
 from pylora.inspect import count_parameters, inspect, numbers, singular_values
 from pylora.plots import adapter_picture, loss_curve, sparkline
 from pylora.types import LoRA
@@ -83,6 +84,12 @@ def test_pictures(tmp_path: Path, rng: np.random.Generator) -> None:
     made = sorted(tmp_path.rglob("*"))
     assert [p.name for p in made] == ["loss.png", "sub", "adapter.png", "zero.png"]
     assert all(p.read_bytes().startswith(PNG) for p in made if p.is_file())
+
+
+def test_a_picture_under_another_suffix_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="loss.jpg: a picture is a PNG"):
+        loss_curve(tmp_path / "loss.jpg", [1.0])
+    assert not list(tmp_path.iterdir())
 
 
 def test_sparkline() -> None:
