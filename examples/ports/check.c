@@ -1,0 +1,37 @@
+/* check.c - holds the C port against every case of the golden vectors.
+ *
+ *   pylora vectors --out DIR && make -C examples/ports c VECTORS=DIR
+ */
+#include <stdio.h>
+#include <string.h>
+
+#include "vectors.h"
+
+static const struct {
+  const char *op;
+  void (*run)(testcase *c);
+} operations[] = {
+    {"lora", lora_case},         {"embedding", embedding_case}, {"merge", merge_case},
+    {"philox", philox_case},     {"unit", unit_case},           {"init", init_case},
+    {"dropout", dropout_case},   {"adamw", adamw_case},         {"embed", embed_case},
+    {"rms_norm", norm_case},     {"rope", rope_case},           {"attention", attention_case},
+    {"swiglu", swiglu_case},     {"cross_entropy", loss_case},  {"block", block_case},
+    {"training", training_case},
+};
+
+static void run(testcase *c) {
+  for (size_t i = 0; i < sizeof operations / sizeof *operations; i++)
+    if (!strcmp(operations[i].op, c->op)) {
+      operations[i].run(c);
+      finish_case(c);
+      return;
+    }
+  stop(c->op, "is an operation that this program does not know");
+}
+
+int main(int argc, char **argv) {
+  testcase c;
+  open_vectors(argc > 1 ? argv[1] : "vectors");
+  while (next_case(&c)) run(&c), release();
+  return report();
+}
