@@ -1,0 +1,159 @@
+"""NumPy arrays and pylora's plain data as the C core takes them: checked, pointed at, kept alive.
+
+Pointers do not keep their array alive: the caller holds the checked array in a variable until the
+call has returned. Nothing here computes.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+
+from pylora._core import ffi, lib
+from pylora.errors import BackendError, DtypeError, RangeError, ShapeError
+from pylora.types import Array, Attn, Drop, LoRA, Seqs
+
+F32 = np.dtype(np.float32)
+_DTYPES = {"f32": (0, np.float32), "bf16": (1, np.uint16), "f16": (2, np.float16)}
+_INDEX_ERROR = 4  # PYLORA_E_INDEX
+
+
+class Packed:
+    """A frozen weight [d, k] in the order that the kernels read. It is never written to."""
+
+    def __init__(self, shape: tuple[int, int], data: np.ndarray, struct: Any) -> None:
+        self.shape = shape
+        self.dtype = F32
+        self.nbytes = data.nbytes
+        self._data = data
+        self.struct = struct
+
+
+def check(status: int, op: str) -> None:
+    if status:
+        text = ffi.string(lib.pylora_status_text(status)).decode()
+        raise (RangeError if status == _INDEX_ERROR else BackendError)(f"{op}: {text}")
+
+
+def read(name: str, a: Array, *shape: int | None) -> np.ndarray:
+    """`a`, checked, as a float32 array the core can read in place: a copy only where it cannot."""
+    if not isinstance(a, np.ndarray) or a.dtype != F32:
+        got = getattr(a, "dtype", type(a).__name__)
+        raise DtypeError(
+            f"{name}: the c backend computes in float32, got {got}; "
+            "convert it, or use the numpy backend for float64"
+        )
+    want(name, a, shape)
+    strides = a.strides
+    if a.flags.aligned and strides and strides[-1] == 4 and (a.ndim == 1 or strides[0] % 4 == 0):
+        return a
+    return np.ascontiguousarray(a)
+
+
+def want(name: str, a: Array, shape: tuple[int | None, ...]) -> None:
+    if a.ndim != len(shape) or any(w is not None and w != g for w, g in zip(shape, a.shape)):
+        expected = ", ".join("any" if w is None else str(w) for w in shape)
+        raise ShapeError(f"{name} must have the shape [{expected}], got {list(a.shape)}")
+
+
+def ints(name: str, a: Any, n: int | None = None) -> np.ndarray:
+    v = np.ascontiguousarray(a)
+    if v.dtype.kind not in "iu":
+        raise DtypeError(f"{name} must be integers, got {v.dtype}")
+    want(name, v, (n,))
+    return v.astype(np.int64, copy=False)
+
+
+def at(a: np.ndarray | None, ctype: str = "float *") -> Any:
+    """Pointer to the first element. The caller keeps the array alive."""
+    return ffi.NULL if a is None else ffi.cast(ctype, a.__array_interface__["data"][0])
+
+
+def mat(a: np.ndarray | None) -> Any:
+    """A pylora_mat over a checked array. The caller keeps the array alive."""
+    if a is None:
+        return ffi.NULL
+    return ffi.new("pylora_mat *", (at(a), a.shape[0], a.shape[1], a.strides[0] // 4))
+
+
+def writable(name: str, a: Array, n: int) -> np.ndarray:
+    if not isinstance(a, np.ndarray) or a.dtype != F32 or not a.flags.c_contiguous or a.size != n:
+        raise ShapeError(
+            f"{name} is updated in place: it must be a contiguous float32 array of {n}"
+        )
+    if not a.flags.writeable:
+        raise ShapeError(f"{name} is updated in place, but the array is read-only")
+    return a
+
+
+class Scratch(threading.local):
+    """One workspace per Python thread, grown when an operation needs more."""
+
+    def __init__(self) -> None:
+        self.buffer = np.empty(0, np.uint8)
+
+    def at_least(self, nbytes: int) -> tuple[Any, int]:
+        if self.buffer.nbytes < nbytes:
+            self.buffer = np.empty(nbytes, np.uint8)
+        return at(self.buffer, "void *"), self.buffer.nbytes
+
+
+def shape_of(W: Packed | None) -> tuple[int, int]:
+    if not isinstance(W, Packed):
+        raise DtypeError(f"W must be a weight packed by this backend, got {type(W).__name__}")
+    return W.shape
+
+
+def owned(name: str, a: Array, m: int, k: int) -> np.ndarray:
+    """An array that may be overwritten: itself if the core can write to it, else a copy."""
+    checked = read(name, a, m, k)
+    return checked if checked.flags.writeable else checked.copy()
+
+
+def drop_struct(drop: Drop | None) -> Any:
+    if drop is None or drop.p == 0:
+        return ffi.NULL
+    if not 0 <= drop.p < 1:
+        raise ShapeError(f"the dropout probability must be in [0, 1), got {drop.p}")
+    return ffi.new("pylora_drop *", (drop.p, drop.seed, drop.stream, drop.row0))
+
+
+def lora_struct(lora: LoRA | None, drop: Drop | None, d: int, k: int) -> tuple[Any, Any, Any, Any]:
+    """The pylora_lora of an adapter and everything that must stay alive beside it."""
+    if lora is None:
+        return ffi.NULL, None, None, None
+    A = read("A", lora.A, None, k)
+    B = read("B", lora.B, d, A.shape[0])
+    cdrop = drop_struct(drop)
+    low = (A.shape[0], at(A), A.strides[0] // 4, at(B), B.strides[0] // 4, lora.scale, cdrop)
+    return ffi.new("pylora_lora *", low), A, B, cdrop
+
+
+def read_qkv(q: Array, k: Array, v: Array, attn: Attn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    k = read("k", k, None, attn.kv_heads * attn.head_dim)
+    q = read("q", q, None, attn.heads * attn.head_dim)
+    return q, k, read("v", v, *k.shape)
+
+
+def attention_structs(seqs: Seqs, attn: Attn) -> tuple[Any, Any, Any]:
+    """(pylora_seqs, pylora_attn, what must stay alive)."""
+    start = ints("seqs.k_start", seqs.k_start)
+    n = start.size
+    q, length = ints("seqs.q_start", seqs.q_start, n + 1), ints("seqs.k_len", seqs.k_len, n)
+    i64 = "int64_t *"
+    s = ffi.new("pylora_seqs *", (n, at(q, i64), at(start, i64), at(length, i64)))
+    spec = (attn.heads, attn.kv_heads, attn.head_dim, attn.window, attn.scale)
+    return s, ffi.new("pylora_attn *", spec), (q, start, length)
+
+
+def stored(name: str, W: Array, dtype: str) -> tuple[int, np.ndarray]:
+    """(dtype code, C-contiguous array) of a weight in its stored form."""
+    if dtype not in _DTYPES:
+        raise DtypeError(f"merge: dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    code, kind = _DTYPES[dtype]
+    if not isinstance(W, np.ndarray) or W.dtype != kind:
+        raise DtypeError(f"{name}: stored as {dtype} must be an array of {np.dtype(kind)}")
+    want(name, W, (None, None))
+    return code, np.ascontiguousarray(W)
