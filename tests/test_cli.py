@@ -245,7 +245,8 @@ def test_an_output_that_cannot_be_written(
     (tmp_path / "file").write_text("not a folder")
     message = sentence(capsys, "merge", model, trained / "adapter", tmp_path / "file" / "out")
     assert "file" in message
-    message = sentence(capsys, "inspect", trained / "adapter", "--picture", tmp_path / ("x" * 300))
+    long = tmp_path / ("x" * 300 + ".png")
+    message = sentence(capsys, "inspect", trained / "adapter", "--picture", long)
     assert message.startswith(f"pylora: {tmp_path}") and "File name too long" in message
 
 
