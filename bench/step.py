@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -118,15 +117,6 @@ def work(which: str, batch: int, length: int) -> None:
         print(json.dumps({"seconds": seconds, "loss": loss, "peak_rss_bytes": peak}), flush=True)
 
 
-def processor() -> str:
-    """What the machine calls its processor."""
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peer-python", default=sys.executable, help="has torch, peft")
@@ -185,9 +175,11 @@ def main() -> None:
             f"{name:30} {r['tokens_per_second']:9.1f} {r['peak_rss_bytes'] / 1e6:8.0f}"
             f"   {r['pylora_speedup']:.2f} x as fast, {r['pylora_memory_share']:.2f} x the memory"
         )
+    import pylora
+
     report["setting"] = {
         **{k: getattr(a, k) for k in ("reps", "batch", "length", "threads")},
-        "machine": processor(),
+        "machine": pylora.build_info()["processor"],
         "date": time.strftime("%Y-%m-%d"),
     }
     if a.out:

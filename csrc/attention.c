@@ -134,12 +134,10 @@ static int check_seqs(const pylora_seqs *s, int64_t m, int64_t n) {
   return PYLORA_OK;
 }
 
-static int64_t pad(int64_t n) { return ceil_div(n, PANEL) * PANEL; }
-
 /* Scratch of one thread. */
 typedef struct scratch {
   float *s, *dp;  /* [keys][32] */
-  float *qt, *ot; /* queries and do transposed, [pad(D)][32] */
+  float *qt, *ot; /* queries and do transposed, [pad_panel(D)][32] */
 } scratch;
 
 static int64_t panel_keys(const pylora_seqs *s, const pylora_attn *a) {
@@ -149,7 +147,7 @@ static int64_t panel_keys(const pylora_seqs *s, const pylora_attn *a) {
 }
 
 static size_t scratch_bytes(const pylora_seqs *seqs, const pylora_attn *a, int threads) {
-  const double floats = 2.0 * PANEL * (double)(panel_keys(seqs, a) + pad(a->head_dim));
+  const double floats = 2.0 * PANEL * (double)(panel_keys(seqs, a) + pad_panel(a->head_dim));
   const double bytes = floats * sizeof(float) * threads;
   return bytes > 1e15 ? 0 : (size_t)bytes + PYLORA_ALIGN;
 }
@@ -192,14 +190,14 @@ static int take_scratch(call *f, void *ws, size_t bytes) {
   if (bytes < need) return PYLORA_E_WORKSPACE;
   arena r = arena_of(ws, bytes);
   const int64_t keys = f->threads * f->panel_keys * PANEL,
-                dim = f->threads * pad(f->a->head_dim) * PANEL;
+                dim = f->threads * pad_panel(f->a->head_dim) * PANEL;
   f->w = (scratch){arena_floats(&r, keys), arena_floats(&r, keys), arena_floats(&r, dim),
                    arena_floats(&r, dim)};
   return f->w.s && f->w.dp && f->w.qt && f->w.ot ? PYLORA_OK : PYLORA_E_WORKSPACE;
 }
 
 static scratch of_thread(const call *f, int thread) {
-  const int64_t s = thread * f->panel_keys * PANEL, t = thread * pad(f->a->head_dim) * PANEL;
+  const int64_t s = thread * f->panel_keys * PANEL, t = thread * pad_panel(f->a->head_dim) * PANEL;
   return (scratch){f->w.s + s, f->w.dp + s, f->w.qt + t, f->w.ot + t};
 }
 

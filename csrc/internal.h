@@ -19,6 +19,7 @@
 static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t pad_panel(int64_t n) { return ceil_div(n, PYLORA_PANEL) * PYLORA_PANEL; }
 
 /* NULL data is legal only for an empty matrix; rows must not overlap in an output (`out`). */
 static inline int check_mat(const pylora_mat *a, int64_t rows, int64_t cols, int out) {

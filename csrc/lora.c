@@ -29,12 +29,11 @@ static int check_lora(const pylora_lora *l, int64_t d, int64_t k) {
   return PYLORA_OK;
 }
 
-static int64_t pad(int64_t n) { return ceil_div(n, PANEL) * PANEL; }
-
 size_t pylora_lora_workspace(int64_t m, int64_t d, int64_t k, int64_t r) {
   const int64_t most = (int64_t)1 << 40;
   if (m < 0 || d < 0 || k < 0 || r < 0 || m > most || d > most || k > most || r > most) return 0;
-  const int64_t sides[][2] = {{m, k}, {pad(r), pad(k)}, {pad(d), pad(r)}, {m, r}};
+  const int64_t sides[][2] = {
+      {m, k}, {pad_panel(r), pad_panel(k)}, {pad_panel(d), pad_panel(r)}, {m, r}};
   double total = (double)pylora_num_threads() * (MAX_ROWS + CHUNK_D) * PANEL;
   for (int i = 0; i < 4; i++) total += 2.0 * (double)sides[i][0] * (double)sides[i][1] + 64;
   if (total > 1e15) return 0;
@@ -155,7 +154,7 @@ int pylora_lora_forward(const pylora_mat *x, const pylora_packed *W, const float
   if (!(f.tiles = arena_floats(&a, (int64_t)threads * (MAX_ROWS + CHUNK_D) * PANEL)))
     return PYLORA_E_WORKSPACE;
   if (r) {
-    float *At = arena_floats(&a, pad(r) * k), *Bt = arena_floats(&a, pad(d) * r);
+    float *At = arena_floats(&a, pad_panel(r) * k), *Bt = arena_floats(&a, pad_panel(d) * r);
     int drops = lora->drop && lora->drop->p > 0;
     float *xa = drops ? arena_floats(&a, m * k) : NULL;
     if (!At || !Bt || (drops && !xa)) return PYLORA_E_WORKSPACE;
@@ -324,7 +323,7 @@ int pylora_lora_backward(const pylora_mat *dy, const pylora_mat *x, const pylora
   float *xa = NULL;
   pylora_mat dropped;
   if (!(w.tiles = arena_floats(&a, (int64_t)threads * (MAX_ROWS + CHUNK_D) * PANEL)) ||
-      !(w.g = arena_floats(&a, m * r)) || !(w.dBt = arena_floats(&a, pad(d) * r)))
+      !(w.g = arena_floats(&a, m * r)) || !(w.dBt = arena_floats(&a, pad_panel(d) * r)))
     return PYLORA_E_WORKSPACE;
   if (dA && w.drop && !(xa = arena_floats(&a, m * k))) return PYLORA_E_WORKSPACE;
   if (r && dB) pylora_parallel(dB_strip, &w, ceil_div(d, PANEL), threads);

@@ -113,6 +113,7 @@ def build_info() -> dict[str, Any]:
         "python": platform.python_version(),
         "numpy": numpy.__version__,
         "machine": platform.machine(),
+        "processor": _processor(),
         "system": platform.system(),
         "backend": backends.get().name,
         "backends": list(names),
@@ -121,3 +122,14 @@ def build_info() -> dict[str, Any]:
         core: Any = backends.get("c")
         info |= {"isa": core.isa, "isas": core.isas(), "num_threads": core.num_threads}
     return info
+
+
+def _processor() -> str:
+    """What the machine calls its processor."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as info:
+            models = (line for line in info if line.startswith("model name"))
+            names = [line.split(":", 1)[1].strip() for line in models]
+    except OSError:  # not Linux
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()

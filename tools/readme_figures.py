@@ -8,22 +8,12 @@ Every figure comes from the report; nothing is typed.
 from __future__ import annotations
 
 import json
-import platform
 import sys
 from pathlib import Path
 from typing import Any
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- figures: tools/readme_figures.py -->", "<!-- end of figures -->"
-
-
-def processor() -> str:
-    """What the machine calls its processor."""
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def table(report: dict[str, Any]) -> str:
@@ -52,8 +42,8 @@ def table(report: dict[str, Any]) -> str:
         ),
     ]
     lines = [
-        f"`make demo` on {processor()}, {build['num_threads']} threads, kernels `{build['isa']}`, "
-        "float32:",
+        f"`make demo` on {build['processor']}, {build['num_threads']} threads, "
+        f"kernels `{build['isa']}`, float32:",
         "",
         "| | |",
         "|---|---|",
