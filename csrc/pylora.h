@@ -5,6 +5,7 @@
  *   - Errors are returned as a pylora_status, never printed; nothing here calls exit().
  *   - Nothing is allocated inside an operation: outputs and workspaces come from the caller.
  *     (The thread pool is the one exception: it is started by the first call that uses it.)
+ *   - A matrix is float32, or bfloat16 where the operation says "bf16 too"; sums are float32 anyway.
  *   - A matrix is row-major with unit stride inside a row; `ld` is the distance between rows in
  *     elements, of any size and sign.  Any alignment that is legal for the element is legal.
  *   - m = 0 tokens, r > min(d, k), m = 1 are ordinary cases.  r = 0 or lora = NULL: no adapter.
@@ -25,7 +26,7 @@
 extern "C" {
 #endif
 
-#define PYLORA_ABI_VERSION 1
+#define PYLORA_ABI_VERSION 2
 
 typedef enum pylora_status {
   PYLORA_OK = 0,
@@ -60,23 +61,41 @@ int pylora_num_threads(void);
 
 /* ---- types ------------------------------------------------------------------------------ */
 
+/* How numbers are stored.  The quantized formats are ggml's, in groups of 32 inputs: a group holds a
+ * float16 scale (Q4_1: and a float16 minimum m) and 32 codes q; the value is scale * q (Q8_0),
+ * scale * (q - 8) (Q4_0) or scale * q + m (Q4_1), which float32 holds exactly but for Q4_1's sum. */
 typedef enum pylora_dtype {
   PYLORA_F32 = 0,
-  PYLORA_BF16 = 1, /* merge and unmerge only, in this version of packing */
-  PYLORA_F16 = 2,  /* merge and unmerge only */
+  PYLORA_BF16 = 1,
+  PYLORA_F16 = 2, /* merge and unmerge only */
+  PYLORA_Q8_0 = 3,
+  PYLORA_Q4_0 = 4,
+  PYLORA_Q4_1 = 5,
+  PYLORA_F32X3 = 6, /* a float32 weight as two bfloat16 halves: three products in place of one */
 } pylora_dtype;
 
 typedef struct pylora_mat {
   float *p;
   int64_t rows, cols, ld;
+  uint16_t *b; /* bfloat16 elements, in place of p: one of the two is NULL */
 } pylora_mat;
 
-/* A frozen weight W [d,k], packed once by pylora_pack: ceil(d / 32) panels of [k][32] floats, the
- * last one filled with zeros.  One copy serves x Wᵀ and, by transposing tiles on the way, dy W. */
+/* A frozen weight W [d,k], packed once: ceil(d / 32) panels of 32 outputs, the last one filled up with
+ * zeros, in the layout of its dtype (csrc/format.h).  One copy serves x Wᵀ and, by transposing tiles
+ * on the way, dy W.  Layouts are the same for every instruction set and never written to disk.
+ *
+ * What a product computes depends on the dtype alone:
+ *   F32       float32 throughout.
+ *   BF16      x and dy are rounded to bfloat16 (round to nearest even; exact if they are bfloat16
+ *             already), and so are A and B in h = x Aᵀ and g = dy B; sums are float32.
+ *   Q8_0 ...  x is rounded to 16-bit integers with one scale per row and group of 32; products and sums
+ *             within a group are exact integers; groups are summed in float32.  dy W is float32, with
+ *             the weight's exact values.
+ *   F32X3     x = x1 + x2 and W = W1 + W2 in bfloat16; x1 W1 + x1 W2 + x2 W1, summed in float32. */
 #define PYLORA_PANEL 32
 typedef struct pylora_packed {
   uint32_t magic;
-  int32_t dtype; /* pylora_dtype of the panels: PYLORA_F32 */
+  int32_t dtype;
   int64_t d, k;
   const void *data;
 } pylora_packed;
@@ -97,6 +116,7 @@ typedef struct pylora_lora {
   int64_t ldb;
   float s;
   const pylora_drop *drop; /* NULL: none */
+  const void *packed;      /* of pylora_lora_pack, or NULL: A and B are packed at every call */
 } pylora_lora;
 
 /* n sequences that lie one behind the other.  The queries of sequence i are rows
@@ -128,30 +148,69 @@ typedef struct pylora_adamw { /* doubles: 1 - 0.999 of a float is off by 1e-5 */
 
 /* ---- packing ---------------------------------------------------------------------------- */
 
-/* Bytes of the buffer for a packed [d,k] weight; 0 if the size is negative or overflows. */
-size_t pylora_pack_bytes(int64_t d, int64_t k);
-/* W [d,k] -> out; `buffer` (of pylora_pack_bytes, ideally 64-byte aligned) must outlive out. */
-int pylora_pack(const pylora_mat *W, void *buffer, pylora_packed *out);
-/* Row-major W [d,k] again, bit for bit. */
+/* Bytes of the buffer for a packed [d,k] weight; 0 if the size is negative or overflows, if there is
+ * no such dtype of weights, or (quantized) if k is not a multiple of 32. */
+size_t pylora_pack_bytes(int dtype, int64_t d, int64_t k);
+/* W [d,k], float32 -> out, rounded to dtype (quantized: by ggml's reference rule); W is bf16 too for
+ * PYLORA_BF16.  `buffer` (of pylora_pack_bytes, 64-byte aligned) must outlive out. */
+int pylora_pack(int dtype, const pylora_mat *W, void *buffer, pylora_packed *out);
+/* The same from d rows of ggml's blocks, each `row_bytes` after the one before: the codes and scales
+ * are taken as they are.  dtype is one of the quantized ones. */
+int pylora_pack_blocks(int dtype, int64_t d, int64_t k, const void *rows, int64_t row_bytes,
+                       void *buffer, pylora_packed *out);
+/* Row-major W [d,k] again, float32: the value of every stored element, exactly (F32: bit for bit). */
 int pylora_unpack(const pylora_packed *P, const pylora_mat *W);
+
+/* An adapter whose weights stay as they are (inference) can be packed once, for a W of this dtype.
+ * Then set lora->packed = buffer; A, B and s are not read by forward any more.  0: bad sizes. */
+size_t pylora_lora_pack_bytes(int dtype, int64_t d, int64_t k, int64_t r);
+int pylora_lora_pack(int dtype, int64_t d, int64_t k, const pylora_lora *lora, void *buffer);
 
 /* ---- LoRA linear ------------------------------------------------------------------------ */
 
-/* Bytes of workspace that suffice for both directions at these sizes and the present number of
- * threads.  0 if a size is negative or overflows. */
-size_t pylora_lora_workspace(int64_t m, int64_t d, int64_t k, int64_t r);
+/* One projection of an x that several share: q, k and v; gate and up.
+ * y = residual + x Wᵀ + bias + s h Bᵀ, with h = drop(x) Aᵀ; the rows of segment i use lora[i]. */
+typedef struct pylora_linear {
+  const pylora_packed *W;
+  const float *bias;              /* [d] or NULL */
+  const pylora_lora *const *lora; /* [segments], each may be NULL; or NULL: no adapters at all */
+  const pylora_mat *residual;     /* [m,d] or NULL; float32 */
+  const pylora_mat *y;            /* [m,d]; bf16 too; may be residual */
+  const pylora_mat *h;            /* [m,r] for backward, or NULL: not kept (float32; one segment) */
+} pylora_linear;
 
-/* h = drop(x) Aᵀ [m,r];  y = residual + x Wᵀ + bias + s h Bᵀ  [m,d].
- * bias [d], lora, residual [m,d] may be NULL; h may be NULL when lora is.  y may be residual.
+/* Bytes of workspace that suffice for `n` projections of d outputs in all, k inputs and ranks of r in
+ * all, in both directions and with the present number of threads.  0 if a size is negative or
+ * overflows.  (r: for each projection the largest rank of its adapters, added up.) */
+size_t pylora_linear_workspace(int64_t m, int64_t n, int64_t d, int64_t k, int64_t r);
+
+/* n projections of x [m,k] (bf16 too) at once.  Rows seg_start[i] .. seg_start[i+1]-1 are segment i;
+ * seg_start = NULL: one segment of all rows.  With more segments each adapter must be packed and have
+ * no dropout.  The weights have one dtype.
  * Where B is all zeros the low-rank term is left out, so that B = 0 is the base model bit for bit. */
+int pylora_linear_forward(const pylora_mat *x, int64_t n, const pylora_linear *linear,
+                          int64_t segments, const int64_t *seg_start, void *ws, size_t ws_bytes);
+
+/* One projection's part of backward; dA [r,k] and dB [d,r] may be NULL. */
+typedef struct pylora_linear_grad {
+  const pylora_packed *W;  /* NULL without dx */
+  const pylora_lora *lora; /* or NULL */
+  const pylora_mat *dy;    /* [m,d]; bf16 too */
+  const pylora_mat *h;     /* [m,r]; NULL without dB */
+  const pylora_mat *dA, *dB;
+} pylora_linear_grad;
+
+/* g = dy B [m,r];  dB = s dyᵀ h;  dA = s gᵀ drop(x);
+ * dx = [dx +] sum over the projections of dy W + s drop'(g A)  [m,k].
+ * dx (bf16 too, unless added to) may be NULL; x (bf16 too) may be NULL without dA. */
+int pylora_linear_backward(const pylora_mat *x, int64_t n, const pylora_linear_grad *linear,
+                           const pylora_mat *dx, int add_dx, void *ws, size_t ws_bytes);
+
+/* The same for one projection: see there. */
+size_t pylora_lora_workspace(int64_t m, int64_t d, int64_t k, int64_t r);
 int pylora_lora_forward(const pylora_mat *x, const pylora_packed *W, const float *bias,
                         const pylora_lora *lora, const pylora_mat *residual, const pylora_mat *y,
                         const pylora_mat *h, void *ws, size_t ws_bytes);
-
-/* g = dy B [m,r];  dB = s dyᵀ h [d,r];  dA = s gᵀ drop(x) [r,k];
- * dx = [dx +] dy W + s drop'(g A)  [m,k].
- * dx, dA, dB may each be NULL (not computed).  add_dx != 0: dx is added to, not overwritten.
- * x may be NULL without dA, h without dB, W without dx. */
 int pylora_lora_backward(const pylora_mat *dy, const pylora_mat *x, const pylora_mat *h,
                          const pylora_packed *W, const pylora_lora *lora, const pylora_mat *dx,
                          int add_dx, const pylora_mat *dA, const pylora_mat *dB, void *ws,
@@ -177,38 +236,39 @@ int pylora_unmerge(int dtype, int64_t d, int64_t k, const void *merged, int64_t 
 
 /* ---- transformer ------------------------------------------------------------------------ */
 
-/* rstd = 1 / sqrt(mean(x²) + eps) [m];  y = x * rstd * w  [m,k].  y may be x. */
+/* rstd = 1 / sqrt(mean(x²) + eps) [m];  y = x * rstd * w  [m,k], bf16 too.  y may be x. */
 int pylora_rms_norm_forward(const pylora_mat *x, const float *w, float eps, const pylora_mat *y,
                             float *rstd);
 /* dx = [dx +] rstd * (dy w - x * rstd² * mean(dy w x));  dw = sum_rows dy * x * rstd (may be NULL).
- * dx may be dy. */
+ * dx may be dy; dy and x bf16 too. */
 int pylora_rms_norm_backward(const pylora_mat *dy, const pylora_mat *x, const float *w,
                              const float *rstd, const pylora_mat *dx, int add_dx, float *dw);
 
 /* Rotates each of the cols / head_dim heads of x [m, heads*D] by the angles whose cosines and sines
  * are row position[i] of cos, sin [positions, D/2].  inverse != 0: by the negative angle, which is
- * the backward pass.  y may be x. */
+ * the backward pass.  x and y bf16 too; y may be x. */
 int pylora_rope(const pylora_mat *x, const pylora_mat *cosines, const pylora_mat *sines,
                 const int64_t *position, int32_t head_dim, int layout, int inverse,
                 const pylora_mat *y);
 
 size_t pylora_attention_workspace(const pylora_seqs *seqs, const pylora_attn *a);
 /* Causal grouped-query attention.  q, o [m, heads*D]; k, v [n, kv_heads*D];
- * P = softmax(scale q kᵀ), o = P v;  lse [m, heads] = log sum exp of the scaled scores. */
+ * P = softmax(scale q kᵀ), o = P v;  lse [m, heads] = log sum exp of the scaled scores.
+ * q, k, v, o bf16 too, each by itself. */
 int pylora_attention_forward(const pylora_mat *q, const pylora_mat *k, const pylora_mat *v,
                              const pylora_seqs *seqs, const pylora_attn *a, const pylora_mat *o,
                              const pylora_mat *lse, void *ws, size_t ws_bytes);
 /* dP = do vᵀ; dS = P (dP - rowsum(do o)); dq = scale dS k; dk = scale dSᵀ q; dv = Pᵀ do.
- * Rows of dk, dv that no sequence uses are left as they are. */
+ * Rows of dk, dv that no sequence uses are left as they are.  All but lse bf16 too, each by itself. */
 int pylora_attention_backward(const pylora_mat *d_o, const pylora_mat *q, const pylora_mat *k,
                               const pylora_mat *v, const pylora_mat *o, const pylora_mat *lse,
                               const pylora_seqs *seqs, const pylora_attn *a, const pylora_mat *dq,
                               const pylora_mat *dk, const pylora_mat *dv, void *ws,
                               size_t ws_bytes);
 
-/* y = gate * sigmoid(gate) * up.  y may be gate or up. */
+/* y = gate * sigmoid(gate) * up.  All three bf16 too; y may be gate or up. */
 int pylora_swiglu_forward(const pylora_mat *gate, const pylora_mat *up, const pylora_mat *y);
-/* dgate may be gate, dup may be up. */
+/* dgate may be gate, dup may be up.  All bf16 too. */
 int pylora_swiglu_backward(const pylora_mat *dy, const pylora_mat *gate, const pylora_mat *up,
                            const pylora_mat *dgate, const pylora_mat *dup);
 

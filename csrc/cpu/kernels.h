@@ -32,6 +32,19 @@ typedef struct pylora_kernels {
   /* One 32 x 32 tile: dst[j*32 + i] = src[i*32 + j]. */
   void (*transpose32)(const float *src, float *dst);
 
+  /* bfloat16, where b holds pairs of terms: c[i,j] = sum_t  a[i*lda + 2t + 1] b[t*ldb + 2j + 1]
+   *                                                       + a[i*lda + 2t] b[t*ldb + 2j],  t < pairs.
+   * Each element is one chain of fused multiply-adds in this order: t upwards, the odd term before the
+   * even one (what vdpbf16ps does).  Subnormal inputs and results may be taken as 0. n, modes as gemm.
+   * lda, ldb in elements. */
+  void (*gemm_bf16)(int64_t m, int n, int64_t pairs, const uint16_t *a, int64_t lda,
+                    const uint16_t *b, int64_t ldb, float *c, int64_t ldc, int mode);
+  /* A tile of 32 outputs x 32 inputs, from pairs of inputs to pairs of outputs:
+   * dst[(i/2)*64 + 2*j + i%2] = src[(j/2)*64 + 2*i + j%2]  for outputs i < 32, inputs j < 32. */
+  void (*transpose32_bf16)(const uint16_t *src, uint16_t *dst);
+  void (*to_bf16)(int64_t n, const float *x, uint16_t *y); /* to nearest even; NaN stays NaN */
+  void (*from_bf16)(int64_t n, const uint16_t *x, float *y);
+
   /* Loops over one row of n elements (rows.inc). An element has the same bits in a full vector and in
    * the tail, and sums are in an order fixed by n alone. Outputs may be inputs, element for element. */
   float (*sum_squares)(int64_t n, const float *x);
