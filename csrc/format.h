@@ -25,7 +25,8 @@ typedef struct pylora_format {
   /* ---- forward: tile [n][32] = x panelᵀ ---- */
   size_t (*row_bytes)(int64_t k); /* of a prepared row, a multiple of 64, no multiple of 2048 */
   /* Rows first .. first + n - 1 of x, float32 or bf16 -> out, row_bytes apart. */
-  void (*prepare)(const pylora_kernels *K, const pylora_mat *x, int64_t first, int64_t n, void *out);
+  void (*prepare)(const pylora_kernels *K, const pylora_mat *x, int64_t first, int64_t n,
+                  void *out);
   /* `stride` is the distance of prepared rows in bytes. Sums longer than PYLORA_CHUNK in pieces. */
   void (*product)(const pylora_kernels *K, int64_t n, int64_t k, const void *rows, size_t stride,
                   const void *panel, float *tile);
@@ -34,8 +35,8 @@ typedef struct pylora_format {
   int back; /* PYLORA_F32 or PYLORA_BF16: of the rows of dy and of the chunk */
   /* Outputs d0 .. d0 + rows - 1 (both multiples of 32) and inputs j .. j + 31 (< k: zeros beyond; j a
    * multiple of 32) of all panels -> chunk [rows][32], or in pairs [rows / 2][32][2] for bfloat16. */
-  void (*transpose)(const pylora_kernels *K, const void *panels, int64_t k, int64_t d0, int64_t rows,
-                    int64_t j, void *chunk);
+  void (*transpose)(const pylora_kernels *K, const void *panels, int64_t k, int64_t d0,
+                    int64_t rows, int64_t j, void *chunk);
 } pylora_format;
 
 extern const pylora_format pylora_format_f32, pylora_format_bf16, pylora_format_q8_0,
@@ -43,5 +44,25 @@ extern const pylora_format pylora_format_f32, pylora_format_bf16, pylora_format_
 
 /* NULL for a dtype that no weight can have. (pack.c) */
 const pylora_format *pylora_format_of(int dtype);
+int pylora_check_packed(const pylora_packed *P);
+
+/* c [m,n] = sum over kk terms, in pieces of equal length of at most PYLORA_CHUNK, added up: long chains
+ * lose small terms.  Where the cuts are depends on kk alone. (format_f32.c, format_bf16.c) */
+static inline int64_t pylora_piece(int64_t kk) {
+  return ceil_div(kk, max64(1, ceil_div(kk, PYLORA_CHUNK)));
+}
+void pylora_product(const pylora_kernels *K, int64_t m, int64_t n, int64_t kk, const float *a,
+                    int64_t ars, int64_t acs, const float *b, int64_t ldb, float *c, int64_t ldc);
+void pylora_product_bf16(const pylora_kernels *K, int64_t m, int64_t n, int64_t kk,
+                         const uint16_t *a, int64_t lda, const uint16_t *b, int64_t ldb, float *c,
+                         int64_t ldc);
+
+/* A row of float32 or bfloat16 as float32: the row itself, or widened into out. */
+static inline const float *pylora_row(const pylora_kernels *K, const pylora_mat *x, int64_t i,
+                                      int64_t col, int64_t n, float *out) {
+  if (!x->b) return x->p + i * x->ld + col;
+  K->from_bf16(n, x->b + i * x->ld + col, out);
+  return out;
+}
 
 #endif

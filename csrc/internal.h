@@ -21,20 +21,36 @@ static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t pad_panel(int64_t n) { return ceil_div(n, PYLORA_PANEL) * PYLORA_PANEL; }
 
-/* NULL data is legal only for an empty matrix; rows must not overlap in an output (`out`). */
-static inline int check_mat(const pylora_mat *a, int64_t rows, int64_t cols, int out) {
+/* NULL data is legal only for an empty matrix; rows must not overlap in an output (`out`).  check_mat
+ * is for operations that take float32 only. */
+static inline int check_mat16(const pylora_mat *a, int64_t rows, int64_t cols, int out) {
   if (!a) return PYLORA_E_NULL;
   if (a->rows != rows || a->cols != cols || rows < 0 || cols < 0) return PYLORA_E_SHAPE;
+  if (a->p && a->b) return PYLORA_E_VALUE;
   if (rows == 0 || cols == 0) return PYLORA_OK;
-  if (!a->p) return PYLORA_E_NULL;
+  if (!a->p && !a->b) return PYLORA_E_NULL;
   if (out && rows > 1 && a->ld < cols && a->ld > -cols) return PYLORA_E_SHAPE;
   return PYLORA_OK;
 }
 
-static inline int check_packed(const pylora_packed *P) {
-  if (!P || !P->data) return PYLORA_E_NULL;
-  if (P->magic != PYLORA_MAGIC || P->d < 0 || P->k < 0) return PYLORA_E_PACKED;
-  return P->dtype == PYLORA_F32 ? PYLORA_OK : PYLORA_E_UNSUPPORTED;
+static inline int check_mat(const pylora_mat *a, int64_t rows, int64_t cols, int out) {
+  if (a && a->b) return PYLORA_E_UNSUPPORTED;
+  return check_mat16(a, rows, cols, out);
+}
+
+/* One number between the two types: exact, and to nearest even (NaN stays NaN).  Rows: kernels.h. */
+static inline float bf16_widen(uint16_t x) {
+  uint32_t u = (uint32_t)x << 16;
+  float f;
+  memcpy(&f, &u, sizeof f);
+  return f;
+}
+
+static inline uint16_t bf16_round(float x) {
+  uint32_t u;
+  memcpy(&u, &x, sizeof u);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return (uint16_t)(u >> 16 | 0x40);
+  return (uint16_t)((u + 0x7fffu + (u >> 16 & 1)) >> 16);
 }
 
 /* A bump pointer over the caller's workspace; every piece is 64-byte aligned. */
@@ -54,12 +70,16 @@ static inline arena arena_of(void *p, size_t bytes) {
 }
 
 /* NULL if the workspace is too small. */
-static inline float *arena_floats(arena *a, int64_t n) {
-  size_t bytes = round_up((size_t)n * sizeof(float));
+static inline void *arena_bytes(arena *a, size_t n) {
+  size_t bytes = round_up(n);
   if (!a->p || a->p > a->end || (size_t)(a->end - a->p) < bytes) return NULL;
-  float *r = (float *)(void *)a->p;
+  void *r = a->p;
   a->p += bytes;
   return r;
+}
+
+static inline float *arena_floats(arena *a, int64_t n) {
+  return (float *)arena_bytes(a, (size_t)n * sizeof(float));
 }
 
 /* Runs fn(ctx, task, thread) for task = 0 .. n-1 on at most `threads` threads, the caller's among them;

@@ -1,51 +1,81 @@
-/* pack.c - frozen weights in the order the kernels read them: panels of 32 outputs, [k][32] each. */
-#include "internal.h"
+/* pack.c - frozen weights in the order the kernels read them: panels of 32 outputs in a format's layout. */
+#include "format.h"
 
-size_t pylora_pack_bytes(int64_t d, int64_t k) {
-  if (d < 0 || k < 0 || d > INT64_MAX - PYLORA_PANEL) return 0;
-  int64_t rows = ceil_div(d, PYLORA_PANEL) * PYLORA_PANEL;
-  int64_t limit = (int64_t)(SIZE_MAX / 2 / sizeof(float));
-  if (k > 0 && rows > limit / k) return 0;
-  size_t bytes = (size_t)rows * (size_t)k * sizeof(float);
-  return bytes ? bytes : PYLORA_ALIGN; /* never 0 for a legal size */
+const pylora_format *pylora_format_of(int dtype) {
+  switch (dtype) {
+  case PYLORA_F32:
+    return &pylora_format_f32;
+  case PYLORA_BF16:
+    return &pylora_format_bf16;
+  default:
+    return NULL;
+  }
+}
+
+int pylora_check_packed(const pylora_packed *P) {
+  if (!P || !P->data) return PYLORA_E_NULL;
+  if (P->magic != PYLORA_MAGIC || P->d < 0 || P->k < 0) return PYLORA_E_PACKED;
+  return pylora_format_of(P->dtype) ? PYLORA_OK : PYLORA_E_UNSUPPORTED;
+}
+
+size_t pylora_pack_bytes(int dtype, int64_t d, int64_t k) {
+  const pylora_format *F = pylora_format_of(dtype);
+  const int64_t most = INT64_MAX / 1024;
+  if (!F || d < 0 || k < 0 || d > most || k > most || k % F->multiple) return 0;
+  const size_t panels = (size_t)ceil_div(d, PYLORA_PANEL), bytes = F->panel_bytes(k);
+  if (bytes && panels > SIZE_MAX / 4 / bytes) return 0;
+  const size_t total = panels * bytes;
+  return total > 0 ? total : PYLORA_ALIGN; /* never 0 for a legal size */
 }
 
 typedef struct job {
+  const pylora_format *F;
+  const pylora_kernels *K;
   const pylora_mat *W;
-  float *panels;
+  char *panels;
+  size_t bytes;
 } job;
 
 static void pack_panel(void *ctx, int64_t p, int thread) {
   (void)thread;
   const job *j = ctx;
-  const pylora_mat *W = j->W;
-  int64_t k = W->cols, first = p * PYLORA_PANEL, n = min64(PYLORA_PANEL, W->rows - first);
-  float *out = j->panels + p * k * PYLORA_PANEL;
-  if (n < PYLORA_PANEL) memset(out, 0, (size_t)(k * PYLORA_PANEL) * sizeof(float));
-  for (int64_t t0 = 0; t0 < k; t0 += 32) /* in blocks, so that both sides stay in L1 */
-    for (int64_t i = 0; i < n; i++)
-      for (int64_t t = t0; t < min64(k, t0 + 32); t++)
-        out[t * PYLORA_PANEL + i] = W->p[(first + i) * W->ld + t];
+  j->F->pack(j->K, j->W, p * PYLORA_PANEL, j->panels + (size_t)p * j->bytes);
 }
 
-int pylora_pack(const pylora_mat *W, void *buffer, pylora_packed *out) {
+int pylora_pack(int dtype, const pylora_mat *W, void *buffer, pylora_packed *out) {
   if (!W || !out || !buffer) return PYLORA_E_NULL;
-  TRY(check_mat(W, W->rows, W->cols, 0));
-  if (!pylora_pack_bytes(W->rows, W->cols)) return PYLORA_E_SHAPE;
-  job j = {W, buffer};
+  TRY(dtype == PYLORA_BF16 ? check_mat16(W, W->rows, W->cols, 0)
+                           : check_mat(W, W->rows, W->cols, 0));
+  const pylora_format *F = pylora_format_of(dtype);
+  if (!F) return PYLORA_E_UNSUPPORTED;
+  if (!pylora_pack_bytes(dtype, W->rows, W->cols)) return PYLORA_E_SHAPE;
+  job j = {F, pylora_table(), W, buffer, F->panel_bytes(W->cols)};
   if (W->cols)
     pylora_parallel(pack_panel, &j, ceil_div(W->rows, PYLORA_PANEL), pylora_num_threads());
-  *out = (pylora_packed){PYLORA_MAGIC, PYLORA_F32, W->rows, W->cols, buffer};
+  *out = (pylora_packed){PYLORA_MAGIC, dtype, W->rows, W->cols, buffer};
   return PYLORA_OK;
 }
 
+typedef struct unjob {
+  const pylora_format *F;
+  const pylora_packed *P;
+  const pylora_mat *W;
+  size_t bytes;
+} unjob;
+
+static void unpack_panel(void *ctx, int64_t p, int thread) {
+  (void)thread;
+  const unjob *j = ctx;
+  const char *panel = (const char *)j->P->data + (size_t)p * j->bytes;
+  for (int64_t i = p * PYLORA_PANEL; i < min64(j->P->d, (p + 1) * PYLORA_PANEL); i++)
+    j->F->unpack(panel, j->P->k, (int)(i % PYLORA_PANEL), j->W->p + i * j->W->ld);
+}
+
 int pylora_unpack(const pylora_packed *P, const pylora_mat *W) {
-  TRY(check_packed(P));
+  TRY(pylora_check_packed(P));
   TRY(check_mat(W, P->d, P->k, 1));
-  const float *panels = P->data;
-  for (int64_t i = 0; i < P->d; i++) {
-    const float *column = panels + i / PYLORA_PANEL * P->k * PYLORA_PANEL + i % PYLORA_PANEL;
-    for (int64_t t = 0; t < P->k; t++) W->p[i * W->ld + t] = column[t * PYLORA_PANEL];
-  }
+  const pylora_format *F = pylora_format_of(P->dtype);
+  unjob j = {F, P, W, F->panel_bytes(P->k)};
+  if (P->k) pylora_parallel(unpack_panel, &j, ceil_div(P->d, PYLORA_PANEL), pylora_num_threads());
   return PYLORA_OK;
 }

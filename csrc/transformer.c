@@ -3,7 +3,7 @@
  * over rows (dw, dW) are split by columns instead, so that each is added up in the order of the rows. */
 #include <math.h>
 
-#include "internal.h"
+#include "format.h"
 
 enum {
   WORK = 16 * 1024 /* elements per task: microseconds, against the cost of handing it over */
@@ -199,6 +199,13 @@ int pylora_swiglu_backward(const pylora_mat *dy, const pylora_mat *gate, const p
 
 /* ---- embedding ---- */
 
+typedef struct gather {
+  const int64_t *ids;
+  const pylora_packed *W;
+  const pylora_format *F;
+  const pylora_mat *y;
+} gather;
+
 typedef struct embedding {
   const int64_t *ids;
   const float *W;
@@ -207,12 +214,12 @@ typedef struct embedding {
 } embedding;
 
 static void gather_rows(const void *ctx, int64_t first, int64_t end) {
-  const embedding *f = ctx;
+  const gather *f = ctx;
+  const size_t bytes = f->F->panel_bytes(f->W->k);
   for (int64_t i = first; i < end; i++) {
     const int64_t id = f->ids[i];
-    const float *w = f->W + id / PYLORA_PANEL * PYLORA_PANEL * f->k + id % PYLORA_PANEL;
-    float *y = f->y->p + i * f->y->ld;
-    for (int64_t j = 0; j < f->k; j++) y[j] = w[j * PYLORA_PANEL];
+    f->F->unpack((const char *)f->W->data + (size_t)(id / PYLORA_PANEL) * bytes, f->W->k,
+                 (int)(id % PYLORA_PANEL), f->y->p + i * f->y->ld);
   }
 }
 
@@ -226,11 +233,10 @@ static int check_ids(const int64_t *ids, int64_t m, int64_t vocab) {
 int pylora_embedding_forward(const int64_t *ids, int64_t m, const pylora_packed *W,
                              const pylora_mat *y) {
   if (!W || !y) return PYLORA_E_NULL;
-  if (W->magic != PYLORA_MAGIC) return PYLORA_E_PACKED;
-  if (W->dtype != PYLORA_F32) return PYLORA_E_UNSUPPORTED;
+  TRY(pylora_check_packed(W));
   TRY(check_mat(y, m, W->k, 1));
   TRY(check_ids(ids, m, W->d));
-  const embedding f = {ids, W->data, m, W->k, y};
+  const gather f = {ids, W, pylora_format_of(W->dtype), y};
   each_row(gather_rows, &f, m, W->k);
   return PYLORA_OK;
 }

@@ -43,7 +43,7 @@ static float mA[R * K], vA[R * K], mB[D * R], vB[D * R]; /* AdamW's moments */
 
 int main(void) {
   pylora_mat Wm = {W, D, K, K}, goalm = {goal, D, K, K}, xm = {x, M, K, K}, ym = {y, M, D, D};
-  pylora_mat wantm = {want, M, D, D}, dym = {dy, M, D, D}, hm = {h, M, R, R};
+  pylora_mat wantm = {want, M, D, D, NULL}, dym = {dy, M, D, D, NULL}, hm = {h, M, R, R, NULL};
   pylora_mat dAm = {dA, R, K, K}, dBm = {dB, D, R, R};
 
   /* The frozen weight, and a goal that differs from it by a matrix of rank R. */
@@ -51,15 +51,15 @@ int main(void) {
   fill(x, M * K, 2, 1.0f);
   fill(A, R * K, 3, 1.0f);
   fill(B, D * R, 4, 0.3f);
-  pylora_lora hidden = {R, A, K, B, R, 0.5f, NULL};
+  pylora_lora hidden = {R, A, K, B, R, 0.5f, NULL, NULL};
   must(pylora_merge(PYLORA_F32, D, K, W, K, &hidden, goal, K, NULL), "merge");
 
   /* Pack both once; the buffers belong to us. */
-  void *buffer = allocate(pylora_pack_bytes(D, K)),
-       *goal_buffer = allocate(pylora_pack_bytes(D, K));
+  void *buffer = allocate(pylora_pack_bytes(PYLORA_F32, D, K)),
+       *goal_buffer = allocate(pylora_pack_bytes(PYLORA_F32, D, K));
   pylora_packed P, G;
-  must(pylora_pack(&Wm, buffer, &P), "pack");
-  must(pylora_pack(&goalm, goal_buffer, &G), "pack");
+  must(pylora_pack(PYLORA_F32, &Wm, buffer, &P), "pack");
+  must(pylora_pack(PYLORA_F32, &goalm, goal_buffer, &G), "pack");
   size_t ws_bytes = pylora_lora_workspace(M, D, K, R);
   void *ws = allocate(ws_bytes);
   must(pylora_lora_forward(&xm, &G, NULL, NULL, NULL, &wantm, NULL, ws, ws_bytes), "forward");
@@ -67,7 +67,7 @@ int main(void) {
   /* A fresh adapter: A random, B zero, so that it starts as the base model. */
   fill(A, R * K, 5, 0.2f);
   memset(B, 0, sizeof B);
-  pylora_lora lora = {R, A, K, B, R, 2.0f, NULL};
+  pylora_lora lora = {R, A, K, B, R, 2.0f, NULL, NULL};
   double first = 0, loss = 0;
   for (int step = 1; step <= STEPS; step++) {
     must(pylora_lora_forward(&xm, &P, NULL, &lora, NULL, &ym, &hm, ws, ws_bytes), "forward");

@@ -57,7 +57,7 @@ static void rotate(const shape *s, pylora_mat x, int inverse) {
 
 static pylora_lora lora_of(const linear *l) {
   return (pylora_lora){
-      l->A.rows, l->A.p, l->A.ld, l->B.p, l->B.ld, l->s, l->drop.p > 0 ? &l->drop : NULL};
+      l->A.rows, l->A.p, l->A.ld, l->B.p, l->B.ld, l->s, l->drop.p > 0 ? &l->drop : NULL, NULL};
 }
 
 static pylora_mat forward(linear *l, pylora_mat x, const pylora_mat *residual) {

@@ -32,7 +32,7 @@ void lora_case(testcase *c) {
   const int rslora = truth(c, "use_rslora");
   const pylora_drop drop = has(c, "p") ? dropout(c) : (pylora_drop){0};
   const float s = (float)(alpha / (rslora ? sqrt(r) : r)); /* S-1 */
-  const pylora_lora lora = {A.rows, A.p, A.ld, B.p, B.ld, s, has(c, "p") ? &drop : NULL};
+  const pylora_lora lora = {A.rows, A.p, A.ld, B.p, B.ld, s, has(c, "p") ? &drop : NULL, NULL};
   pylora_mat dA, dB;
   layer(c, &lora, input(c, "bias").p, &dA, &dB);
   const pylora_packed up = pack(B); /* g stays inside pylora_lora_backward: dy B once more */
@@ -80,7 +80,7 @@ void merge_case(testcase *c) {
   const int number_of = dtype[0] == 'b' ? PYLORA_BF16 : dtype[1] == '1' ? PYLORA_F16 : PYLORA_F32;
   const array W = input(c, "W"); /* bits */
   const pylora_mat A = in(c, "A"), B = in(c, "B");
-  const pylora_lora lora = {A.rows, A.p, A.ld, B.p, B.ld, (float)number(c, "scale"), NULL};
+  const pylora_lora lora = {A.rows, A.p, A.ld, B.p, B.ld, (float)number(c, "scale"), NULL, NULL};
   const merged m = merge(number_of, W, &lora);
   check_array(c, "merged", W.dtype, m.W, W.rows * W.cols);
   check_array(c, "position", "i64", m.position, m.n);
@@ -142,7 +142,7 @@ void embed_case(testcase *c) {
   char inside[128];
   snprintf(inside, sizeof inside, "%s/adapter", c->name);
   adapter a = load_adapter(folder_of(inside), string(c, "path"), W.rows, W.cols);
-  const pylora_lora lora = {a.A.rows, a.A.p, a.A.ld, a.B.p, a.B.ld, a.s, NULL};
+  const pylora_lora lora = {a.A.rows, a.A.p, a.A.ld, a.B.p, a.B.ld, a.s, NULL, NULL};
   const pylora_adamw o = {number(c, "lr"), 0.9, 0.999, 1e-8, 0, 1, 1};
   pylora_mat dA, dB, mA = {0}, vA = {0}, mB = {0}, vB = {0};
   layer(c, &lora, NULL, &dA, &dB);

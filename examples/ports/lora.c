@@ -41,7 +41,7 @@ static void *workspace(size_t bytes) {
 }
 
 pylora_mat zeros(int64_t rows, int64_t cols) {
-  return (pylora_mat){take((size_t)(rows * cols) * sizeof(float)), rows, cols, cols};
+  return (pylora_mat){take((size_t)(rows * cols) * sizeof(float)), rows, cols, cols, NULL};
 }
 
 pylora_mat copy(pylora_mat a) {
@@ -59,7 +59,7 @@ pylora_mat transposed(pylora_mat a) {
 
 pylora_packed pack(pylora_mat W) {
   pylora_packed P;
-  must(pylora_pack(&W, take(pylora_pack_bytes(W.rows, W.cols)), &P));
+  must(pylora_pack(PYLORA_F32, &W, take(pylora_pack_bytes(PYLORA_F32, W.rows, W.cols)), &P));
   return P;
 }
 
@@ -108,7 +108,7 @@ pylora_mat embedding_forward(const int64_t *ids, int64_t m, pylora_mat W, pylora
 
 void embedding_backward(const int64_t *ids, pylora_mat dy, pylora_mat h, pylora_mat A, pylora_mat B,
                         float s, pylora_mat *dA, pylora_mat *dB) {
-  const pylora_lora lora = {A.rows, A.p, A.ld, B.p, B.ld, s, NULL};
+  const pylora_lora lora = {A.rows, A.p, A.ld, B.p, B.ld, s, NULL, NULL};
   const pylora_packed up = pack(B);
   const pylora_mat g = zeros(dy.rows, B.cols), dAt = zeros(A.cols, A.rows);
   *dB = zeros(B.rows, B.cols);

@@ -118,12 +118,12 @@ class CBackend:
         """W [d, k] in panels of 32 outputs. The copy is the only one the model needs."""
         W = read("W", W, None, None)
         d, k = W.shape
-        nbytes = lib.pylora_pack_bytes(d, k)
+        nbytes = lib.pylora_pack_bytes(lib.PYLORA_F32, d, k)
         buffer = np.empty(nbytes + 64, np.uint8)
         offset = -buffer.__array_interface__["data"][0] % 64
         data = buffer[offset : offset + nbytes]
         struct = ffi.new("pylora_packed *")
-        check(lib.pylora_pack(mat(W), at(data, "void *"), struct), "pack")
+        check(lib.pylora_pack(lib.PYLORA_F32, mat(W), at(data, "void *"), struct), "pack")
         return Packed((d, k), data, struct)
 
     def unpack(self, P: Packed) -> np.ndarray:

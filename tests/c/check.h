@@ -91,7 +91,7 @@ static inline pylora_mat matrix(int64_t rows, int64_t cols, float size) {
   block *b = take((size_t)n * sizeof(float));
   b->base = b->memory, b->n = n, b->offset = offset;
   for (int64_t i = 0; i < n; i++) b->base[i] = NAN;
-  pylora_mat a = {n ? b->base + offset : NULL, rows, cols, stride};
+  pylora_mat a = {n ? b->base + offset : NULL, rows, cols, stride, NULL};
   if (n && below(3) == 0) a.p += (rows - 1) * stride, a.ld = -stride;
   for (int64_t i = 0; i < rows; i++)
     for (int64_t j = 0; j < cols; j++) a.p[i * a.ld + j] = size * uniform();
@@ -123,9 +123,9 @@ static inline float *abs_floats(int64_t n, const float *x) {
   return y;
 }
 static inline pylora_mat row_of(const pylora_mat *a, int64_t i) {
-  return (pylora_mat){a->p + i * a->ld, 1, a->cols, a->ld};
+  return (pylora_mat){a->p + i * a->ld, 1, a->cols, a->ld, NULL};
 }
-static inline pylora_mat column(float *p, int64_t n) { return (pylora_mat){p, n, 1, 1}; }
+static inline pylora_mat column(float *p, int64_t n) { return (pylora_mat){p, n, 1, 1, NULL}; }
 
 /* Gaps still hold NaN? Then everything is given back. */
 static inline void release(void) {
@@ -144,7 +144,7 @@ static inline void release(void) {
 
 static inline pylora_packed packed(const pylora_mat *W) {
   pylora_packed P;
-  OK(pylora_pack(W, bytes_of(pylora_pack_bytes(W->rows, W->cols)), &P));
+  OK(pylora_pack(PYLORA_F32, W, bytes_of(pylora_pack_bytes(PYLORA_F32, W->rows, W->cols)), &P));
   return P;
 }
 

@@ -12,7 +12,7 @@ static void operands(void) {
   B = matrix(5, 2, 1);
   H = matrix(4, 2, 1), DX = matrix(4, 6, 1);
   P = packed(&W);
-  lora = (pylora_lora){2, A.p, A.ld, B.p, B.ld, 1, NULL};
+  lora = (pylora_lora){2, A.p, A.ld, B.p, B.ld, 1, NULL, NULL};
   bytes = pylora_lora_workspace(4, 5, 6, 2);
   ws = bytes_of(bytes);
 }
@@ -64,10 +64,12 @@ static void lora_linear(void) {
 
   EXPECT(pylora_lora_workspace(-1, 1, 1, 1) == 0 &&
          pylora_lora_workspace(INT64_MAX, 8, INT64_MAX, 8) == 0);
-  EXPECT(pylora_pack_bytes(-1, 4) == 0 && pylora_pack_bytes(INT64_MAX, 4) == 0);
-  E_NULL(pylora_pack(NULL, ws, &bad));
-  E_NULL(pylora_pack(&W, NULL, &bad));
-  E_NULL(pylora_pack(&W, ws, NULL));
+  EXPECT(pylora_pack_bytes(PYLORA_F32, -1, 4) == 0 &&
+         pylora_pack_bytes(PYLORA_F32, INT64_MAX, 4) == 0 &&
+         pylora_pack_bytes(PYLORA_F16, 4, 4) == 0);
+  E_NULL(pylora_pack(PYLORA_F32, NULL, ws, &bad));
+  E_NULL(pylora_pack(PYLORA_F32, &W, NULL, &bad));
+  E_NULL(pylora_pack(PYLORA_F32, &W, ws, NULL));
   E_NULL(pylora_unpack(NULL, &W));
   E_SHAPE(pylora_unpack(&P, &X));
 }
@@ -95,7 +97,7 @@ static void transformer(void) {
   operands();
   const float *w = floats(6, 1);
   float *r = floats(6, 1);
-  const pylora_mat before = copy_of(&DX), none = {NULL, 4, 0, 0};
+  const pylora_mat before = copy_of(&DX), none = {NULL, 4, 0, 0, NULL};
   E_NULL(pylora_rms_norm_forward(NULL, w, 0, &DX, r));
   E_NULL(pylora_rms_norm_forward(&X, NULL, 0, &DX, r));
   E_NULL(pylora_rms_norm_forward(&X, w, 0, NULL, r));
@@ -138,10 +140,10 @@ static void transformer(void) {
   E_INDEX(pylora_embedding_backward(ids, &X, &dW));
   E_SHAPE(pylora_embedding_backward(ids, &Y, &dW));
   expect_same("outputs after errors", &DX, &before);
-  const pylora_mat overlapping = {DX.p, 4, 6,
-                                  5}; /* rows of an output may not overlap; of an input, yes */
+  const pylora_mat overlapping = {DX.p, 4, 6, 5,
+                                  NULL}; /* rows of an output may not overlap; of an input, yes */
   E_SHAPE(pylora_swiglu_forward(&X, &X, &overlapping));
-  const pylora_mat repeated = {X.p, 4, 6, 0};
+  const pylora_mat repeated = {X.p, 4, 6, 0, NULL};
   OK(pylora_swiglu_forward(&repeated, &repeated, &DX));
 }
 

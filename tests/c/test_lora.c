@@ -22,8 +22,8 @@ static void one_case(void) {
   const pylora_mat ady = abs_of(&dy), ares = abs_of(&res);
   const float *bias = below(2) ? floats(d, 1) : NULL;
   const pylora_drop drop = {0.3f, 7, 11, below(100)};
-  const pylora_lora lora = {r, A.p, A.ld, B.p, B.ld, 1.7f, below(3) ? NULL : &drop};
-  const pylora_lora alora = {r, aA.p, aA.ld, aB.p, aB.ld, 1.7f, lora.drop};
+  const pylora_lora lora = {r, A.p, A.ld, B.p, B.ld, 1.7f, below(3) ? NULL : &drop, NULL};
+  const pylora_lora alora = {r, aA.p, aA.ld, aB.p, aB.ld, 1.7f, lora.drop, NULL};
   const pylora_lora *l = below(5) ? &lora : NULL, *al = l ? &alora : NULL;
   const pylora_mat *residual = below(2) ? &res : NULL;
   const pylora_packed P = packed(&W);
@@ -101,7 +101,7 @@ static void zero_init(void) {
   const pylora_mat y = matrix(5, 50, 0), base = matrix(5, 50, 0), h = matrix(5, 8, 0);
   fill(&B, 0);
   *el(&A, 3, 5) = INFINITY;
-  const pylora_lora l = {8, A.p, A.ld, B.p, B.ld, 2, NULL};
+  const pylora_lora l = {8, A.p, A.ld, B.p, B.ld, 2, NULL, NULL};
   const pylora_packed P = packed(&W);
   workspace(5, 50, 40, 8);
   OK(pylora_lora_forward(&x, &P, NULL, NULL, NULL, &base, NULL, ws, ws_bytes));
@@ -115,7 +115,7 @@ static void large(void) {
   const pylora_mat x = matrix(m, k, 1), W = matrix(d, k, 1), dy = matrix(m, d, 1);
   const pylora_mat A = matrix(r, k, 1), B = matrix(d, r, 1), h = matrix(m, r, 0);
   pylora_mat y[2], dx[2], dA[2], dB[2];
-  const pylora_lora l = {r, A.p, A.ld, B.p, B.ld, 0.5f, NULL};
+  const pylora_lora l = {r, A.p, A.ld, B.p, B.ld, 0.5f, NULL, NULL};
   const pylora_packed P = packed(&W);
   for (int i = 0; i < 2; i++) {
     OK(pylora_set_num_threads(i ? 4 : 1));
@@ -131,7 +131,7 @@ static void large(void) {
   expect_same("dB by threads", &dB[0], &dB[1]);
   const pylora_mat y0 = matrix(m, d, 0), mag = matrix(m, d, 0), h0 = matrix(m, r, 0);
   const pylora_mat ax = abs_of(&x), aW = abs_of(&W), aA = abs_of(&A), aB = abs_of(&B);
-  const pylora_lora al = {r, aA.p, aA.ld, aB.p, aB.ld, 0.5f, NULL};
+  const pylora_lora al = {r, aA.p, aA.ld, aB.p, aB.ld, 0.5f, NULL, NULL};
   pylora_ref_lora_forward(&x, &W, NULL, &l, NULL, &y0, &h0);
   pylora_ref_lora_forward(&ax, &aW, NULL, &al, NULL, &mag, &h0);
   expect_near("y", &y[0], &y0, &mag, (double)(k + r) + 12);

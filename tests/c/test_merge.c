@@ -8,7 +8,7 @@ static void merge(void) {
       const int64_t ldw = k + PICK(0, 3), ldo = k + PICK(0, 2);
       const size_t size = dtype == PYLORA_F32 ? 4 : 2;
       const pylora_mat A = matrix(r, k, 1), B = matrix(d, r, PICK(0, 1) ? 1 : 1e-4f);
-      const pylora_lora lora = {r, A.p, A.ld, B.p, B.ld, 0.7f, NULL};
+      const pylora_lora lora = {r, A.p, A.ld, B.p, B.ld, 0.7f, NULL, NULL};
       char *W = bytes_of((size_t)(d * ldw) * size), *out = bytes_of((size_t)(d * ldo) * size);
       char *out0 = bytes_of((size_t)(d * ldo) * size);
       memset(out, 0, (size_t)(d * ldo) * size), memset(out0, 0, (size_t)(d * ldo) * size);

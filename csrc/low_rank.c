@@ -1,0 +1,101 @@
+/* low_rank.c - A and B of an adapter in the order the kernels read them, and h = x Aᵀ. */
+#include "low_rank.h"
+
+enum { PANEL = PYLORA_PANEL };
+
+int pylora_check_lora(const pylora_lora *l, int64_t d, int64_t k) {
+  if (l->r < 0) return PYLORA_E_SHAPE;
+  if (l->drop && !(l->drop->p >= 0 && l->drop->p < 1)) return PYLORA_E_VALUE;
+  if (l->packed) {
+    const low_pack *P = l->packed;
+    if (P->magic != PYLORA_MAGIC) return PYLORA_E_PACKED;
+    return P->d == d && P->k == k && P->r == l->r ? PYLORA_OK : PYLORA_E_SHAPE;
+  }
+  if (l->r && ((!l->A && k) || (!l->B && d))) return PYLORA_E_NULL;
+  return PYLORA_OK;
+}
+
+int pylora_any_nonzero(const float *B, int64_t rows, int64_t cols, int64_t ld) {
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t j = 0; j < cols; j++)
+      if (B[i * ld + j] != 0) return 1; /* also NaN */
+  return 0;
+}
+
+static int in_pairs(int dtype) { return dtype == PYLORA_BF16; }
+
+static size_t at_bytes(int dtype, int64_t k, int64_t r) {
+  return in_pairs(dtype) ? (size_t)ceil_div(k, 2) * (size_t)r * 2 * sizeof(uint16_t)
+                         : (size_t)k * (size_t)r * sizeof(float);
+}
+
+size_t pylora_lora_pack_bytes(int dtype, int64_t d, int64_t k, int64_t r) {
+  const int64_t most = (int64_t)1 << 40;
+  if (!pylora_format_of(dtype) || d < 0 || k < 0 || r < 0 || d > most || k > most || r > most)
+    return 0;
+  if ((double)(d + PANEL + k + 2) * (double)r > 1e15) return 0;
+  return round_up(sizeof(low_pack)) + round_up(at_bytes(dtype, k, r)) +
+         (size_t)pad_panel(d) * (size_t)r * sizeof(float);
+}
+
+void pylora_pack_pairs(const pylora_kernels *K, const float *M, int64_t rows, int64_t cols,
+                       int64_t ld, uint16_t *out) {
+  uint16_t row[64];
+  const int64_t pairs = ceil_div(cols, 2);
+  for (int64_t p = 0; p < rows; p += PANEL, out += pairs * PANEL * 2) {
+    const int64_t w = min64(PANEL, rows - p);
+    for (int64_t j = 0; j < w; j++) {
+      for (int64_t t0 = 0; t0 < cols; t0 += 64) {
+        const int64_t n = min64(64, cols - t0);
+        K->to_bf16(n, M + (p + j) * ld + t0, row);
+        for (int64_t t = 0; t < n; t++) out[(t0 + t) / 2 * (2 * w) + 2 * j + t % 2] = row[t];
+      }
+      if (cols % 2) out[(pairs - 1) * (2 * w) + 2 * j + 1] = 0;
+    }
+  }
+}
+
+int pylora_lora_pack(int dtype, int64_t d, int64_t k, const pylora_lora *l, void *buffer) {
+  if (!l || !buffer) return PYLORA_E_NULL;
+  if (l->packed) return PYLORA_E_VALUE;
+  if (!pylora_lora_pack_bytes(dtype, d, k, l->r)) return PYLORA_E_SHAPE;
+  TRY(pylora_check_lora(l, d, k));
+  const pylora_kernels *K = pylora_table();
+  const int64_t r = l->r, at = (int64_t)round_up(sizeof(low_pack)),
+                bt = at + (int64_t)round_up(at_bytes(dtype, k, r));
+  low_pack *P = buffer;
+  *P = (low_pack){PYLORA_MAGIC, dtype, d, k, r, pylora_any_nonzero(l->B, d, r, l->ldb), at, bt};
+  if (in_pairs(dtype)) {
+    pylora_pack_pairs(K, l->A, r, k, l->lda, (uint16_t *)(void *)((char *)buffer + at));
+  } else {
+    float *out = (float *)(void *)((char *)buffer + at);
+    for (int64_t p = 0; p < r; p += PANEL, out += k * PANEL) {
+      const int64_t w = min64(PANEL, r - p);
+      for (int64_t j = 0; j < w; j++)
+        for (int64_t t = 0; t < k; t++) out[t * w + j] = l->A[(p + j) * l->lda + t];
+    }
+  }
+  float *out = (float *)(void *)((char *)buffer + bt);
+  for (int64_t p = 0; p < d && r; p += PANEL, out += r * PANEL) {
+    const int64_t n = min64(PANEL, d - p);
+    for (int64_t t = 0; t < r; t++)
+      for (int64_t j = 0; j < PANEL; j++)
+        out[t * PANEL + j] = j < n ? l->s * l->B[(p + j) * l->ldb + t] : 0;
+  }
+  return PYLORA_OK;
+}
+
+void pylora_down(const pylora_kernels *K, const low_pack *P, int64_t m, const void *rows,
+                 int64_t stride, float *out, int64_t ld) {
+  const char *at = (const char *)P + P->at;
+  for (int64_t p = 0; p < P->r; p += PANEL) {
+    const int64_t w = min64(PANEL, P->r - p);
+    if (in_pairs(P->dtype))
+      pylora_product_bf16(K, m, w, P->k, rows, stride,
+                          (const uint16_t *)(const void *)at + p * ceil_div(P->k, 2) * 2, 2 * w,
+                          out + p, ld);
+    else
+      pylora_product(K, m, w, P->k, rows, stride, 1, (const float *)(const void *)at + p * P->k, w,
+                     out + p, ld);
+  }
+}
