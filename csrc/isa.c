@@ -6,7 +6,9 @@
 
 static const pylora_kernels *const tables[] = {/* best first */
 #if defined(PYLORA_X86)
-                                               &pylora_kernels_avx512, &pylora_kernels_avx2,
+                                               &pylora_kernels_avx512bf16,
+                                               &pylora_kernels_avx512vnni, &pylora_kernels_avx512,
+                                               &pylora_kernels_avx2,
 #elif defined(PYLORA_ARM64)
                                                &pylora_kernels_neon,
 #endif

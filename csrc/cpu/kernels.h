@@ -90,6 +90,8 @@ extern const pylora_kernels pylora_kernels_portable;
 #define PYLORA_X86 1
 extern const pylora_kernels pylora_kernels_avx2;
 extern const pylora_kernels pylora_kernels_avx512;
+extern const pylora_kernels pylora_kernels_avx512vnni;
+extern const pylora_kernels pylora_kernels_avx512bf16;
 #elif defined(__aarch64__) || defined(_M_ARM64)
 #define PYLORA_ARM64 1
 extern const pylora_kernels pylora_kernels_neon;
