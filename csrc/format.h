@@ -19,6 +19,11 @@ typedef struct pylora_format {
   size_t (*panel_bytes)(int64_t k); /* of 32 outputs, a multiple of 64 */
   /* Outputs first .. first + 31 of W (fewer at the end: zeros) -> panel.  W may be bf16 for BF16. */
   void (*pack)(const pylora_kernels *K, const pylora_mat *W, int64_t first, void *panel);
+  /* The same from rows of ggml's blocks (d of them in all), `row_bytes` apart, each at least
+   * blocks_bytes(k) long; both NULL where the format is none of ggml's. */
+  void (*pack_blocks)(const void *rows, int64_t row_bytes, int64_t d, int64_t k, int64_t first,
+                      void *panel);
+  size_t (*blocks_bytes)(int64_t k);
   /* Row `row` (< 32) of a panel: its exact values [k]. */
   void (*unpack)(const void *panel, int64_t k, int row, float *out);
 

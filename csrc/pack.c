@@ -56,6 +56,35 @@ int pylora_pack(int dtype, const pylora_mat *W, void *buffer, pylora_packed *out
   return PYLORA_OK;
 }
 
+typedef struct blocks_job {
+  const pylora_format *F;
+  const void *rows;
+  int64_t row_bytes, d, k;
+  char *panels;
+  size_t bytes;
+} blocks_job;
+
+static void pack_blocks_panel(void *ctx, int64_t p, int thread) {
+  (void)thread;
+  const blocks_job *j = ctx;
+  j->F->pack_blocks(j->rows, j->row_bytes, j->d, j->k, p * PYLORA_PANEL,
+                    j->panels + (size_t)p * j->bytes);
+}
+
+int pylora_pack_blocks(int dtype, int64_t d, int64_t k, const void *rows, int64_t row_bytes,
+                       void *buffer, pylora_packed *out) {
+  if (!out || !buffer) return PYLORA_E_NULL;
+  const pylora_format *F = pylora_format_of(dtype);
+  if (!F || !F->pack_blocks) return PYLORA_E_UNSUPPORTED;
+  if (!pylora_pack_bytes(dtype, d, k)) return PYLORA_E_SHAPE;
+  if (d && k && !rows) return PYLORA_E_NULL;
+  if (d > 1 && row_bytes < (int64_t)F->blocks_bytes(k)) return PYLORA_E_SHAPE;
+  blocks_job j = {F, rows, row_bytes, d, k, buffer, F->panel_bytes(k)};
+  if (k) pylora_parallel(pack_blocks_panel, &j, ceil_div(d, PYLORA_PANEL), pylora_num_threads());
+  *out = (pylora_packed){PYLORA_MAGIC, dtype, d, k, buffer};
+  return PYLORA_OK;
+}
+
 typedef struct unjob {
   const pylora_format *F;
   const pylora_packed *P;

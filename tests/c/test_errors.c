@@ -67,6 +67,7 @@ static void lora_linear(void) {
   EXPECT(pylora_pack_bytes(PYLORA_F32, -1, 4) == 0 &&
          pylora_pack_bytes(PYLORA_F32, INT64_MAX, 4) == 0 &&
          pylora_pack_bytes(PYLORA_F16, 4, 4) == 0);
+  EXPECT_STATUS(PYLORA_E_UNSUPPORTED, pylora_pack_blocks(PYLORA_F32, 5, 6, ws, 24, ws, &bad));
   E_NULL(pylora_pack(PYLORA_F32, NULL, ws, &bad));
   E_NULL(pylora_pack(PYLORA_F32, &W, NULL, &bad));
   E_NULL(pylora_pack(PYLORA_F32, &W, ws, NULL));
