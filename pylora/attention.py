@@ -8,12 +8,20 @@ keys and values of earlier tokens come from it; that way has no backward.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from pylora.backends.protocol import Backend
 from pylora.config import LlamaConfig
-from pylora.linear import DropKey, Grads, LinearCache, LoRALinear
+from pylora.linear import (
+    DropKey,
+    Grads,
+    LinearCache,
+    LoRALinear,
+    backward_together,
+    forward_together,
+)
 from pylora.rope import Rope
 from pylora.types import Array, Attn, Seqs
 from pylora.weights import Weights, vector
@@ -64,15 +72,17 @@ class Attention:
         rope: Rope | None = None,
         *,
         ops: Backend,
+        precision: str = "fp32",
     ) -> None:
         """`weights` gives each tensor by its Hugging Face name; each is packed and let go."""
         path = f"model.layers.{layer}.self_attn"
         self.ops, self.eps = ops, config.rms_norm_eps
+        self.dtype: Any = ops.activation_dtype(precision)  # of what only feeds products
 
         def linear(name: str, biased: bool) -> LoRALinear:
             p = f"{path}.{name}"
             bias = weights(f"{p}.bias") if biased else None
-            return LoRALinear(p, weights(f"{p}.weight"), bias, ops=ops)
+            return LoRALinear(p, weights(f"{p}.weight"), bias, ops=ops, precision=precision)
 
         self.q_proj = linear("q_proj", config.attention_bias)
         self.k_proj = linear("k_proj", config.attention_bias)
@@ -114,7 +124,7 @@ class Attention:
             heads, rstd = ops.rms_norm_forward(x.reshape(-1, D), norm, self.eps)
             x = heads.reshape(x.shape)
         cos, sin = self.rope.tables(int(seqs.k_len.max(initial=0)))
-        return ops.rope(x, cos, sin, position, D), rstd
+        return ops.rope(x, cos, sin, position, D, dtype=self.dtype), rstd
 
     def _turn_back(
         self,
@@ -128,10 +138,12 @@ class Attention:
         """The backward of `_turn`; `raw` is its input, of which only a norm has need."""
         ops, D = self.ops, self.shape.head_dim
         cos, sin = self.rope.tables(int(seqs.k_len.max(initial=0)))
-        dx = ops.rope(dx, cos, sin, position, D, inverse=True)
         if norm is None:
-            return dx
-        heads, _ = ops.rms_norm_backward(dx.reshape(-1, D), raw.reshape(-1, D), norm, rstd)
+            return ops.rope(dx, cos, sin, position, D, inverse=True, dtype=self.dtype)
+        dx = ops.rope(dx, cos, sin, position, D, inverse=True)
+        heads, _ = ops.rms_norm_backward(
+            dx.reshape(-1, D), raw.reshape(-1, D), norm, rstd, dtype=self.dtype
+        )
         return heads.reshape(dx.shape)
 
     def forward(
@@ -150,24 +162,23 @@ class Attention:
         there and the keys that `seqs` names are read from there.
         """
         position = positions(seqs) if position is None else position
-        raw_q, q_cache = self.q_proj.forward(x, drop=drop)
-        raw_k, k_cache = self.k_proj.forward(x, drop=drop)
-        v, v_cache = self.v_proj.forward(x, drop=drop)
-        for cache in (q_cache, k_cache, v_cache):
-            cache.x = None  # kept once, below
+        # q and k are rounded once they are rotated, so not here.
+        (raw_q, raw_k, v), caches = forward_together(
+            self.linears[:3], x, drop=drop, dtypes=(None, None, self.dtype)
+        )
         q, _ = self._turn(raw_q, self.q_norm, seqs, position)
         k, _ = self._turn(raw_k, self.k_norm, seqs, position)
         keys, values = k, v
         if past is not None:
             past.k[past.rows], past.v[past.rows] = k, v
             keys, values = past.k, past.v
-        o, lse = self.ops.attention_forward(q, keys, values, seqs, self.shape)
+        o, lse = self.ops.attention_forward(q, keys, values, seqs, self.shape, self.dtype)
         y, o_cache = self.o_proj.forward(o, residual=residual, drop=drop)
         o_cache.x = None  # o is kept below
         if self.q_norm is not None:
             q, k = raw_q, raw_k
         x = x if self.input_lora else None
-        projections = (q_cache, k_cache, v_cache, o_cache)
+        projections = (caches[0], caches[1], caches[2], o_cache)
         return y, AttentionCache(x, q, k, v, o, lse, seqs, position, projections)
 
     def backward(
@@ -175,20 +186,23 @@ class Attention:
     ) -> Array | None:
         """dy [m, hidden] -> dx [m, hidden], without the residual; None unless `need_dx`."""
         c, seqs, position = cache, cache.seqs, cache.position
-        q_cache, k_cache, v_cache, o_cache = c.projections
+        *qkv_caches, o_cache = c.projections
         need_qkv = need_dx or self.input_lora
         o_cache.x = c.o
-        do = self.o_proj.backward(dy, o_cache, grads, need_dx=need_qkv)
+        do = self.o_proj.backward(dy, o_cache, grads, need_dx=need_qkv, dtype=self.dtype)
+        o_cache.x = None
         if not need_qkv:
             return None
         q, k, q_rstd, k_rstd = c.q, c.k, None, None
         if self.q_norm is not None:
             q, q_rstd = self._turn(c.q, self.q_norm, seqs, position)
             k, k_rstd = self._turn(c.k, self.k_norm, seqs, position)
-        dq, dk, dv = self.ops.attention_backward(do, q, k, c.v, c.o, c.lse, seqs, self.shape)
+        dq, dk, dv = self.ops.attention_backward(
+            do, q, k, c.v, c.o, c.lse, seqs, self.shape, self.dtype
+        )
+        del do
         dq = self._turn_back(dq, c.q, q_rstd, self.q_norm, seqs, position)
         dk = self._turn_back(dk, c.k, k_rstd, self.k_norm, seqs, position)
-        q_cache.x = k_cache.x = v_cache.x = c.x
-        dx = self.v_proj.backward(dv, v_cache, grads, need_dx=need_dx)
-        dx = self.k_proj.backward(dk, k_cache, grads, add=dx, need_dx=need_dx)
-        return self.q_proj.backward(dq, q_cache, grads, add=dx, need_dx=need_dx)
+        return backward_together(
+            self.linears[:3], (dq, dk, dv), qkv_caches, c.x, grads, need_dx=need_dx
+        )

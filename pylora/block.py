@@ -7,6 +7,7 @@ computed again (same bits) where an adapter needs them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -41,13 +42,15 @@ class Block:
         rope: Rope | None = None,
         *,
         ops: Backend,
+        precision: str = "fp32",
     ) -> None:
         path = f"model.layers.{layer}"
         self.ops, self.eps = ops, config.rms_norm_eps
+        self.dtype: Any = ops.activation_dtype(precision)  # of what only feeds products
         self.input_norm = vector(weights, f"{path}.input_layernorm.weight", ops)
-        self.attention = Attention(config, layer, weights, rope, ops=ops)
+        self.attention = Attention(config, layer, weights, rope, ops=ops, precision=precision)
         self.mid_norm = vector(weights, f"{path}.post_attention_layernorm.weight", ops)
-        self.mlp = MLP(config, layer, weights, ops=ops)
+        self.mlp = MLP(config, layer, weights, ops=ops, precision=precision)
 
     @property
     def linears(self) -> tuple[LoRALinear, ...]:
@@ -68,12 +71,12 @@ class Block:
     ) -> tuple[Array, BlockCache]:
         """x [m, hidden] -> y [m, hidden], and the cache for backward."""
         ops = self.ops
-        normed, x_rstd = ops.rms_norm_forward(x, self.input_norm, self.eps)
+        normed, x_rstd = ops.rms_norm_forward(x, self.input_norm, self.eps, self.dtype)
         mid, attention = self.attention.forward(
             normed, seqs, residual=x, drop=drop, position=position, past=past
         )
         attention.x = None
-        normed, mid_rstd = ops.rms_norm_forward(mid, self.mid_norm, self.eps)
+        normed, mid_rstd = ops.rms_norm_forward(mid, self.mid_norm, self.eps, self.dtype)
         y, mlp = self.mlp.forward(normed, residual=mid, drop=drop)
         mlp.x = None
         return y, BlockCache(x, x_rstd, attention, mid, mid_rstd, mlp)
@@ -88,14 +91,14 @@ class Block:
         ops, c = self.ops, cache
         need_mid = need_dx or self.attention.trainable
         if self.mlp.input_lora:
-            c.mlp.x, _ = ops.rms_norm_forward(c.mid, self.mid_norm, self.eps)
+            c.mlp.x, _ = ops.rms_norm_forward(c.mid, self.mid_norm, self.eps, self.dtype)
         dn = self.mlp.backward(dy, c.mlp, grads, need_dx=need_mid)
         c.mlp.x = None
         if not need_mid:
             return None
         dmid, _ = ops.rms_norm_backward(dn, c.mid, self.mid_norm, c.mid_rstd, add=dy)
         if self.attention.input_lora:
-            c.attention.x, _ = ops.rms_norm_forward(c.x, self.input_norm, self.eps)
+            c.attention.x, _ = ops.rms_norm_forward(c.x, self.input_norm, self.eps, self.dtype)
         dn = self.attention.backward(dmid, c.attention, grads, need_dx=need_dx)
         c.attention.x = None
         if not need_dx:

@@ -102,7 +102,7 @@ def weights(
         if path is not None:
             units.append(unit(dtype))
             embedding |= e.kind == "embedding"
-            llama.modules[path].W = llama.ops.pack(widen(merged, dtype))
+            llama.modules[path].W = llama.ops.pack(widen(merged, dtype), llama.precision)
     yield _size(adapter, modules)
     text = f"|W' - (W + scale B A)| over one rounding, {len(modules)} modules, worst {where}"
     yield Finding.of("merge", worst, 1, text)

@@ -15,6 +15,7 @@ import numpy as np
 from pylora.backends.protocol import Backend, Packed
 from pylora.errors import PlanError
 from pylora.linear import Grads, LoRAGrad, add_grad, bias_grads, check_lora, nonzero
+from pylora.precision import Stored
 from pylora.types import Array, LoRA
 
 
@@ -27,9 +28,16 @@ class EmbeddingCache:
 class Embedding:
     """Rows of W [vocab, hidden], with an optional adapter in `.lora`."""
 
-    def __init__(self, path: str, W: Array | Packed, *, ops: Backend) -> None:
+    def __init__(
+        self,
+        path: str,
+        W: Array | Stored | Packed,
+        *,
+        ops: Backend,
+        precision: str = "fp32",
+    ) -> None:
         self.path, self.ops = path, ops
-        self.W = ops.pack(W) if isinstance(W, np.ndarray) else W
+        self.W = ops.pack(W, precision) if isinstance(W, (np.ndarray, Stored)) else W
         self.vocab, self.hidden = self.W.shape
         self._lora: LoRA | None = None
 

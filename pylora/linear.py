@@ -9,14 +9,17 @@ dropout is drawn from.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from pylora import random
 from pylora.backends.protocol import Backend, Packed
 from pylora.errors import PlanError, ShapeError
-from pylora.types import Array, Drop, LoRA
+from pylora.precision import Stored, widened
+from pylora.types import Array, Drop, LoRA, Projection, ProjectionGrad
 
 
 @dataclass(eq=False)
@@ -101,11 +104,17 @@ class LoRALinear:
     """One frozen linear module, named by its path, with an optional adapter in `.lora`."""
 
     def __init__(
-        self, path: str, W: Array | Packed, bias: Array | None = None, *, ops: Backend
+        self,
+        path: str,
+        W: Array | Stored | Packed,
+        bias: Array | None = None,
+        *,
+        ops: Backend,
+        precision: str = "fp32",
     ) -> None:
         """W [d,k] is packed here unless it is a packed weight of `ops` already; bias [d]."""
         self.path, self.ops = path, ops
-        self.W = ops.pack(W) if isinstance(W, np.ndarray) else W
+        self.W = ops.pack(W, precision) if isinstance(W, (np.ndarray, Stored)) else W
         self.d, self.k = self.W.shape
         self.bias = None if bias is None else ops.asarray(bias).copy()
         if bias is not None and bias.shape != (self.d,):
@@ -138,6 +147,18 @@ class LoRALinear:
         own = lora.bias * lora.bias.dtype.type(lora.scale)  # type: ignore[union-attr]
         return own if bias is None else bias + own
 
+    def projection(
+        self,
+        drop: DropKey | None = None,
+        first_row: int = 0,
+        residual: Array | None = None,
+        dtype: Any = None,
+    ) -> Projection:
+        """What a backend is to compute for this module."""
+        lora = self._lora
+        dropped = drop.of(self.path, lora, first_row) if drop and lora is not None else None
+        return Projection(self.W, self._bias(), lora, dropped, residual, dtype)
+
     def forward(
         self,
         x: Array,
@@ -145,14 +166,21 @@ class LoRALinear:
         residual: Array | None = None,
         drop: DropKey | None = None,
         first_row: int = 0,
+        dtype: Any = None,
     ) -> tuple[Array, LinearCache]:
         """x [m,k] -> y = residual + x Wᵀ + bias + LoRA [m,d], and the cache for backward."""
-        if x.ndim != 2 or x.shape[1] != self.k:
-            raise ShapeError(f"{self.path}: x has shape {x.shape}, expected [m, {self.k}]")
-        lora = self._lora
-        dropped = drop.of(self.path, lora, first_row) if drop and lora is not None else None
-        y, h = self.ops.lora_forward(x, self.W, self._bias(), lora, dropped, residual)
-        return y, LinearCache(x if lora is not None else None, h, dropped)
+        p = self.projection(drop, first_row, residual, dtype)
+        [(y, h)] = self._run(x, [self], [p])
+        return y, LinearCache(x if p.lora is not None else None, h, p.drop)
+
+    @staticmethod
+    def _run(
+        x: Array, layers: Sequence[LoRALinear], projections: Sequence[Projection]
+    ) -> list[tuple[Array, Array | None]]:
+        first = layers[0]
+        if x.ndim != 2 or x.shape[1] != first.k:
+            raise ShapeError(f"{first.path}: x has shape {x.shape}, expected [m, {first.k}]")
+        return first.ops.linear_forward(x, projections)
 
     def backward(
         self,
@@ -162,36 +190,65 @@ class LoRALinear:
         *,
         add: Array | None = None,
         need_dx: bool = True,
+        dtype: Any = None,
     ) -> Array | None:
         """dy [m,d] -> dx [m,k] (plus `add`, which is given away), None unless `need_dx`.
 
         The adapter's gradients go into `grads` under this module's path, added to any there.
         """
-        lora = self._lora
-        if lora is None and not need_dx:
-            return None
-        dx, dA, dB = self.ops.lora_backward(
-            dy,
-            cache.x,
-            cache.h,
-            self.W if need_dx else None,
-            lora,
-            cache.drop,
-            add=add,
-            need_dx=need_dx,
-            need_dA=lora is not None,
-            need_dB=lora is not None,
+        return backward_together(
+            [self], [dy], [cache], cache.x, grads, add=add, need_dx=need_dx, dtype=dtype
         )
-        if lora is not None:
-            add_grad(grads, self.path, LoRAGrad(dA, dB, *bias_grads(dy, lora)))
-        return dx
+
+
+def forward_together(
+    layers: Sequence[LoRALinear],
+    x: Array,
+    *,
+    drop: DropKey | None = None,
+    dtypes: Sequence[Any],
+) -> tuple[list[Array], list[LinearCache]]:
+    """Modules that read the same x [m,k], such as q, k and v, in one pass over it: each one's y, of
+    the dtype named for it, and each one's cache, without x."""
+    projections = [p.projection(drop, dtype=t) for p, t in zip(layers, dtypes, strict=True)]
+    results = LoRALinear._run(x, layers, projections)
+    caches = [LinearCache(None, h, p.drop) for p, (_, h) in zip(projections, results)]
+    return [y for y, _ in results], caches
+
+
+def backward_together(
+    layers: Sequence[LoRALinear],
+    dys: Sequence[Array],
+    caches: Sequence[LinearCache],
+    x: Array | None,
+    grads: Grads,
+    *,
+    add: Array | None = None,
+    need_dx: bool = True,
+    dtype: Any = None,
+) -> Array | None:
+    """The backward of `forward_together`: dx = add + the sum of the modules'; None unless
+    `need_dx`. `x` is needed where a module has an adapter."""
+    parts = [
+        ProjectionGrad(dy, p.W if need_dx else None, c.h, p.lora, c.drop)
+        for p, dy, c in zip(layers, dys, caches, strict=True)
+        if need_dx or p.lora is not None
+    ]
+    if not parts:
+        return None
+    dx, found = layers[0].ops.linear_backward(x, parts, add=add, need_dx=need_dx, dtype=dtype)
+    trained = [p for p in layers if need_dx or p.lora is not None]
+    for p, part, (dA, dB) in zip(trained, parts, found, strict=True):
+        if p.lora is not None:
+            add_grad(grads, p.path, LoRAGrad(dA, dB, *bias_grads(part.dy, p.lora)))
+    return dx
 
 
 def bias_grads(dy: Array, lora: LoRA) -> tuple[Array | None, Array | None]:
     """Gradients of lora.bias (scale times the sum of the rows of dy) and of lora.base_bias."""
     if lora.bias is None and lora.base_bias is None:
         return None, None
-    total = dy.sum(axis=0)
+    total = widened(dy).sum(axis=0)
     return (
         None if lora.bias is None else total * total.dtype.type(lora.scale),
         None if lora.base_bias is None else total.copy(),

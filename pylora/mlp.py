@@ -7,10 +7,18 @@ backward: it is computed again from gate and up where down has an adapter.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from pylora.backends.protocol import Backend
 from pylora.config import LlamaConfig
-from pylora.linear import DropKey, Grads, LinearCache, LoRALinear
+from pylora.linear import (
+    DropKey,
+    Grads,
+    LinearCache,
+    LoRALinear,
+    backward_together,
+    forward_together,
+)
 from pylora.types import Array
 from pylora.weights import Weights
 
@@ -26,13 +34,22 @@ class MLPCache:
 class MLP:
     """The feed-forward part of one layer; modules are named model.layers.N.mlp.*_proj."""
 
-    def __init__(self, config: LlamaConfig, layer: int, weights: Weights, *, ops: Backend) -> None:
+    def __init__(
+        self,
+        config: LlamaConfig,
+        layer: int,
+        weights: Weights,
+        *,
+        ops: Backend,
+        precision: str = "fp32",
+    ) -> None:
         self.ops = ops
+        self.dtype: Any = ops.activation_dtype(precision)  # of what only feeds products
 
         def linear(name: str) -> LoRALinear:
             p = f"model.layers.{layer}.mlp.{name}"
             bias = weights(f"{p}.bias") if config.mlp_bias else None
-            return LoRALinear(p, weights(f"{p}.weight"), bias, ops=ops)
+            return LoRALinear(p, weights(f"{p}.weight"), bias, ops=ops, precision=precision)
 
         self.gate_proj, self.up_proj = linear("gate_proj"), linear("up_proj")
         self.down_proj = linear("down_proj")
@@ -54,12 +71,12 @@ class MLP:
         self, x: Array, *, residual: Array | None = None, drop: DropKey | None = None
     ) -> tuple[Array, MLPCache]:
         """x [m, hidden] -> residual + mlp(x) [m, hidden], and the cache for backward."""
-        gate, gate_cache = self.gate_proj.forward(x, drop=drop)
-        up, up_cache = self.up_proj.forward(x, drop=drop)
-        product = self.ops.swiglu_forward(gate, up)
+        (gate, up), (gate_cache, up_cache) = forward_together(
+            self.linears[:2], x, drop=drop, dtypes=(self.dtype, self.dtype)
+        )
+        product = self.ops.swiglu_forward(gate, up, self.dtype)
         y, down_cache = self.down_proj.forward(product, residual=residual, drop=drop)
-        for cache in (gate_cache, up_cache, down_cache):
-            cache.x = None  # kept once (x), or computed again (product)
+        down_cache.x = None  # computed again
         x = x if self.input_lora else None
         return y, MLPCache(x, gate, up, (gate_cache, up_cache, down_cache))
 
@@ -67,17 +84,16 @@ class MLP:
         self, dy: Array, cache: MLPCache, grads: Grads, *, need_dx: bool = True
     ) -> Array | None:
         """dy [m, hidden] -> dx [m, hidden], without the residual; None unless `need_dx`."""
-        gate_cache, up_cache, down_cache = cache.projections
+        *input_caches, down_cache = cache.projections
         need_inner = need_dx or self.input_lora
         if self.down_proj.lora is not None:
-            down_cache.x = self.ops.swiglu_forward(cache.gate, cache.up)
-        dz = self.down_proj.backward(dy, down_cache, grads, need_dx=need_inner)
+            down_cache.x = self.ops.swiglu_forward(cache.gate, cache.up, self.dtype)
+        dz = self.down_proj.backward(dy, down_cache, grads, need_dx=need_inner, dtype=self.dtype)
         down_cache.x = None
         if not need_inner:
             return None
-        dgate, dup = self.ops.swiglu_backward(dz, cache.gate, cache.up)
+        dgate, dup = self.ops.swiglu_backward(dz, cache.gate, cache.up, self.dtype)
         del dz
-        gate_cache.x = up_cache.x = cache.x
-        dx = self.up_proj.backward(dup, up_cache, grads, need_dx=need_dx)
-        del dup
-        return self.gate_proj.backward(dgate, gate_cache, grads, add=dx, need_dx=need_dx)
+        return backward_together(
+            self.linears[:2], (dgate, dup), input_caches, cache.x, grads, need_dx=need_dx
+        )

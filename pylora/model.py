@@ -29,6 +29,7 @@ from pylora.errors import (
 from pylora.inputs import row_numbers, row_weights, token_ids, whole_seqs
 from pylora.kvcache import KVCache
 from pylora.linear import DropKey, Grads, LinearCache, LoRAGrad, LoRALinear
+from pylora.precision import Stored, check_precision
 from pylora.reference import IGNORE
 from pylora.rope import Rope
 from pylora.types import Array, LoRA, Seqs
@@ -65,28 +66,41 @@ class Llama:
     """A Llama-type causal language model (see `LlamaConfig`) with frozen weights."""
 
     def __init__(
-        self, config: LlamaConfig, weights: Weights, *, backend: str | Backend | None = None
+        self,
+        config: LlamaConfig,
+        weights: Weights,
+        *,
+        backend: str | Backend | None = None,
+        precision: str = "fp32",
     ) -> None:
         """`weights(name)` gives each tensor of `config.tensors()` in Hugging Face layout.
 
-        It is called once for each tensor, which is packed and let go before the next is asked for,
-        so memory peaks near one copy. ShapeError names a tensor that does not fit.
+        It is called once for each tensor, which is packed as `precision` says (see
+        pylora.precision) and let go before the next is asked for, so memory peaks near one copy.
+        ShapeError names a tensor that does not fit, ConfigError a precision that does not exist.
         """
         self.config, self.ops = config, backends.get(backend)
+        self.precision = check_precision(precision)
         checked = checked_weights(config, weights)
-        embedding = self.ops.asarray(checked("model.embed_tokens.weight"))
-        self.dtype: np.dtype = embedding.dtype
-        self.embed_tokens = Embedding("model.embed_tokens", embedding, ops=self.ops)
+        embedding = checked("model.embed_tokens.weight")
+        if not isinstance(embedding, Stored):
+            embedding = self.ops.asarray(embedding)
+        stored = isinstance(embedding, Stored)
+        self.dtype: np.dtype = np.dtype(np.float32) if stored else embedding.dtype
+        self.embed_tokens = Embedding(
+            "model.embed_tokens", embedding, ops=self.ops, precision=precision
+        )
         del embedding
         self.rope = Rope(config, np.empty(0, self.dtype).real.dtype, ops=self.ops)
         self.blocks = [
-            Block(config, i, checked, self.rope, ops=self.ops)
+            Block(config, i, checked, self.rope, ops=self.ops, precision=precision)
             for i in range(config.num_hidden_layers)
         ]
         self.norm = vector(checked, "model.norm.weight", self.ops)
         tied = config.tie_word_embeddings  # one packed weight then serves both
         head = self.embed_tokens.W if tied else checked("lm_head.weight")
-        self.lm_head = LoRALinear("lm_head", head, ops=self.ops)
+        self.lm_head = LoRALinear("lm_head", head, ops=self.ops, precision=precision)
+        self.activation_dtype: Any = self.ops.activation_dtype(precision)
         self.modules: dict[str, LoRALinear | Embedding] = {"model.embed_tokens": self.embed_tokens}
         self.modules |= {p.path: p for block in self.blocks for p in block.linears}
         self.modules["lm_head"] = self.lm_head
@@ -100,14 +114,27 @@ class Llama:
         *,
         backend: str | Backend | None = None,
         dtype: Any = np.float32,
+        precision: str = "fp32",
     ) -> Llama:
         """A model with the weights of `random_weights(config, seed, dtype)`."""
-        return cls(config, random_weights(config, seed, dtype), backend=backend)
+        weights = random_weights(config, seed, dtype)
+        return cls(config, weights, backend=backend, precision=precision)
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Any, backend: str | Backend | None = None) -> Llama:
+    def from_checkpoint(
+        cls,
+        checkpoint: Any,
+        backend: str | Backend | None = None,
+        precision: str = "fp32",
+    ) -> Llama:
         """From an open `pylora.formats` checkpoint (GGUF file or Hugging Face directory)."""
-        return cls(checkpoint.config, checkpoint.load, backend=backend)
+        return cls(checkpoint.config, checkpoint.load, backend=backend, precision=precision)
+
+    @property
+    def computes(self) -> str:
+        """The precision in use: `precision`, but for what this machine cannot do ("fp32x3" is
+        strict "fp32" without AMX)."""
+        return self.ops.computes(self.precision)
 
     # ---- adapters -----------------------------------------------------------------------------
 
@@ -218,7 +245,7 @@ class Llama:
                 raise UnsupportedError("`rows` with dropout on lm_head; ask for all rows instead")
         x, trunk = self._trunk(ids, seqs, drop, self._lowest(), recompute)
         x = x if rows is None else x[rows]
-        normed, rstd = self.ops.rms_norm_forward(x, self.norm, self.config.rms_norm_eps)
+        normed, rstd = self._final_norm(x)
         logits, head = self.lm_head.forward(normed, drop=drop)
         return logits, ModelCache(trunk, x, rstd, rows, head)
 
@@ -302,7 +329,7 @@ class Llama:
     ) -> tuple[Array, Array | None]:
         """nll and dx of some rows x [n, hidden] of the residual stream; no dx without a weight."""
         ops = self.ops
-        normed, rstd = ops.rms_norm_forward(x, self.norm, self.config.rms_norm_eps)
+        normed, rstd = self._final_norm(x)
         logits, cache = self.lm_head.forward(normed, drop=drop, first_row=first_row)
         nll, lse = ops.cross_entropy_forward(logits, labels)
         if weight is None or not (need_dx or self.lm_head.lora is not None):
@@ -315,7 +342,8 @@ class Llama:
 
     def kv_cache(self, slots: int, capacity: int) -> KVCache:
         """An empty KV cache for `slots` sequences of up to `capacity` tokens."""
-        return KVCache(self.config, slots, capacity, ops=self.ops, dtype=self.dtype)
+        dtype = self.dtype if self.activation_dtype is None else self.activation_dtype
+        return KVCache(self.config, slots, capacity, ops=self.ops, dtype=dtype)
 
     def decode(self, ids: Any, kv: KVCache, lengths: Sequence[int], slots: Any = None) -> Array:
         """Appends lengths[i] new tokens to the sequence in slot slots[i] (default: every slot).
@@ -335,8 +363,12 @@ class Llama:
             x = block.forward(x, seqs, position=position, past=Past(k, v, rows))[0]
         kv.length[slots] = seqs.k_len
         x = x[seqs.q_start[1:] - 1]
-        normed, _ = self.ops.rms_norm_forward(x, self.norm, self.config.rms_norm_eps)
+        normed, _ = self._final_norm(x)
         return self.lm_head.forward(normed)[0]
+
+    def _final_norm(self, x: Array) -> tuple[Array, Array]:
+        eps = self.config.rms_norm_eps
+        return self.ops.rms_norm_forward(x, self.norm, eps, self.activation_dtype)
 
     def _head_dropout(self) -> bool:
         return self.lm_head.lora is not None and self.lm_head.lora.dropout > 0

@@ -6,17 +6,42 @@ input and d output features, r rank; x [m,k], W [d,k], A [r,k], B [d,r].
 
 Row-wise products (`_rows`) multiply each row by itself, because a BLAS chooses its order of
 summation by the number of rows, and the bits of a row must not depend on its neighbours.
+
+Precisions. A weight is the values that its precision keeps (NumpyBackend.pack makes them), and the
+arithmetic here is always that of the arrays' own dtype. A backend may round more, and no more than
+its precision says:
+
+    fp32         nothing
+    fp32x3       x and W to the sum of two bfloat16 halves, and the product of the lower halves is
+                 left out
+    bf16         x, dy, and A and B in h = x Aᵀ and g = dy B, to bfloat16 before they are multiplied
+    int8, int4   x to 16-bit integers, with one scale for each row and group of 32; dy not at all
+
+`dtype` is that of a result that only feeds products: precision.BF16 rounds it to bfloat16, once;
+None leaves it in the dtype of the computation.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from pylora.errors import BackendError, RangeError
-from pylora.types import AdamW, Array, Attn, Drop, LoRA, Residue, Seqs
+from pylora.precision import as_dtype
+from pylora.types import (
+    AdamW,
+    Array,
+    Attn,
+    Drop,
+    LoRA,
+    Projection,
+    ProjectionGrad,
+    Residue,
+    Seqs,
+)
 
 IGNORE = -100  # a label with this value is not counted in the loss
 
@@ -45,19 +70,20 @@ class Reference:
         lora: LoRA | None = None,
         drop: Drop | None = None,
         residual: Array | None = None,
+        dtype: Any = None,
     ) -> tuple[Array, Array | None]:
         """h = drop(x) Aᵀ [m,r]; y = residual + x Wᵀ + bias + s h Bᵀ [m,d]. Returns y, h.
 
         Where B is all zeros the low-rank term is left out: zero-init is the base, bit for bit.
         """
-        y, h = self._rows(x, W.T), None
+        y, h = self._rows(x, values_of(W).T), None
         if bias is not None:
             y = y + bias
         if lora is not None:
             h = self._rows(self.dropout(x, drop), lora.A.T)
             if bool((lora.B != 0).any()):
                 y = y + x.dtype.type(lora.scale) * self._rows(h, lora.B.T)
-        return (y if residual is None else residual + y), h
+        return as_dtype(y if residual is None else residual + y, dtype), h
 
     def lora_backward(
         self,
@@ -72,15 +98,16 @@ class Reference:
         need_dx: bool = True,
         need_dA: bool = True,
         need_dB: bool = True,
+        dtype: Any = None,
     ) -> tuple[Array | None, Array | None, Array | None]:
         """g = dy B; dB = s dyᵀ h [d,r]; dA = s gᵀ drop(x) [r,k]; dx = add + dy W + s drop'(g A).
 
         Returns (dx, dA, dB), None where not needed. W is frozen and gets no gradient. `add` may be
-        overwritten by a backend; the caller gives it away.
+        overwritten by a backend; the caller gives it away. `dtype` is dx's, without `add`.
         """
         dx = dA = dB = None
         if need_dx:
-            dx = self._rows(dy, W)
+            dx = self._rows(dy, values_of(W))
         if lora is not None:
             s = dy.dtype.type(lora.scale)
             g = self._rows(dy, lora.B)
@@ -90,9 +117,39 @@ class Reference:
                 dA = s * (g.T @ self.dropout(x, drop))
             if dx is not None and bool((lora.B != 0).any()):
                 dx = dx + self.dropout(s * self._rows(g, lora.A), drop)
-        if dx is not None and add is not None:
-            dx = add + dx
+        if dx is not None:
+            dx = as_dtype(dx, dtype) if add is None else add + dx
         return dx, dA, dB
+
+    def linear_forward(
+        self, x: Array, projections: Sequence[Projection]
+    ) -> list[tuple[Array, Array | None]]:
+        """`lora_forward` of several modules that read the same x: (y, h) of each."""
+        return [
+            self.lora_forward(x, p.W, p.bias, p.lora, p.drop, p.residual, p.dtype)
+            for p in projections
+        ]
+
+    def linear_backward(
+        self,
+        x: Array | None,
+        projections: Sequence[ProjectionGrad],
+        *,
+        add: Array | None = None,
+        need_dx: bool = True,
+        dtype: Any = None,
+    ) -> tuple[Array | None, list[tuple[Array | None, Array | None]]]:
+        """`lora_backward` of several: dx = add + the sum of theirs, and (dA, dB) of each."""
+        dx, grads = add, []
+        for p in projections:
+            train = p.lora is not None
+            part, dA, dB = self.lora_backward(
+                p.dy, x, p.h, p.W, p.lora, p.drop, add=dx,
+                need_dx=need_dx, need_dA=train, need_dB=train,
+            )  # fmt: skip
+            dx = part if need_dx else None
+            grads.append((dA, dB))
+        return (dx if dx is None or add is not None else as_dtype(dx, dtype)), grads
 
     # ---- merge and exact unmerge --------------------------------------------------------------
 
@@ -154,13 +211,15 @@ class Reference:
 
     # ---- transformer --------------------------------------------------------------------------
 
-    def rms_norm_forward(self, x: Array, w: Array, eps: float) -> tuple[Array, Array]:
+    def rms_norm_forward(
+        self, x: Array, w: Array, eps: float, dtype: Any = None
+    ) -> tuple[Array, Array]:
         """rstd = 1 / sqrt(mean(x²) + eps) [m]; y = x rstd w (Zhang & Sennrich 2019).
 
         Returns y, rstd.
         """
         rstd = 1 / self.xp.sqrt((x * x).mean(axis=1) + x.dtype.type(eps))
-        return x * rstd[:, None] * w, rstd
+        return as_dtype(x * rstd[:, None] * w, dtype), rstd
 
     def rms_norm_backward(
         self,
@@ -170,12 +229,13 @@ class Reference:
         rstd: Array,
         add: Array | None = None,
         need_dw: bool = False,
+        dtype: Any = None,
     ) -> tuple[Array, Array | None]:
         """dx = add + rstd (dy w - x rstd² mean(dy w x)); dw = sum over rows of dy x rstd."""
         r, dyw = rstd[:, None], dy * w
         dx = r * (dyw - x * r * r * (dyw * x).mean(axis=1)[:, None])
         dw = (dy * x * r).sum(axis=0) if need_dw else None
-        return (dx if add is None else add + dx), dw
+        return (as_dtype(dx, dtype) if add is None else add + dx), dw
 
     def rope(
         self,
@@ -186,6 +246,7 @@ class Reference:
         head_dim: int,
         layout: str = "half",
         inverse: bool = False,
+        dtype: Any = None,
     ) -> Array:
         """Rotates pairs of each head by its position's angles (Su et al. 2021); `inverse` undoes.
 
@@ -206,7 +267,7 @@ class Reference:
         heads = x.reshape(m, x.shape[1] // head_dim, head_dim)
         y, a, b = self.xp.empty_like(heads), heads[..., first], heads[..., second]
         y[..., first], y[..., second] = a * c - b * s, b * c + a * s
-        return y.reshape(x.shape)
+        return as_dtype(y.reshape(x.shape), dtype)
 
     def _spans(self, seqs: Seqs, attn: Attn) -> list[tuple[int, int, int]]:
         """(query row, first key row, end of key rows) for each query."""
@@ -225,7 +286,7 @@ class Reference:
         return [a.reshape(a.shape[0], G, a.shape[1] // (G * D), D) for a in arrays]
 
     def attention_forward(
-        self, q: Array, k: Array, v: Array, seqs: Seqs, attn: Attn
+        self, q: Array, k: Array, v: Array, seqs: Seqs, attn: Attn, dtype: Any = None
     ) -> tuple[Array, Array]:
         """P = softmax(scale q kᵀ) over the keys a query may see; o = P v. Gives o, lse [m, heads].
 
@@ -241,7 +302,7 @@ class Reference:
             total = E.sum(axis=-1, keepdims=True)
             O[t] = (E / total) @ V[a:b, :, 0].transpose(1, 0, 2)
             lse[t] = (top + xp.log(total)).reshape(-1)
-        return o, lse
+        return as_dtype(o, dtype), lse
 
     def attention_backward(
         self,
@@ -253,6 +314,7 @@ class Reference:
         lse: Array,
         seqs: Seqs,
         attn: Attn,
+        dtype: Any = None,
     ) -> tuple[Array, Array, Array]:
         """dP = do vᵀ; dS = P (dP - sum(do o)); dq = scale dS k; dk = scale dSᵀ q; dv = Pᵀ do."""
         xp, scale = self.xp, q.dtype.type(attn.scale)
@@ -267,16 +329,19 @@ class Reference:
             dQ[t] = dS @ Kt
             dK[a:b, :, 0] += (dS.transpose(0, 2, 1) @ Q[t]).transpose(1, 0, 2)
             dV[a:b, :, 0] += (P.transpose(0, 2, 1) @ dO[t]).transpose(1, 0, 2)
-        return dq, dk, dv
+        return as_dtype(dq, dtype), as_dtype(dk, dtype), as_dtype(dv, dtype)
 
-    def swiglu_forward(self, gate: Array, up: Array) -> Array:
+    def swiglu_forward(self, gate: Array, up: Array, dtype: Any = None) -> Array:
         """gate sigmoid(gate) up (Shazeer 2020)."""
-        return gate * self._sigmoid(gate) * up
+        return as_dtype(gate * self._sigmoid(gate) * up, dtype)
 
-    def swiglu_backward(self, dy: Array, gate: Array, up: Array) -> tuple[Array, Array]:
+    def swiglu_backward(
+        self, dy: Array, gate: Array, up: Array, dtype: Any = None
+    ) -> tuple[Array, Array]:
         """dgate = dy up σ (1 + gate (1 - σ)), dup = dy gate σ; 1 - σ(gate) is taken as σ(-gate)."""
         sigma = self._sigmoid(gate)
-        return dy * up * sigma * (1 + gate * self._sigmoid(-gate)), dy * gate * sigma
+        dgate = dy * up * sigma * (1 + gate * self._sigmoid(-gate))
+        return as_dtype(dgate, dtype), as_dtype(dy * gate * sigma, dtype)
 
     def _sigmoid(self, x: Array) -> Array:
         xp = self.xp
@@ -287,6 +352,7 @@ class Reference:
 
     def embedding_forward(self, ids: Array, W: Array) -> Array:
         """y[i] = W[ids[i]]; W [vocab, k]. RangeError for an id outside of it."""
+        W = values_of(W)
         _in_range("token id", ids, W.shape[0])
         return W[ids]
 
@@ -361,6 +427,11 @@ class Reference:
         keep = words.reshape(x.shape) >= math.floor(float(np.float32(drop.p)) * 2**32)
         scale = x.dtype.type(1) / (x.dtype.type(1) - x.dtype.type(np.float32(drop.p)))
         return self.xp.where(keep, x * scale, x.dtype.type(0))
+
+
+def values_of(W: Any) -> Array:
+    """The values of a weight: an array, or what NumpyBackend.pack made of one."""
+    return getattr(W, "values", W)
 
 
 def _in_range(what: str, index: Array, n: int) -> None:

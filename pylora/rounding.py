@@ -21,6 +21,7 @@ import numpy as np
 
 from pylora.backends.numpy import NumpyBackend
 from pylora.conformance.bounds_ops import EXP, unit
+from pylora.reference import values_of
 from pylora.types import Array, Attn, Drop, LoRA, Seqs
 
 _U = unit("f32")
@@ -93,11 +94,12 @@ class Rounded(Exact):
         lora: LoRA | None = None,
         drop: Drop | None = None,
         residual: Array | None = None,
+        dtype: Any = None,
     ) -> tuple[Array, Array | None]:
         y, h = super().lora_forward(x, W, bias, lora, drop, residual)
         y = self._off(y, 3)  # scale, and the two sums
         if lora is not None and self._stored:
-            merged = W + lora.scale * (lora.B @ lora.A)
+            merged = values_of(W) + lora.scale * (lora.B @ lora.A)
             y = self._noise(y, self._stored / _U * np.sqrt((x * x) @ (merged * merged).T))
         return y, h
 
@@ -114,6 +116,7 @@ class Rounded(Exact):
         need_dx: bool = True,
         need_dA: bool = True,
         need_dB: bool = True,
+        dtype: Any = None,
     ) -> tuple[Array | None, Array | None, Array | None]:
         dx, dA, dB = super().lora_backward(
             dy, x, h, W, lora, drop, add=add, need_dx=need_dx, need_dA=need_dA, need_dB=need_dB
@@ -128,7 +131,9 @@ class Rounded(Exact):
             dA = self._sum(dA, lora.scale**2 * ((g * g).T @ (z * z)), m)
         return dx, dA, dB
 
-    def rms_norm_forward(self, x: Array, w: Array, eps: float) -> tuple[Array, Array]:
+    def rms_norm_forward(
+        self, x: Array, w: Array, eps: float, dtype: Any = None
+    ) -> tuple[Array, Array]:
         y, rstd = super().rms_norm_forward(x, w, eps)
         off = self._off(np.ones_like(rstd), np.sqrt(x.shape[1] / 3) / 2 + 3)  # a sum of squares
         return self._off(y * off[:, None], 2), rstd * off
@@ -141,6 +146,7 @@ class Rounded(Exact):
         rstd: Array,
         add: Array | None = None,
         need_dw: bool = False,
+        dtype: Any = None,
     ) -> tuple[Array, Array | None]:
         dx, dw = super().rms_norm_backward(dy, x, w, rstd, add, need_dw)
         n, r, t = x.shape[1], rstd[:, None], dy * w * x
@@ -157,12 +163,13 @@ class Rounded(Exact):
         head_dim: int,
         layout: str = "half",
         inverse: bool = False,
+        dtype: Any = None,
     ) -> Array:
         x = self._off(x, 3)  # the tables, the products, the sum
         return super().rope(x, cos, sin, position, head_dim, layout, inverse)
 
     def attention_forward(
-        self, q: Array, k: Array, v: Array, seqs: Seqs, attn: Attn
+        self, q: Array, k: Array, v: Array, seqs: Seqs, attn: Attn, dtype: Any = None
     ) -> tuple[Array, Array]:
         n = float(max(attn.head_dim, int(seqs.k_len.max(initial=0))) + EXP**2)
         q, k, v = self._input(q, n), self._input(k, n), self._input(v, n)
@@ -179,15 +186,18 @@ class Rounded(Exact):
         lse: Array,
         seqs: Seqs,
         attn: Attn,
+        dtype: Any = None,
     ) -> tuple[Array, Array, Array]:
         n = float(max(attn.head_dim, int(seqs.k_len.max(initial=0))) + EXP**2)
         do, q, k, v, o = (self._input(a, n) for a in (do, q, k, v, o))
         return super().attention_backward(do, q, k, v, o, lse, seqs, attn)
 
-    def swiglu_forward(self, gate: Array, up: Array) -> Array:
+    def swiglu_forward(self, gate: Array, up: Array, dtype: Any = None) -> Array:
         return self._off(super().swiglu_forward(gate, up), EXP + 4)
 
-    def swiglu_backward(self, dy: Array, gate: Array, up: Array) -> tuple[Array, Array]:
+    def swiglu_backward(
+        self, dy: Array, gate: Array, up: Array, dtype: Any = None
+    ) -> tuple[Array, Array]:
         return super().swiglu_backward(self._off(dy, EXP + 4), self._off(gate, EXP), up)
 
     def embedding_forward(self, ids: Array, W: Array) -> Array:

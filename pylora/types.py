@@ -44,6 +44,29 @@ class Drop:
 
 
 @dataclass(frozen=True, eq=False)
+class Projection:
+    """One of the linear modules that read the same x: y = residual + x Wᵀ + bias + s h Bᵀ."""
+
+    W: Any  # packed [d, k]
+    bias: Array | None = None  # [d]
+    lora: LoRA | None = None
+    drop: Drop | None = None
+    residual: Array | None = None  # [m, d]
+    dtype: Any = None  # of y; None: the backend's own
+
+
+@dataclass(frozen=True, eq=False)
+class ProjectionGrad:
+    """The same module's part of backward. Its adapter, if any, gets gradients of A and B."""
+
+    dy: Array  # [m, d]
+    W: Any = None  # needed for dx
+    h: Array | None = None  # [m, r], needed with an adapter
+    lora: LoRA | None = None
+    drop: Drop | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Seqs:
     """n sequences, one behind the other: queries q_start[i]..q_start[i+1]-1 attend causally to the
     k_len[i] keys from row k_start[i] on, the last query seeing the last key. int64 arrays."""

@@ -12,16 +12,20 @@ from pylora.config import LlamaConfig
 from pylora.errors import ShapeError
 from pylora.types import Array
 
-Weights = Callable[[str], np.ndarray]  # Hugging Face tensor name -> array
+# Hugging Face tensor name -> array; a matrix may also be what a file stores (Stored).
+Weights = Callable[[str], Any]
+
+
+_CHUNK = 1 << 17  # numbers drawn at a time
 
 
 def checked_weights(config: LlamaConfig, weights: Weights) -> Weights:
     """`weights`, with a ShapeError that names a tensor that is not as `config` says."""
     shapes = config.tensors()
 
-    def checked(name: str) -> np.ndarray:
+    def checked(name: str) -> Any:
         array = weights(name)
-        if array.shape != shapes[name]:
+        if tuple(array.shape) != tuple(shapes[name]):
             raise ShapeError(
                 f"the tensor {name!r} has shape {list(array.shape)}, the model's config says "
                 f"{list(shapes[name])}"
@@ -37,17 +41,24 @@ def vector(weights: Weights, name: str, ops: Backend) -> Array:
 
 
 def random_weights(config: LlamaConfig, seed: int = 0, dtype: Any = np.float32) -> Weights:
-    """Seeded random tensors for tests and docs: matrices N(0, 1/columns), norms near 1."""
+    """Seeded random tensors for tests and docs: matrices N(0, 1/columns), norms near 1.
+
+    Drawn in float64 a few rows at a time, so that no more than the result exists at once.
+    """
     shapes = config.tensors()
     index = {name: i for i, name in enumerate(shapes)}
 
     def weights(name: str) -> np.ndarray:
         shape = shapes[name]
-        values = np.random.default_rng([seed, index[name]]).standard_normal(shape)
-        if len(shape) == 2:
-            values /= np.sqrt(shape[1])
-        else:
-            values = values * 0.1 + (1.0 if name.endswith("norm.weight") else 0.0)
-        return values.astype(dtype)
+        rng = np.random.default_rng([seed, index[name]])
+        if len(shape) == 1:
+            values = rng.standard_normal(shape) * 0.1
+            return (values + (1.0 if name.endswith("norm.weight") else 0.0)).astype(dtype)
+        out = np.empty(shape, dtype)
+        step = max(1, _CHUNK // max(1, shape[1]))
+        for i in range(0, shape[0], step):
+            values = rng.standard_normal((min(step, shape[0] - i), shape[1]))
+            out[i : i + step] = values / np.sqrt(shape[1])
+        return out
 
     return weights

@@ -1,4 +1,5 @@
-"""The C backend: the operations of `pylora.reference.Reference` on the compiled core, in float32.
+"""The C backend: the operations of `pylora.reference.Reference` on the compiled core, in float32
+and bfloat16.
 
 Inputs may have any strides; a row whose elements do not lie side by side is copied first. The
 interpreter lock is released while the core works.
@@ -7,6 +8,7 @@ interpreter lock is released while the core works.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,17 +27,39 @@ from pylora.backends.marshal import (
     mat,
     owned,
     read,
+    read_any,
     read_qkv,
     shape_of,
     stored,
     want,
+    want_inputs,
     writable,
 )
 from pylora.backends.pool import Pool
 from pylora.errors import BackendError, DtypeError, ShapeError
-from pylora.types import AdamW, Array, Attn, Drop, LoRA, Residue, Seqs
+from pylora.precision import BF16, Stored, as_dtype, check_precision, from_bf16
+from pylora.types import (
+    AdamW,
+    Array,
+    Attn,
+    Drop,
+    LoRA,
+    Projection,
+    ProjectionGrad,
+    Residue,
+    Seqs,
+)
 
 _LAYOUTS = {"half": 0, "interleaved": 1}
+_STORES = {  # what a precision makes of a float source
+    "fp32": lib.PYLORA_F32,
+    "fp32x3": lib.PYLORA_F32X3,
+    "bf16": lib.PYLORA_BF16,
+    "int8": lib.PYLORA_Q8_0,
+    "int4": lib.PYLORA_Q4_1,
+}
+_BLOCKS = {"q8_0": lib.PYLORA_Q8_0, "q4_0": lib.PYLORA_Q4_0, "q4_1": lib.PYLORA_Q4_1}
+_ATTEMPTS = 8  # at a workspace, should another thread change the number of threads meanwhile
 
 
 class CBackend:
@@ -107,24 +131,72 @@ class CBackend:
 
     def zeros(self, shape: int | tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
         a = self.empty(shape, dtype)
-        a.fill(0)
+        (a.view(np.uint16) if a.dtype == BF16 else a).fill(0)
         return a
 
     def trim(self) -> None:
         """Gives the memory of dead arrays back to the system."""
         self._pool.trim()
 
-    def pack(self, W: Array) -> Packed:
-        """W [d, k] in panels of 32 outputs. The copy is the only one the model needs."""
-        W = read("W", W, None, None)
-        d, k = W.shape
-        nbytes = lib.pylora_pack_bytes(lib.PYLORA_F32, d, k)
+    # ---- precision ----------------------------------------------------------------------------
+
+    def computes(self, precision: str) -> str:
+        """The precision that a model of this one has here: "fp32x3" needs bfloat16 tiles (AMX),
+        and is strict float32 without them."""
+        if check_precision(precision) == "fp32x3" and not lib.pylora_pack_bytes(lib.PYLORA_F32X3, 32, 32):
+            return "fp32"
+        return precision
+
+    def activation_dtype(self, precision: str) -> Any:
+        """The dtype of arrays that only feed products; None: the computation's own."""
+        return BF16 if check_precision(precision) == "bf16" else None
+
+    def pack(self, W: Array | Stored, precision: str = "fp32") -> Packed:
+        """W [d, k] in panels of 32 outputs, as `precision` stores it; blocks of a quantized file
+        are taken as they are. The copy is the only one the model needs."""
+        precision = self.computes(precision)
+        if isinstance(W, Stored):
+            if W.kind in _BLOCKS and precision in ("int8", "int4"):
+                return self._pack_blocks(W, precision)
+            W = self._read_stored(W, precision)
+        a = (read_any if precision == "bf16" else read)("W", W, None, None)
+        code, (d, k) = _STORES[precision], a.shape
+        data, struct = self._room(code, d, k, precision)
+        check(lib.pylora_pack(code, mat(a), at(data, "void *"), struct), "pack")
+        return Packed((d, k), precision, data, struct)
+
+    def _pack_blocks(self, W: Stored, precision: str) -> Packed:
+        code, (d, k), rows = _BLOCKS[W.kind], W.shape, np.ascontiguousarray(W.rows)
+        data, struct = self._room(code, d, k, precision)
+        start, to = at(rows, "void *"), at(data, "void *")
+        check(lib.pylora_pack_blocks(code, d, k, start, rows.shape[1], to, struct), "pack")
+        return Packed((d, k), precision, data, struct)
+
+    @staticmethod
+    def _room(code: int, d: int, k: int, precision: str) -> tuple[np.ndarray, Any]:
+        """The buffer of a packed weight, 64-byte aligned, and its struct to be filled in."""
+        nbytes = lib.pylora_pack_bytes(code, d, k)
+        if nbytes == 0 and d and k:
+            if precision in ("int8", "int4") and k % 32:
+                raise ShapeError(
+                    f"{precision} stores weights in groups of 32 inputs, and a weight here is "
+                    f"[{d}, {k}]; use fp32 or bf16 for this model"
+                )
+            raise BackendError(f"this build cannot store a weight [{d}, {k}] in {precision}")
         buffer = np.empty(nbytes + 64, np.uint8)
         offset = -buffer.__array_interface__["data"][0] % 64
-        data = buffer[offset : offset + nbytes]
-        struct = ffi.new("pylora_packed *")
-        check(lib.pylora_pack(lib.PYLORA_F32, mat(W), at(data, "void *"), struct), "pack")
-        return Packed((d, k), data, struct)
+        return buffer[offset : offset + nbytes], ffi.new("pylora_packed *")
+
+    @staticmethod
+    def _read_stored(W: Stored, precision: str) -> np.ndarray:
+        """The numbers of a stored weight whose blocks this precision does not keep."""
+        if W.kind == "bf16":
+            bits = np.ascontiguousarray(W.rows).view(BF16)
+            return bits if precision == "bf16" else from_bf16(bits)
+        from pylora.quantize import dequantize
+
+        values: np.ndarray = dequantize(W)
+        return values
 
     def unpack(self, P: Packed) -> np.ndarray:
         W = np.empty(P.shape, np.float32)
@@ -141,24 +213,48 @@ class CBackend:
         lora: LoRA | None = None,
         drop: Drop | None = None,
         residual: Array | None = None,
+        dtype: Any = None,
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        d, k = shape_of(W)
-        x = read("x", x, None, k)
-        m = x.shape[0]
-        if bias is not None:
-            bias = np.ascontiguousarray(read("bias", bias, d))
-        if residual is not None:
-            residual = read("residual", residual, m, d)
-        y, h = self.empty((m, d)), None
-        low, A, B, cdrop = lora_struct(lora, drop, d, k)
-        if lora is not None:
-            h = self.empty((m, lora.rank))
-        ws, ws_bytes = self._lora_scratch(m, d, k, lora)
-        status = lib.pylora_lora_forward(
-            mat(x), W.struct, at(bias), low, mat(residual), mat(y), mat(h), ws, ws_bytes
+        return self.linear_forward(x, [Projection(W, bias, lora, drop, residual, dtype)])[0]
+
+    def linear_forward(
+        self, x: Array, projections: Sequence[Projection]
+    ) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        n = len(projections)
+        if n > 1 and len({shape_of(p.W) and p.W.struct.dtype for p in projections}) > 1:
+            return [self.linear_forward(x, [p])[0] for p in projections]  # a file may mix formats
+        k = shape_of(projections[0].W)[1] if n else None
+        x = read_any("x", x, None, k)
+        m, outputs, ranks = x.shape[0], 0, 0
+        rows, keep, results = ffi.new("pylora_linear[]", n), [x], []
+        for row, p in zip(rows, projections):
+            d, _ = want_inputs(p.W, x.shape[1])
+            y, h = self.empty((m, d), F32 if p.dtype is None else p.dtype), None
+            low, *alive = lora_struct(p.lora, p.drop, d, x.shape[1])
+            if p.lora is not None:
+                h = self.empty((m, p.lora.rank))
+                ranks += p.lora.rank
+                row.lora = one = ffi.new("pylora_lora *[1]", [low])
+                alive.append(one)
+            if p.bias is not None:
+                bias = np.ascontiguousarray(read("bias", p.bias, d))
+                row.bias = at(bias)
+                alive.append(bias)
+            if p.residual is not None:
+                residual = read("residual", p.residual, m, d)
+                row.residual = res = mat(residual)
+                alive += [residual, res]
+            row.W, row.y, row.h = p.W.struct, (cy := mat(y)), (ch := mat(h))
+            keep += [low, alive, cy, ch]
+            outputs += d
+            results.append((y, h))
+        cx = mat(x)
+        self._in_scratch(
+            "linear_forward",
+            lambda: lib.pylora_linear_workspace(m, n, outputs, x.shape[1], ranks),
+            lambda ws, size: lib.pylora_linear_forward(cx, n, rows, 1, ffi.NULL, ws, size),
         )
-        check(status, "lora_forward")
-        return y, h
+        return results
 
     def lora_backward(
         self,
@@ -173,40 +269,100 @@ class CBackend:
         need_dx: bool = True,
         need_dA: bool = True,
         need_dB: bool = True,
+        dtype: Any = None,
     ) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
-        dy = read("dy", dy, None, None if W is None else shape_of(W)[0])
-        m, d = dy.shape
-        k = lora.A.shape[1] if lora is not None else shape_of(W)[1]
-        low, A, B, cdrop = lora_struct(lora, drop, d, k)
-        dx = dA = dB = None
-        if need_dx:
-            if shape_of(W) != (d, k):
-                raise ShapeError(f"W must be [{d}, {k}], got {list(shape_of(W))}")
-            dx = self.empty((m, k)) if add is None else owned("add", add, m, k)
-        if lora is not None and need_dA:
-            x, dA = read("x", x, m, k), np.empty((lora.rank, k), np.float32)
-        if lora is not None and need_dB:
-            h, dB = read("h", h, m, lora.rank), np.empty((d, lora.rank), np.float32)
-        ws, ws_bytes = self._lora_scratch(m, d, k, lora)
-        status = lib.pylora_lora_backward(
-            mat(dy),
-            mat(x if dA is not None else None),
-            mat(h if dB is not None else None),
-            W.struct if dx is not None and W is not None else ffi.NULL,
-            low,
-            mat(dx),
-            add is not None,
-            mat(dA),
-            mat(dB),
-            ws,
-            ws_bytes,
+        projection = ProjectionGrad(dy, W, h, lora, drop)
+        dx, [(dA, dB)] = self._backward(
+            x, [projection], add, need_dx, need_dA, need_dB, dtype, "lora_backward"
         )
-        check(status, "lora_backward")
         return dx, dA, dB
 
-    def _lora_scratch(self, m: int, d: int, k: int, lora: LoRA | None) -> tuple[Any, int]:
-        rank = lora.rank if lora is not None else 0
-        return self._scratch.at_least(lib.pylora_lora_workspace(m, d, k, rank))
+    def linear_backward(
+        self,
+        x: Array | None,
+        projections: Sequence[ProjectionGrad],
+        *,
+        add: Array | None = None,
+        need_dx: bool = True,
+        dtype: Any = None,
+    ) -> tuple[np.ndarray | None, list[tuple[np.ndarray | None, np.ndarray | None]]]:
+        kinds = {p.W.struct.dtype for p in projections if p.W is not None}
+        if len(kinds) < 2:
+            return self._backward(
+                x, projections, add, need_dx, True, True, dtype, "linear_backward"
+            )
+        dx, grads = add, []  # a file may mix formats
+        for p in projections:
+            dx, one = self._backward(x, [p], dx, need_dx, True, True, None, "linear_backward")
+            grads += one
+        return (dx if dtype is None or add is not None else as_dtype(dx, dtype)), grads
+
+    def _backward(
+        self,
+        x: Array | None,
+        projections: Sequence[ProjectionGrad],
+        add: Array | None,
+        need_dx: bool,
+        need_dA: bool,
+        need_dB: bool,
+        dtype: Any,
+        op: str,
+    ) -> tuple[np.ndarray | None, list[tuple[np.ndarray | None, np.ndarray | None]]]:
+        n = len(projections)
+        first = projections[0]
+        m = first.dy.shape[0]
+        k = int(first.lora.A.shape[1]) if first.lora is not None else shape_of(first.W)[1]
+        rows, keep, results, outputs, ranks = ffi.new("pylora_linear_grad[]", n), [], [], 0, 0
+        used_x = need_dA and any(p.lora is not None for p in projections)
+        x = read_any("x", x, m, k) if used_x else None
+        for row, p in zip(rows, projections):
+            d = shape_of(p.W)[0] if p.W is not None else None
+            dy = read_any("dy", p.dy, m, d)
+            d = dy.shape[1]
+            low, *alive = lora_struct(p.lora, p.drop, d, k)
+            h = dA = dB = None
+            if p.lora is not None:
+                ranks += p.lora.rank
+                if need_dA:
+                    dA = np.empty((p.lora.rank, k), np.float32)
+                if need_dB:
+                    h = read("h", p.h, m, p.lora.rank)
+                    dB = np.empty((d, p.lora.rank), np.float32)
+            if need_dx:
+                if shape_of(p.W) != (d, k):
+                    raise ShapeError(f"W must be [{d}, {k}], got {list(shape_of(p.W))}")
+                row.W = p.W.struct
+            mats = [mat(a) for a in (dy, h, dA, dB)]
+            row.lora, row.dy, row.h, row.dA, row.dB = low, *mats
+            keep += [low, alive, dy, h, mats]
+            outputs += d
+            results.append((dA, dB))
+        dx = None
+        if need_dx and add is not None:
+            dx = owned("add", add, m, k)
+        elif need_dx:
+            dx = self.empty((m, k), F32 if dtype is None else dtype)
+        cx, cdx = mat(x), mat(dx)
+        self._in_scratch(
+            op,
+            lambda: lib.pylora_linear_workspace(m, n, outputs, k, ranks),
+            lambda ws, size: lib.pylora_linear_backward(
+                cx, n, rows, cdx, add is not None, ws, size
+            ),
+        )
+        return dx, results
+
+    def _in_scratch(
+        self, op: str, needed: Callable[[], int], run: Callable[[Any, int], int]
+    ) -> None:
+        """Runs an operation in the workspace it needs. That depends on the number of threads, which
+        another Python thread may change in between: then it is asked for again."""
+        status = lib.PYLORA_E_WORKSPACE
+        for _ in range(_ATTEMPTS):
+            if status != lib.PYLORA_E_WORKSPACE:
+                break
+            status = run(*self._scratch.at_least(needed()))
+        check(status, op)
 
     # ---- merge --------------------------------------------------------------------------------
 
@@ -248,11 +404,13 @@ class CBackend:
 
     # ---- transformer --------------------------------------------------------------------------
 
-    def rms_norm_forward(self, x: Array, w: Array, eps: float) -> tuple[np.ndarray, np.ndarray]:
+    def rms_norm_forward(
+        self, x: Array, w: Array, eps: float, dtype: Any = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         x = read("x", x, None, None)
         m, k = x.shape
         w = np.ascontiguousarray(read("w", w, k))
-        y, rstd = self.empty((m, k)), np.empty(m, np.float32)
+        y, rstd = self.empty((m, k), F32 if dtype is None else dtype), np.empty(m, np.float32)
         check(lib.pylora_rms_norm_forward(mat(x), at(w), eps, mat(y), at(rstd)), "rms_norm")
         return y, rstd
 
@@ -264,12 +422,16 @@ class CBackend:
         rstd: Array,
         add: Array | None = None,
         need_dw: bool = False,
+        dtype: Any = None,
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        x = read("x", x, None, None)
+        x = read_any("x", x, None, None)
         m, k = x.shape
-        dy, w = read("dy", dy, m, k), np.ascontiguousarray(read("w", w, k))
+        dy, w = read_any("dy", dy, m, k), np.ascontiguousarray(read("w", w, k))
         rstd = np.ascontiguousarray(read("rstd", rstd, m))
-        dx = self.empty((m, k)) if add is None else owned("add", add, m, k)
+        if add is None:
+            dx = self.empty((m, k), F32 if dtype is None else dtype)
+        else:
+            dx = owned("add", add, m, k)
         dw = np.empty(k, np.float32) if need_dw else None
         status = lib.pylora_rms_norm_backward(
             mat(dy), mat(x), at(w), at(rstd), mat(dx), add is not None, at(dw)
@@ -286,13 +448,14 @@ class CBackend:
         head_dim: int,
         layout: str = "half",
         inverse: bool = False,
+        dtype: Any = None,
     ) -> np.ndarray:
-        x = read("x", x, None, None)
+        x = read_any("x", x, None, None)
         cos, sin = read("cos", cos, None, head_dim // 2), read("sin", sin, None, head_dim // 2)
         position = ints("position", position, x.shape[0])
         if layout not in _LAYOUTS:
             raise BackendError(f"rope: layout {layout!r} is none of {', '.join(_LAYOUTS)}")
-        y = self.empty(x.shape)
+        y = self.empty(x.shape, F32 if dtype is None else dtype)
         status = lib.pylora_rope(
             mat(x), mat(cos), mat(sin), at(position, "int64_t *"), head_dim,
             _LAYOUTS[layout], inverse, mat(y),
@@ -301,16 +464,18 @@ class CBackend:
         return y
 
     def attention_forward(
-        self, q: Array, k: Array, v: Array, seqs: Seqs, attn: Attn
+        self, q: Array, k: Array, v: Array, seqs: Seqs, attn: Attn, dtype: Any = None
     ) -> tuple[np.ndarray, np.ndarray]:
         q, k, v = read_qkv(q, k, v, attn)
-        o, lse = self.empty(q.shape), np.empty((q.shape[0], attn.heads), np.float32)
+        o = self.empty(q.shape, F32 if dtype is None else dtype)
+        lse = np.empty((q.shape[0], attn.heads), np.float32)
         s, spec, keep = attention_structs(seqs, attn)
-        ws, ws_bytes = self._scratch.at_least(lib.pylora_attention_workspace(s, spec))
-        status = lib.pylora_attention_forward(
-            mat(q), mat(k), mat(v), s, spec, mat(o), mat(lse), ws, ws_bytes
+        inputs, outputs = (mat(q), mat(k), mat(v), s, spec), (mat(o), mat(lse))
+        self._in_scratch(
+            "attention_forward",
+            lambda: lib.pylora_attention_workspace(s, spec),
+            lambda *ws: lib.pylora_attention_forward(*inputs, *outputs, *ws),
         )
-        check(status, "attention_forward")
         return o, lse
 
     def attention_backward(
@@ -323,31 +488,38 @@ class CBackend:
         lse: Array,
         seqs: Seqs,
         attn: Attn,
+        dtype: Any = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         q, k, v = read_qkv(q, k, v, attn)
-        do, o = read("do", do, *q.shape), read("o", o, *q.shape)
+        do, o = read_any("do", do, *q.shape), read_any("o", o, *q.shape)
         lse = read("lse", lse, q.shape[0], attn.heads)
+        kind = F32 if dtype is None else dtype
         # Keys that no sequence uses keep a gradient of zero.
-        dq, dk, dv = self.empty(q.shape), self.zeros(k.shape), self.zeros(v.shape)
+        dq, dk, dv = self.empty(q.shape, kind), self.zeros(k.shape, kind), self.zeros(v.shape, kind)
         s, spec, keep = attention_structs(seqs, attn)
-        ws, ws_bytes = self._scratch.at_least(lib.pylora_attention_workspace(s, spec))
-        status = lib.pylora_attention_backward(
-            mat(do), mat(q), mat(k), mat(v), mat(o), mat(lse), s, spec,
-            mat(dq), mat(dk), mat(dv), ws, ws_bytes,
-        )  # fmt: skip
-        check(status, "attention_backward")
+        inputs = *(mat(a) for a in (do, q, k, v, o, lse)), s, spec
+        outputs = mat(dq), mat(dk), mat(dv)
+        self._in_scratch(
+            "attention_backward",
+            lambda: lib.pylora_attention_workspace(s, spec),
+            lambda *ws: lib.pylora_attention_backward(*inputs, *outputs, *ws),
+        )
         return dq, dk, dv
 
-    def swiglu_forward(self, gate: Array, up: Array) -> np.ndarray:
-        gate = read("gate", gate, None, None)
-        up, y = read("up", up, *gate.shape), self.empty(gate.shape)
+    def swiglu_forward(self, gate: Array, up: Array, dtype: Any = None) -> np.ndarray:
+        gate = read_any("gate", gate, None, None)
+        up = read_any("up", up, *gate.shape)
+        y = self.empty(gate.shape, F32 if dtype is None else dtype)
         check(lib.pylora_swiglu_forward(mat(gate), mat(up), mat(y)), "swiglu_forward")
         return y
 
-    def swiglu_backward(self, dy: Array, gate: Array, up: Array) -> tuple[np.ndarray, np.ndarray]:
-        dy = read("dy", dy, None, None)
-        gate, up = read("gate", gate, *dy.shape), read("up", up, *dy.shape)
-        dgate, dup = self.empty(dy.shape), self.empty(dy.shape)
+    def swiglu_backward(
+        self, dy: Array, gate: Array, up: Array, dtype: Any = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        dy = read_any("dy", dy, None, None)
+        gate, up = read_any("gate", gate, *dy.shape), read_any("up", up, *dy.shape)
+        kind = F32 if dtype is None else dtype
+        dgate, dup = self.empty(dy.shape, kind), self.empty(dy.shape, kind)
         status = lib.pylora_swiglu_backward(mat(dy), mat(gate), mat(up), mat(dgate), mat(dup))
         check(status, "swiglu_backward")
         return dgate, dup

@@ -7,24 +7,26 @@ call has returned. Nothing here computes.
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from pylora._core import ffi, lib
 from pylora.errors import BackendError, DtypeError, RangeError, ShapeError
+from pylora.precision import BF16
 from pylora.types import Array, Attn, Drop, LoRA, Seqs
 
 F32 = np.dtype(np.float32)
 _DTYPES = {"f32": (0, np.float32), "bf16": (1, np.uint16), "f16": (2, np.float16)}
-_INDEX_ERROR = 4  # PYLORA_E_INDEX
 
 
 class Packed:
     """A frozen weight [d, k] in the order that the kernels read. It is never written to."""
 
-    def __init__(self, shape: tuple[int, int], data: np.ndarray, struct: Any) -> None:
-        self.shape = shape
+    def __init__(
+        self, shape: tuple[int, int], precision: str, data: np.ndarray, struct: Any
+    ) -> None:
+        self.shape, self.precision = shape, precision
         self.dtype = F32
         self.nbytes = data.nbytes
         self._data = data
@@ -34,21 +36,37 @@ class Packed:
 def check(status: int, op: str) -> None:
     if status:
         text = ffi.string(lib.pylora_status_text(status)).decode()
-        raise (RangeError if status == _INDEX_ERROR else BackendError)(f"{op}: {text}")
+        raise (RangeError if status == lib.PYLORA_E_INDEX else BackendError)(f"{op}: {text}")
 
 
 def read(name: str, a: Array, *shape: int | None) -> np.ndarray:
     """`a`, checked, as a float32 array the core can read in place: a copy only where it cannot."""
     if not isinstance(a, np.ndarray) or a.dtype != F32:
-        got = getattr(a, "dtype", type(a).__name__)
-        raise DtypeError(
-            f"{name}: the c backend computes in float32, got {got}; "
-            "convert it, or use the numpy backend for float64"
-        )
+        _refuse(name, a)
+    return _readable(name, a, shape)
+
+
+def read_any(name: str, a: Array, *shape: int | None) -> np.ndarray:
+    """The same of a float32 or BF16 array."""
+    if not isinstance(a, np.ndarray) or (a.dtype != F32 and a.dtype != BF16):
+        _refuse(name, a)
+    return _readable(name, a, shape)
+
+
+def _refuse(name: str, a: Any) -> NoReturn:
+    got = getattr(a, "dtype", type(a).__name__)
+    raise DtypeError(
+        f"{name}: the c backend computes in float32, got {'bfloat16' if got == BF16 else got}; "
+        "convert it, or use the numpy backend for float64"
+    )
+
+
+def _readable(name: str, a: np.ndarray, shape: tuple[int | None, ...]) -> np.ndarray:
     want(name, a, shape)
-    strides = a.strides
-    if a.flags.aligned and strides and strides[-1] == 4 and (a.ndim == 1 or strides[0] % 4 == 0):
-        return a
+    size, strides = a.itemsize, a.strides
+    if a.flags.aligned and strides and strides[-1] == size:
+        if a.ndim == 1 or strides[0] % size == 0:
+            return a
     return np.ascontiguousarray(a)
 
 
@@ -75,7 +93,12 @@ def mat(a: np.ndarray | None) -> Any:
     """A pylora_mat over a checked array. The caller keeps the array alive."""
     if a is None:
         return ffi.NULL
-    return ffi.new("pylora_mat *", (at(a), a.shape[0], a.shape[1], a.strides[0] // 4))
+    address, (rows, cols) = a.__array_interface__["data"][0], a.shape
+    if a.dtype == BF16:
+        b = ffi.cast("uint16_t *", address)
+        return ffi.new("pylora_mat *", (ffi.NULL, rows, cols, a.strides[0] // 2, b))
+    p = ffi.cast("float *", address)
+    return ffi.new("pylora_mat *", (p, rows, cols, a.strides[0] // 4, ffi.NULL))
 
 
 def writable(name: str, a: Array, n: int) -> np.ndarray:
@@ -106,6 +129,14 @@ def shape_of(W: Packed | None) -> tuple[int, int]:
     return W.shape
 
 
+def want_inputs(W: Packed | None, k: int) -> tuple[int, int]:
+    """The shape of a packed weight of k inputs."""
+    shape = shape_of(W)
+    if shape[1] != k:
+        raise ShapeError(f"x must have the shape [any, {shape[1]}], got [any, {k}]")
+    return shape
+
+
 def owned(name: str, a: Array, m: int, k: int) -> np.ndarray:
     """An array that may be overwritten: itself if the core can write to it, else a copy."""
     checked = read(name, a, m, k)
@@ -127,14 +158,16 @@ def lora_struct(lora: LoRA | None, drop: Drop | None, d: int, k: int) -> tuple[A
     A = read("A", lora.A, None, k)
     B = read("B", lora.B, d, A.shape[0])
     cdrop = drop_struct(drop)
-    low = (A.shape[0], at(A), A.strides[0] // 4, at(B), B.strides[0] // 4, lora.scale, cdrop)
+    low = (
+        A.shape[0], at(A), A.strides[0] // 4, at(B), B.strides[0] // 4, lora.scale, cdrop, ffi.NULL,
+    )  # fmt: skip
     return ffi.new("pylora_lora *", low), A, B, cdrop
 
 
 def read_qkv(q: Array, k: Array, v: Array, attn: Attn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    k = read("k", k, None, attn.kv_heads * attn.head_dim)
-    q = read("q", q, None, attn.heads * attn.head_dim)
-    return q, k, read("v", v, *k.shape)
+    k = read_any("k", k, None, attn.kv_heads * attn.head_dim)
+    q = read_any("q", q, None, attn.heads * attn.head_dim)
+    return q, k, read_any("v", v, *k.shape)
 
 
 def attention_structs(seqs: Seqs, attn: Attn) -> tuple[Any, Any, Any]:

@@ -1,7 +1,7 @@
 """The NumPy backend: the reference operations on NumPy arrays, in float32 or float64.
 
 It is the oracle and the fallback, not the fast path. It also takes complex128, so that gradients
-can be checked by complex step.
+can be checked by complex step. Of a precision it has the weights' values; it rounds nothing else.
 """
 
 from __future__ import annotations
@@ -11,31 +11,81 @@ from typing import Any
 import numpy as np
 
 from pylora.errors import DtypeError, ShapeError
+from pylora.precision import BF16, Stored, check_precision, from_bf16, to_bf16
 from pylora.reference import Reference
 
 _DTYPES = (np.float32, np.float64, np.complex128)
+_QUANTIZED = {"int8": "q8_0", "int4": "q4_1"}  # how a precision stores a float source
+
+
+class PackedArray:
+    """A frozen weight [d, k]: the values that its precision keeps, in a read-only array."""
+
+    def __init__(self, values: np.ndarray, precision: str) -> None:
+        self.values = values
+        self.values.flags.writeable = False
+        self.precision = precision
+        self.shape: tuple[int, int] = values.shape
+        self.dtype, self.nbytes = values.dtype, values.nbytes
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.values, dtype)
 
 
 class NumpyBackend(Reference):
-    """`Reference` over NumPy. A "packed" weight is the array itself, made read-only."""
+    """`Reference` over NumPy."""
 
     name = "numpy"
 
     def __init__(self) -> None:
         super().__init__(np)
 
-    def pack(self, W: np.ndarray) -> np.ndarray:
-        """W [d,k] as a read-only C-contiguous array: a view where W is contiguous already, so the
-        caller gives W away."""
-        if W.ndim != 2:
-            raise ShapeError(f"a weight to pack must be [d, k], got shape {W.shape}")
-        packed: np.ndarray = self.asarray(W).view()
-        packed.flags.writeable = False
-        return packed
+    # ---- precision ----------------------------------------------------------------------------
 
-    def unpack(self, P: np.ndarray) -> np.ndarray:
-        W: np.ndarray = P.copy()
+    def computes(self, precision: str) -> str:
+        """The precision whose values a model of this one has here: "fp32x3" is plain float32."""
+        return "fp32" if check_precision(precision) == "fp32x3" else precision
+
+    def activation_dtype(self, precision: str) -> Any:
+        """The dtype of arrays that only feed products; None: the computation's own, as here."""
+        check_precision(precision)
+
+    def pack(self, W: np.ndarray | Stored, precision: str = "fp32") -> PackedArray:
+        """The values that `precision` keeps of W [d,k], or those of a stored weight. In fp32 it is
+        a view where W is C-contiguous, so the caller gives W away."""
+        precision = self.computes(precision)
+        if len(W.shape) != 2:
+            raise ShapeError(f"a weight to pack must be [d, k], got shape {W.shape}")
+        return PackedArray(self._kept(W, precision).view(), precision)
+
+    def _kept(self, W: np.ndarray | Stored, precision: str) -> np.ndarray:
+        if isinstance(W, Stored):
+            values: np.ndarray
+            if W.kind == "bf16":
+                values = from_bf16(W.rows.view(BF16))
+            else:
+                from pylora.quantize import dequantize
+
+                values = dequantize(W)
+            if precision in _QUANTIZED and W.kind != "bf16":
+                return values
+            W = values
+        array = self.asarray(W)
+        if precision == "fp32":
+            return array
+        narrow = array.real.astype(np.float32)
+        if precision == "bf16":
+            return from_bf16(to_bf16(narrow)).astype(array.dtype)
+        from pylora.quantize import dequantize, quantize
+
+        kept: np.ndarray = dequantize(quantize(narrow, _QUANTIZED[precision]))
+        return kept.astype(array.dtype)
+
+    def unpack(self, P: PackedArray) -> np.ndarray:
+        W: np.ndarray = P.values.copy()
         return W
+
+    # ---- arrays -------------------------------------------------------------------------------
 
     def asarray(self, a: Any) -> np.ndarray:
         """A C-contiguous array of a; DtypeError unless float32, float64 or complex128."""

@@ -4,13 +4,26 @@ ways to make arrays. The docstrings there are the specification of every operati
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from pylora.types import AdamW, Array, Attn, Drop, LoRA, Residue, Seqs
+from pylora.precision import Stored
+from pylora.types import (
+    AdamW,
+    Array,
+    Attn,
+    Drop,
+    LoRA,
+    Projection,
+    ProjectionGrad,
+    Residue,
+    Seqs,
+)
 
-Packed = Any  # a frozen weight in the backend's own order; has .shape == (d, k) and .nbytes
+# A frozen weight in the backend's own order; has .shape == (d, k), .nbytes and .precision.
+Packed = Any
 
 
 class Backend(Protocol):
@@ -20,7 +33,9 @@ class Backend(Protocol):
     xp: Any  # the array namespace of its arrays: numpy (or cupy)
 
     # ---- arrays -------------------------------------------------------------------------------
-    def pack(self, W: Array) -> Packed: ...
+    def computes(self, precision: str) -> str: ...
+    def activation_dtype(self, precision: str) -> Any: ...
+    def pack(self, W: Array | Stored, precision: str = ...) -> Packed: ...
     def unpack(self, P: Packed) -> Array: ...
     def asarray(self, a: Any) -> Array: ...
     def to_numpy(self, a: Array) -> np.ndarray: ...
@@ -36,6 +51,7 @@ class Backend(Protocol):
         lora: LoRA | None = None,
         drop: Drop | None = None,
         residual: Array | None = None,
+        dtype: Any = None,
     ) -> tuple[Array, Array | None]: ...
     def lora_backward(
         self,
@@ -50,14 +66,29 @@ class Backend(Protocol):
         need_dx: bool = True,
         need_dA: bool = True,
         need_dB: bool = True,
+        dtype: Any = None,
     ) -> tuple[Array | None, Array | None, Array | None]: ...
+    def linear_forward(
+        self, x: Array, projections: Sequence[Projection]
+    ) -> list[tuple[Array, Array | None]]: ...
+    def linear_backward(
+        self,
+        x: Array | None,
+        projections: Sequence[ProjectionGrad],
+        *,
+        add: Array | None = None,
+        need_dx: bool = True,
+        dtype: Any = None,
+    ) -> tuple[Array | None, list[tuple[Array | None, Array | None]]]: ...
 
     # ---- merge --------------------------------------------------------------------------------
     def merge(self, W: Array, lora: LoRA, dtype: str = "f32") -> tuple[Array, Residue]: ...
     def unmerge(self, merged: Array, lora: LoRA, residue: Residue, dtype: str = "f32") -> Array: ...
 
     # ---- transformer --------------------------------------------------------------------------
-    def rms_norm_forward(self, x: Array, w: Array, eps: float) -> tuple[Array, Array]: ...
+    def rms_norm_forward(
+        self, x: Array, w: Array, eps: float, dtype: Any = None
+    ) -> tuple[Array, Array]: ...
     def rms_norm_backward(
         self,
         dy: Array,
@@ -66,6 +97,7 @@ class Backend(Protocol):
         rstd: Array,
         add: Array | None = None,
         need_dw: bool = False,
+        dtype: Any = None,
     ) -> tuple[Array, Array | None]: ...
     def rope(
         self,
@@ -76,9 +108,10 @@ class Backend(Protocol):
         head_dim: int,
         layout: str = "half",
         inverse: bool = False,
+        dtype: Any = None,
     ) -> Array: ...
     def attention_forward(
-        self, q: Array, k: Array, v: Array, seqs: Seqs, attn: Attn
+        self, q: Array, k: Array, v: Array, seqs: Seqs, attn: Attn, dtype: Any = None
     ) -> tuple[Array, Array]: ...
     def attention_backward(
         self,
@@ -90,9 +123,12 @@ class Backend(Protocol):
         lse: Array,
         seqs: Seqs,
         attn: Attn,
+        dtype: Any = None,
     ) -> tuple[Array, Array, Array]: ...
-    def swiglu_forward(self, gate: Array, up: Array) -> Array: ...
-    def swiglu_backward(self, dy: Array, gate: Array, up: Array) -> tuple[Array, Array]: ...
+    def swiglu_forward(self, gate: Array, up: Array, dtype: Any = None) -> Array: ...
+    def swiglu_backward(
+        self, dy: Array, gate: Array, up: Array, dtype: Any = None
+    ) -> tuple[Array, Array]: ...
     def embedding_forward(self, ids: Array, W: Packed) -> Array: ...
     def embedding_backward(self, ids: Array, dy: Array, rows: int) -> Array: ...
 

@@ -40,7 +40,7 @@ class Perturbed(NumpyBackend):
         words = self.philox(self.run, self.calls, 0, value.size).reshape(value.shape)
         return value + np.where(words & 1, 1.0, -1.0) * bound
 
-    def lora_forward(self, x, W, bias=None, lora=None, drop=None, residual=None):  # type: ignore[no-untyped-def]
+    def lora_forward(self, x, W, bias=None, lora=None, drop=None, residual=None, dtype=None):  # type: ignore[no-untyped-def]
         y, h = super().lora_forward(x, W, bias, lora, drop, residual)
         p = drop.p if drop else 0.0
         y_bound, h_bound = bounds.lora_forward(x, W, bias, lora, residual, p=p)
@@ -57,33 +57,33 @@ class Perturbed(NumpyBackend):
         limits = bounds.lora_backward(dy, x, h, W, lora, add, p=p)
         return tuple(self._move(a, b) for a, b in zip((dx, dA, dB), limits))
 
-    def rms_norm_forward(self, x, w, eps):  # type: ignore[no-untyped-def]
+    def rms_norm_forward(self, x, w, eps, dtype=None):  # type: ignore[no-untyped-def]
         y, rstd = super().rms_norm_forward(x, w, eps)
         y_bound, rstd_bound = bounds.rms_norm_forward(x, w, eps)
         return self._move(y, y_bound), self._move(rstd, rstd_bound)
 
-    def rms_norm_backward(self, dy, x, w, rstd, add=None, need_dw=False):  # type: ignore[no-untyped-def]
+    def rms_norm_backward(self, dy, x, w, rstd, add=None, need_dw=False, dtype=None):  # type: ignore[no-untyped-def]
         dx, dw = super().rms_norm_backward(dy, x, w, rstd, add, need_dw)
         return self._move(dx, bounds.rms_norm_backward(dy, x, w, rstd, add)[0]), dw
 
-    def rope(self, x, cos, sin, position, head_dim, layout="half", inverse=False):  # type: ignore[no-untyped-def]
+    def rope(self, x, cos, sin, position, head_dim, layout="half", inverse=False, dtype=None):  # type: ignore[no-untyped-def]
         y = super().rope(x, cos, sin, position, head_dim, layout, inverse)
         return self._move(y, 2 * bounds.rope(x, head_dim))  # twice: the tables are rounded too
 
-    def attention_forward(self, q, k, v, seqs, attn):  # type: ignore[no-untyped-def]
+    def attention_forward(self, q, k, v, seqs, attn, dtype=None):  # type: ignore[no-untyped-def]
         o, lse = super().attention_forward(q, k, v, seqs, attn)
         o_bound, lse_bound = bounds.attention_forward(q, k, v, seqs, attn)
         return self._move(o, o_bound), self._move(lse, lse_bound)
 
-    def attention_backward(self, do, q, k, v, o, lse, seqs, attn):  # type: ignore[no-untyped-def]
+    def attention_backward(self, do, q, k, v, o, lse, seqs, attn, dtype=None):  # type: ignore[no-untyped-def]
         grads = super().attention_backward(do, q, k, v, o, lse, seqs, attn)
         limits = bounds.attention_backward(do, q, k, v, o, lse, seqs, attn)
         return tuple(self._move(a, b) for a, b in zip(grads, limits))
 
-    def swiglu_forward(self, gate, up):  # type: ignore[no-untyped-def]
+    def swiglu_forward(self, gate, up, dtype=None):  # type: ignore[no-untyped-def]
         return self._move(super().swiglu_forward(gate, up), bounds.swiglu_forward(gate, up))
 
-    def swiglu_backward(self, dy, gate, up):  # type: ignore[no-untyped-def]
+    def swiglu_backward(self, dy, gate, up, dtype=None):  # type: ignore[no-untyped-def]
         grads, limits = super().swiglu_backward(dy, gate, up), bounds.swiglu_backward(dy, gate, up)
         return tuple(self._move(a, b) for a, b in zip(grads, limits))
 

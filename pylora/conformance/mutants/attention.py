@@ -60,7 +60,7 @@ class _Tiled(Reference):
         return np.tile(heads, (1, attn.heads // attn.kv_heads, 1)).reshape(k.shape[0], -1)
 
     def attention_forward(
-        self, q: Array, k: Array, v: Array, seqs: Seqs, attn: Attn
+        self, q: Array, k: Array, v: Array, seqs: Seqs, attn: Attn, dtype: Any = None
     ) -> tuple[Array, Array]:
         whole = Attn(attn.heads, attn.heads, attn.head_dim, attn.scale)
         return super().attention_forward(q, self._tile(k, attn), self._tile(v, attn), seqs, whole)
@@ -187,6 +187,7 @@ class _TurnsForwardAgain(Reference):
         head_dim: int,
         layout: str = "half",
         inverse: bool = False,
+        dtype: Any = None,
     ) -> Array:
         return super().rope(x, cos, sin, position, head_dim, layout)
 

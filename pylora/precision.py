@@ -1,0 +1,82 @@
+"""How precisely a model is computed: the names of the precisions, and bfloat16 in NumPy.
+
+    fp32     float32 throughout
+    fp32x3   float32 weights and activations as two bfloat16 halves each: three products for one
+    bf16     weights and what feeds a product in bfloat16; sums and the residual stream in float32
+    int8     weights in ggml's Q8_0 (or as a file stores them); activations in float32
+    int4     weights in ggml's Q4_1 (or as a file stores them); activations in float32
+
+A precision says what a frozen weight keeps of its source and what a product rounds (csrc/pylora.h,
+pylora_packed, has the rules). Adapters, their gradients and the optimizer are float32 in each.
+NumPy has no bfloat16, so arrays of it have the dtype `BF16`: its bits in a field of that name,
+which nothing can take for integers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pylora.errors import ConfigError, DtypeError
+from pylora.types import Array
+
+PRECISIONS = ("fp32", "fp32x3", "bf16", "int8", "int4")
+
+BF16 = np.dtype([("bf16", "<u2")], align=True)
+
+STORED_KINDS = ("q8_0", "q4_0", "q4_1", "bf16")
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """A weight as a file stores it: rows of ggml blocks, or of bfloat16 numbers."""
+
+    kind: str  # one of STORED_KINDS
+    rows: np.ndarray  # uint8 [d, bytes of a row]
+    shape: tuple[int, int]  # (d, k)
+
+    def __post_init__(self) -> None:
+        if self.kind not in STORED_KINDS:
+            raise DtypeError(
+                f"a stored weight of kind {self.kind!r}; it must be one of "
+                f"{', '.join(STORED_KINDS)}"
+            )
+
+
+def check_precision(precision: str) -> str:
+    """The name itself; ConfigError, listing them all, if it is none."""
+    if precision not in PRECISIONS:
+        raise ConfigError(
+            f"there is no precision {precision!r}; choose one of {', '.join(PRECISIONS)}"
+        )
+    return precision
+
+
+def to_bf16(x: Array) -> np.ndarray:
+    """`x` rounded to the nearest bfloat16, ties to even, as an array of BF16. NaN stays NaN."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    # Adding 0x7fff plus the lowest kept bit carries into the kept half exactly when rounding up.
+    rounded = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
+    nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    kept = np.where(nan, (bits >> 16) | 0x40, rounded).astype(np.uint16)
+    return np.asarray(kept.reshape(np.shape(x))).view(BF16)
+
+
+def from_bf16(x: np.ndarray) -> np.ndarray:
+    """The float32 values of an array of BF16, exactly."""
+    bits = np.ascontiguousarray(x).view(np.uint16).astype(np.uint32)
+    bits <<= 16
+    return bits.view(np.float32).reshape(x.shape)
+
+
+def widened(x: Array) -> Array:
+    """float32 values of an array of BF16; any other array as it is."""
+    return from_bf16(x) if x.dtype == BF16 else x
+
+
+def as_dtype(x: Array, dtype: np.dtype | type | None) -> Array:
+    """`x` rounded to `dtype`, which may be BF16; None leaves it as it is."""
+    if dtype is None:
+        return x
+    return to_bf16(x) if dtype == BF16 else x.astype(dtype, copy=False)
