@@ -49,29 +49,29 @@ class Spy:
         self.bounds: dict[str, Any] = {}
         self.paths = {id(lora): path for path, lora in adapter.items()}
         self.forward, self.backward, self.dropout = (
-            ops.lora_forward,
-            ops.lora_backward,
+            ops.linear_forward,
+            ops.linear_backward,
             ops.dropout,
         )
-        monkeypatch.setattr(ops, "lora_forward", self.on_forward)
-        monkeypatch.setattr(ops, "lora_backward", self.on_backward)
+        monkeypatch.setattr(ops, "linear_forward", self.on_forward)
+        monkeypatch.setattr(ops, "linear_backward", self.on_backward)
 
-    def on_forward(self, x: Any, W: Any, bias: Any, lora: Any, drop: Any, *rest: Any) -> Any:
-        if drop is not None:
-            mask = self.dropout(np.ones(x.shape, np.float32), drop)
-            self.masks.setdefault(self.paths[id(lora)], []).append(mask)
-        return self.forward(x, W, bias, lora, drop, *rest)
+    def on_forward(self, x: Any, projections: Any) -> Any:
+        for p in projections:
+            if p.drop is not None:
+                mask = self.dropout(np.ones(x.shape, np.float32), p.drop)
+                self.masks.setdefault(self.paths[id(p.lora)], []).append(mask)
+        return self.forward(x, projections)
 
-    def on_backward(
-        self, dy: Any, x: Any, h: Any, W: Any, lora: Any, drop: Any, **rest: Any
-    ) -> Any:
-        if lora is not None:
-            p = drop.p if drop else 0.0
-            zero = np.zeros((dy.shape[1], x.shape[1]))
-            _, A, B = bounds.lora_backward(dy, x, h, zero, lora, p=p)
-            before = self.bounds.get(self.paths[id(lora)], (0, 0))
-            self.bounds[self.paths[id(lora)]] = (before[0] + A, before[1] + B)
-        return self.backward(dy, x, h, W, lora, drop, **rest)
+    def on_backward(self, x: Any, projections: Any, **rest: Any) -> Any:
+        for p in projections:
+            if p.lora is not None:
+                rate = p.drop.p if p.drop else 0.0
+                zero = np.zeros((p.dy.shape[1], x.shape[1]))
+                _, A, B = bounds.lora_backward(p.dy, x, p.h, zero, p.lora, p=rate)
+                before = self.bounds.get(self.paths[id(p.lora)], (0, 0))
+                self.bounds[self.paths[id(p.lora)]] = (before[0] + A, before[1] + B)
+        return self.backward(x, projections, **rest)
 
 
 @pytest.mark.parametrize("target", [["q_proj", "down_proj"], ["v_proj", "lm_head"]])

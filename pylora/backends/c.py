@@ -143,7 +143,9 @@ class CBackend:
     def computes(self, precision: str) -> str:
         """The precision that a model of this one has here: "fp32x3" needs bfloat16 tiles (AMX),
         and is strict float32 without them."""
-        if check_precision(precision) == "fp32x3" and not lib.pylora_pack_bytes(lib.PYLORA_F32X3, 32, 32):
+        if check_precision(precision) == "fp32x3" and not lib.pylora_pack_bytes(
+            lib.PYLORA_F32X3, 32, 32
+        ):
             return "fp32"
         return precision
 
@@ -193,7 +195,7 @@ class CBackend:
         if W.kind == "bf16":
             bits = np.ascontiguousarray(W.rows).view(BF16)
             return bits if precision == "bf16" else from_bf16(bits)
-        from pylora.quantize import dequantize
+        from pylora.quantize import dequantize  # type: ignore[import-not-found,unused-ignore]
 
         values: np.ndarray = dequantize(W)
         return values
