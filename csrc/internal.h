@@ -53,6 +53,13 @@ static inline uint16_t bf16_round(float x) {
   return (uint16_t)((u + 0x7fffu + (u >> 16 & 1)) >> 16);
 }
 
+/* A piece of row i, from column j on, for the kernels. */
+static inline pylora_vec row_at(const pylora_mat *a, int64_t i, int64_t j) {
+  const int64_t at = i * a->ld + j;
+  pylora_vec r = {a->b ? NULL : a->p + at, a->b ? a->b + at : NULL};
+  return r;
+}
+
 /* A bump pointer over the caller's workspace; every piece is 64-byte aligned. */
 typedef struct arena {
   char *p, *end;

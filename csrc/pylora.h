@@ -286,9 +286,12 @@ int pylora_embedding_backward(const int64_t *ids, const pylora_mat *dy, const py
 int pylora_cross_entropy_forward(const pylora_mat *logits, const int64_t *labels, float *nll,
                                  float *lse);
 /* dlogits = weight[i] * (exp(logits - lse[i]) - onehot(labels[i])); rows with PYLORA_IGNORE are 0.
- * dlogits may be logits. */
+ * dlogits may be logits; bf16 too. */
 int pylora_cross_entropy_backward(const pylora_mat *logits, const int64_t *labels, const float *lse,
                                   const float *weight, const pylora_mat *dlogits);
+/* Both, bit for bit, with the logits read from memory once. */
+int pylora_cross_entropy(const pylora_mat *logits, const int64_t *labels, const float *weight,
+                         float *nll, float *lse, const pylora_mat *dlogits);
 
 /* ---- optimizer -------------------------------------------------------------------------- */
 

@@ -371,6 +371,13 @@ void pylora_ref_cross_entropy_backward(const pylora_mat *logits, const int64_t *
     }
 }
 
+/* Both: nll and lse, and dlogits from that lse */
+void pylora_ref_cross_entropy(const pylora_mat *logits, const int64_t *labels, const float *weight,
+                              float *nll, float *lse, const pylora_mat *dlogits) {
+  pylora_ref_cross_entropy_forward(logits, labels, nll, lse);
+  pylora_ref_cross_entropy_backward(logits, labels, lse, weight, dlogits);
+}
+
 /* Algorithm 2 of Loshchilov & Hutter (2019): decay is apart from the gradient. */
 void pylora_ref_adamw_step(int64_t n, float *param, const float *grad, float *m, float *v,
                            const pylora_adamw *o) {

@@ -53,6 +53,8 @@ void pylora_ref_cross_entropy_forward(const pylora_mat *logits, const int64_t *l
 void pylora_ref_cross_entropy_backward(const pylora_mat *logits, const int64_t *labels,
                                        const float *lse, const float *weight,
                                        const pylora_mat *dlogits);
+void pylora_ref_cross_entropy(const pylora_mat *logits, const int64_t *labels, const float *weight,
+                              float *nll, float *lse, const pylora_mat *dlogits);
 void pylora_ref_adamw_step(int64_t n, float *param, const float *grad, float *m, float *v,
                            const pylora_adamw *o);
 double pylora_ref_sum_squares(int64_t n, const float *x);

@@ -47,7 +47,7 @@ static void norm_rows(const void *ctx, int64_t first, int64_t end) {
   for (int64_t i = first; i < end; i++) {
     const float *x = f->x->p + i * f->x->ld;
     f->rstd[i] = 1.0f / sqrtf(f->K->sum_squares(k, x) / (float)k + f->eps);
-    f->K->rms_forward(k, x, f->w, f->rstd[i], f->y->p + i * f->y->ld);
+    f->K->rms_forward(k, x, f->w, f->rstd[i], row_at(f->y, i, 0));
   }
 }
 
@@ -56,7 +56,7 @@ int pylora_rms_norm_forward(const pylora_mat *x, const float *w, float eps, cons
   if (!x || !y) return PYLORA_E_NULL;
   const int64_t m = x->rows, k = x->cols;
   TRY(check_mat(x, m, k, 0));
-  TRY(check_mat(y, m, k, 1));
+  TRY(check_mat16(y, m, k, 1));
   if (m == 0) return PYLORA_OK;
   if (k == 0) return PYLORA_E_SHAPE; /* the mean of nothing */
   if (!w || !rstd) return PYLORA_E_NULL;
@@ -68,24 +68,24 @@ int pylora_rms_norm_forward(const pylora_mat *x, const float *w, float eps, cons
 static void norm_back_rows(const void *ctx, int64_t first, int64_t end) {
   const norm *f = ctx;
   for (int64_t i = first; i < end; i++)
-    f->K->rms_backward(f->x->cols, f->dy->p + i * f->dy->ld, f->x->p + i * f->x->ld, f->w,
-                       f->rstd_in[i], f->y->p + i * f->y->ld, f->add);
+    f->K->rms_backward(f->x->cols, row_at(f->dy, i, 0), row_at(f->x, i, 0), f->w, f->rstd_in[i],
+                       f->y->p + i * f->y->ld, f->add);
 }
 
 static void norm_weight_columns(const void *ctx, int64_t first, int64_t end) {
   const norm *f = ctx;
   memset(f->dw + first, 0, (size_t)(end - first) * sizeof(float));
   for (int64_t i = 0; i < f->x->rows; i++)
-    f->K->rms_weight(end - first, f->dy->p + i * f->dy->ld + first, f->x->p + i * f->x->ld + first,
-                     f->rstd_in[i], f->dw + first);
+    f->K->rms_weight(end - first, row_at(f->dy, i, first), row_at(f->x, i, first), f->rstd_in[i],
+                     f->dw + first);
 }
 
 int pylora_rms_norm_backward(const pylora_mat *dy, const pylora_mat *x, const float *w,
                              const float *rstd, const pylora_mat *dx, int add_dx, float *dw) {
   if (!x || !dy || !dx) return PYLORA_E_NULL;
   const int64_t m = x->rows, k = x->cols;
-  TRY(check_mat(x, m, k, 0));
-  TRY(check_mat(dy, m, k, 0));
+  TRY(check_mat16(x, m, k, 0));
+  TRY(check_mat16(dy, m, k, 0));
   TRY(check_mat(dx, m, k, 1));
   if (m && k == 0) return PYLORA_E_SHAPE;
   if (m && (!w || !rstd)) return PYLORA_E_NULL;
@@ -112,22 +112,31 @@ typedef struct rope {
   int layout, inverse;
 } rope;
 
+static float get(pylora_vec r, int64_t j) { return r.b ? bf16_widen(r.b[j]) : r.p[j]; }
+
+static void put(pylora_vec r, int64_t j, float x) {
+  if (r.b)
+    r.b[j] = bf16_round(x);
+  else
+    r.p[j] = x;
+}
+
 static void rope_rows(const void *ctx, int64_t first, int64_t end) {
   const rope *f = ctx;
   const int64_t half = f->dim / 2;
   for (int64_t i = first; i < end; i++) {
     const float *c = f->c->p + f->position[i] * f->c->ld, *s = f->s->p + f->position[i] * f->s->ld;
     for (int64_t h = 0; h < f->x->cols; h += f->dim) {
-      const float *x = f->x->p + i * f->x->ld + h;
-      float *y = f->y->p + i * f->y->ld + h;
+      const pylora_vec x = row_at(f->x, i, h), y = row_at(f->y, i, h);
       if (f->layout == PYLORA_ROPE_HALF) {
-        f->K->rotate(half, x, x + half, c, s, f->inverse, y, y + half);
+        f->K->rotate(half, x, row_at(f->x, i, h + half), c, s, f->inverse, y,
+                     row_at(f->y, i, h + half));
         continue;
       }
       for (int64_t j = 0; j < half; j++) {
-        const float a = x[2 * j], b = x[2 * j + 1], sin = f->inverse ? -s[j] : s[j];
-        y[2 * j] = a * c[j] - b * sin;
-        y[2 * j + 1] = b * c[j] + a * sin;
+        const float a = get(x, 2 * j), b = get(x, 2 * j + 1), sin = f->inverse ? -s[j] : s[j];
+        put(y, 2 * j, a * c[j] - b * sin);
+        put(y, 2 * j + 1, b * c[j] + a * sin);
       }
     }
   }
@@ -139,8 +148,8 @@ int pylora_rope(const pylora_mat *x, const pylora_mat *cosines, const pylora_mat
   if (!x || !cosines || !sines || !y) return PYLORA_E_NULL;
   if (head_dim < 2 || head_dim % 2 || x->cols % head_dim) return PYLORA_E_SHAPE;
   if (layout != PYLORA_ROPE_HALF && layout != PYLORA_ROPE_INTERLEAVED) return PYLORA_E_VALUE;
-  TRY(check_mat(x, x->rows, x->cols, 0));
-  TRY(check_mat(y, x->rows, x->cols, 1));
+  TRY(check_mat16(x, x->rows, x->cols, 0));
+  TRY(check_mat16(y, x->rows, x->cols, 1));
   TRY(check_mat(cosines, cosines->rows, head_dim / 2, 0));
   TRY(check_mat(sines, cosines->rows, head_dim / 2, 0));
   if (x->rows && !position) return PYLORA_E_NULL;
@@ -161,15 +170,15 @@ typedef struct swiglu {
 static void swiglu_rows(const void *ctx, int64_t first, int64_t end) {
   const swiglu *f = ctx;
   for (int64_t i = first; i < end; i++)
-    f->K->swiglu_forward(f->gate->cols, f->gate->p + i * f->gate->ld, f->up->p + i * f->up->ld,
-                         f->y->p + i * f->y->ld);
+    f->K->swiglu_forward(f->gate->cols, row_at(f->gate, i, 0), row_at(f->up, i, 0),
+                         row_at(f->y, i, 0));
 }
 
 int pylora_swiglu_forward(const pylora_mat *gate, const pylora_mat *up, const pylora_mat *y) {
   if (!gate || !up || !y) return PYLORA_E_NULL;
-  TRY(check_mat(gate, gate->rows, gate->cols, 0));
-  TRY(check_mat(up, gate->rows, gate->cols, 0));
-  TRY(check_mat(y, gate->rows, gate->cols, 1));
+  TRY(check_mat16(gate, gate->rows, gate->cols, 0));
+  TRY(check_mat16(up, gate->rows, gate->cols, 0));
+  TRY(check_mat16(y, gate->rows, gate->cols, 1));
   const swiglu f = {.K = pylora_table(), .gate = gate, .up = up, .y = y};
   each_row(swiglu_rows, &f, gate->rows, gate->cols);
   return PYLORA_OK;
@@ -178,20 +187,19 @@ int pylora_swiglu_forward(const pylora_mat *gate, const pylora_mat *up, const py
 static void swiglu_back_rows(const void *ctx, int64_t first, int64_t end) {
   const swiglu *f = ctx;
   for (int64_t i = first; i < end; i++)
-    f->K->swiglu_backward(f->gate->cols, f->dy->p + i * f->dy->ld, f->gate->p + i * f->gate->ld,
-                          f->up->p + i * f->up->ld, f->dgate->p + i * f->dgate->ld,
-                          f->dup->p + i * f->dup->ld);
+    f->K->swiglu_backward(f->gate->cols, row_at(f->dy, i, 0), row_at(f->gate, i, 0),
+                          row_at(f->up, i, 0), row_at(f->dgate, i, 0), row_at(f->dup, i, 0));
 }
 
 int pylora_swiglu_backward(const pylora_mat *dy, const pylora_mat *gate, const pylora_mat *up,
                            const pylora_mat *dgate, const pylora_mat *dup) {
   if (!dy || !gate || !up || !dgate || !dup) return PYLORA_E_NULL;
   const int64_t m = gate->rows, n = gate->cols;
-  TRY(check_mat(gate, m, n, 0));
-  TRY(check_mat(up, m, n, 0));
-  TRY(check_mat(dy, m, n, 0));
-  TRY(check_mat(dgate, m, n, 1));
-  TRY(check_mat(dup, m, n, 1));
+  TRY(check_mat16(gate, m, n, 0));
+  TRY(check_mat16(up, m, n, 0));
+  TRY(check_mat16(dy, m, n, 0));
+  TRY(check_mat16(dgate, m, n, 1));
+  TRY(check_mat16(dup, m, n, 1));
   const swiglu f = {pylora_table(), gate, up, NULL, dy, dgate, dup};
   each_row(swiglu_back_rows, &f, m, n);
   return PYLORA_OK;

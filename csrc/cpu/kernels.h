@@ -21,6 +21,12 @@ enum {
   GEMM_ADD = 2,      /* c = c + sum: pieces of a long sum, which lose less than one long chain */
 };
 
+/* A row of a matrix, or a piece of it, in either type: one of the two is NULL. */
+typedef struct pylora_vec {
+  float *p;
+  uint16_t *b; /* bfloat16 */
+} pylora_vec;
+
 typedef struct pylora_kernels {
   const char *name;
   int (*supported)(void); /* can this CPU run the table? */
@@ -46,27 +52,27 @@ typedef struct pylora_kernels {
   void (*from_bf16)(int64_t n, const uint16_t *x, float *y);
 
   /* Loops over one row of n elements (rows.inc). An element has the same bits in a full vector and in
-   * the tail, and sums are in an order fixed by n alone. Outputs may be inputs, element for element. */
+   * the tail, and sums are in an order fixed by n alone. Outputs may be inputs, element for element, of the
+   * same type.  A bfloat16 row gives the bits of the float32 row of its values, rounded once. */
   float (*sum_squares)(int64_t n, const float *x);
   float (*dot)(int64_t n, const float *a, const float *b);
   void (*scale)(int64_t n, const float *x, float s, float *y); /* y = x s */
   /* y = x r w */
-  void (*rms_forward)(int64_t n, const float *x, const float *w, float r, float *y);
+  void (*rms_forward)(int64_t n, const float *x, const float *w, float r, pylora_vec y);
   /* dx = (add ? dx : 0) + r (dy w - x r² mean(dy w x)) */
-  void (*rms_backward)(int64_t n, const float *dy, const float *x, const float *w, float r,
-                       float *dx, int add);
-  void (*rms_weight)(int64_t n, const float *dy, const float *x, float r,
-                     float *dw); /* dw += dy x r */
+  void (*rms_backward)(int64_t n, pylora_vec dy, pylora_vec x, const float *w, float r, float *dx,
+                       int add);
+  void (*rms_weight)(int64_t n, pylora_vec dy, pylora_vec x, float r, float *dw); /* dw += dy x r */
   /* (ya, yb) = (a c - b s, b c + a s): the pair rotated */
-  void (*rotate)(int64_t n, const float *a, const float *b, const float *c, const float *s,
-                 int inverse, float *ya, float *yb);
-  void (*swiglu_forward)(int64_t n, const float *gate, const float *up, float *y);
-  void (*swiglu_backward)(int64_t n, const float *dy, const float *gate, const float *up,
-                          float *dgate, float *dup);
+  void (*rotate)(int64_t n, pylora_vec a, pylora_vec b, const float *c, const float *s, int inverse,
+                 pylora_vec ya, pylora_vec yb);
+  void (*swiglu_forward)(int64_t n, pylora_vec gate, pylora_vec up, pylora_vec y);
+  void (*swiglu_backward)(int64_t n, pylora_vec dy, pylora_vec gate, pylora_vec up,
+                          pylora_vec dgate, pylora_vec dup);
   void (*exp_sum)(int64_t n, const float *x, float *top,
                   float *sum); /* max x, sum exp(x - max x) */
   void (*exp_scaled)(int64_t n, const float *x, float lse, float weight,
-                     float *y); /* weight exp(x - lse) */
+                     pylora_vec y); /* weight exp(x - lse) */
   /* param, m, v after one step; c: see pylora_adamw_step */
   void (*adamw)(int64_t n, float *param, const float *grad, float *m, float *v, const float *c);
 

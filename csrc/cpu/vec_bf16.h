@@ -131,4 +131,56 @@ INLINE float float_of_bf16(uint16_t x) {
   return f;
 }
 
+/* VL of them widened, or the first n; VL floats rounded. */
+#if defined(VEC_AVX512)
+INLINE vf v_of_bf16(__m256i x) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+INLINE __m256i v_to_bf16(vf x) {
+#if defined(VEC_BF16) && !(defined(_MSC_VER) && !defined(__clang__))
+  /* The instruction takes subnormal numbers for 0, which other tables keep. */
+  if (!_mm512_fpclass_ps_mask(x, 0x20)) return (__m256i)_mm512_cvtneps_pbh(x);
+#endif
+  const __m512i u = _mm512_castps_si512(x);
+  const __m512i even = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  __m512i r = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), even);
+  r = _mm512_mask_or_epi32(r, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), u,
+                           _mm512_set1_epi32(0x400000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16));
+}
+INLINE vf v_load_bf16(const uint16_t *p) {
+  return v_of_bf16(_mm256_loadu_si256((const __m256i *)(const void *)p));
+}
+INLINE vf v_load_bf16_n(const uint16_t *p, int n) {
+  return v_of_bf16(_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1u), p));
+}
+INLINE void v_store_bf16(uint16_t *p, vf x) {
+  _mm256_storeu_si256((__m256i *)(void *)p, v_to_bf16(x));
+}
+INLINE void v_store_bf16_n(uint16_t *p, vf x, int n) {
+  _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1u), v_to_bf16(x));
+}
+#else
+INLINE vf v_load_bf16(const uint16_t *p) {
+  float t[VL];
+  for (int i = 0; i < VL; i++) t[i] = float_of_bf16(p[i]);
+  return v_load(t);
+}
+INLINE vf v_load_bf16_n(const uint16_t *p, int n) {
+  float t[VL];
+  for (int i = 0; i < VL; i++) t[i] = i < n ? float_of_bf16(p[i]) : 0.0f;
+  return v_load(t);
+}
+INLINE void v_store_bf16(uint16_t *p, vf x) {
+  float t[VL];
+  v_store(t, x);
+  for (int i = 0; i < VL; i++) p[i] = bf16_of(t[i]);
+}
+INLINE void v_store_bf16_n(uint16_t *p, vf x, int n) {
+  float t[VL];
+  v_store(t, x);
+  for (int i = 0; i < n; i++) p[i] = bf16_of(t[i]);
+}
+#endif
+
 #endif

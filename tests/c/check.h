@@ -60,6 +60,7 @@ static inline float uniform(void) {
 typedef struct block {
   struct block *next;
   float *base; /* of a matrix: checked for writes to its gaps */
+  uint16_t *base16;
   pylora_mat mat;
   int64_t n, offset;
   void *memory;
@@ -97,6 +98,18 @@ static inline pylora_mat matrix(int64_t rows, int64_t cols, float size) {
     for (int64_t j = 0; j < cols; j++) a.p[i * a.ld + j] = size * uniform();
   return b->mat = a;
 }
+/* The same in bfloat16, not filled. */
+enum { GAP16 = 0x7fc1 }; /* a NaN */
+static inline pylora_mat matrix16(int64_t rows, int64_t cols) {
+  const int64_t stride = cols + PICK(0, 0, 1, 5), offset = PICK(0, 1, 3);
+  const int64_t n = rows && cols ? offset + (rows - 1) * stride + cols : 0;
+  block *b = take((size_t)n * sizeof(uint16_t));
+  b->base16 = b->memory, b->n = n, b->offset = offset;
+  for (int64_t i = 0; i < n; i++) b->base16[i] = GAP16;
+  pylora_mat a = {NULL, rows, cols, stride, n ? b->base16 + offset : NULL};
+  if (n && below(3) == 0) a.b += (rows - 1) * stride, a.ld = -stride;
+  return b->mat = a;
+}
 static inline float *el(const pylora_mat *a, int64_t i, int64_t j) { return a->p + i * a->ld + j; }
 static inline void fill(const pylora_mat *a, float value) {
   for (int64_t i = 0; i < a->rows; i++)
@@ -110,6 +123,31 @@ static inline pylora_mat copy_of(const pylora_mat *a) {
   pylora_mat b = matrix(a->rows, a->cols, 0);
   copy(a, &b);
   return b;
+}
+/* bfloat16: the nearest, ties to even; and back. */
+static inline uint16_t bf16(float x) {
+  uint32_t u;
+  memcpy(&u, &x, sizeof u);
+  if (isnan(x)) return (uint16_t)(u >> 16 | 0x40);
+  return (uint16_t)((u + 0x7fffu + (u >> 16 & 1)) >> 16);
+}
+static inline float from_bf16(uint16_t b) {
+  const uint32_t u = (uint32_t)b << 16;
+  float x;
+  memcpy(&x, &u, sizeof x);
+  return x;
+}
+static inline pylora_mat rounded(const pylora_mat *a) {
+  pylora_mat b = matrix16(a->rows, a->cols);
+  for (int64_t i = 0; i < a->rows; i++)
+    for (int64_t j = 0; j < a->cols; j++) b.b[i * b.ld + j] = bf16(*el(a, i, j));
+  return b;
+}
+static inline pylora_mat widened(const pylora_mat *b) {
+  pylora_mat a = matrix(b->rows, b->cols, 0);
+  for (int64_t i = 0; i < a.rows; i++)
+    for (int64_t j = 0; j < a.cols; j++) *el(&a, i, j) = from_bf16(b->b[i * b->ld + j]);
+  return a;
 }
 static inline pylora_mat abs_of(const pylora_mat *a) {
   pylora_mat b = matrix(a->rows, a->cols, 0);
@@ -131,10 +169,10 @@ static inline pylora_mat column(float *p, int64_t n) { return (pylora_mat){p, n,
 static inline void release(void) {
   while (blocks) {
     block *b = blocks;
-    for (int64_t i = 0; b->base && i < b->n; i++) {
+    for (int64_t i = 0; i < b->n; i++) {
       const int64_t ld = llabs(b->mat.ld), at = i - b->offset;
       if (at < 0 || at % ld >= b->mat.cols)
-        EXPECT(isnan(b->base[i]), "gap of a matrix was written");
+        EXPECT(b->base ? isnan(b->base[i]) : b->base16[i] == GAP16, "gap of a matrix was written");
     }
     blocks = b->next;
     free(b->memory);
@@ -170,6 +208,36 @@ static inline void expect_same(const char *what, const pylora_mat *a, const pylo
   for (int64_t i = 0; i < a->rows; i++)
     EXPECT(a->cols == 0 || memcmp(el(a, i, 0), el(b, i, 0), (size_t)a->cols * sizeof(float)) == 0,
            "%s: row %d has other bits", what, (int)i);
+}
+
+/* a is b rounded, to the bit? */
+static inline void expect_rounded(const char *what, const pylora_mat *a, const pylora_mat *b) {
+  for (int64_t i = 0; i < b->rows; i++)
+    for (int64_t j = 0; j < b->cols; j++) {
+      const uint16_t got = a->b[i * a->ld + j], want = bf16(*el(b, i, j));
+      EXPECT(got == want, "%s[%d,%d] is %g, not %g", what, (int)i, (int)j, (double)from_bf16(got),
+             (double)from_bf16(want));
+    }
+}
+/* A matrix of either type for an output, and whether it holds `want` (float32), rounded if need be. */
+static inline pylora_mat either(int64_t rows, int64_t cols) {
+  return below(2) ? matrix16(rows, cols) : matrix(rows, cols, 0);
+}
+static inline void expect_stored(const char *what, const pylora_mat *a, const pylora_mat *want) {
+  if (a->b)
+    expect_rounded(what, a, want);
+  else
+    expect_same(what, a, want);
+}
+/* Numbers of a random type: x is what an operation gets, and wide its values in float32. */
+typedef struct input {
+  pylora_mat x, wide;
+} input;
+static inline input input_of(int64_t rows, int64_t cols, float size) {
+  input in = {matrix(rows, cols, size), {0}};
+  in.wide = in.x;
+  if (below(2)) in.x = rounded(&in.wide), in.wide = widened(&in.x);
+  return in;
 }
 
 /* ---- every kernel table, one thread and several ---- */

@@ -41,6 +41,23 @@ static void cross_entropy(void) {
     const pylora_mat same = copy_of(&x);
     OK(pylora_cross_entropy_backward(&same, labels, lse0, weight, &same));
     expect_same("dlogits in logits", &same, &d);
+    /* Both at once are the two, bit for bit; in bfloat16 rounded once. */
+    const pylora_mat two = matrix(m, n, 0), both = either(m, n), late = matrix16(m, n);
+    float *nll1 = floats(m, 0), *lse1 = floats(m, 0);
+    OK(pylora_cross_entropy_backward(&x, labels, lse, weight, &two));
+    OK(pylora_cross_entropy_backward(&x, labels, lse, weight, &late));
+    expect_rounded("dlogits in bfloat16", &late, &two);
+    OK(pylora_cross_entropy(&x, labels, weight, nll1, lse1, &both));
+    expect_stored("dlogits of both", &both, &two);
+    pylora_ref_cross_entropy(&x, labels, weight, nll0, lse0, &d0);
+    const pylora_mat N1 = column(nll1, m), L1 = column(lse1, m);
+    expect_near("nll of both", &N1, &N0, &B, 1 / U / 2);
+    expect_near("lse of both", &L1, &L0, &B, 1 / U / 2);
+    const pylora_mat inside = copy_of(&x);
+    OK(pylora_cross_entropy(&inside, labels, weight, nll1, lse1, &inside));
+    expect_same("dlogits of both in logits", &inside, &two);
+    EXPECT(memcmp(nll1, nll, (size_t)m * sizeof(float)) == 0);
+    EXPECT(memcmp(lse1, lse, (size_t)m * sizeof(float)) == 0);
     for (int64_t i = 0; i < m; i++) {
       const pylora_mat x1 = row_of(&x, i);
       float a, b;

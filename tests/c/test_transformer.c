@@ -141,7 +141,7 @@ static void exponential(void) {
   double worst = 0;
   for (int c = 0; c < 100; c++) {
     for (int i = 0; i < N; i++) x[i] = c % 2 ? 100 * uniform() - 6 : uniform();
-    K->exp_scaled(N, x, 0, 1, y);
+    K->exp_scaled(N, x, 0, 1, (pylora_vec){y, NULL});
     for (int i = 0; i < N; i++) {
       const double want = exp((double)x[i]);
       if (want > FLT_MAX) {
@@ -155,14 +155,98 @@ static void exponential(void) {
   }
   EXPECT(worst <= 2, "%g ulp", worst);
   float ends[6] = {-INFINITY, -200, INFINITY, 89, NAN, 0}, out[6];
-  K->exp_scaled(6, ends, 0, 1, out);
+  K->exp_scaled(6, ends, 0, 1, (pylora_vec){out, NULL});
   EXPECT(out[0] == 0 && out[1] == 0 && out[2] == INFINITY && out[3] == INFINITY && isnan(out[4]) &&
          out[5] == 1);
   for (int64_t i = 0; i < 40; i++) { /* an element has the same bits in a vector and in the tail */
-    K->exp_scaled(40 - i, x + i, 0, 1, y);
+    K->exp_scaled(40 - i, x + i, 0, 1, (pylora_vec){y, NULL});
     float one;
-    K->exp_scaled(1, x + 39, 0, 1, &one);
+    K->exp_scaled(1, x + 39, 0, 1, (pylora_vec){&one, NULL});
     EXPECT(memcmp(&one, &y[39 - i], sizeof one) == 0);
+  }
+}
+
+/* bfloat16 in or out changes nothing but how numbers are stored: the bits are those of the float32
+ * operation on the widened inputs, each result rounded once. */
+static void storage(void) {
+  for (int c = 0; c < 30; c++) {
+    const int64_t m = PICK(0, 1, 5, 20), k = PICK(1, 2, 15, 16, 17, 63, 64, 65, 300);
+    const float *w = floats(k, 1), size = (float)PICK(1, 30);
+    float *rstd = floats(m, 0), *rstd0 = floats(m, 0), *dw = floats(k, 0), *dw0 = floats(k, 0);
+    const input x = input_of(m, k, size), dy = input_of(m, k, 1), up = input_of(m, k, 2);
+    pylora_mat y = either(m, k), z = either(m, k), y0 = matrix(m, k, 0), z0 = matrix(m, k, 0);
+    OK(pylora_rms_norm_forward(&x.wide, w, 1e-5f, &y, rstd));
+    OK(pylora_rms_norm_forward(&x.wide, w, 1e-5f, &y0, rstd0));
+    expect_stored("normed", &y, &y0);
+    EXPECT(memcmp(rstd, rstd0, (size_t)m * sizeof(float)) == 0);
+    const pylora_mat dx = matrix(m, k, 1), dx0 = copy_of(&dx);
+    const int add = (int)below(2);
+    OK(pylora_rms_norm_backward(&dy.x, &x.x, w, rstd, &dx, add, dw));
+    OK(pylora_rms_norm_backward(&dy.wide, &x.wide, w, rstd, &dx0, add, dw0));
+    expect_same("dx of norm", &dx, &dx0);
+    EXPECT(memcmp(dw, dw0, (size_t)k * sizeof(float)) == 0);
+
+    OK(pylora_swiglu_forward(&x.x, &up.x, &y));
+    OK(pylora_swiglu_forward(&x.wide, &up.wide, &y0));
+    expect_stored("swiglu", &y, &y0);
+    OK(pylora_swiglu_backward(&dy.x, &x.x, &up.x, &y, &z));
+    OK(pylora_swiglu_backward(&dy.wide, &x.wide, &up.wide, &y0, &z0));
+    expect_stored("dgate", &y, &y0);
+    expect_stored("dup", &z, &z0);
+    OK(pylora_swiglu_backward(&dy.x, &x.x, &up.x, &x.x, &up.x)); /* in place */
+    if (x.x.b) expect_stored("dgate in gate", &x.x, &y0);
+    if (up.x.b) expect_stored("dup in up", &up.x, &z0);
+    for (int64_t i = 0; i < m && dy.x.b; i++) { /* a row alone, and y in gate */
+      pylora_mat a = dy.x, b = widened(&dy.x);
+      a.b += i * a.ld, a.rows = 1;
+      b.p += i * b.ld, b.rows = 1;
+      pylora_mat one = matrix(1, k, 0);
+      OK(pylora_swiglu_forward(&b, &b, &one));
+      OK(pylora_swiglu_forward(&a, &a, &a));
+      expect_stored("a row alone", &a, &one);
+    }
+
+    const int64_t D = PICK(2, 6, 32, 34, 64), heads = PICK(1, 3), n = 12;
+    const input q = input_of(m, heads * D, 1);
+    const pylora_mat cosines = matrix(n, D / 2, 1), sines = matrix(n, D / 2, 1);
+    const pylora_mat r = either(m, heads * D), r0 = matrix(m, heads * D, 0);
+    const int64_t *position = ids_below(m, n);
+    const int layout = (int)below(2), inverse = (int)below(2);
+    OK(pylora_rope(&q.x, &cosines, &sines, position, (int32_t)D, layout, inverse, &r));
+    OK(pylora_rope(&q.wide, &cosines, &sines, position, (int32_t)D, layout, inverse, &r0));
+    expect_stored("rope", &r, &r0);
+    OK(pylora_rope(&q.x, &cosines, &sines, position, (int32_t)D, layout, inverse, &q.x));
+    expect_stored("rope in place", &q.x, &r0);
+    release();
+  }
+  /* Operations that take float32 only say so. */
+  const pylora_mat x = matrix(2, 4, 1), b = rounded(&x);
+  float w[4] = {0}, rstd[2];
+  EXPECT_STATUS(PYLORA_E_UNSUPPORTED, pylora_rms_norm_forward(&b, w, 1e-5f, &x, rstd));
+  EXPECT_STATUS(PYLORA_E_UNSUPPORTED, pylora_rms_norm_backward(&x, &x, w, rstd, &b, 0, NULL));
+}
+
+/* Rounding at the edges: ties, subnormal numbers, the largest one, infinity, NaN; in vectors and tails. */
+static void rounding(void) {
+  enum { N = 37 };
+  const uint32_t edge[] = {0x3f808000, 0x3f818000, 0x3f808001, 0x3f807fff, 0x00000001, 0x00007fff,
+                           0x00008000, 0x00018000, 0x007fffff, 0x807fffff, 0x80000000, 0x7f7fffff,
+                           0xff7fffff, 0x7f800000, 0xff800000, 0x7f800001, 0xffffffff, 0x7fc00000};
+  const pylora_kernels *K = pylora_table();
+  float x[N], one[N];
+  uint16_t y[N + 1];
+  for (int64_t n = 1; n <= N; n++) {
+    for (int64_t i = 0; i < N; i++) {
+      const uint32_t u = edge[below(sizeof edge / sizeof *edge)];
+      memcpy(&x[i], &u, 4);
+      one[i] = 1;
+    }
+    y[n] = 0x1234;
+    K->rms_forward(n, x, one, 1, (pylora_vec){NULL, y});
+    for (int64_t i = 0; i < n; i++)
+      EXPECT(isnan(x[i]) ? isnan(from_bf16(y[i])) : y[i] == bf16(x[i]), "%a is %04x", (double)x[i],
+             y[i]);
+    EXPECT(y[n] == 0x1234);
   }
 }
 
@@ -170,6 +254,8 @@ int main(void) {
   each_setup(rms_norm);
   each_setup(rope);
   each_setup(swiglu);
+  each_setup(storage);
+  each_setup(rounding);
   each_setup(embedding);
   each_setup(exponential);
   return finish("test_transformer");
