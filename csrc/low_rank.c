@@ -22,6 +22,32 @@ int pylora_any_nonzero(const float *B, int64_t rows, int64_t cols, int64_t ld) {
   return 0;
 }
 
+/* n <= 32 words; the usual sizes are known to the compiler, which makes them a few moves. */
+static inline void copy_words(float *to, const float *from, int64_t n) {
+  if (n == 8)
+    memcpy(to, from, 8 * sizeof(float));
+  else if (n == 16)
+    memcpy(to, from, 16 * sizeof(float));
+  else if (n == 32)
+    memcpy(to, from, 32 * sizeof(float));
+  else
+    memcpy(to, from, (size_t)n * sizeof(float));
+}
+
+/* M [rows, cols] of 32-bit words -> out [cols, rows], its rows `ldo` apart: through tiles of 32 x 32. */
+static void transpose(const pylora_kernels *K, const float *M, int64_t rows, int64_t cols,
+                      int64_t ld, float *out, int64_t ldo) {
+  float tile[PANEL * PANEL], turned[PANEL * PANEL];
+  memset(tile, 0, sizeof tile);
+  for (int64_t i = 0; i < rows; i += PANEL)
+    for (int64_t j = 0; j < cols; j += PANEL) {
+      const int64_t m = min64(PANEL, rows - i), n = min64(PANEL, cols - j);
+      for (int64_t a = 0; a < m; a++) copy_words(tile + a * PANEL, M + (i + a) * ld + j, n);
+      K->transpose32(tile, turned);
+      for (int64_t b = 0; b < n; b++) copy_words(out + (j + b) * ldo + i, turned + b * PANEL, m);
+    }
+}
+
 static int in_pairs(int dtype) { return dtype == PYLORA_BF16; }
 
 static size_t at_bytes(int dtype, int64_t k, int64_t r) {
@@ -40,17 +66,18 @@ size_t pylora_lora_pack_bytes(int dtype, int64_t d, int64_t k, int64_t r) {
 
 void pylora_pack_pairs(const pylora_kernels *K, const float *M, int64_t rows, int64_t cols,
                        int64_t ld, uint16_t *out) {
-  uint16_t row[64];
+  float words[PANEL * PANEL]; /* a pair of columns is a 32-bit word, and words are transposed */
   const int64_t pairs = ceil_div(cols, 2);
   for (int64_t p = 0; p < rows; p += PANEL, out += pairs * PANEL * 2) {
     const int64_t w = min64(PANEL, rows - p);
-    for (int64_t j = 0; j < w; j++) {
-      for (int64_t t0 = 0; t0 < cols; t0 += 64) {
-        const int64_t n = min64(64, cols - t0);
-        K->to_bf16(n, M + (p + j) * ld + t0, row);
-        for (int64_t t = 0; t < n; t++) out[(t0 + t) / 2 * (2 * w) + 2 * j + t % 2] = row[t];
+    for (int64_t t = 0; t < cols; t += 2 * PANEL) {
+      const int64_t n = min64(2 * PANEL, cols - t);
+      for (int64_t j = 0; j < w; j++) {
+        uint16_t *row = (uint16_t *)(void *)(words + j * PANEL);
+        K->to_bf16(n, M + (p + j) * ld + t, row);
+        if (n % 2) row[n] = 0;
       }
-      if (cols % 2) out[(pairs - 1) * (2 * w) + 2 * j + 1] = 0;
+      transpose(K, words, w, ceil_div(n, 2), PANEL, (float *)(void *)(out + t * w), w);
     }
   }
 }
@@ -71,16 +98,15 @@ int pylora_lora_pack(int dtype, int64_t d, int64_t k, const pylora_lora *l, void
     float *out = (float *)(void *)((char *)buffer + at);
     for (int64_t p = 0; p < r; p += PANEL, out += k * PANEL) {
       const int64_t w = min64(PANEL, r - p);
-      for (int64_t j = 0; j < w; j++)
-        for (int64_t t = 0; t < k; t++) out[t * w + j] = l->A[(p + j) * l->lda + t];
+      transpose(K, l->A + p * l->lda, w, k, l->lda, out, w);
     }
   }
   float *out = (float *)(void *)((char *)buffer + bt);
   for (int64_t p = 0; p < d && r; p += PANEL, out += r * PANEL) {
     const int64_t n = min64(PANEL, d - p);
-    for (int64_t t = 0; t < r; t++)
-      for (int64_t j = 0; j < PANEL; j++)
-        out[t * PANEL + j] = j < n ? l->s * l->B[(p + j) * l->ldb + t] : 0;
+    if (n < PANEL) memset(out, 0, (size_t)(r * PANEL) * sizeof(float));
+    transpose(K, l->B + p * l->ldb, n, r, l->ldb, out, PANEL);
+    K->scale(r * PANEL, out, l->s, out);
   }
   return PYLORA_OK;
 }
