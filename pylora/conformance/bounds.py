@@ -10,6 +10,9 @@ below the normal numbers, and inputs there that are taken as zero, add the terms
 bfloat16: sums are accumulated in float32 or wider (the n above) and each intermediate result may be
 stored in bfloat16 (a second, small count). "Exact" is the oracle in float64, or for float64 in
 `numpy.longdouble`, whose own gamma_n is added. No number here is tuned.
+
+`precision`: what an implementation whose weights are stored in fewer bits rounds of the products'
+other factors (bounds_precision.py); W is the stored weight.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from pylora.conformance import bounds_precision as moves
 from pylora.conformance.bounds_ops import gamma, tiny, unit
 from pylora.types import Array
 
@@ -81,6 +85,7 @@ def forward(
     adapters: list[tuple[Array, Array, float]],
     bias: Array | None = None,
     extra: int = 0,
+    precision: str = "fp32",
 ) -> Array:
     """Of y = x Wᵀ + bias + sum of s (x Aᵀ) Bᵀ, [m,d].
 
@@ -90,17 +95,38 @@ def forward(
     """
     dtype, X, Wt = kind(x), _abs(x), _abs(W).T
     n = x.shape[1] + sum(A.shape[0] for A, _, _ in adapters) + 4 + len(adapters) + extra
-    total, floor = X @ Wt, _floor(X, Wt, dtype)
+    n += moves.roundings(precision)
+    Ex, Em = _moved(X, dtype, precision)
+    off, total = Ex @ Wt, (X + Ex) @ moves.size(Wt.T, precision).T
+    floor = _floor(X + Ex, Wt, dtype)
     if bias is not None:
         total = total + _abs(bias)
     for A, B, s in adapters:
-        term, low = chain(X, _abs(A).T, _abs(B).T, s, dtype)
+        Aa, Bt = _abs(A), _abs(B).T
+        Ea = _moved(Aa, dtype, precision)[1]
+        term, low = chain(X + Em, (Aa + Ea).T, Bt, s, dtype)
+        off = off + abs(float(s)) * ((Em @ (Aa + Ea).T + X @ Ea.T) @ Bt)
         total, floor = total + term, floor + low
-    return relative(n, dtype, STORED["forward"] + len(adapters)) * total + floor
+    return relative(n, dtype, STORED["forward"] + len(adapters)) * total + floor + off
+
+
+def _moved(a: Array, dtype: str, precision: str) -> tuple[Array, Array]:
+    """By how much a precision moves a, in the product with W and in those with an adapter. An array
+    that is bfloat16 is bfloat16 already."""
+    if dtype == "bfloat16" and precision == "bf16":
+        return np.zeros_like(a), np.zeros_like(a)
+    return moves.of_x(a, precision), moves.of_low(a, precision)
 
 
 def backward(
-    dy: Array, x: Array, W: Array, A: Array, B: Array, scale: float, extra: int = 0
+    dy: Array,
+    x: Array,
+    W: Array,
+    A: Array,
+    B: Array,
+    scale: float,
+    extra: int = 0,
+    precision: str = "fp32",
 ) -> tuple[Array, Array, Array]:
     """Of dx, dA, dB: products of three, n the lengths of their two sums, and 4 for scale and sums.
 
@@ -108,17 +134,21 @@ def backward(
     """
     dtype, (m, d), (r, k) = kind(x), dy.shape, A.shape
     D, X, Aa, Ba = _abs(dy), _abs(x), _abs(A), _abs(B)
-    stored = STORED["gradient"]
-    through, low = chain(D, Ba, Aa, scale, dtype)
-    dx = relative(d + r + 4 + extra, dtype, stored) * (D @ _abs(W) + through)
-    dx = dx + low + _floor(D, _abs(W), dtype)
-    mag_A, low_A = chain(Ba.T, D.T, X, scale, dtype)
-    mag_B, low_B = chain(D.T, X, Aa.T, scale, dtype)
-    return (
-        dx,
-        relative(d + m + 4 + extra, dtype, stored) * mag_A + low_A,
-        relative(m + k + 4 + extra, dtype, stored) * mag_B + low_B,
-    )
+    s, stored = abs(float(scale)), STORED["gradient"]
+    Dw = D + (moves.of_dy(D, precision) if dtype != "bfloat16" else 0.0)
+    # Of the adapter's factors: dy, x, B in g and A in h, each as it may be moved.
+    Dm, Xm, Bm, Am = (a + _moved(a, dtype, precision)[1] for a in (D, X, Ba, Aa))
+    through, low = chain(Dm, Bm, Aa, scale, dtype)
+    dx = relative(d + r + 4 + extra, dtype, stored) * (Dw @ _abs(W) + through)
+    dx = dx + low + _floor(Dw, _abs(W), dtype)
+    mag_A, low_A = chain(Bm.T, Dm.T, Xm, scale, dtype)
+    mag_B, low_B = chain(Dm.T, Xm, Am.T, scale, dtype)
+    dA = relative(d + m + 4 + extra, dtype, stored) * mag_A + low_A
+    dB = relative(m + k + 4 + extra, dtype, stored) * mag_B + low_B
+    if precision == "fp32":
+        return dx, dA, dB
+    dx = dx + (Dw - D) @ _abs(W) + (through - s * (D @ Ba @ Aa))
+    return dx, dA + (mag_A - s * (Ba.T @ D.T @ X)), dB + (mag_B - s * (D.T @ (X @ Aa.T)))
 
 
 def merged(W: Array, A: Array, B: Array, scale: float) -> Array:
@@ -161,7 +191,12 @@ def merged_forward(
 
 
 def loss_gradients(
-    batches: list[tuple[Array, Array, Array]], W: Array, A: Array, B: Array, scale: float
+    batches: list[tuple[Array, Array, Array]],
+    W: Array,
+    A: Array,
+    B: Array,
+    scale: float,
+    precision: str = "fp32",
 ) -> tuple[Array, Array]:
     """Of dA, dB: dy = (y - target) / N is off by the forward's bound and 4 roundings (the
     difference, the weight, its product), which the gradients pass on; sums are over all rows."""
@@ -172,8 +207,10 @@ def loss_gradients(
     n = max(1, len(x))
     y = _abs(x) @ _abs(W).T + abs(float(scale)) * (_abs(x) @ _abs(A).T @ _abs(B).T)
     size = (y + _abs(target)) / n
-    off = forward(x, W, [(A, B, scale)]) / n + relative(4, kind(x), 2) * size
-    _, dA, dB = backward(size.astype(x.dtype), x, W, A, B, scale, extra=len(batches) + 4)
+    off = forward(x, W, [(A, B, scale)], precision=precision) / n
+    off = off + relative(4, kind(x), 2) * size
+    dy, extra = (size + off).astype(x.dtype), len(batches) + 4
+    _, dA, dB = backward(dy, x, W, A, B, scale, extra, precision)
     s = abs(float(scale))
     through = s * (off @ _abs(B)).T @ _abs(x), s * off.T @ (_abs(x) @ _abs(A).T)
     return 1.01 * (dA + through[0]), 1.01 * (dB + through[1])  # products of two small terms

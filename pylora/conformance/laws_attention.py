@@ -6,11 +6,12 @@ intermediate result carries how far it may be off.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from pylora.conformance import bounds_precision as moves
 from pylora.conformance.bounds_ops import EXP, gamma
 from pylora.conformance.law import Law
 from pylora.conformance.protocol import AttentionShape, LoraTriple
@@ -26,9 +27,13 @@ class Block:
     """The block in `Running` arithmetic: value and error of everything."""
 
     def __init__(
-        self, weights: Mapping[str, Array], adapters: Mapping[str, LoraTriple], s: AttentionShape
+        self,
+        weights: Mapping[str, Array],
+        adapters: Mapping[str, LoraTriple],
+        s: AttentionShape,
+        precision: str = "fp32",
     ) -> None:
-        self.dtype = weights["q_proj"].dtype
+        self.dtype, self.precision = weights["q_proj"].dtype, precision
         self.W = {name: self.run(W) for name, W in weights.items()}
         self.lora = {n: (self.run(A), self.run(B), scale) for n, (A, B, scale) in adapters.items()}
         self.s, self.saved = s, dict[str, Running]()
@@ -36,11 +41,23 @@ class Block:
     def run(self, a: Any) -> Running:
         return Running(a, 0.0, self.dtype)
 
+    def moved(self, a: Running, move: Callable[[Array, str], Array]) -> Running:
+        """`a` as the precision rounds it for a product."""
+        off = move(np.abs(a.value) + a.error, self.precision)
+        return Running(a.value, a.error + off, self.dtype)
+
     def project(self, name: str, x: Running) -> Running:
         self.saved[name] = x
-        y = x @ self.W[name].T
+        y = self.moved(x, moves.of_x) @ self.W[name].T
+        if n := moves.roundings(self.precision):
+            # Beside the sum's roundings, which what the weight's values are sums of has too.
+            size = moves.size(np.abs(self.W[name].value), self.precision)
+            more = (np.abs(x.value) + x.error) @ size.T
+            more = gamma(x.value.shape[1] + n, self.dtype) * more
+            y = Running(y.value, y.error + more, self.dtype)
         if name in self.lora:
             A, B, scale = self.lora[name]
+            x, A = self.moved(x, moves.of_low), self.moved(A, moves.of_low)
             # Either order of the products, and one accumulator for base and adapter.
             other = (x @ (B @ A).T) * scale
             y = (y + (x @ A.T @ B.T) * scale).wider(other)
@@ -54,10 +71,11 @@ class Block:
         return np.asarray(gamma(A.value.shape[0] + 2, self.dtype) * size)
 
     def back(self, name: str, g: Running, grads: Grads) -> Running:
-        x = self.saved[name]
-        dx = g @ self.W[name]
+        x = self.moved(self.saved[name], moves.of_low)
+        dx = self.moved(g, moves.of_dy) @ self.W[name]
         if name in self.lora:
             A, B, scale = self.lora[name]
+            g, A, B = (self.moved(a, moves.of_low) for a in (g, A, B))
             through = g @ B
             grads[name] = (through.T @ x) * scale, (g.T @ (x @ A.T)) * scale
             # The other order of the three products has the other sum outside: both are allowed.
@@ -157,15 +175,20 @@ class Block:
         return dx + self.back("v_proj", dv, grads), grads
 
 
+def _block(t: Trial, p: Problem) -> Block:
+    weights = {name: t.weight(W) for name, W in p.weights.items()}
+    return Block(weights, p.adapters, p.shape, t.precision)
+
+
 def _forward(t: Trial, p: Problem) -> None:
     y = t.attention(p.x, p.weights, p.adapters, p.shape)
-    want = Block(p.weights, p.adapters, p.shape).forward(p.x)
+    want = _block(t, p).forward(p.x)
     t.expect("y", y, want.value, _twice_if_64(p) * want.error)
 
 
 def _backward(t: Trial, p: Problem) -> None:
     dx, grads = t.attention_backward(p.dy, p.x, p.weights, p.adapters, p.shape)
-    block = Block(p.weights, p.adapters, p.shape)
+    block = _block(t, p)
     block.forward(p.x)
     want, wants = block.backward(p.dy)
     twice = _twice_if_64(p)
@@ -196,7 +219,7 @@ def _causal(t: Trial, p: Problem) -> None:
     x[kept] = p.x[kept]
     before = t.attention(p.x, p.weights, p.adapters, p.shape)
     after = t.attention(x, p.weights, p.adapters, p.shape)
-    bound = 2 * Block(p.weights, p.adapters, p.shape).forward(p.x).error[kept]
+    bound = 2 * _block(t, p).forward(p.x).error[kept]
     t.expect("rows whose past is the same", after, before[kept], bound, at=kept)
 
 

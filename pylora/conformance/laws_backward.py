@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pylora.conformance import bounds, oracle
+from pylora.conformance import allowed, bounds, oracle
 from pylora.conformance.law import Law
 from pylora.conformance.strategies import (
     elements,
@@ -24,16 +24,18 @@ NAMES = ("dx", "dA", "dB")
 
 def _agrees(t: Trial, p: Problem) -> None:
     got = t.backward(p.dy, p.x, p.W, p.A, p.B, p.scale)
-    want = oracle.backward(p.dy, p.x, p.W, p.A, p.B, p.scale)
-    allowed = bounds.backward(p.dy, p.x, p.W, p.A, p.B, p.scale)
-    for name, g, w, bound in zip(NAMES, got, want, allowed):
+    W = t.weight(p.W)
+    want = oracle.backward(p.dy, p.x, W, p.A, p.B, p.scale)
+    limits = bounds.backward(p.dy, p.x, W, p.A, p.B, p.scale, precision=t.precision)
+    for name, g, w, bound in zip(NAMES, got, want, limits):
         t.expect(name, g, w, bound)
 
 
 def _exact(t: Trial, p: Problem) -> None:
     got = t.backward(p.dy, p.x, p.W, p.A, p.B, p.scale)
-    for name, g, w in zip(NAMES, got, oracle.backward(p.dy, p.x, p.W, p.A, p.B, p.scale)):
-        t.expect(name, g, w)
+    want = oracle.backward(p.dy, p.x, t.weight(p.W), p.A, p.B, p.scale)
+    for name, g, w, off in zip(NAMES, got, want, allowed.backward(t, p)):
+        t.expect(name, g, w, off)
 
 
 def _of_its_forward(t: Trial, p: Problem) -> None:
@@ -42,14 +44,17 @@ def _of_its_forward(t: Trial, p: Problem) -> None:
     got = t.backward(p.dy, p.x, p.W, p.A, p.B, p.scale)
     values = {"x": p.x, "A": p.A, "B": p.B}
     y = t.forward(p.x, p.W, p.A, p.B, p.scale).astype(np.float64)
-    for name, gradient in zip(("x", "A", "B"), got):
+    limits = allowed.backward(t, p)
+    for name, gradient, limit in zip(("x", "A", "B"), got, limits):
         v = integer_array(rng, values[name].shape, 1)
         moved = {**values, name: values[name] + v}
         ahead = t.forward(moved["x"], p.W, moved["A"], moved["B"], p.scale).astype(np.float64)
         slope = float((p.dy.astype(np.float64) * (ahead - y)).sum())
         along = float((np.asarray(gradient, np.float64) * v).sum())
         what = f"derivative along a change of {name}: <d{name}, v> = {along} against"
-        if slope != along:
+        both = allowed.forward(t, p, bias=None) + allowed.forward(t, p, bias=None, **moved)
+        off = float((np.abs(p.dy) * both).sum() + (limit * np.abs(v)).sum())
+        if abs(slope - along) > off:
             holds = f"(RESULT.astype(float) * np.array({v.tolist()})).sum() == {slope}"
             t.fail(f"{what} <dy, y({name} + v) - y({name})> = {slope}", gradient, holds)
 
@@ -58,9 +63,9 @@ def _complex_step(t: Trial, p: Problem) -> None:
     """Im f(x + i h v) / h is the derivative without any cancellation: h may be 1e-100."""
     rng, h = np.random.default_rng(p.seed), 1e-100
     got = t.backward(p.dy, p.x, p.W, p.A, p.B, p.scale)
-    allowed = bounds.backward(p.dy, p.x, p.W, p.A, p.B, p.scale)
+    limits = bounds.backward(p.dy, p.x, p.W, p.A, p.B, p.scale)
     fixed = [a.astype(np.complex128) for a in (p.x, p.W, p.A, p.B)]
-    for which, name, gradient, bound in zip((0, 2, 3), "xAB", got, allowed):
+    for which, name, gradient, bound in zip((0, 2, 3), "xAB", got, limits):
         v = rng.integers(-1, 2, gradient.shape).astype(np.float64)
         arrays = list(fixed)
         arrays[which] = arrays[which] + 1j * h * v
@@ -93,8 +98,9 @@ def _no_gradient_to_W(t: Trial, p: Problem) -> None:
 def _fresh(t: Trial, p: Problem) -> None:
     B = np.zeros_like(p.B)
     got = t.backward(p.dy, p.x, p.W, p.A, B, p.scale)
-    for name, g, w in zip(NAMES, got, oracle.backward(p.dy, p.x, p.W, p.A, B, p.scale)):
-        t.expect(f"{name} with B = 0", g, w)
+    want = oracle.backward(p.dy, p.x, t.weight(p.W), p.A, B, p.scale)
+    for name, g, w, off in zip(NAMES, got, want, allowed.backward(t, p, B=B)):
+        t.expect(f"{name} with B = 0", g, w, off)
 
 
 def _linear_in_dy(t: Trial, p: Problem) -> None:
@@ -102,8 +108,10 @@ def _linear_in_dy(t: Trial, p: Problem) -> None:
     one = t.backward(p.dy, p.x, p.W, p.A, p.B, p.scale)
     two = t.backward(other, p.x, p.W, p.A, p.B, p.scale)
     both = t.backward(p.dy + other, p.x, p.W, p.A, p.B, p.scale)
+    limits = [allowed.backward(t, p, dy=dy) for dy in (p.dy, other, p.dy + other)]
     for i, name in enumerate(NAMES):
-        t.expect(f"{name} of dy1 + dy2", both[i], one[i] + two[i])
+        off = sum(limit[i] for limit in limits)
+        t.expect(f"{name} of dy1 + dy2", both[i], one[i] + two[i], off)
 
 
 def _parts(t: Trial, p: Problem) -> None:
@@ -112,9 +120,11 @@ def _parts(t: Trial, p: Problem) -> None:
     whole = t.backward(p.dy, p.x, p.W, p.A, p.B, p.scale)
     one = t.backward(p.dy[:cut], p.x[:cut], p.W, p.A, p.B, p.scale)
     two = t.backward(p.dy[cut:], p.x[cut:], p.W, p.A, p.B, p.scale)
-    t.expect("dA of the batch against its parts'", whole[1], one[1] + two[1])
-    t.expect("dB of the batch against its parts'", whole[2], one[2] + two[2])
-    t.expect("dx of the batch against its parts'", whole[0], np.concatenate([one[0], two[0]]))
+    off = [2 * limit for limit in allowed.backward(t, p)]  # the parts' bounds add up to at most it
+    t.expect("dA of the batch against its parts'", whole[1], one[1] + two[1], off[1])
+    t.expect("dB of the batch against its parts'", whole[2], one[2] + two[2], off[2])
+    side = np.concatenate([one[0], two[0]])
+    t.expect("dx of the batch against its parts'", whole[0], side, off[0])
 
 
 def _empty(t: Trial, p: Problem) -> None:
@@ -131,8 +141,10 @@ def _nan_stays(t: Trial, p: Problem) -> None:
     dy[i, int(rng.integers(d))] = np.nan
     got = t.backward(dy, p.x, p.W, p.A, p.B, p.scale)
     others = np.delete(np.arange(m), i)
-    want = oracle.backward(p.dy, p.x, p.W, p.A, p.B, p.scale)[0]
-    t.expect(f"dx of rows other than {i}, where dy has NaN", got[0], want[others], at=others)
+    want = oracle.backward(p.dy, p.x, t.weight(p.W), p.A, p.B, p.scale)[0]
+    off = allowed.at(allowed.backward(t, p)[0], others)
+    what = f"dx of rows other than {i}, where dy has NaN"
+    t.expect(what, got[0], want[others], off, at=others)
 
 
 @st.composite  # type: ignore[untyped-decorator]
@@ -158,9 +170,10 @@ def micro_batches(draw) -> Problem:  # type: ignore[no-untyped-def]
 
 def _accumulation(t: Trial, p: Problem) -> None:
     got = t.loss_gradients(p.batches, p.W, p.A, p.B, p.scale)
-    want = oracle.loss_gradients(p.batches, p.W, p.A, p.B, p.scale)
-    allowed = bounds.loss_gradients(p.batches, p.W, p.A, p.B, p.scale)
-    for name, g, w, bound in zip(NAMES[1:], got, want, allowed):
+    W = t.weight(p.W)
+    want = oracle.loss_gradients(p.batches, W, p.A, p.B, p.scale)
+    limits = bounds.loss_gradients(p.batches, W, p.A, p.B, p.scale, t.precision)
+    for name, g, w, bound in zip(NAMES[1:], got, want, limits):
         t.expect(f"{name} of {len(p.batches)} micro-batches", g, w, bound)
 
 

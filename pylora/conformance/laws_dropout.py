@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from pylora.conformance import bounds, oracle
+from pylora.conformance import allowed, bounds, bounds_precision, oracle
 from pylora.conformance.law import Law
 from pylora.conformance.strategies import elements, exact_problems, st
 from pylora.conformance.testcase import Problem, Trial
@@ -49,12 +49,25 @@ def _mask(t: Trial, shape: tuple[int, int], p: float, seed: int) -> Array:
     return mask
 
 
+def _factors(t: Trial, p: Problem) -> tuple[Array, int]:
+    """The mask, and how many roundings its factors are known to.
+
+    A precision that rounds what A is multiplied with has rounded the mask that is read off: there
+    the factor is 1 / (1 - p), and is off by what 1 - p and its reciprocal lost."""
+    mask = _mask(t, p.x.shape, p.p, p.seed)
+    if not bounds_precision.of_low(np.ones(1), t.precision).any():
+        return mask, 4
+    return np.where(mask == 0, 0.0, 1 / (1 - p.p)), 4 + math.ceil(4 / (1 - p.p))
+
+
 def _values(t: Trial, p: Problem) -> None:
     mask = _mask(t, p.x.shape, p.p, p.seed)
     keep = 1 / (1 - p.p)
     want = np.where(mask == 0, 0.0, keep)
     # 1 - p and its reciprocal are rounded, p itself is given as float64 or rounded too.
-    bound = np.where(mask == 0, 0.0, bounds.relative(4, "float32") * keep / (1 - p.p))
+    off = bounds.relative(4, "float32") * keep / (1 - p.p)
+    off = off + float(bounds_precision.of_low(np.asarray(keep + off), t.precision))
+    bound = np.where(mask == 0, 0.0, off)
     t.expect(f"what is left of ones with p = {p.p}", mask, want, bound)
 
 
@@ -84,21 +97,24 @@ def _scattered(t: Trial, p: Problem) -> None:
 
 
 def _forward(t: Trial, p: Problem) -> None:
-    mask = _mask(t, p.x.shape, p.p, p.seed)
+    mask, extra = _factors(t, p)
     y = t.dropout_forward(p.x, p.W, p.A, p.B, p.scale, p.p, p.seed)
-    want = oracle.dropped(p.dy, p.x, mask, p.W, p.A, p.B, p.scale)[0]
+    W = t.weight(p.W)
+    want = oracle.dropped(p.dy, p.x, mask, W, p.A, p.B, p.scale)[0]
     lora = [(p.A, p.B, p.scale / (1 - p.p))]  # every dropped element is at most x / (1 - p)
-    t.expect("y", y, want, bounds.forward(p.x, p.W, lora, extra=4))
+    bound = bounds.forward(p.x, W, lora, extra=extra, precision=t.precision)
+    t.expect("y", y, want, bound)
 
 
 def _backward(t: Trial, p: Problem) -> None:
-    mask = _mask(t, p.x.shape, p.p, p.seed)
+    mask, extra = _factors(t, p)
     t.dropout_forward(p.x, p.W, p.A, p.B, p.scale, p.p, p.seed)
     got = t.dropout_backward(p.dy, p.x, p.W, p.A, p.B, p.scale, p.p, p.seed)
-    want = oracle.dropped(p.dy, p.x, mask, p.W, p.A, p.B, p.scale)[1:]
+    W = t.weight(p.W)
+    want = oracle.dropped(p.dy, p.x, mask, W, p.A, p.B, p.scale)[1:]
     scale = p.scale / (1 - p.p)
-    allowed = bounds.backward(p.dy, p.x, p.W, p.A, p.B, scale, extra=4)
-    for name, g, w, bound in zip(("dx", "dA", "dB"), got, want, allowed):
+    limits = bounds.backward(p.dy, p.x, W, p.A, p.B, scale, extra, t.precision)
+    for name, g, w, bound in zip(("dx", "dA", "dB"), got, want, limits):
         t.expect(name, g, w, bound)
 
 
@@ -111,7 +127,9 @@ def _none(t: Trial, p: Problem) -> None:
 def _slack(t: Trial, p: Problem, rate: float) -> Array:
     """Zero where bits are promised, else twice the bound of the forward pass."""
     lora = [(p.A, p.B, p.scale / (1 - rate))]
-    return np.asarray(0.0 if t.bitwise else 2 * bounds.forward(p.x, p.W, lora, extra=4))
+    if t.bitwise:
+        return np.zeros(())
+    return 2 * bounds.forward(p.x, t.weight(p.W), lora, extra=4, precision=t.precision)
 
 
 def _repeat(t: Trial, p: Problem) -> None:
@@ -193,7 +211,8 @@ def _starts_as_base(t: Trial, p: Problem) -> None:
     A, B = t.init(d, k, r, p.seed, "kaiming")
     A, B = np.asarray(A, np.float32), np.asarray(B, np.float32)
     y = t.forward(p.x, p.W, A, B, 2.0, p.bias)
-    t.expect("y with a fresh adapter", y, oracle.forward(p.x, p.W, [], p.bias))
+    want = oracle.forward(p.x, t.weight(p.W), [], p.bias)
+    t.expect("y with a fresh adapter", y, want, allowed.base(t, p))
 
 
 def _big_inits() -> object:

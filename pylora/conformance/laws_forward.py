@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pylora.conformance import bounds, oracle
+from pylora.conformance import allowed, bounds, bounds_precision, oracle
 from pylora.conformance.law import Law
 from pylora.conformance.strategies import (
     exact_problems,
@@ -18,29 +18,34 @@ from pylora.conformance.strategies import (
     st,
 )
 from pylora.conformance.testcase import Problem, Trial
+from pylora.types import Array
 
 
 def _agrees(t: Trial, p: Problem) -> None:
     y = t.forward(p.x, p.W, p.A, p.B, p.scale, p.bias)
-    lora = [(p.A, p.B, p.scale)]
-    want, bound = oracle.forward(p.x, p.W, lora, p.bias), bounds.forward(p.x, p.W, lora, p.bias)
-    t.expect("y", y, want, bound)
+    lora, W = [(p.A, p.B, p.scale)], t.weight(p.W)
+    bound = bounds.forward(p.x, W, lora, p.bias, precision=t.precision)
+    t.expect("y", y, oracle.forward(p.x, W, lora, p.bias), bound)
 
 
 def _exact(t: Trial, p: Problem) -> None:
     y = t.forward(p.x, p.W, p.A, p.B, p.scale, p.bias)
-    t.expect("y", y, oracle.forward(p.x, p.W, [(p.A, p.B, p.scale)], p.bias))
+    want = oracle.forward(p.x, t.weight(p.W), [(p.A, p.B, p.scale)], p.bias)
+    t.expect("y", y, want, allowed.forward(t, p))
 
 
 def _zero_init(t: Trial, p: Problem) -> None:
     y = t.forward(p.x, p.W, p.A, np.zeros_like(p.B), p.scale, p.bias)
-    t.expect("y with B = 0", y, oracle.forward(p.x, p.W, [], p.bias))
+    want = oracle.forward(p.x, t.weight(p.W), [], p.bias)
+    t.expect("y with B = 0", y, want, allowed.base(t, p))
 
 
 def _zero_init_bits(t: Trial, p: Problem) -> None:
     want = t.base(p.x, p.W, p.bias)
     y = t.forward(p.x, p.W, p.A, p.B, p.scale, p.bias)
-    bound = 0.0 if t.bitwise else 2 * bounds.forward(p.x, p.W, [], p.bias)
+    bound: Array | float = 0.0
+    if not t.bitwise:
+        bound = 2 * bounds.forward(p.x, t.weight(p.W), [], p.bias, precision=t.precision)
     t.expect("y with B = 0 against the base", y, want, bound, signs=t.bitwise)
 
 
@@ -48,21 +53,24 @@ def _zero_init_odd(t: Trial, p: Problem) -> None:
     A = p.A.copy()
     A.reshape(-1)[p.seed % A.size] = (np.nan, np.inf, -np.inf)[p.seed % 3]
     y = t.forward(p.x, p.W, A, np.zeros_like(p.B), p.scale, p.bias)
-    t.expect("y with B = 0, not all of A finite", y, oracle.forward(p.x, p.W, [], p.bias))
+    want = oracle.forward(p.x, t.weight(p.W), [], p.bias)
+    t.expect("y with B = 0, not all of A finite", y, want, allowed.base(t, p))
 
 
 def _linear_in_scale(t: Trial, p: Problem) -> None:
     a, b = p.scale, 3.0 * p.scale + 1.0
     parts = [t.forward(p.x, p.W, p.A, p.B, s, p.bias) for s in (0.0, a, b)]
     both = t.forward(p.x, p.W, p.A, p.B, a + b, p.bias)
-    t.expect("y(a + b) against y(a) + y(b) - y(0)", both, parts[1] + parts[2] - parts[0])
+    off = sum(allowed.forward(t, p, scale=s) for s in (0.0, a, b, a + b))
+    t.expect("y(a + b) against y(a) + y(b) - y(0)", both, parts[1] + parts[2] - parts[0], off)
 
 
 def _bias_once(t: Trial, p: Problem) -> None:
     bias = integer_array(np.random.default_rng(p.seed), (p.W.shape[0],))
     without = t.forward(p.x, p.W, p.A, p.B, p.scale)
     y = t.forward(p.x, p.W, p.A, p.B, p.scale, bias)
-    t.expect("y with bias against y without, plus the bias", y, without + bias)
+    off = allowed.forward(t, p, bias=None) + allowed.forward(t, p, bias=bias)
+    t.expect("y with bias against y without, plus the bias", y, without + bias, off)
 
 
 def _linear_in_x(t: Trial, p: Problem) -> None:
@@ -70,7 +78,8 @@ def _linear_in_x(t: Trial, p: Problem) -> None:
     y1 = t.forward(p.x, p.W, p.A, p.B, p.scale)
     y2 = t.forward(other, p.W, p.A, p.B, p.scale)
     y = t.forward(p.x + other, p.W, p.A, p.B, p.scale)
-    t.expect("y(x1 + x2) against y(x1) + y(x2)", y, y1 + y2)
+    off = sum(allowed.forward(t, p, x=x, bias=None) for x in (p.x, other, p.x + other))
+    t.expect("y(x1 + x2) against y(x1) + y(x2)", y, y1 + y2, off)
 
 
 def _gauge(t: Trial, p: Problem) -> None:
@@ -82,7 +91,8 @@ def _gauge(t: Trial, p: Problem) -> None:
         A[i], B[:, j] = A[i] + A[j], B[:, j] - B[:, i]
     want = t.forward(p.x, p.W, p.A, p.B, p.scale, p.bias)
     y = t.forward(p.x, p.W, A, B, p.scale, p.bias)
-    t.expect("y of (G A, B G⁻¹) against y of (A, B)", y, want)
+    off = allowed.forward(t, p) + allowed.forward(t, p, A=A, B=B)
+    t.expect("y of (G A, B G⁻¹) against y of (A, B)", y, want, off)
 
 
 def _padding(t: Trial, p: Problem) -> None:
@@ -92,7 +102,8 @@ def _padding(t: Trial, p: Problem) -> None:
     B = np.concatenate([p.B, np.zeros((p.B.shape[0], n), np.float32)], axis=1)
     want = t.forward(p.x, p.W, p.A, p.B, p.scale, p.bias)
     y = t.forward(p.x, p.W, A, B, p.scale, p.bias)
-    t.expect(f"y with {n} more ranks whose columns of B are zero", y, want)
+    off = allowed.forward(t, p) + allowed.forward(t, p, A=A, B=B)
+    t.expect(f"y with {n} more ranks whose columns of B are zero", y, want, off)
 
 
 def _concatenation(t: Trial, p: Problem) -> None:
@@ -103,8 +114,10 @@ def _concatenation(t: Trial, p: Problem) -> None:
     y2 = t.forward(p.x, p.W, A2, B2, s2, p.bias)
     A, B = np.concatenate([p.A, A2]), np.concatenate([p.B * np.float32(p.scale), B2 * 2], axis=1)
     y = t.forward(p.x, p.W, A, B, 1.0, p.bias)
-    base = oracle.forward(p.x, p.W, [], p.bias)
-    t.expect("y of the adapters concatenated along the rank", y, y1 + y2 - base)
+    base = oracle.forward(p.x, t.weight(p.W), [], p.bias)
+    parts = (p.A, p.B, p.scale), (A2, B2, s2), (A, B, 1.0)
+    off = sum(allowed.forward(t, p, A=a, B=b, scale=s) for a, b, s in parts)
+    t.expect("y of the adapters concatenated along the rank", y, y1 + y2 - base, off)
 
 
 def _empty(t: Trial, p: Problem) -> None:
@@ -119,9 +132,10 @@ def _nan_stays(t: Trial, p: Problem) -> None:
     x, i, j = p.x.copy(), int(rng.integers(m)), int(rng.integers(k))
     x[i, j] = (np.nan, np.inf, -np.inf)[int(rng.integers(3))]
     y = t.forward(x, p.W, p.A, p.B, p.scale, p.bias)
-    want = oracle.forward(p.x, p.W, [(p.A, p.B, p.scale)], p.bias)
+    want = oracle.forward(p.x, t.weight(p.W), [(p.A, p.B, p.scale)], p.bias)
     others = np.delete(np.arange(m), i)
-    t.expect(f"rows other than {i}, where x has {x[i, j]}", y, want[others], at=others)
+    off = allowed.at(allowed.forward(t, p), others)
+    t.expect(f"rows other than {i}, where x has {x[i, j]}", y, want[others], off, at=others)
     if np.isnan(x[i, j]):
         t.expect(f"row {i}, where x has NaN", y, np.full_like(y[i], np.nan), at=i)
 
@@ -151,6 +165,11 @@ def _scale_rule(use_rslora: bool) -> Law:
         problems,
         check,
     )
+
+
+def _stored(t: Trial, p: Problem) -> None:
+    kept = t.call(t.implementation, "implementation", "stored", (p.W,))
+    t.expect("the stored weight", kept, p.W, bounds_precision.stored(p.W, t.precision))
 
 
 LAWS = (
@@ -318,5 +337,17 @@ LAWS = (
         ("forward", "float32"),
         exact_problems,
         _nan_stays,
+    ),
+    Law(
+        "Q1",
+        "A weight that is stored in fewer bits is within half a step of its source.",
+        "|stored(W) - W| <= u_bf16 |W|, or half of max|W| / 127 (int8), (max - min) / 15 (int4) of "
+        "each group of 32, and what float16 loses of scale and minimum; fp32: equal",
+        "codes are cut off in place of rounded, or a scale belongs to another group",
+        ("N-7",),
+        ("stored", "float32"),
+        lora_problems,
+        _stored,
+        ("W",),
     ),
 )

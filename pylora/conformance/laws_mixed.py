@@ -10,7 +10,7 @@ import threading
 
 import numpy as np
 
-from pylora.conformance import bounds, oracle
+from pylora.conformance import allowed, bounds, oracle
 from pylora.conformance.law import Law
 from pylora.conformance.strategies import (
     exact_problems,
@@ -34,15 +34,17 @@ def _exact_several() -> object:
 
 def _stacked(t: Trial, p: Problem) -> None:
     y = t.forward_stacked(p.x, p.W, p.adapters, p.bias)
-    want = oracle.forward(p.x, p.W, p.adapters, p.bias)
-    t.expect("y", y, want, bounds.forward(p.x, p.W, p.adapters, p.bias))
+    W = t.weight(p.W)
+    bound = bounds.forward(p.x, W, p.adapters, p.bias, precision=t.precision)
+    t.expect("y", y, oracle.forward(p.x, W, p.adapters, p.bias), bound)
 
 
 def _stacked_exact(t: Trial, p: Problem) -> None:
     y = t.forward_stacked(p.x, p.W, p.adapters, p.bias)
-    t.expect("y", y, oracle.forward(p.x, p.W, p.adapters, p.bias))
+    want, off = oracle.forward(p.x, t.weight(p.W), p.adapters, p.bias), allowed.stacked(t, p)
+    t.expect("y", y, want, off)
     y = t.forward_stacked(p.x, p.W, p.adapters[::-1], p.bias)
-    t.expect("y, adapters reversed", y, oracle.forward(p.x, p.W, p.adapters, p.bias))
+    t.expect("y, adapters reversed", y, want, off)
 
 
 # ---- one for each row ----------------------------------------------------------------------------
@@ -50,25 +52,24 @@ def _stacked_exact(t: Trial, p: Problem) -> None:
 
 def _mixed(t: Trial, p: Problem) -> None:
     y = t.forward_mixed(p.x, p.W, p.adapters, p.rows, p.bias)
-    want = oracle.mixed(p.x, p.W, p.adapters, p.rows, p.bias)
-    bound = bounds.forward(p.x, p.W, [], p.bias)
-    for i, row in enumerate(p.rows):
-        if row >= 0:
-            bound[i] = bounds.forward(p.x[i : i + 1], p.W, [p.adapters[row]], p.bias)[0]
-    t.expect("y", y, want, bound)
+    want = oracle.mixed(p.x, t.weight(p.W), p.adapters, p.rows, p.bias)
+    t.expect("y", y, want, allowed.mixed_bound(t, p))
 
 
 def _mixed_exact(t: Trial, p: Problem) -> None:
     y = t.forward_mixed(p.x, p.W, p.adapters, p.rows, p.bias)
-    t.expect("y", y, oracle.mixed(p.x, p.W, p.adapters, p.rows, p.bias))
+    want = oracle.mixed(p.x, t.weight(p.W), p.adapters, p.rows, p.bias)
+    t.expect("y", y, want, allowed.mixed(t, p))
 
 
 def _mixed_alone(t: Trial, p: Problem) -> None:
     """Each row computed without the others."""
     y = t.forward_mixed(p.x, p.W, p.adapters, p.rows, p.bias)
+    off = _twice(t, p)
     for i, row in enumerate(p.rows):
         alone = t.forward_mixed(p.x[i : i + 1], p.W, p.adapters, p.rows[i : i + 1], p.bias)
-        t.expect(f"row {i} (adapter {int(row)}) in the batch against alone", y, alone[0], at=i)
+        what = f"row {i} (adapter {int(row)}) in the batch against alone"
+        t.expect(what, y, alone[0], allowed.at(off, i), at=i)
 
 
 def _mixed_neighbours(t: Trial, p: Problem) -> None:
@@ -88,14 +89,20 @@ def _mixed_neighbours(t: Trial, p: Problem) -> None:
         for i, (A, B, s) in enumerate(p.adapters)
     ]
     after = t.forward_mixed(x, p.W, changed, p.rows, p.bias)
-    t.expect(f"rows of adapter {chosen}, all others changed", after, before[mine], at=mine)
+    off = allowed.at(_twice(t, p), mine)
+    t.expect(f"rows of adapter {chosen}, all others changed", after, before[mine], off, at=mine)
 
 
 def _mixed_order(t: Trial, p: Problem) -> None:
     order = np.random.default_rng(p.seed).permutation(len(p.rows))
     y = t.forward_mixed(p.x, p.W, p.adapters, p.rows, p.bias)
     turned = t.forward_mixed(p.x[order], p.W, p.adapters, p.rows[order], p.bias)
-    t.expect("y of rows in another order", turned, y[order])
+    t.expect("y of rows in another order", turned, y[order], allowed.at(_twice(t, p), order))
+
+
+def _twice(t: Trial, p: Problem) -> allowed.Allowed:
+    """What rows may differ by that are to be equal: nothing where bits are promised."""
+    return 0.0 if t.bitwise else 2 * allowed.mixed(t, p)
 
 
 def _mixed_nan(t: Trial, p: Problem) -> None:
@@ -112,8 +119,9 @@ def _mixed_nan(t: Trial, p: Problem) -> None:
     adapters[bad] = np.full_like(A, np.nan), B, s
     y = t.forward_mixed(x, p.W, adapters, p.rows, p.bias)
     clean = np.flatnonzero((np.arange(m) != i) & (p.rows != bad))
-    want = oracle.mixed(p.x, p.W, p.adapters, p.rows, p.bias)[clean]
-    t.expect(f"rows without NaN (x has it in row {i}, adapter {bad} in A)", y, want, at=clean)
+    want = oracle.mixed(p.x, t.weight(p.W), p.adapters, p.rows, p.bias)[clean]
+    what = f"rows without NaN (x has it in row {i}, adapter {bad} in A)"
+    t.expect(what, y, want, allowed.at(allowed.mixed(t, p), clean), at=clean)
 
 
 def _mixed_bad_index(t: Trial, p: Problem) -> None:
@@ -137,7 +145,7 @@ def _forward(t: Trial, p: Problem, x: Array) -> Array:
 def _row_alone(t: Trial, p: Problem) -> None:
     y = _forward(t, p, p.x)
     lora = [(p.A, p.B, p.scale)]
-    bound = 2 * bounds.forward(p.x, p.W, lora, p.bias)
+    bound = 2 * bounds.forward(p.x, t.weight(p.W), lora, p.bias, precision=t.precision)
     for i in range(p.x.shape[0]):
         alone = _forward(t, p, p.x[i : i + 1])
         t.expect(f"row {i} alone against in the batch", alone, y[i], bound[i], at=0)
@@ -180,7 +188,9 @@ def _threads(t: Trial, p: Problem) -> None:
 def _concurrent(t: Trial, p: Problem) -> None:
     """Two threads call at once, each with its own x and adapter, a few times."""
     inputs = [(p.x, p.A, p.B), (p.x[::-1].copy(), p.A[:, ::-1].copy(), -p.B)]
-    want = [oracle.forward(x, p.W, [(A, B, p.scale)], p.bias) for x, A, B in inputs]
+    W = t.weight(p.W)
+    want = [oracle.forward(x, W, [(A, B, p.scale)], p.bias) for x, A, B in inputs]
+    off = [allowed.forward(t, p, x=x, A=A, B=B) for x, A, B in inputs]
     got: list[list[Array]] = [[], []]
     errors: list[BaseException] = []
     start = threading.Barrier(2)
@@ -205,7 +215,7 @@ def _concurrent(t: Trial, p: Problem) -> None:
         raise Broken(f"forward in two threads raised {type(errors[0]).__name__}: {errors[0]}")
     for i in range(2):
         for y in got[i]:
-            t.expect(f"y of thread {i}, while another thread calls too", y, want[i])
+            t.expect(f"y of thread {i}, while another thread calls too", y, want[i], off[i])
 
 
 LAWS = (

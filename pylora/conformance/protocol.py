@@ -13,9 +13,12 @@ converts. Letters: m tokens, k inputs, d outputs, r rank; a size may be 0 but fo
     bitwise: bool = False                                # promises that the bits of a row of a
                      result depend on that row alone: not on the batch, its neighbours or threads
     exact_unmerge: bool = False                          # promises that unmerge gives back each bit
+    precision: str = "fp32"                              # how W is stored and multiplied: "fp32x3",
+                     "bf16", "int8" or "int4" as bounds_precision.py says; needs `stored`
 
     forward(x [m,k], W [d,k], A [r,k], B [d,r], scale, bias=None) -> y [m,d]          the only must
     base(x, W, bias=None) -> y [m,d]                                     the module without adapter
+    stored(W) -> W [d,k]                                 the weight's values as they are stored
     backward(dy [m,d], x, W, A, B, scale) -> (dx, dA, dB)    or (dx, dA, dB, dW), dW None or zeros
     loss_gradients(batches, W, A, B, scale) -> (dA, dB)      batches: list of (x, target [m,d],
                      counted [m] bool); of the mean over ALL counted rows of |y - target|² / 2
@@ -51,6 +54,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from pylora.conformance.bounds_precision import PRECISIONS
 from pylora.errors import ConfigError
 from pylora.types import Array
 
@@ -94,6 +98,7 @@ class Module(Protocol):
 METHODS = (
     "forward",
     "base",
+    "stored",
     "backward",
     "loss_gradients",
     "scaling",
@@ -158,6 +163,11 @@ def find(path: str) -> Any:
     return made
 
 
+def precision_of(implementation: Any) -> str:
+    """Its `precision`, "fp32" if it has none."""
+    return str(getattr(implementation, "precision", "fp32"))
+
+
 def problems_of(implementation: Any) -> list[str]:
     """Sentences about what the object says of itself and cannot be so."""
     said: list[str] = []
@@ -165,6 +175,11 @@ def problems_of(implementation: Any) -> list[str]:
     for dtype in dtypes:
         if dtype not in DTYPES:
             said.append(f"dtypes names {dtype!r}; known are {', '.join(DTYPES)}")
+    precision = precision_of(implementation)
+    if precision not in PRECISIONS:
+        said.append(f"precision is {precision!r}; known are {', '.join(PRECISIONS)}")
+    elif precision != "fp32" and "stored" not in capabilities(implementation):
+        said.append(f"precision is {precision!r}, but there is no stored(W) to compare with")
     for name in METHODS:
         value = getattr(implementation, name, None)
         if value is not None and not callable(value):

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from pylora.conformance.protocol import METHODS
+from pylora.conformance import bounds_precision
+from pylora.conformance.protocol import METHODS, precision_of
 from pylora.types import Array
 
 
@@ -193,6 +194,29 @@ class Trial:
         numbers elsewhere in memory, so from others only the bound can be asked."""
         return getattr(self.implementation, "bitwise", False) is True
 
+    @property
+    def precision(self) -> str:
+        """How it stores and multiplies W; see bounds_precision.py."""
+        return precision_of(self.implementation)
+
+    @property
+    def exact(self) -> bool:
+        """Whether its products of small integers are exact, so that equality can be asked for."""
+        return bounds_precision.exact(self.precision)
+
+    def weight(self, W: Array) -> Array:
+        """The weight that the implementation multiplies by, where it stores W in fewer bits."""
+        if not callable(getattr(self.implementation, "stored", None)):
+            return W
+        try:
+            kept = self.implementation.stored(W)
+        except NotImplementedError as error:
+            raise NotTested(f"stored says NotImplementedError: {error}") from error
+        except Exception as error:
+            raise Broken(f"stored raised {type(error).__name__}: {error}") from error
+        check_form("stored", (W,), kept)
+        return np.asarray(kept)
+
     def note(self, what: str, holds: bool) -> None:
         """Counted over the examples and reported; no verdict hangs on it."""
         self.notes[what] = self.notes.get(what, True) and holds
@@ -298,7 +322,7 @@ def check_form(method: str, args: tuple[Any, ...], result: Any) -> None:
     elif method == "scaling":
         if isinstance(result, bool) or not np.isscalar(result):
             raise Broken(f"scaling returned {type(result).__name__}, expected a number")
-    elif method in ("merge", "unmerge"):
+    elif method in ("merge", "unmerge", "stored"):
         if method == "merge" and isinstance(result, tuple):
             result = _tuple("the result of merge", result, 2)[0]
         _array(f"the result of {method}", result, args[0].shape, args[0].dtype)
