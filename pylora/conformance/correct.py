@@ -52,6 +52,10 @@ class Correct:
         y, _ = self.ops.lora_forward(self.widen(x), self.widen(W), self.widen(bias))
         return y.astype(x.dtype)
 
+    def stored(self, W: Array) -> Array:
+        """The values that are kept of W: all of them. rounded.py has others."""
+        return W
+
     def backward(
         self, dy: Array, x: Array, W: Array, A: Array, B: Array, scale: float
     ) -> tuple[Array, ...]:
@@ -118,14 +122,14 @@ class Correct:
         """W', or (W', state): the state is what makes unmerge exact."""
         if W.dtype == np.float64:
             return W + scale * (B @ A)
-        lora, dtype = LoRA(self.widen(A), self.widen(B), scale), self.stored(W)
+        lora, dtype = LoRA(self.widen(A), self.widen(B), scale), self.file_dtype(W)
         merged, residue = self.ops.merge(self.bits(W), lora, dtype)
         return merged.view(W.dtype), residue
 
     def unmerge(self, W: Array, A: Array, B: Array, scale: float, state: Any = None) -> Array:
         if W.dtype == np.float64:
             return W - scale * (B @ A)
-        lora, dtype = LoRA(self.widen(A), self.widen(B), scale), self.stored(W)
+        lora, dtype = LoRA(self.widen(A), self.widen(B), scale), self.file_dtype(W)
         return self.ops.unmerge(self.bits(W), lora, state, dtype).view(W.dtype)
 
     # ---- several adapters ---------------------------------------------------------------------
@@ -275,7 +279,7 @@ class Correct:
             return None
         return np.ascontiguousarray(a.astype(np.float32) if a.dtype.itemsize == 2 else a)
 
-    def stored(self, W: Array) -> str:
+    def file_dtype(self, W: Array) -> str:
         return "bf16" if W.dtype.itemsize == 2 else "f32"
 
     def bits(self, W: Array) -> Array:

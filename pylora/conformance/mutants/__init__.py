@@ -20,6 +20,7 @@ from pylora.conformance.mutants import (
     modules,
     numerics,
     plans,
+    precisions,
     scales,
 )
 from pylora.conformance.mutants.registry import REGISTRY, Mutant
@@ -30,6 +31,7 @@ GROUPS = (
     scales,
     linear,
     numerics,
+    precisions,
     inputs,
     gradients,
     dropouts,
