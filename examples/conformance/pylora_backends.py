@@ -26,7 +26,7 @@ class Padded:
 
 
 class Padding:
-    """A backend's operations for any number of inputs: zeros fill them up, and are cut off again."""
+    """A backend's operations for any number of inputs: zeros fill them up, and are cut off."""
 
     def __init__(self, ops: Any, precision: str) -> None:
         self._ops, self._precision = ops, precision
@@ -172,7 +172,7 @@ class C(_Backend):
         self.ops.set_num_threads(n)
 
     def forward_mixed(self, x: Any, W: Any, adapters: Any, rows: Any, bias: Any = None) -> Any:
-        """One pass over W for all rows, sorted by adapter: the segments of `pylora_linear_forward`."""
+        """One pass over W for all rows, sorted by adapter: pylora_linear_forward's segments."""
         from pylora._core import ffi, lib
         from pylora.backends.marshal import at, check, lora_struct, mat
 
@@ -214,7 +214,8 @@ class C(_Backend):
             mat(given), 1, linear, len(used), at(start, "int64_t *"), at(ws, "void *"), ws.size
         )
         check(status, "linear_forward")
-        del out, keep
+        del out
+        keep.clear()
         y[order] = sorted_y
         return y
 
