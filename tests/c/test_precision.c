@@ -1,28 +1,10 @@
 /* LoRA linear over weights in bfloat16: numbers that bfloat16 holds give what float32 would, up to the
  * sums; other numbers give the same bits as their rounded selves. */
-#include "../../csrc/internal.h"
 #include "check.h"
 
-static pylora_mat rounded(const pylora_mat *a) {
-  const pylora_mat r = copy_of(a);
-  for (int64_t i = 0; i < a->rows; i++)
-    for (int64_t j = 0; j < a->cols; j++) *el(&r, i, j) = bf16_widen(bf16_round(*el(a, i, j)));
-  return r;
-}
-
-/* The same numbers, stored in bfloat16. */
-static pylora_mat narrow(const pylora_mat *a) {
-  uint16_t *b = bytes_of((size_t)(a->rows * (a->cols + 3) + 1) * sizeof(uint16_t));
-  for (int64_t i = 0; i < a->rows; i++)
-    for (int64_t j = 0; j < a->cols; j++) b[i * (a->cols + 3) + j] = bf16_round(*el(a, i, j));
-  return (pylora_mat){NULL, a->rows, a->cols, a->cols + 3, a->rows && a->cols ? b : NULL};
-}
-
-static void expect_narrow(const char *what, const pylora_mat *got, const pylora_mat *want) {
-  for (int64_t i = 0; i < want->rows; i++)
-    for (int64_t j = 0; j < want->cols; j++)
-      EXPECT(got->b[i * got->ld + j] == bf16_round(*el(want, i, j)), "%s[%d,%d]", what, (int)i,
-             (int)j);
+static pylora_mat widened_rounded(const pylora_mat *a) {
+  const pylora_mat r = rounded(a);
+  return widened(&r);
 }
 
 static void one_case(void) {
@@ -33,11 +15,12 @@ static void one_case(void) {
   strcat(context, shape);
   const pylora_mat rawx = matrix(m, k, 1), rawW = matrix(d, k, 1), rawdy = matrix(m, d, 1);
   const pylora_mat rawA = matrix(r, k, 1), rawB = matrix(d, r, 1), res = matrix(m, d, 2);
-  const pylora_mat x = rounded(&rawx), W = rounded(&rawW), dy = rounded(&rawdy), A = rounded(&rawA),
-                   B = rounded(&rawB);
+  const pylora_mat x = widened_rounded(&rawx), W = widened_rounded(&rawW),
+                   dy = widened_rounded(&rawdy), A = widened_rounded(&rawA),
+                   B = widened_rounded(&rawB);
   const pylora_mat ax = abs_of(&x), aW = abs_of(&W), ady = abs_of(&dy), aA = abs_of(&A),
                    aB = abs_of(&B), ares = abs_of(&res);
-  const pylora_mat x16 = narrow(&x), dy16 = narrow(&dy), W16 = narrow(&W);
+  const pylora_mat x16 = rounded(&x), dy16 = rounded(&dy), W16 = rounded(&W);
   const pylora_lora l = {r, A.p, A.ld, B.p, B.ld, 0.5f, NULL, NULL},
                     al = {r, aA.p, aA.ld, aB.p, aB.ld, 0.5f, NULL, NULL};
   pylora_packed P, P16;
@@ -67,9 +50,9 @@ static void one_case(void) {
   const pylora_mat again = matrix(m, d, 0), h2 = matrix(m, r, 0);
   OK(pylora_lora_forward(&rawx, &P, NULL, &l, &res, &again, &h2, ws, bytes));
   expect_same("y of numbers that are rounded on the way", &again, &y);
-  pylora_mat y16 = narrow(&res);
+  pylora_mat y16 = rounded(&res);
   OK(pylora_lora_forward(&x16, &P, NULL, &l, &res, &y16, &h2, ws, bytes));
-  expect_narrow("y in bfloat16", &y16, &y);
+  expect_rounded("y in bfloat16", &y16, &y);
   for (int64_t i = 0; i < m; i++) {
     pylora_mat xi = x16, yi = row_of(&y, i);
     const pylora_mat one = matrix(1, d, 0), h1 = matrix(1, r, 0), ri = row_of(&res, i);
@@ -93,9 +76,9 @@ static void one_case(void) {
   expect_same("dx by storage", &dx, &dx2);
   expect_same("dA by storage", &dA, &dA2);
   expect_same("dB by storage", &dB, &dB2);
-  pylora_mat dx16 = narrow(&dx0);
+  pylora_mat dx16 = rounded(&dx0);
   OK(pylora_lora_backward(&dy16, NULL, NULL, &P, &l, &dx16, 0, NULL, NULL, ws, bytes));
-  expect_narrow("dx in bfloat16", &dx16, &dx);
+  expect_rounded("dx in bfloat16", &dx16, &dx);
   if (m)
     EXPECT_STATUS(PYLORA_E_UNSUPPORTED,
                   pylora_lora_backward(&dy16, NULL, NULL, &P, &l, &dx16, 1, NULL, NULL, ws, bytes));
