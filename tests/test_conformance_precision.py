@@ -15,6 +15,8 @@ from pylora.conformance.protocol import problems_of
 from pylora.conformance.report import text
 from pylora.conformance.rounded import Bf16, Fp32x3, Int4, Int8, Rounded, q4_1, q8_0
 
+# Laws that compare with the oracle within a bound; others compare two results that err alike.
+BOUNDED = "F1 F3 B1 B6 O1 X1 X3 P4 P5 A1 A2".split()
 ALL = (Fp32x3, Bf16, Int8, Int4)
 LAWS = (
     "F1 F2 F3 F6 F7 F11 F8 F9 F10 G1 G2 G3 E2 Q1 B1 B2 B3 B6 B9 B10 B11 B13 O1 D1 D2 D3 D7 X1 X2 "
@@ -27,7 +29,7 @@ def test_what_a_precision_says_it_rounds_is_within_its_bounds(cls):
     report = run(cls, LAWS, examples=8)
     assert report.ok, text(report)
     assert report.warnings == [] and report.of("not tested") == []
-    tight = {o.law.id: o.tightness for o in report.outcomes if o.tightness > 0}
+    tight = {o.law.id: o.tightness for o in report.outcomes if o.law.id in BOUNDED}
     assert {law: t for law, t in tight.items() if t < 1e-3} == {}
     assert tight["F1"] > 0.05, "nothing comes near the bound, which would let mistakes through"
 

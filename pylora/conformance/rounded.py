@@ -149,11 +149,11 @@ class Rounded(Correct):
 
     dtypes = ("float32",)
     merge = unmerge = None  # type: ignore[assignment]
+    name = "pylora reference, rounded"
     precision = "bf16"
     rounds = Rounds
 
     def __init__(self) -> None:
-        self.name = f"pylora reference, {self.precision}"
         self.ops = self.kept = self.rounds(self.precision)
 
     def stored(self, W: Array) -> Array:
@@ -177,16 +177,16 @@ class _Attached(CorrectModule):
 
 
 class Fp32x3(Rounded):
-    precision = "fp32x3"
+    name, precision = "pylora reference, fp32x3", "fp32x3"
 
 
 class Bf16(Rounded):
-    precision = "bf16"
+    name, precision = "pylora reference, bf16", "bf16"
 
 
 class Int8(Rounded):
-    precision = "int8"
+    name, precision = "pylora reference, int8", "int8"
 
 
 class Int4(Rounded):
-    precision = "int4"
+    name, precision = "pylora reference, int4", "int4"
