@@ -278,6 +278,80 @@ int pylora_embedding_forward(const int64_t *ids, int64_t m, const pylora_packed 
 /* dW[ids[i],:] += dy[i,:], in the order of i; dW [vocab,k] is zeroed first. */
 int pylora_embedding_backward(const int64_t *ids, const pylora_mat *dy, const pylora_mat *dW);
 
+/* ---- a whole model, inference only ------------------------------------------------------- */
+
+/* The linear modules of a layer, in the order of forward. */
+#define PYLORA_Q 0
+#define PYLORA_K 1
+#define PYLORA_V 2
+#define PYLORA_O 3
+#define PYLORA_GATE 4
+#define PYLORA_UP 5
+#define PYLORA_DOWN 6
+#define PYLORA_LAYER_MODULES 7
+
+typedef struct pylora_layer {
+  const float *input_norm, *mid_norm; /* [hidden] */
+  const float *q_norm, *k_norm; /* [head_dim], of each head before its rotation; or both NULL */
+  const pylora_packed *W[7]; /* q [heads*D,hidden], k, v [kv_heads*D,hidden], o, gate, up, down */
+  const float *bias[7];      /* [d] or NULL */
+  int32_t window;            /* see pylora_attn */
+} pylora_layer;
+
+/* A Llama-type model: x = embedding; for each layer x += o(attention(rope(q, k of norm(x)), v)),
+ * x += down(silu(gate(norm(x))) * up(norm(x))); logits = head(norm(x)).
+ * With bf16 activations the norms' results, q and k once rotated, v, o, gate, up and their product are
+ * bfloat16, as bf16 weights take them; x and the logits are float32 all the same. */
+typedef struct pylora_llama {
+  int32_t layers;
+  int32_t activations; /* PYLORA_F32; or PYLORA_BF16, see above */
+  pylora_attn attn;    /* `window` is each layer's own */
+  float eps;           /* of the norms */
+  int32_t rope_layout;
+  pylora_mat cosines, sines;             /* [positions, head_dim / 2] */
+  const pylora_packed *embedding, *head; /* [vocab,hidden]; may be the same */
+  const float *norm;                     /* [hidden], the last one */
+  const pylora_layer *layer;             /* [layers] */
+} pylora_llama;
+
+/* An adapter of the model's modules.  Tables have 7 * layers + 1 entries: the layers' modules in order,
+ * then the head. */
+typedef struct pylora_adapter {
+  const pylora_lora *const *lora; /* each may be NULL; packed for its W if the step has segments */
+  const float *const *bias;       /* NULL, or: where not NULL, in place of the module's own bias */
+  const pylora_lora *embedding;   /* NULL, or A [r,vocab], B [hidden,r]: x += s A[:,id] Bᵀ */
+  const pylora_packed *embedding_B; /* B, packed as float32; NULL: B or A is all zeros */
+  const float *embedding_bias;      /* [hidden], added last; or NULL */
+} pylora_adapter;
+
+/* Keys and values of the tokens seen so far, of the model's activations' type: what `attention` reads.
+ * Which rows belong to which sequence is the caller's business (pylora_step). */
+typedef struct pylora_kv {
+  const pylora_mat *k, *v; /* [layers], each [rows, kv_heads*D] */
+} pylora_kv;
+
+/* m new tokens: of sequences at their beginning, in their middle, or one each. */
+typedef struct pylora_step {
+  int64_t m;
+  const int64_t *ids, *position; /* [m] */
+  const int64_t *kv_row;         /* [m], the row of the cache that the token's k and v go to */
+  const pylora_seqs *seqs;       /* k_start, k_len: rows of the cache, the new ones included */
+  int64_t segments;              /* tokens seg_start[i] .. seg_start[i+1]-1 use adapter[i] */
+  const int64_t *seg_start;      /* [segments+1], or NULL: one segment of all tokens */
+  const pylora_adapter *const *adapter; /* [segments]; NULL, also inside: the base */
+  int64_t outputs;
+  const int64_t *output; /* [outputs], the tokens whose logits are wanted, ascending */
+} pylora_step;
+
+/* Bytes of workspace for a step (its sizes, sequences and adapters; not its ids), with the present
+ * number of threads; 0 if something does not fit. */
+size_t pylora_llama_workspace(const pylora_llama *model, const pylora_step *step);
+/* Writes the tokens' keys and values to the cache and the wanted rows' logits [outputs,vocab].  The
+ * same bits as the operations above one by one, and as the whole sequences at once.  On an error the
+ * cache's rows kv_row may have been written. */
+int pylora_llama_forward(const pylora_llama *model, const pylora_kv *kv, const pylora_step *step,
+                         const pylora_mat *logits, void *ws, size_t ws_bytes);
+
 /* ---- loss ------------------------------------------------------------------------------- */
 
 #define PYLORA_IGNORE (-100)
