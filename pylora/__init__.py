@@ -28,12 +28,14 @@ if TYPE_CHECKING:
     from pylora.model import IGNORE, Llama
     from pylora.peft import parameters
     from pylora.plan import Plan, resolve
+    from pylora.pool import AdapterPool
     from pylora.types import LoRA, Seqs
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Adapter": "adapter",
+    "AdapterPool": "pool",
     "Attention": "attention",
     "Block": "block",
     "DropKey": "linear",
@@ -60,6 +62,7 @@ _HOME = {
 __all__ = [
     "IGNORE",
     "Adapter",
+    "AdapterPool",
     "Attention",
     "Block",
     "DropKey",

@@ -1,7 +1,8 @@
 """Keys and values of the tokens seen so far, so that a new token costs one row.
 
-One array per layer, [slots * capacity, kv_heads * head_dim]; a slot holds one sequence. A slot can
-be cleared and given to another sequence at any time; the others do not notice.
+One array per layer, [slots * capacity, kv_heads * head_dim], of the dtype of the model's
+activations: half the bytes in bf16. A slot holds one sequence; it can be cleared and given to
+another at any time, and the others do not notice.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from pylora.backends.llama import LlamaOp
 from pylora.backends.protocol import Backend
 from pylora.config import LlamaConfig
 from pylora.errors import ConfigError, ShapeError
@@ -44,6 +46,13 @@ class KVCache:
         layers = range(config.num_hidden_layers)
         self.k = [ops.empty(shape, dtype) for _ in layers]
         self.v = [ops.empty(shape, dtype) for _ in layers]
+        self._handle: tuple[LlamaOp, Any] | None = None
+
+    def handle(self, op: LlamaOp) -> Any:
+        """The cache as the backend's operation takes it."""
+        if self._handle is None or self._handle[0] is not op:
+            self._handle = op, op.cache(self.k, self.v)
+        return self._handle[1]
 
     def clear(self, slot: int) -> None:
         """Forgets what the slot holds."""

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from pylora import backends
-from pylora.attention import Past, positions
+from pylora.attention import positions
+from pylora.backends.llama import LlamaOp
 from pylora.backends.protocol import Backend
 from pylora.block import Block, BlockCache
 from pylora.config import LlamaConfig
+from pylora.decoder import Batch, llama_weights, pack_attached
 from pylora.embedding import Embedding, EmbeddingCache
 from pylora.errors import (
     DtypeError,
@@ -149,6 +152,13 @@ class Llama:
         Raises PlanError naming a module that the model does not have or an array that does not
         fit, DtypeError for arrays of another dtype than the model's; then nothing has changed.
         """
+        self.check(adapter)
+        for path, module in self.modules.items():
+            module.lora = adapter.get(path)
+        self._adapter = adapter
+
+    def check(self, adapter: Mapping[str, LoRA]) -> None:
+        """Raises what `attach` would for an adapter that does not fit; changes nothing."""
         unknown = [path for path in adapter if path not in self.modules]
         if unknown:
             raise PlanError(
@@ -164,9 +174,6 @@ class Llama:
                         f"{path}: {name} is {array.dtype} but the model is {self.dtype}; convert "
                         "the adapter's arrays first"
                     )
-        for path, module in self.modules.items():
-            module.lora = adapter.get(path)
-        self._adapter = adapter
 
     def detach(self) -> None:
         """Takes the adapter away; the model is the base again, bit for bit."""
@@ -354,17 +361,13 @@ class Llama:
         """
         ids = token_ids(ids, self.config.vocab_size)
         slots = np.asarray(np.arange(kv.slots) if slots is None else slots, np.int64)
-        seqs, rows = kv.place(lengths, slots)
-        if seqs.q_start[-1] != ids.size:
-            raise ShapeError(f"{ids.size} ids for lengths that add up to {int(seqs.q_start[-1])}")
-        position = positions(seqs)
-        x = self.embed_tokens.forward(ids)[0]
-        for block, k, v in zip(self.blocks, kv.k, kv.v, strict=True):
-            x = block.forward(x, seqs, position=position, past=Past(k, v, rows))[0]
-        kv.length[slots] = seqs.k_len
-        x = x[seqs.q_start[1:] - 1]
-        normed, _ = self._final_norm(x)
-        return self.lm_head.forward(normed)[0]
+        adapter = pack_attached(self)
+        return Batch(self, kv, lengths, slots, [adapter] * slots.size).forward(ids)
+
+    @cached_property
+    def op(self) -> LlamaOp:
+        """The model as its backend's whole-model operation, which decoding runs on."""
+        return self.ops.llama(llama_weights(self))
 
     def _final_norm(self, x: Array) -> tuple[Array, Array]:
         eps = self.config.rms_norm_eps

@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from pylora.backends.llama import Composed, LlamaOp, LlamaWeights
 from pylora.errors import BackendError, RangeError
 from pylora.precision import as_dtype
 from pylora.types import (
@@ -362,6 +363,12 @@ class Reference:
         dW = self.xp.zeros((rows, dy.shape[1]), dy.dtype)
         self.xp.add.at(dW, ids, dy)
         return dW
+
+    # ---- a whole model ------------------------------------------------------------------------
+
+    def llama(self, weights: LlamaWeights) -> LlamaOp:
+        """The operations above as a whole model, for inference: see pylora.backends.llama."""
+        return Composed(self, weights)
 
     # ---- loss and optimizer -------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ pytest.importorskip("gguf")  # small_models makes both kinds of file
 
 from small_models import write_gguf, write_hf
 
-from pylora import backends
+from pylora import backends, decoder
 from pylora.adapter import Adapter
 from pylora.attention import Attention
 from pylora.backends.numpy import NumpyBackend
@@ -282,7 +282,14 @@ def test_a_fresh_adapter_that_changes_bits(model: Path, monkeypatch: pytest.Monk
         y, cache = right(self, x, **kwargs)
         return (np.nextafter(y, np.float32(9)) if self.lora is not None else y), cache
 
+    step = decoder.Batch.forward
+
+    def wrong_step(self: decoder.Batch, ids: Any) -> Any:
+        y, adapted = step(self, ids), self.step.adapters[0] is not None
+        return np.nextafter(y, np.float32(9)) if adapted else y
+
     monkeypatch.setattr(LoRALinear, "forward", wrong)
+    monkeypatch.setattr(decoder.Batch, "forward", wrong_step)
     report = check_model(model)
     assert failed(report) >= {"zero-init", "zero-init, decode"}
     assert verdicts(report)["detach"] == "pass"

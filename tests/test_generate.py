@@ -175,3 +175,36 @@ def test_broken_weights_are_reported_not_sampled(rng: np.random.Generator) -> No
     for temperature in (0.0, 1.0):
         with pytest.raises(PyloraError, match="not finite"):
             generate(net, [[1]], 2, temperature=temperature)
+
+
+def spelled_out(logits: np.ndarray, u: float, T: float, top_k: int, top_p: float) -> int:
+    """The rule of `sample`, all tokens ranked and summed."""
+    scores = logits.astype(np.float64)
+    ranked = sorted(range(scores.size), key=lambda i: (-scores[i], i))
+    ranked = ranked[:top_k] if top_k else ranked
+    p = np.exp((scores[ranked] - scores.max()) / T)
+    if top_p < 1:
+        ranked = ranked[: int(np.argmax(np.cumsum(p) >= top_p * p.sum())) + 1]
+    return ranked[int(np.argmax(np.cumsum(p[: len(ranked)]) > u * p[: len(ranked)].sum()))]
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 12.0])
+def test_ranking_only_the_likely_tokens_changes_nothing(
+    rng: np.random.Generator, spread: float
+) -> None:
+    logits = (spread * rng.standard_normal(3000)).astype(np.float32)
+    logits[::7] = logits[0]  # equals
+    for top_k in (0, 1, 40, 2999, 3000, 5000):
+        for top_p in (1.0, 0.3, 0.9, 0.99999):
+            for T in (0.3, 1.0, 5.0):
+                for u in (1e-6, 0.2, 0.77, 0.9999999):
+                    want = spelled_out(logits, u, T, top_k, top_p)
+                    assert sample(logits, u, T, top_k, top_p) == want, (top_k, top_p, T, u)
+
+
+def test_large_logits_are_finite() -> None:
+    logits = np.full(5, -3e38, np.float32)  # their sum is not
+    logits[3] = 3e38
+    assert sample(logits, 0.5, 1.0) == 3
+    with pytest.raises(PyloraError, match="not finite"):
+        sample(np.array([1, np.inf, 2], np.float32), 0.5, 1.0)

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from pylora._core import ffi, lib
+from pylora.backends.c_llama import CLlama
+from pylora.backends.llama import LlamaOp, LlamaWeights
 from pylora.backends.marshal import (
     F32,
     Packed,
@@ -539,6 +541,9 @@ class CBackend:
         status = lib.pylora_embedding_backward(at(ids, "int64_t *"), mat(dy), mat(dW))
         check(status, "embedding_backward")
         return dW
+
+    def llama(self, weights: LlamaWeights) -> LlamaOp:
+        return CLlama(weights, self, self._scratch)
 
     # ---- loss, optimizer, random numbers ------------------------------------------------------
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pylora.backends.llama import LlamaOp, LlamaWeights
 from pylora.precision import Stored
 from pylora.types import (
     AdamW,
@@ -131,6 +132,8 @@ class Backend(Protocol):
     ) -> tuple[Array, Array]: ...
     def embedding_forward(self, ids: Array, W: Packed) -> Array: ...
     def embedding_backward(self, ids: Array, dy: Array, rows: int) -> Array: ...
+
+    def llama(self, weights: LlamaWeights) -> LlamaOp: ...
 
     # ---- loss, optimizer, random numbers ------------------------------------------------------
     def cross_entropy_forward(self, logits: Array, labels: Array) -> tuple[Array, Array]: ...
