@@ -312,3 +312,63 @@ def test_interrupted_training_exits_with_130_and_can_be_resumed(
     assert process.returncode == 130
     assert stderr == "pylora: interrupted\n"
     assert list(out.glob("checkpoint-*"))
+
+
+def test_each_line_of_a_file_of_prompts_may_name_its_adapter(
+    model: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "truth exists. In symbols:"
+    base = run(capsys, "generate", model, text, "-n", 6)[:-1]
+    tuned = run(capsys, "generate", model, text, "-n", 6, "--adapter", trained / "adapter")[:-1]
+    assert tuned == run(
+        capsys, "generate", model, text, "-n", 6, "--adapter", f"x={trained / 'adapter'}"
+    ).removesuffix("\n")
+    file = tmp_path / "prompts.jsonl"
+    lines: list[dict[str, str | None]] = [
+        {"prompt": text, "adapter": "tuned"},
+        {"prompt": text, "adapter": None},
+        {"prompt": text},
+        {"prompt": text, "adapter": "tuned"},
+    ]
+    file.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+    named = ("--adapter", f"tuned={trained / 'adapter'}")
+    many = ("generate", model, "--prompts", file, "-n", 6)
+    got = [json.loads(line) for line in run(capsys, *many, *named).splitlines()]
+    assert got == [
+        {"adapter": "tuned", "text": tuned},
+        {"adapter": None, "text": base},
+        {"adapter": None, "text": base},
+        {"adapter": "tuned", "text": tuned},
+    ]
+    shown = run(capsys, *many, *named, "--adapter", trained / "adapter").splitlines()
+    assert json.loads(shown[2]) == {"adapter": str(trained / "adapter"), "text": tuned}
+
+
+@pytest.mark.parametrize(
+    ("line", "options", "says"),
+    [
+        ('{"prompt": "a", "adapter": "b"}', (), "prompts.jsonl:1: no adapter is named 'b'"),
+        ('{"prompt": "a", "adapter": 3}', (), "must be a name or null"),
+        ('{"prompt": "a", "adaptor": "b"}', (), "this one has 'adaptor'"),
+        ("", (), "there are no prompts"),
+        ('{"prompt": "a"}', ("--adapter", "=b"), "write NAME=DIR"),
+        ('{"prompt": "a"}', ("--adapter", "b="), "write NAME=DIR"),
+        ('{"prompt": "a"}', ("--adapter", "a=b", "--adapter", "a=c"), "two adapters named 'a'"),
+        ('{"prompt": "a"}', ("--adapter", "b", "--adapter", "c"), "two adapters without a name"),
+        ('{"prompt": "a"}', ("text",), "either a prompt or --prompts"),
+        (None, ("text", "--adapter", "a=b", "--adapter", "c=d"), "one prompt takes one --adapter"),
+        (None, (), "either a prompt or --prompts"),
+    ],
+)
+def test_a_wrong_file_of_prompts_is_explained(
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    line: str | None,
+    options: tuple[str, ...],
+    says: str,
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(line or "")
+    given = () if line is None else ("--prompts", str(file))
+    assert says in sentence(capsys, "generate", model, *options, *given)

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from pylora.train import TrainResult
 
 
+_UNNAMED = "="  # of the adapter without a name; no name that is given has this sign
+
+
 @app.command()
 @verb
 def train(
@@ -161,8 +164,20 @@ def _lora_config(
 @verb
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Argument(help="text to continue, or with --chat a question")],
-    adapter: Annotated[Path | None, typer.Option(help="PEFT directory")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="text to continue, or with --chat a question")
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DIR",
+            help="PEFT directory; or NAME=DIR, repeatedly, for the lines of --prompts",
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help='JSONL of {"prompt": text, "adapter": name}, in place of one prompt'),
+    ] = None,
     chat: Annotated[bool, typer.Option(help="through the model's chat template")] = False,
     system: Annotated[str | None, typer.Option(help="system message, with --chat")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n")] = 128,
@@ -171,33 +186,52 @@ def generate(
     top_p: float = 1.0,
     seed: Seed = 0,
 ) -> None:
-    """Continue a text, with or without an adapter; words appear as they come."""
+    """Continue a text, with or without an adapter; words appear as they come.
+
+    With --prompts: many texts at once, each with the adapter that its line names; prints a line
+    {"adapter", "text"} for each.
+    """
     from pylora.adapter import Adapter
+    from pylora.commands.prompts import Asked, adapter_folders, read_prompts
     from pylora.formats import open_checkpoint
     from pylora.generate import generate as run
     from pylora.model import Llama
+    from pylora.pool import AdapterPool
 
     if system is not None and not chat:
         raise ConfigError("--system needs --chat")
+    folders = adapter_folders(adapter or ())
+    if (prompt is None) == (prompts is None):
+        raise ConfigError("give either a prompt or --prompts FILE")
+    if prompts is not None:
+        asked = read_prompts(prompts, folders)
+    elif len(folders) > 1:
+        raise ConfigError("one prompt takes one --adapter; give several with --prompts FILE")
+    else:
+        asked = [Asked(prompt or "", next((name or "" for name in folders), None))]
     with open_checkpoint(model) as checkpoint:
         tokenizer = checkpoint.tokenizer()
-        loaded = None
-        if adapter is not None:
-            modules = checkpoint.config.modules()
-            loaded = Adapter.load(adapter, modules, base=checkpoint.load)
+        modules = checkpoint.config.modules()
+        loaded = {
+            name: Adapter.load(folder, modules, base=checkpoint.load)
+            for name, folder in folders.items()
+        }
         llama = Llama.from_checkpoint(checkpoint)
-    if loaded is not None:
-        llama.attach(loaded)
-    if chat:
+    pool = AdapterPool(llama)
+    for name, one in loaded.items():
+        pool.add(name or _UNNAMED, one)
+
+    def ids_of(text: str) -> list[int]:
+        if not chat:
+            return tokenizer.encode(text, bos=tokenizer.add_bos)
         messages = [{"role": "system", "content": system}] if system is not None else []
-        messages.append({"role": "user", "content": prompt})
-        ids = tokenizer.encode(tokenizer.apply_chat(messages, add_generation_prompt=True))
-    else:
-        ids = tokenizer.encode(prompt, bos=tokenizer.add_bos)
-    stream = _Stream(tokenizer)
-    run(
+        messages.append({"role": "user", "content": text})
+        return tokenizer.encode(tokenizer.apply_chat(messages, add_generation_prompt=True))
+
+    stream = _Stream(tokenizer) if prompts is None else None
+    answers = run(
         llama,
-        [ids],
+        [ids_of(a.text) for a in asked],
         max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -205,8 +239,15 @@ def generate(
         seed=seed,
         eos_ids=tokenizer.eos_ids,
         on_token=stream,
+        pool=pool,
+        adapters=[_UNNAMED if a.adapter == "" else a.adapter for a in asked],
     )
-    stream.end()
+    if stream is not None:
+        stream.end()
+        return
+    for a, answer in zip(asked, answers, strict=True):
+        name = str(folders[None]) if a.adapter == "" else a.adapter
+        print(json.dumps({"adapter": name, "text": tokenizer.decode(answer)}, ensure_ascii=False))
 
 
 class _Stream:
