@@ -1,0 +1,177 @@
+"""Each figure beside its bar, from a file of results; also into docs/performance.md.
+
+    python bench/report.py [FILE.json] [--accuracy FILE.json] [--docs]
+
+Without a file: the newest in bench/results. --docs writes the tables between the markers of
+docs/performance.md, so that no number there is typed by hand. Nothing is measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from bars import judge, needed
+from records import median, select, share, speed
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+PAGE = ROOT / "docs" / "performance.md"
+
+
+def newest(pattern: str) -> Path | None:
+    found = sorted(RESULTS.glob(pattern), key=lambda p: (p.stem[-10:], p.stem))
+    return found[-1] if found else None
+
+
+def markdown_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def setting(document: dict[str, Any]) -> str:
+    """One paragraph: on what, when, by which command, against what."""
+    m, versions = document["machine"], document["versions"]
+    names = ", ".join(f"{k} {v}" for k, v in sorted(versions.items()))
+    ceilings = ", ".join(
+        f"{name} {row['best']:.0f} {row['unit']}" for name, row in document["ceilings"].items()
+    )
+    lines = [
+        f"{m['processor']}, {m['cores']} cores, {m['threads']} threads, kernels `{m['isa']}`, "
+        f"{document['date']}, commit {document['commit']}: `{document['command']}` "
+        f"({document['seconds'] / 60:.0f} minutes). {names}.",
+        f"Ceilings of the machine in the same run: {ceilings}.",
+    ]
+    if not document["compiled"]:
+        lines.append("**Run with --no-compile: torch.compile was left out.**")
+    if document["quick"]:
+        lines.append("**Run with --quick: few repetitions, torch.compile block by block.**")
+    if document["tiny"]:
+        lines.append("**Run with --tiny: a model of two small layers; the figures mean nothing.**")
+    failed = [f"{k} ({v['error']})" for k, v in document["cases"].items() if v["error"]]
+    failed += [
+        f"{r['contender']} in {r['case']} {r['key']} ({r['error']})"
+        for r in document["records"]
+        if "error" in r
+    ]
+    if failed:
+        lines.append("Failed, and left out: " + "; ".join(failed) + ".")
+    return "\n".join(lines)
+
+
+def bar_rows(document: dict[str, Any]) -> list[tuple[str, ...]]:
+    rows = []
+    for row in judge(document):
+        verdict = {None: "", True: "yes", False: "**no**"}[row.met]
+        peer = row.peer and f"{row.peer}" + (f" ({row.bar.peer})" if row.bar.kind != "self" else "")
+        need, dream = needed(row.bar, row.bar.need), needed(row.bar, row.bar.dream)
+        rows.append((row.bar.what, row.ours, peer, row.text, need, dream, verdict))
+    return rows
+
+
+BAR_HEAD = ("case", "pylora", "beside", "ratio", "bar", "moonshot", "met")
+
+
+def all_rows(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Every whole-model figure: tokens a second, share of the roofline, peak memory."""
+    ceilings = document["ceilings"]
+    order = [("step", ""), ("generate", "prefill"), ("generate", "decode")]
+    order += [("gguf", "prefill"), ("gguf", "decode")]
+    order += [("resident", f"{n} {what}") for n in (8, 32) for what in ("distinct", "one")]
+    for case, part in order:
+        for r in select(document["records"], case, part):
+            what = {"step": "training step", "": ""}.get(case, f"{part}")
+            if r["key"].get("recompute"):
+                what += ", recomputing"
+            if case == "gguf":
+                what += ", GGUF file, no adapter"
+            if case == "resident":
+                what = f"decode, {part.replace('one', 'rows of one adapter')}, 100 resident"
+                what = what.replace("distinct", "distinct adapters")
+            portion, limit = share(r, ceilings) if ceilings else (0.0, "")
+            low, high = min(r["seconds"]), max(r["seconds"])
+            yield (
+                what,
+                r["contender"],
+                f"{speed(r):,.0f}",
+                f"{(high - low) / median(r):.0%}",
+                f"{portion:.0%} of {limit}" if limit else "",
+                f"{r['life_peak_rss_bytes'] / 1e9:.2f} GB",
+            )
+
+
+ALL_HEAD = ("case", "contender", "tokens/s", "spread", "share of the ceiling", "peak memory")
+
+
+def linear_rows(document: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Microseconds of a LoRA linear, one row a shape, one column a contender."""
+    some = select(document["records"], "linear")
+    names = list(dict.fromkeys(r["contender"] for r in some))
+    table: dict[tuple[Any, ...], dict[str, str]] = {}
+    for r in some:
+        k = r["key"]
+        shape = (("forward + backward" if k["backward"] else "forward"), k["d"], k["tokens"])
+        table.setdefault(shape, {})[r["contender"]] = f"{median(r) * 1e6:,.0f}"
+    head = ("LoRA linear d × d, microseconds", "d", "tokens", *names)
+    rows = [
+        tuple(map(str, shape)) + tuple(row.get(n, "") for n in names)
+        for shape, row in table.items()
+    ]
+    return [head, *rows] if rows else []
+
+
+def page(document: dict[str, Any]) -> str:
+    """The Markdown of all tables."""
+    parts = [setting(document), markdown_table(BAR_HEAD, bar_rows(document))]
+    rows = list(all_rows(document))
+    if rows:
+        parts.append(markdown_table(ALL_HEAD, rows))
+    linear = linear_rows(document)
+    if linear:
+        parts.append(markdown_table(linear[0], linear[1:]))
+    return "\n\n".join(parts)
+
+
+def write_between(path: Path, name: str, text: str) -> None:
+    """Replaces what lies between `<!-- NAME -->` and `<!-- end of NAME -->`."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    old = path.read_text(encoding="utf-8")
+    if begin not in old or end not in old:
+        raise SystemExit(f"{path} has no place for it: put {begin} and {end} in")
+    head, rest = old.split(begin, 1)
+    tail = rest.split(end, 1)[1]
+    path.write_text(f"{head}{begin}\n{text}\n{end}{tail}", encoding="utf-8")
+
+
+def aligned(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A table for the terminal."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths)) for row in [head, *rows])
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    p.add_argument("file", type=Path, nargs="?", help="default: the newest in bench/results")
+    p.add_argument("--accuracy", type=Path, help="of bench/accuracy.py; default: the newest")
+    p.add_argument("--docs", action="store_true", help="write the tables into docs/performance.md")
+    a = p.parse_args()
+    path = a.file or newest("speed-*.json")
+    if path is None:
+        raise SystemExit("there are no results; run bench/run.py first")
+    document = json.loads(path.read_text(encoding="utf-8"))
+    print(setting(document), "\n")
+    print(aligned(BAR_HEAD, bar_rows(document)))
+    if a.docs:
+        write_between(PAGE, "measured: bench/report.py", page(document))
+        print(f"\nwritten into {PAGE}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""Every figure of pylora's speed in one run: pylora, PyTorch + PEFT and what the machine can do.
+
+    python bench/run.py [--peer-python PYTHON] [--quick] [--only CASE ...] [--no-compile]
+
+All cases take about 20 minutes, --quick under 3. Contenders are processes that are asked in turn
+(A B A B ...), so that a change of the machine's speed meets all of them. A training step is always
+compared with PyTorch + PEFT as it comes, with a malloc that keeps its pages, and compiled
+(--no-compile leaves that one out and says so). The peers need torch, peft and transformers in the
+interpreter of --peer-python, llama-cpp-python in that of --llama-python; a contender that is not
+there is reported, and the others go on.
+
+Writes bench/results/speed-<machine>-<date>.json after every case and prints each figure beside its
+bar. bench/report.py prints that again from the file, bench/figures.py draws it. End other programs
+first: a figure of a busy machine says nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import ceilings
+from cases import CASES, QUICK, Options
+from contenders import Team
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def main() -> int:
+    a = arguments()
+    if a.tiny:
+        os.environ["PYLORA_BENCH_TINY"] = "1"  # for the contenders
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
+    began = time.monotonic()
+    document = head(a)
+    out = a.out or RESULTS / f"speed-{document['machine']['name']}-{document['date']}.json"
+    pythons = {"pylora": sys.executable, "peft": a.peer_python, "llama": a.llama_python}
+    pythons = {engine: python for engine, python in pythons.items() if engine not in a.without}
+
+    say(f"{document['machine']['processor']}, {a.threads} threads, {document['date']} -> {out}")
+    if a.no_compile:
+        say("without torch.compile (--no-compile): the bars against it are not judged")
+    elif a.quick:
+        say("--quick: torch.compile compiles block by block; the full run compiles the model")
+    document["ceilings"] = measured_ceilings(a)
+
+    teams: list[Team] = []
+
+    def team() -> Team:
+        teams.append(Team(pythons, a.threads, say))
+        return teams[-1]
+
+    options = Options(
+        quick=a.quick,
+        compile=not a.no_compile,
+        tiny=a.tiny,
+        amx="AMX bf16" in document["ceilings"],
+        precisions=tuple(a.precisions),
+        gguf=gguf_file() if "gguf" in chosen(a) and not a.tiny else None,
+        team=team,
+    )
+    for name in chosen(a):
+        at = time.monotonic()
+        error = None
+        try:
+            for record in CASES[name](options):
+                document["records"].append(record)
+        except Exception as problem:  # one case must not take the others with it
+            error = f"{type(problem).__name__}: {problem}"
+            say(f"  {name} failed: {error}")
+        for t in teams:
+            document["versions"] |= t.versions
+        seconds = time.monotonic() - at
+        document["cases"][name] = {"seconds": round(seconds, 1), "error": error}
+        document["seconds"] = round(time.monotonic() - began, 1)
+        save(out, document)
+        say(f"{name}: {seconds:.0f} s")
+    if not a.quick:
+        document["ceilings_after"] = measured_ceilings(a)
+    document["seconds"] = round(time.monotonic() - began, 1)
+    save(out, document)
+    say(f"{document['seconds']:.0f} s in all; {out}\n")
+    return show(out, a.draw)
+
+
+def arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--peer-python", default=sys.executable, help="has torch, peft, transformers")
+    p.add_argument("--llama-python", help="has llama-cpp-python (default: --peer-python)")
+    p.add_argument("--quick", action="store_true", help="fewer cases and repetitions")
+    p.add_argument("--only", nargs="+", choices=CASES, metavar="CASE", help=", ".join(CASES))
+    p.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    p.add_argument("--without", nargs="+", default=[], choices=["peft", "llama"])
+    p.add_argument("--precisions", nargs="+", default=["fp32", "fp32x3", "bf16", "int8", "int4"])
+    p.add_argument("--tiny", action="store_true", help="two small layers: shows that it runs")
+    p.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    p.add_argument("--out", type=Path, help="the JSON file")
+    p.add_argument(
+        "--draw", type=Path, help="folder for the pictures; none without (see figures.py)"
+    )
+    a = p.parse_args()
+    a.llama_python = a.llama_python or a.peer_python
+    return a
+
+
+def chosen(a: argparse.Namespace) -> list[str]:
+    return a.only or list(QUICK if a.quick else CASES)
+
+
+def head(a: argparse.Namespace) -> dict[str, Any]:
+    """What the figures depend on beside the program."""
+    import pylora
+
+    info = pylora.build_info()
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=RESULTS,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "machine": {
+            "name": re.sub(r"[^a-z0-9]+", "-", info["processor"].lower()).strip("-"),
+            "processor": info["processor"],
+            "cores": len(os.sched_getaffinity(0)),
+            "threads": a.threads,
+            "memory_bytes": memory,
+            "isa": info.get("isa"),
+            "kernel": platform.release(),
+        },
+        "date": time.strftime("%Y-%m-%d"),
+        "command": " ".join(["python", "bench/run.py", *sys.argv[1:]]),
+        "commit": commit.stdout.strip(),
+        "quick": a.quick,
+        "tiny": a.tiny,
+        "compiled": not a.no_compile,
+        "load_before": os.getloadavg()[0],
+        "versions": {"python": platform.python_version()},
+        "ceilings": {},
+        "cases": {},
+        "records": [],
+    }
+
+
+def measured_ceilings(a: argparse.Namespace) -> dict[str, Any]:
+    try:
+        found = ceilings.measure(a.threads, reps=5 if a.quick else 9)
+    except (OSError, subprocess.CalledProcessError) as error:
+        say(f"  no ceilings: {error}")
+        return {}
+    say("; ".join(f"{name} {row['best']:.0f} {row['unit']}" for name, row in found.items()))
+    return found
+
+
+def gguf_file() -> Path | None:
+    from pylora.errors import PyloraError
+    from pylora.fetch import fetch
+
+    try:
+        return fetch(say=say)
+    except PyloraError as error:
+        say(f"  {error}")
+        return None
+
+
+def save(out: Path, document: dict[str, Any]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = out.with_suffix(".part")
+    beside.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    beside.replace(out)
+
+
+def show(out: Path, draw: Path | None) -> int:
+    """The table, and the pictures where they are wanted; by their own programs."""
+    here = Path(__file__).resolve().parent
+    status = subprocess.run([sys.executable, str(here / "report.py"), str(out)]).returncode
+    if draw is not None:
+        command = [sys.executable, str(here / "figures.py"), str(out), "--out", str(draw)]
+        status = status or subprocess.run(command).returncode
+    return status
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
