@@ -22,6 +22,7 @@ from records import median, select, share, speed
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+IMAGES = ROOT / "docs" / "img"
 PAGE = ROOT / "docs" / "performance.md"
 
 
@@ -101,12 +102,37 @@ def all_rows(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
                 r["contender"],
                 f"{speed(r):,.0f}",
                 f"{(high - low) / median(r):.0%}",
-                f"{portion:.0%} of {limit}" if limit else "",
+                f"{speed(r) / portion:,.0f} ({limit})" if limit else "",
+                f"{portion:.0%}" if limit else "",
                 f"{r['life_peak_rss_bytes'] / 1e9:.2f} GB",
             )
 
 
-ALL_HEAD = ("case", "contender", "tokens/s", "spread", "share of the ceiling", "peak memory")
+ALL_HEAD = (
+    "case",
+    "contender",
+    "tokens/s",
+    "spread",
+    "the machine's limit",
+    "share",
+    "peak memory",
+)
+
+
+PICTURES = {
+    "speed": "Tokens per second of pylora and its peers",
+    "roofline": "Share of what the machine allows",
+    "memory": "Peak memory",
+    "scaling": "Cost of a step against length and rank",
+    "adapters": "What one more adapter costs",
+}
+
+
+def pictures(names: dict[str, str]) -> list[str]:
+    """Links to those that were drawn (bench/figures.py)."""
+    return [
+        f"![{text}](img/{n}.png)" for n, text in names.items() if (IMAGES / f"{n}.png").exists()
+    ]
 
 
 def linear_rows(document: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -135,6 +161,64 @@ def page(document: dict[str, Any]) -> str:
     linear = linear_rows(document)
     if linear:
         parts.append(markdown_table(linear[0], linear[1:]))
+    parts += pictures(PICTURES)
+    return "\n\n".join(parts)
+
+
+def accuracy_page(document: dict[str, Any]) -> str:
+    """The Markdown of bench/accuracy.py's results."""
+    m = document["machine"]
+    parts = [
+        f"{m['processor']}, kernels `{m['isa']}`, {document['date']}, commit {document['commit']}: "
+        f"`{document['command']}` ({document['seconds'] / 60:.0f} minutes)."
+    ]
+    failed = [f"{k} ({v['error']})" for k, v in document["cases"].items() if v["error"]]
+    if failed:
+        parts[0] += "\nFailed, and left out: " + "; ".join(failed) + "."
+    if document.get("ops"):
+        names = list(dict.fromkeys(n for row in document["ops"].values() for n in row))
+        rows = [
+            (op, *(f"{row[n]['rms']:.1e}" if n in row else "" for n in names))
+            for op, row in document["ops"].items()
+        ]
+        shares = [row["pylora fp32"]["of_bound"] for row in document["ops"].values()]
+        parts.append(
+            "Error of each operation against float64, root mean square, relative; the worst of its "
+            "results. In float32 the largest error of any element is at most "
+            f"{max(shares):.0%} of its derived bound."
+        )
+        parts.append(markdown_table(("operation", *names), rows))
+    if document.get("logits"):
+        parts.append(
+            f"Logits of SmolLM2-135M-Instruct on {document['logits']['tokens']} tokens of English "
+            "against float64 with the same weights (those of the Q4_1 file):"
+        )
+        columns = ("", "KL, mean (nats)", "KL, largest", "same top token", "error, relative")
+        rows = [
+            (n, f"{r['kl_mean']:.1e}", f"{r['kl_max']:.1e}", f"{r['top1']:.1%}", f"{r['rms']:.1e}")
+            for n, r in document["logits"]["contenders"].items()
+        ]
+        parts.append(markdown_table(columns, rows))
+    if document.get("loss"):
+        curves = document["loss"]
+        strict = curves.get("pylora fp32")
+        steps = len(next(iter(curves.values())))
+        parts.append(
+            f"A fine-tune of {steps} steps on the demo's task (8 examples a step): the same "
+            "batches, initial adapter and rates in each."
+        )
+        last = max(1, steps // 10)
+        rows = []
+        for name, losses in curves.items():
+            gap = ""
+            if strict and name != "pylora fp32":
+                gaps = [abs(a - b) / b for a, b in zip(losses, strict)]
+                gap = f"{sum(gaps) / len(gaps):.1e}"
+            end = sum(losses[-last:]) / last
+            rows.append((name, f"{losses[0]:.4f}", f"{end:.4f}", gap))
+        columns = ("", "first loss", f"mean of the last {last}", "mean gap to fp32's, relative")
+        parts.append(markdown_table(columns, rows))
+        parts += pictures({"loss": "The loss of a fine-tune in every precision"})
     return "\n\n".join(parts)
 
 
@@ -169,6 +253,10 @@ def main() -> int:
     print(aligned(BAR_HEAD, bar_rows(document)))
     if a.docs:
         write_between(PAGE, "measured: bench/report.py", page(document))
+        accuracy = a.accuracy or newest("accuracy-*.json")
+        if accuracy is not None:
+            found = json.loads(accuracy.read_text(encoding="utf-8"))
+            write_between(PAGE, "accuracy: bench/report.py", accuracy_page(found))
         print(f"\nwritten into {PAGE}")
     return 0
 

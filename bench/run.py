@@ -35,7 +35,8 @@ import ceilings
 from cases import CASES, QUICK, Options
 from contenders import Team
 
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
 
 
 def main() -> int:

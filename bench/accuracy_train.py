@@ -1,0 +1,93 @@
+"""A fine-tune of 200 steps on the demo's task, in every precision: the same batches, initial
+adapter, learning rates and clipping; only the arithmetic differs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from setting import ALPHA, RANK, TARGETS
+
+import pylora
+from pylora.batching import epoch_steps
+from pylora.demo_items import DATA
+from pylora.examples import load_examples
+from pylora.formats import open_checkpoint
+from pylora.optimizer import Optimizer, gradients, trainable
+from pylora.schedule import learning_rate
+from pylora.train_config import TrainConfig
+from pylora.types import Seqs
+
+BATCH, PEAK = 8, 2e-3
+CONFIG = TrainConfig(learning_rate=PEAK, batch_size=BATCH)  # clipping, AdamW's constants
+
+
+def measure(precisions: list[str], model: Path, quick: bool, peer: Any) -> dict[str, list[float]]:
+    """{contender: the loss of each step}."""
+    steps = 30 if quick else 200
+    with open_checkpoint(model) as checkpoint:
+        examples = load_examples(DATA / "train.jsonl", checkpoint.tokenizer())
+        modules = checkpoint.config.modules()
+        batches = chosen(examples, steps)
+        lora = pylora.LoraConfig(
+            r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS), task_type="CAUSAL_LM"
+        )
+
+        def initial() -> Any:
+            return pylora.Adapter.init(pylora.resolve(lora, modules), lora, seed=0)
+
+        curves = {}
+        for precision in precisions:
+            kw = {} if precision == "fp32" else {"precision": precision}
+            llama = pylora.Llama.from_checkpoint(checkpoint, backend="c", **kw)
+            curves[f"pylora {precision}"] = train(llama, initial(), batches)
+            del llama
+    if peer.python is None:
+        return curves
+    from accuracy_logits import shared_weights
+
+    shared_weights(model, peer.folder)
+    initial().save(peer.folder / "adapter")
+    rows = [[(e.ids.tolist(), e.labels.tolist()) for e in batch] for batch in batches]
+    rates = [rate(step, steps) for step in range(1, steps + 1)]
+    task = {"batches": rows, "rates": rates, "max_grad_norm": CONFIG.max_grad_norm}
+    (peer.folder / "loss.json").write_text(json.dumps(task))
+    for precision in ("fp32", "bf16"):
+        found = peer.run("loss", precision)
+        if found is not None:
+            curves[f"PEFT {precision}"] = found["loss"].tolist()
+    return curves
+
+
+def chosen(examples: Any, steps: int) -> list[list[Any]]:
+    """The examples of each step, as `pylora train` would shuffle them."""
+    out: list[list[Any]] = []
+    epoch = 0
+    while len(out) < steps:
+        lengths = [len(e) for e in examples]
+        for step in epoch_steps(lengths, seed=0, epoch=epoch, batch_size=BATCH):
+            out.append([examples[i] for micro in step for i in micro])
+        epoch += 1
+    return out[:steps]
+
+
+def rate(step: int, steps: int) -> float:
+    return learning_rate(step, steps, peak=PEAK, warmup_steps=10, floor=0.05 * PEAK)
+
+
+def train(model: Any, adapter: Any, batches: list[list[Any]]) -> list[float]:
+    model.attach(adapter)
+    parameters = trainable(adapter)
+    optimizer = Optimizer(model.ops, parameters, CONFIG)
+    losses = []
+    for step, batch in enumerate(batches, 1):
+        ids = np.concatenate([e.ids for e in batch])
+        labels = np.concatenate([e.labels for e in batch])
+        nll, grads = model.loss(ids, labels, Seqs.of([len(e) for e in batch]))
+        g = gradients(grads, parameters)
+        optimizer.update(g, optimizer.norm(g), step, rate(step, len(batches)))
+        counted = int((labels != pylora.IGNORE).sum())
+        losses.append(float(np.asarray(nll, np.float64).sum() / counted))
+    return losses
