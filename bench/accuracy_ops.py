@@ -16,6 +16,7 @@ import numpy as np
 from pylora import backends
 from pylora.backends.numpy import NumpyBackend
 from pylora.conformance import bounds_ops as bounds
+from pylora.errors import PyloraError
 from pylora.types import Attn, LoRA, Seqs
 
 ROWS, RANK, HEADS, KV_HEADS, HEAD_DIM, EPS = 128, 8, 9, 3, 64, 1e-5
@@ -171,9 +172,12 @@ def ours(i: Inputs, precision: str) -> dict[str, np.ndarray]:
         narrow = ops.activation_dtype(precision) == BF16
         kept, feed = ({"dtype": BF16}, to_bf16) if narrow else ({}, np.asarray)
     out = {}
-    for op in OPS.values():
-        for name, array in zip(op.results, op.run(ops, i, W, feed, kept)):
-            out[name] = np.array(widen(array))
+    for title, op in OPS.items():
+        try:
+            for name, array in zip(op.results, op.run(ops, i, W, feed, kept)):
+                out[name] = np.array(widen(array))
+        except PyloraError as error:
+            print(f"  {title}, {precision}: {error}", flush=True)
     return out
 
 
@@ -194,7 +198,12 @@ def measure(precisions: list[str], model: Path, peer: Any) -> dict[str, Any]:
     i = inputs(model)
     want = exact(i)
     np.savez(peer.folder / "ops.npz", **i)
-    got = {f"pylora {p}": ours(i, p) for p in precisions}
+    got = {}
+    for precision in precisions:
+        try:
+            got[f"pylora {precision}"] = ours(i, precision)
+        except PyloraError as error:
+            print(f"  {precision}: {error}", flush=True)
     for precision in ("fp32", "bf16"):
         found = peer.run("ops", precision)
         if found is not None:

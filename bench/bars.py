@@ -98,7 +98,7 @@ def _bars() -> list[Bar]:
         out.append(Bar(what, "merge", "merge", ours, peer, need, dream))
         what += ": share of changing memory in place"
         out.append(Bar(what, "merge", "merge", ours, "memory change in place", 0.6, 0.85, "share"))
-    what = "decode, int4, against llama.cpp Q4_1"
+    what = "decode, int4, the GGUF file, no adapter"
     out.append(Bar(what, "gguf", "decode", "pylora int4", "llama.cpp Q4_1", 1.5, 4))
     return out
 

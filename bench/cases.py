@@ -56,7 +56,7 @@ def step(o: Options) -> Iterator[Record]:
         some = [*o.ours(*ours), *_peers(o, precision)]
         with o.team() as team:
             yield from team.measure(
-                "step", "step", some, key, reps=o.reps(7, 3), warm=1, timeout=420
+                "step", "step", some, key, reps=o.reps(5, 3), warm=1, timeout=420
             )
 
 
@@ -77,7 +77,7 @@ def generate(o: Options) -> Iterator[Record]:
         peers.append(Contender("peft", "fp32"))
     with o.team() as team:
         some = [*o.ours("fp32", "bf16", "int8", "int4"), *peers]
-        yield from team.measure("generate", "generate", some, key, reps=o.reps(7, 3))
+        yield from team.measure("generate", "generate", some, key, reps=o.reps(5, 3))
 
 
 def gguf(o: Options) -> Iterator[Record]:
@@ -88,8 +88,9 @@ def gguf(o: Options) -> Iterator[Record]:
     some = [*o.ours("int4"), Contender("llama", "Q4_1")]
     with o.team() as team:
         records = team.measure("gguf", "gguf", some, key, reps=o.reps(7, 3))
+    size = o.gguf.stat().st_size
     for r in records:
-        yield r | {"key": {k: v for k, v in key.items() if k != "path"}}
+        yield r | {"key": {"prompt": key["prompt"], "new": key["new"], "file_bytes": size}}
 
 
 def resident(o: Options) -> Iterator[Record]:
@@ -99,7 +100,7 @@ def resident(o: Options) -> Iterator[Record]:
     if o.quick:
         some = o.ours("bf16")
     with o.team() as team:
-        yield from team.measure("resident", "resident", some, key, reps=o.reps(5, 2), timeout=420)
+        yield from team.measure("resident", "resident", some, key, reps=o.reps(4, 2), timeout=420)
 
 
 def linear(o: Options) -> Iterator[Record]:
@@ -142,7 +143,7 @@ def by_length(o: Options) -> Iterator[Record]:
     lengths = (128, 512) if o.quick else (128, 256, 512, 1024, 2048, 4096, 8192)
     with o.team() as team:
         for length in lengths:
-            some = o.ours("bf16", "fp32") if length <= 2048 else o.ours("bf16")
+            some = o.ours("bf16", "fp32") if length <= 1024 else o.ours("bf16")
             if length <= 2048 and not o.quick:
                 some.append(Contender("peft", "bf16", "tuned"))
             yield from team.measure(
@@ -150,7 +151,7 @@ def by_length(o: Options) -> Iterator[Record]:
                 "step",
                 some,
                 {"batch": 1, "length": length},
-                reps=1 if length >= 4096 else o.reps(3, 2),
+                reps=1 if length >= 4096 else 2,
             )
 
 
@@ -166,7 +167,7 @@ def by_rank(o: Options) -> Iterator[Record]:
                 "step",
                 some,
                 {"batch": 1, "length": 512, "rank": rank},
-                reps=o.reps(3, 2),
+                reps=2,
             )
 
 

@@ -51,9 +51,6 @@ class Worker:
     def __init__(self, python: str, contender: Contender, threads: int) -> None:
         self.contender, n = contender, str(threads)
         env = dict(os.environ, OMP_NUM_THREADS=n, MKL_NUM_THREADS=n, PYLORA_NUM_THREADS=n)
-        env["PYTHONPATH"] = os.pathsep.join(
-            filter(None, [str(WORKER.parent.parent), os.environ.get("PYTHONPATH")])
-        )
         self.process = subprocess.Popen(
             [python, "-W", "ignore", str(WORKER), contender.engine],
             env={**env, **contender.environment},

@@ -17,6 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from bars import judge
 from matplotlib.figure import Figure
 from records import Record, find, median, select, share, speed, tokens
 from report import ROOT, newest
@@ -58,6 +59,38 @@ def order(r: Record) -> tuple[int, int]:
     engines = ["pylora", "llama", "peft"]
     precisions = ["fp32", "fp32x3", "bf16", "int8", "int4", "Q4_1"]
     return engines.index(r["engine"]), precisions.index(r["precision"])
+
+
+def versus_picture(document: dict[str, Any]) -> Figure | None:
+    """How many times as fast as its peer pylora is, case by case."""
+    cases = ("step", "generate", "resident", "gguf")
+    rows = [r for r in judge(document) if r.value and r.bar.kind == "speed" and r.bar.case in cases]
+    if not rows:
+        return None
+    figure = Figure(figsize=(9.5, 0.9 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    bars(
+        axes,
+        [
+            (
+                f"{r.bar.what}  vs  {r.bar.peer}",
+                r.value or 0.0,
+                COLORS[r.bar.ours],
+                f"{r.text}   ({r.ours.removesuffix(' tokens/s')} : {r.peer})",
+            )
+            for r in rows
+        ],
+        "pylora: times as fast as its peer, and tokens/s of both",
+    )
+    axes.set_xscale("log")
+    top = max(r.value or 0.0 for r in rows)
+    low = min(0.5, *(0.7 * (r.value or 1.0) for r in rows))
+    axes.set_xlim(low, 12 * top)
+    ticks = [t for t in (0.5, 1, 2, 5, 10, 20, 50, 100, 200) if t <= 2 * top]
+    axes.set_xticks(ticks, [f"{t:g} ×" for t in ticks])
+    axes.minorticks_off()
+    axes.axvline(1, color="#525252", linewidth=1)
+    return figure
 
 
 def speed_picture(document: dict[str, Any]) -> Figure | None:
@@ -257,6 +290,7 @@ def loss_picture(document: dict[str, Any]) -> Figure | None:
 
 
 SPEED: dict[str, Callable[[dict[str, Any]], Figure | None]] = {
+    "versus": versus_picture,
     "speed": speed_picture,
     "roofline": roofline_picture,
     "memory": memory_picture,

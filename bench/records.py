@@ -71,6 +71,8 @@ def bytes_moved(r: Record) -> float:
     if part == "decode" or part.endswith(("distinct", "one")):
         rows = int(part.split()[0]) if part != "decode" else 1
         adapters = min(rows, k.get("adapters", 1)) if part.endswith("distinct") else 1
+        if "file_bytes" in k:
+            return float(int(k["new"]) * k["file_bytes"])
         own = 4.0 if r["engine"] == "pylora" else work.BYTES[precision]
         return int(k["new"]) * (
             work.decode_bytes(precision) + adapters * own * work.adapter_numbers()

@@ -120,6 +120,7 @@ ALL_HEAD = (
 
 
 PICTURES = {
+    "versus": "How many times as fast as its peers pylora is",
     "speed": "Tokens per second of pylora and its peers",
     "roofline": "Share of what the machine allows",
     "memory": "Peak memory",

@@ -1,8 +1,9 @@
-"""Writes the measured figures of a demo run into README.md, between its two markers.
+"""Writes measured figures into README.md, between markers: of a demo run, and of the benchmark.
 
     make demo && python tools/readme_figures.py [out/demo/report.json]
+    python bench/run.py && python tools/readme_figures.py --speed [FILE.json]
 
-Every figure comes from the report; nothing is typed.
+Every figure comes from the reports; nothing is typed.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-BEGIN, END = "<!-- figures: tools/readme_figures.py -->", "<!-- end of figures -->"
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+FIGURES = "<!-- figures: tools/readme_figures.py -->", "<!-- end of figures -->"
+SPEED = "<!-- speed: tools/readme_figures.py --speed -->", "<!-- end of speed -->"
+PICTURE = "docs/img/versus.png"
 
 
 def table(report: dict[str, Any]) -> str:
@@ -54,13 +58,51 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def speed(document: dict[str, Any]) -> str:
+    """The Markdown of the benchmark: a sentence with its picture, and where the rest is."""
+    from bars import judge
+
+    rows = [row for row in judge(document) if row.value is not None]
+    step = [
+        f"{row.value:.1f} × ({row.bar.peer.removeprefix('PEFT bf16').strip(', ') or 'as it comes'})"
+        for row in rows
+        if row.bar.what == "training step, bf16"
+    ]
+    memory = [row.text for row in rows if row.bar.what == "peak memory of the bf16 step"]
+    m = document["machine"]
+    lines = [
+        f"A training step of that model (4 × 256 tokens, bfloat16) is {', '.join(step)} as fast as "
+        f"with PyTorch + PEFT on the same {m['cores']} cores ({m['processor']}, "
+        f"{document['date']}), in {', '.join(memory)} the memory."
+    ]
+    if (ROOT / PICTURE).exists():
+        lines += ["", f"![How many times as fast as its peers pylora is]({PICTURE})"]
+    lines += [
+        "",
+        "`python bench/run.py` measures it; [every figure, its bar, and how exact each precision "
+        "is](docs/performance.md).",
+    ]
+    return "\n".join(lines)
+
+
 def main() -> int:
-    path = Path(sys.argv[1] if len(sys.argv) > 1 else "out/demo/report.json")
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["--speed"]:
+        sys.path.insert(0, str(ROOT / "bench"))
+        from report import newest
+
+        path = Path(arguments[1]) if arguments[1:] else newest("speed-*.json")
+        (begin, end), make = SPEED, speed
+    else:
+        path = Path(arguments[0] if arguments else "out/demo/report.json")
+        (begin, end), make = FIGURES, table
+    if path is None:
+        raise SystemExit("there are no results; run bench/run.py first")
     text = README.read_text(encoding="utf-8")
-    head, _, rest = text.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    new = table(json.loads(path.read_text(encoding="utf-8")))
-    README.write_text(f"{head}{BEGIN}\n{new}\n{END}{tail}", encoding="utf-8")
+    head, _, rest = text.partition(begin)
+    _, _, tail = rest.partition(end)
+    new = make(json.loads(path.read_text(encoding="utf-8")))
+    README.write_text(f"{head}{begin}\n{new}\n{end}{tail}", encoding="utf-8")
     print(new)
     return 0
 
