@@ -105,10 +105,12 @@ def build_info() -> dict[str, Any]:
     """What computes here: versions, backends, and the core's instruction sets and threads.
 
     `backend` is the one in use; "isa", "isas" and "num_threads" are there where the C core is.
+    "precisions" are those that the backend computes as such here (pylora.precision).
     """
     import numpy
 
     from pylora import backends
+    from pylora.precision import PRECISIONS
 
     names = backends.available()
     info: dict[str, Any] = {
@@ -121,6 +123,7 @@ def build_info() -> dict[str, Any]:
         "backend": backends.get().name,
         "backends": list(names),
     }
+    info["precisions"] = [p for p in PRECISIONS if backends.get().computes(p) == p]
     if "c" in names:
         core: Any = backends.get("c")
         info |= {"isa": core.isa, "isas": core.isas(), "num_threads": core.num_threads}

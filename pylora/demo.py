@@ -38,6 +38,7 @@ from pylora.model import Llama
 from pylora.peft import parameters
 from pylora.plan import resolve
 from pylora.plots import adapter_picture, loss_curve, sparkline
+from pylora.precision import check_precision
 from pylora.train import TrainConfig, TrainResult, train
 
 
@@ -52,6 +53,7 @@ class Settings:
     alpha: float = 16
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     test_items: int = 150
+    precision: str = "fp32"
     seed: int = 0
     expect_before: float = 0.05  # at most
     expect_after: float = 0.80  # at least
@@ -73,6 +75,7 @@ def run(
     model: a GGUF file or Hugging Face folder instead of the downloaded one. With `judge`, accuracy
     beyond what `settings` expects raises PyloraError, after everything has been written.
     """
+    check_precision(settings.precision)
     began = time.perf_counter()
     out, screen = Path(out_dir), console or Console()
     screen.heading("1. The model")
@@ -81,7 +84,7 @@ def run(
     with open_checkpoint(source) as checkpoint:
         tokenizer = checkpoint.tokenizer()
         examples = load_examples(DATA / "train.jsonl", tokenizer)
-        llama = Llama.from_checkpoint(checkpoint)
+        llama = Llama.from_checkpoint(checkpoint, precision=settings.precision)
         plan_config = LoraConfig(
             r=settings.rank,
             lora_alpha=settings.alpha,
@@ -93,7 +96,11 @@ def run(
         adapter = Adapter.init(plan, plan_config, settings.seed)
         total, trainable = llama.config.num_parameters, adapter.num_parameters
         info = build_info()
-        screen.say(f"{source}, {_size(source)}; backend {llama.ops.name} ({info.get('isa', '')})")
+        screen.say(
+            f"{source}, {_size(source)}; backend {llama.ops.name} ({info.get('isa', '')}), "
+            f"precision {llama.precision_report}"
+        )
+        precision = llama.precision_report
         share = 100 * trainable / total
         screen.say(f"{total:,} parameters, {trainable:,} of them trainable ({share:.2f} %)")
 
@@ -121,7 +128,7 @@ def run(
         some, ops = encode_prompts(tokenizer, items[:24]), llama.ops
         apart = outputs(llama, some)
         del llama
-        merge = compare_merged(checkpoint, loaded, some, apart, ops)
+        merge = compare_merged(checkpoint, loaded, some, apart, ops, settings.precision)
         screen.table(("merge", "value"), list(merge.rows()), right=("value",))
 
     adapter_bytes = _size_of_folder(out / "adapter")
@@ -147,6 +154,7 @@ def run(
         "merge": asdict(merge),
         "settings": asdict(settings),
         "model": source.name,
+        "precision": precision,
         "build": info,
     }
     _write(out, report, items, before, after)

@@ -61,7 +61,12 @@ def outputs(model: Llama, prompts: list[list[int]]) -> Outputs:
 
 
 def compare_merged(
-    checkpoint: Checkpoint, adapter: Adapter, prompts: list[list[int]], apart: Outputs, ops: Backend
+    checkpoint: Checkpoint,
+    adapter: Adapter,
+    prompts: list[list[int]],
+    apart: Outputs,
+    ops: Backend,
+    precision: str = "fp32",
 ) -> MergeCheck:
     """Merges `adapter` into the checkpoint's weights, and unmerges it.
 
@@ -85,7 +90,7 @@ def compare_merged(
     def weights(name: str) -> np.ndarray:
         return merged.pop(name) if name in merged else checkpoint.load(name)
 
-    together = outputs(Llama(checkpoint.config, weights, backend=ops), prompts)
+    together = outputs(Llama(checkpoint.config, weights, backend=ops, precision=precision), prompts)
     same = sum(a == b for a, b in zip(apart.texts, together.texts, strict=True))
     return MergeCheck(
         max_abs_difference=float(np.abs(apart.logits - together.logits).max()),

@@ -32,7 +32,7 @@ from pylora.errors import (
 from pylora.inputs import row_numbers, row_weights, token_ids, whole_seqs
 from pylora.kvcache import KVCache
 from pylora.linear import DropKey, Grads, LinearCache, LoRAGrad, LoRALinear
-from pylora.precision import Stored, check_precision
+from pylora.precision import Stored, check_precision, describe
 from pylora.reference import IGNORE
 from pylora.rope import Rope
 from pylora.types import Array, LoRA, Seqs
@@ -138,6 +138,11 @@ class Llama:
         """The precision in use: `precision`, but for what this machine cannot do ("fp32x3" is
         strict "fp32" without AMX)."""
         return self.ops.computes(self.precision)
+
+    @property
+    def precision_report(self) -> str:
+        """Both in words, as every report states them."""
+        return describe(self.precision, self.computes)
 
     # ---- adapters -----------------------------------------------------------------------------
 

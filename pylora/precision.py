@@ -53,6 +53,13 @@ def check_precision(precision: str) -> str:
     return precision
 
 
+def describe(precision: str, computes: str) -> str:
+    """The precision asked for, and what a backend makes of it where that is another one."""
+    if precision == computes:
+        return precision
+    return f"{precision}, computed as strict {computes}: this machine has no bfloat16 tiles (AMX)"
+
+
 def to_bf16(x: Array) -> np.ndarray:
     """`x` rounded to the nearest bfloat16, ties to even, as an array of BF16. NaN stays NaN."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)

@@ -155,6 +155,7 @@ class _Run:
         self.identity = {
             **self.config.identity(),
             "backend": self.model.ops.name,
+            "precision": self.model.precision_report,
             "base model": checkpoint.fingerprint(self.model),
             "training data": digest(self.examples),
             **{
@@ -304,7 +305,8 @@ class _Run:
             line = {"step": info.step, "epoch": info.epoch, "loss": info.loss}
             line |= {"learning_rate": info.learning_rate, "grad_norm": info.grad_norm}
             line |= {"tokens": info.tokens_seen, "tokens_per_second": info.tokens_per_second}
-            self.log.add({**line, "seconds": info.seconds})
+            precision = self.model.precision_report
+            self.log.add({**line, "seconds": info.seconds, "precision": precision})
         if info.evaluation is not None:
             e = info.evaluation
             perplexity = e.perplexity if math.isfinite(e.perplexity) else None

@@ -25,6 +25,9 @@ Alpha = Annotated[float | None, typer.Option(help="lora_alpha; default: twice th
 Targets = Annotated[
     str, typer.Option(help="modules, separated by commas; or a regular expression; or all-linear")
 ]
+Precision = Annotated[
+    str, typer.Option(help="fp32, fp32x3, bf16, int8 or int4: of the base model and its products")
+]
 RsLora = Annotated[bool, typer.Option(help="scale by alpha / sqrt(r) in place of alpha / r")]
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from pylora.cli import verb
-from pylora.commands.app import Model, Seed, app
+from pylora.commands.app import Model, Precision, Seed, app
 from pylora.console import Console, megabytes
 from pylora.errors import ConfigError
 
@@ -149,6 +149,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="folder for everything it writes")] = Path("out/demo"),
     short: Annotated[bool, typer.Option("--short", help="fewer steps and items")] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="training steps")] = None,
+    precision: Precision = "fp32",
     seed: Seed = 0,
 ) -> None:
     """Teach SmolLM2-135M a notation, measured before and after: minutes on two cores."""
@@ -156,7 +157,7 @@ def demo(
 
     from pylora.demo import SHORT, Settings, run
 
-    settings = replace(SHORT if short else Settings(), seed=seed)
+    settings = replace(SHORT if short else Settings(), seed=seed, precision=precision)
     if steps is not None:
         settings = replace(settings, steps=steps)
     # With another model or length nobody knows what to expect: then the figures are only shown.

@@ -9,9 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pylora.cli import verb
-from pylora.commands.app import AdapterDir, Alpha, Model, Rank, RsLora, Seed, Targets, app
+from pylora.commands.app import (
+    AdapterDir,
+    Alpha,
+    Model,
+    Precision,
+    Rank,
+    RsLora,
+    Seed,
+    Targets,
+    app,
+)
 from pylora.console import Console, megabytes
 from pylora.errors import ConfigError
+from pylora.precision import check_precision
 
 if TYPE_CHECKING:
     from pylora.loraconfig import LoraConfig
@@ -50,6 +61,7 @@ def train(
     weight_decay: float = 0.0,
     lora_plus: Annotated[float, typer.Option(help="rate of B over rate of A (LoRA+)")] = 1.0,
     recompute: Annotated[bool, typer.Option(help="gradient checkpointing")] = False,
+    precision: Precision = "fp32",
     eval_every: Annotated[int | None, typer.Option(help="steps between evaluations")] = None,
     save_every: Annotated[int | None, typer.Option(help="steps between checkpoints")] = None,
     resume: Annotated[bool, typer.Option(help="continue the run in OUT, bit for bit")] = False,
@@ -82,6 +94,7 @@ def train(
         eval_every=eval_every,
         save_every=save_every,
     )
+    check_precision(precision)
     screen = Console()
     with open_checkpoint(model) as checkpoint:
         tokenizer = checkpoint.tokenizer()
@@ -90,11 +103,12 @@ def train(
         limit = {"max_length": max_length, "too_long": "truncate" if truncate else "error"}
         examples = load_examples(data, tokenizer, **limit)  # type: ignore[arg-type]
         evals = load_examples(eval_data, tokenizer, **limit) if eval_data else None  # type: ignore[arg-type]
-        llama = Llama.from_checkpoint(checkpoint)
+        llama = Llama.from_checkpoint(checkpoint, precision=precision)
         adapter = Adapter.init(plan, lora, seed, base=checkpoint.load)
     screen.say(
         f"{len(examples):,} examples; {adapter.num_parameters:,} trainable parameters "
-        f"({100 * adapter.num_parameters / llama.config.num_parameters:.2f} %)"
+        f"({100 * adapter.num_parameters / llama.config.num_parameters:.2f} %); "
+        f"base model in {llama.precision_report}"
     )
     if examples.truncated:
         screen.say(f"{examples.truncated:,} examples were cut to {max_length} tokens")
@@ -184,6 +198,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0: greedy")] = 0.0,
     top_k: Annotated[int, typer.Option(help="0: all")] = 0,
     top_p: float = 1.0,
+    precision: Precision = "fp32",
     seed: Seed = 0,
 ) -> None:
     """Continue a text, with or without an adapter; words appear as they come.
@@ -200,6 +215,7 @@ def generate(
 
     if system is not None and not chat:
         raise ConfigError("--system needs --chat")
+    check_precision(precision)
     folders = adapter_folders(adapter or ())
     if (prompt is None) == (prompts is None):
         raise ConfigError("give either a prompt or --prompts FILE")
@@ -216,7 +232,7 @@ def generate(
             name: Adapter.load(folder, modules, base=checkpoint.load)
             for name, folder in folders.items()
         }
-        llama = Llama.from_checkpoint(checkpoint)
+        llama = Llama.from_checkpoint(checkpoint, precision=precision)
     pool = AdapterPool(llama)
     for name, one in loaded.items():
         pool.add(name or _UNNAMED, one)
