@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import bounds
+import bounds_bf16
 import numpy as np
 
+from pylora.precision import BF16, from_bf16, to_bf16, widened
 from pylora.reference import IGNORE, Reference
-from pylora.types import Attn, Drop, LoRA, Seqs
+from pylora.types import Attn, Drop, LoRA, Projection, ProjectionGrad, Seqs
 
 Arrays = dict[str, Any]  # float arrays, and whatever else the operation takes
 
@@ -46,17 +48,20 @@ def size(rng: np.random.Generator) -> int:
 
 
 def in_float64(inputs: Arrays) -> Arrays:
-    return {
-        n: a.astype(np.float64) if getattr(a, "dtype", None) == np.float32 else a
-        for n, a in inputs.items()
-    }
+    def wide(a: Any) -> Any:
+        if getattr(a, "dtype", None) in (np.float32, BF16):
+            return widened(a).astype(np.float64)
+        return a
+
+    return {n: wide(a) for n, a in inputs.items()}
 
 
 def take_row(op: Op, inputs: Arrays, i: int) -> Arrays:
     """The inputs of token i alone."""
     one = {n: a[i : i + 1] if n in op.rows and a is not None else a for n, a in inputs.items()}
-    if isinstance(one.get("drop"), Drop):
-        one["drop"] = replace(one["drop"], row0=one["drop"].row0 + i)
+    for name, drop in one.items():
+        if isinstance(drop, Drop):
+            one[name] = replace(drop, row0=drop.row0 + i)
     return one
 
 
@@ -101,8 +106,113 @@ def _lora_backward(ops: Any, i: Arrays) -> tuple[Any, ...]:
     return tuple(ops.lora_backward(i["dy"], i["x"], i["h"], W, lora, drop, add=add))
 
 
-def _pack(ops: Any, W: Any) -> Any:
-    return ops.pack(W) if hasattr(ops, "pack") else W
+def _pack(ops: Any, W: Any, precision: str = "fp32") -> Any:
+    return ops.pack(W, precision) if hasattr(ops, "pack") else W
+
+
+# ---- several projections of one x, and bfloat16 -----------------------------------------------
+
+
+def _bf16(a: np.ndarray) -> np.ndarray:
+    """The same numbers rounded to bfloat16, in float32."""
+    return from_bf16(to_bf16(a))
+
+
+def _own(ops: Any, a: Any) -> Any:
+    """A BF16 array as the backend takes it: as it is, or in its own dtype."""
+    narrow = hasattr(ops, "isa") or getattr(a, "dtype", None) != BF16
+    return a if narrow else widened(a)
+
+
+def _out(ops: Any, dtype: Any) -> Any:
+    """BF16 where the backend has it; elsewhere results stay in the computation's dtype."""
+    return dtype if hasattr(ops, "isa") else None
+
+
+def _together(rng: np.random.Generator, m: int) -> Arrays:
+    """Two projections of one x, flat: names end in their number."""
+    one, two = _forward_inputs(rng, m), _forward_inputs(rng, m)
+    k = one["x"].shape[1]
+    two |= {"W": normal(rng, two["W"].shape[0], k), "A": normal(rng, two["A"].shape[0], k)}
+    flat = {f"{n}{i}": p[n] for i, p in enumerate((one, two)) for n in p if n != "x"}
+    for i in range(2):
+        d, r = flat[f"B{i}"].shape
+        flat |= {f"dy{i}": normal(rng, m, d), f"h{i}": normal(rng, m, r)}
+    add = normal(rng, m, k) if rng.random() < 0.5 else None
+    return flat | {"x": one["x"], "add": add, "precision": "fp32"}
+
+
+def _together_bf16(rng: np.random.Generator, m: int) -> Arrays:
+    """The same with weights that bfloat16 has, and x and dy in bfloat16 now and then."""
+    i = _together(rng, m)
+    i |= {n: _bf16(i[n]) for n in ("W0", "W1")}
+    i |= {n: to_bf16(i[n]) for n in ("x", "dy0", "dy1") if rng.random() < 0.5}
+    dtype = BF16 if rng.random() < 0.5 else None
+    return i | {"precision": "bf16", "residual0": None, "dtype": dtype, "add": None}
+
+
+def _of(i: Arrays, n: int) -> Arrays:
+    return {name: i[f"{name}{n}"] for name in ("W", "A", "B", "scale", "drop", "bias", "residual")}
+
+
+def _linear_forward(ops: Any, i: Arrays) -> tuple[Any, ...]:
+    projections = []
+    for n in range(2):
+        p, dtype = _of(i, n), _out(ops, i.get("dtype")) if n == 0 else None
+        W = _pack(ops, p["W"], i["precision"])
+        projections.append(Projection(W, p["bias"], _lora(p), p["drop"], p["residual"], dtype))
+    results = ops.linear_forward(_own(ops, i["x"]), projections)
+    return tuple(a for pair in results for a in pair)
+
+
+def _linear_backward(ops: Any, i: Arrays) -> tuple[Any, ...]:
+    add = None if i["add"] is None else i["add"].copy()
+    projections = []
+    for n in range(2):
+        p, W = _of(i, n), _pack(ops, i[f"W{n}"], i["precision"])
+        dy = _own(ops, i[f"dy{n}"])
+        projections.append(ProjectionGrad(dy, W, i[f"h{n}"], _lora(p), p["drop"]))
+    dx, grads = ops.linear_backward(
+        _own(ops, i["x"]), projections, add=add, dtype=_out(ops, i.get("dtype"))
+    )
+    return dx, *(a for pair in grads for a in pair)
+
+
+def _linear_forward_bound(i: Arrays) -> tuple[Any, ...]:
+    i, out = in_float64(i), []
+    value = _linear_forward(Reference(), i)
+    for n in range(2):
+        p = _of(i, n)
+        args = i["x"], p["W"], p["bias"], _lora(p), p["residual"]
+        if i["precision"] == "fp32":
+            y, h = bounds.lora_forward(*args, p=_p(p))
+        else:
+            y, h = bounds_bf16.lora_forward(*args, p=_p(p))
+            if n == 0 and i["dtype"] is not None:
+                y = bounds_bf16.stored(y, value[0])
+        out += [y, h]
+    return tuple(out)
+
+
+def _linear_backward_bound(i: Arrays) -> tuple[Any, ...]:
+    """Of dx: the sum of the projections' magnitudes, as one sum of all their outputs."""
+    i, grads, total = in_float64(i), [], 0.0
+    outputs = sum(i[f"W{n}"].shape[0] + i[f"A{n}"].shape[0] for n in range(2))
+    for n in range(2):
+        p, dy, h = _of(i, n), i[f"dy{n}"], i[f"h{n}"]
+        if i["precision"] == "fp32":
+            dx, dA, dB = bounds.lora_backward(dy, i["x"], h, p["W"], _lora(p), None, p=_p(p))
+        else:
+            dx, dA, dB = bounds_bf16.lora_backward(dy, i["x"], h, p["W"], _lora(p), p=_p(p))
+        low = np.abs(dy) @ np.abs(p["B"]) @ np.abs(p["A"]) * p["scale"] / (1 - _p(p))
+        size = np.abs(dy) @ np.abs(p["W"]) + low
+        total = total + dx + bounds.gamma(outputs + 8) * size * 1.02
+        grads += [dA, dB]
+    if i["add"] is not None:
+        total = total + bounds.gamma(outputs + 8) * np.abs(i["add"])
+    if i.get("dtype") is not None:
+        total = bounds_bf16.stored(total, _linear_backward(Reference(), i)[0])
+    return total, *grads
 
 
 # ---- transformer ------------------------------------------------------------------------------
@@ -196,6 +306,37 @@ TABLE = (
         ),
         rows=("dy", "x", "h", "add"),
         given_away=("add",),
+    ),
+    Op(
+        "linear_forward",
+        _together,
+        _linear_forward,
+        _linear_forward_bound,
+        rows=("x", "residual0", "residual1"),
+        row_outputs=(0, 1, 2, 3),
+    ),
+    Op(
+        "linear_backward",
+        _together,
+        _linear_backward,
+        _linear_backward_bound,
+        rows=("x", "dy0", "dy1", "h0", "h1", "add"),
+        given_away=("add",),
+    ),
+    Op(
+        "linear_forward bf16",
+        _together_bf16,
+        _linear_forward,
+        _linear_forward_bound,
+        rows=("x", "residual1"),
+        row_outputs=(0, 1, 2, 3),
+    ),
+    Op(
+        "linear_backward bf16",
+        _together_bf16,
+        _linear_backward,
+        _linear_backward_bound,
+        rows=("x", "dy0", "dy1", "h0", "h1"),
     ),
     Op(
         "rms_norm_forward",

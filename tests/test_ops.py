@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from op_table import TABLE, Op, in_float64, normal, take_row
 
 from pylora.errors import PyloraError
+from pylora.precision import BF16, widened
 from pylora.reference import IGNORE, Reference
 from pylora.types import AdamW, Attn, Drop, LoRA, Seqs
 
@@ -71,8 +72,8 @@ def test_agrees_with_float64(ops: Any, op: Op, seed: int, m: int) -> None:
     limit = op.bound(inputs)
     for isa in isas(ops):
         for n, (got, w, b) in enumerate(zip(op.run(ops, inputs), want, limit, strict=True)):
-            assert got.dtype == np.float32
-            bounds.assert_within(got, w, b, f"{op.name} output {n} ({isa})")
+            assert got.dtype in (np.float32, BF16)
+            bounds.assert_within(widened(got), w, b, f"{op.name} output {n} ({isa})")
 
 
 @every_op
@@ -82,7 +83,7 @@ def test_no_tokens(ops: Any, op: Op, rng: np.random.Generator) -> None:
         zip(op.run(ops, inputs), op.run(REFERENCE, in_float64(inputs)), strict=True)
     ):
         assert got.shape == want.shape
-        assert not got.any(), f"output {n}: sums over no tokens are zero"
+        assert not widened(got).any(), f"output {n}: sums over no tokens are zero"
 
 
 @every_op_by_rows
@@ -112,7 +113,8 @@ def test_threads_change_no_bits(ops: Any, op: Op, rng: np.random.Generator) -> N
 
 def _layouts(a: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     """The same numbers, lying differently in memory."""
-    wide = np.full(tuple(2 * n + 1 for n in a.shape), np.nan, a.dtype)
+    wide = np.empty(tuple(2 * n + 1 for n in a.shape), a.dtype)
+    wide.view(np.uint8)[...] = 0xFF  # NaN
     every_other = wide[tuple(slice(1, None, 2) for _ in a.shape)]
     every_other[...] = a
     yield "every other element", every_other
@@ -131,7 +133,7 @@ def _layouts(a: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
 def test_any_layout_gives_the_same_bits(ops: Any, op: Op, rng: np.random.Generator) -> None:
     inputs = op.make(rng, 6)
     want = op.run(ops, inputs)
-    floats = [n for n, a in inputs.items() if getattr(a, "dtype", None) == np.float32]
+    floats = [n for n, a in inputs.items() if getattr(a, "dtype", None) in (np.float32, BF16)]
     for name in floats:
         for layout, view in _layouts(inputs[name]):
             if name in op.given_away:
@@ -142,7 +144,7 @@ def test_any_layout_gives_the_same_bits(ops: Any, op: Op, rng: np.random.Generat
                 if hasattr(ops, "isa"):
                     same_bits(a, b, what)
                 else:  # NumPy's own loops differ with the strides, within the bound
-                    bounds.assert_within(a, b, 2 * op.bound(inputs)[n], what)
+                    bounds.assert_within(widened(a), widened(b), 2 * op.bound(inputs)[n], what)
 
 
 @every_op
