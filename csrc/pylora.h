@@ -236,7 +236,10 @@ int pylora_unmerge(int dtype, int64_t d, int64_t k, const void *merged, int64_t 
 
 /* ---- transformer ------------------------------------------------------------------------ */
 
-/* rstd = 1 / sqrt(mean(x²) + eps) [m];  y = x * rstd * w  [m,k], bf16 too.  y may be x. */
+/* y = x, both of them float32 or bf16, to nearest even where y has fewer digits. */
+int pylora_cast(const pylora_mat *x, const pylora_mat *y);
+
+/* rstd = 1 / sqrt(mean(x²) + eps) [m];  y = x * rstd * w  [m,k]. x and y bf16 too.  y may be x. */
 int pylora_rms_norm_forward(const pylora_mat *x, const float *w, float eps, const pylora_mat *y,
                             float *rstd);
 /* dx = [dx +] rstd * (dy w - x * rstd² * mean(dy w x));  dw = sum_rows dy * x * rstd (may be NULL).

@@ -6,7 +6,8 @@
 #include "format.h"
 
 enum {
-  WORK = 16 * 1024 /* elements per task: microseconds, against the cost of handing it over */
+  WORK = 16 * 1024, /* elements per task: microseconds, against the cost of handing it over */
+  PIECE = 512,      /* numbers widened at a time */
 };
 
 /* Tasks of several rows each: fn(ctx, first, end). */
@@ -29,6 +30,39 @@ static void each_row(void (*fn)(const void *, int64_t, int64_t), const void *ctx
   pylora_parallel(rows_task, &r, ceil_div(n, r.per_task), pylora_num_threads());
 }
 
+/* ---- another type ---- */
+
+typedef struct cast {
+  const pylora_kernels *K;
+  const pylora_mat *x, *y;
+} cast;
+
+static void cast_rows(const void *ctx, int64_t first, int64_t end) {
+  const cast *f = ctx;
+  const int64_t k = f->x->cols;
+  for (int64_t i = first; i < end; i++) {
+    const pylora_vec x = row_at(f->x, i, 0), y = row_at(f->y, i, 0);
+    if (x.p && y.b)
+      f->K->to_bf16(k, x.p, y.b);
+    else if (x.b && y.p)
+      f->K->from_bf16(k, x.b, y.p);
+    else if (x.p)
+      memmove(y.p, x.p, (size_t)k * sizeof *x.p);
+    else
+      memmove(y.b, x.b, (size_t)k * sizeof *x.b);
+  }
+}
+
+int pylora_cast(const pylora_mat *x, const pylora_mat *y) {
+  if (!x || !y) return PYLORA_E_NULL;
+  TRY(check_mat16(x, x->rows, x->cols, 0));
+  TRY(check_mat16(y, x->rows, x->cols, 1));
+  if (x->rows == 0 || x->cols == 0) return PYLORA_OK;
+  const cast f = {.K = pylora_table(), .x = x, .y = y};
+  each_row(cast_rows, &f, x->rows, x->cols);
+  return PYLORA_OK;
+}
+
 /* ---- RMSNorm ---- */
 
 typedef struct norm {
@@ -40,6 +74,26 @@ typedef struct norm {
   int add;
   float *dw;
 } norm;
+
+/* The same for rows in bfloat16, widened a piece at a time. */
+static void norm_rows16(const void *ctx, int64_t first, int64_t end) {
+  const norm *f = ctx;
+  const int64_t k = f->x->cols;
+  float piece[PIECE];
+  for (int64_t i = first; i < end; i++) {
+    const uint16_t *x = f->x->b + i * f->x->ld;
+    float squares = 0;
+    for (int64_t j = 0; j < k; j += PIECE) {
+      f->K->from_bf16(min64(PIECE, k - j), x + j, piece);
+      squares += f->K->sum_squares(min64(PIECE, k - j), piece);
+    }
+    f->rstd[i] = 1.0f / sqrtf(squares / (float)k + f->eps);
+    for (int64_t j = 0; j < k; j += PIECE) {
+      f->K->from_bf16(min64(PIECE, k - j), x + j, piece);
+      f->K->rms_forward(min64(PIECE, k - j), piece, f->w + j, f->rstd[i], row_at(f->y, i, j));
+    }
+  }
+}
 
 static void norm_rows(const void *ctx, int64_t first, int64_t end) {
   const norm *f = ctx;
@@ -55,13 +109,13 @@ int pylora_rms_norm_forward(const pylora_mat *x, const float *w, float eps, cons
                             float *rstd) {
   if (!x || !y) return PYLORA_E_NULL;
   const int64_t m = x->rows, k = x->cols;
-  TRY(check_mat(x, m, k, 0));
+  TRY(check_mat16(x, m, k, 0));
   TRY(check_mat16(y, m, k, 1));
   if (m == 0) return PYLORA_OK;
   if (k == 0) return PYLORA_E_SHAPE; /* the mean of nothing */
   if (!w || !rstd) return PYLORA_E_NULL;
   const norm f = {.K = pylora_table(), .x = x, .y = y, .w = w, .eps = eps, .rstd = rstd};
-  each_row(norm_rows, &f, m, k);
+  each_row(x->b ? norm_rows16 : norm_rows, &f, m, k);
   return PYLORA_OK;
 }
 

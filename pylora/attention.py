@@ -141,9 +141,7 @@ class Attention:
         if norm is None:
             return ops.rope(dx, cos, sin, position, D, inverse=True, dtype=self.dtype)
         dx = ops.rope(dx, cos, sin, position, D, inverse=True)
-        heads, _ = ops.rms_norm_backward(
-            dx.reshape(-1, D), raw.reshape(-1, D), norm, rstd, dtype=self.dtype
-        )
+        heads, _ = ops.rms_norm_backward(dx.reshape(-1, D), raw.reshape(-1, D), norm, rstd)
         return heads.reshape(dx.shape)
 
     def forward(

@@ -1,7 +1,7 @@
 """One layer of the model: x + attention(norm(x)), then the same with the feed-forward part.
 
-For backward it keeps the residual stream at the input of each norm; the norms' outputs are
-computed again (same bits) where an adapter needs them.
+For backward it keeps the residual stream at the input of each norm, in the dtype of what feeds
+products; the norms' outputs are computed again from it where an adapter needs them.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ class Block:
         normed, mid_rstd = ops.rms_norm_forward(mid, self.mid_norm, self.eps, self.dtype)
         y, mlp = self.mlp.forward(normed, residual=mid, drop=drop)
         mlp.x = None
-        return y, BlockCache(x, x_rstd, attention, mid, mid_rstd, mlp)
+        kept = ops.cast(x, self.dtype), ops.cast(mid, self.dtype)
+        return y, BlockCache(kept[0], x_rstd, attention, kept[1], mid_rstd, mlp)
 
     def backward(
         self, dy: Array, cache: BlockCache, grads: Grads, *, need_dx: bool = True

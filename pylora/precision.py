@@ -84,6 +84,6 @@ def widened(x: Array) -> Array:
 
 def as_dtype(x: Array, dtype: np.dtype | type | None) -> Array:
     """`x` rounded to `dtype`, which may be BF16; None leaves it as it is."""
-    if dtype is None:
+    if dtype is None or x.dtype == dtype:
         return x
     return to_bf16(x) if dtype == BF16 else x.astype(dtype, copy=False)

@@ -212,6 +212,10 @@ class Reference:
 
     # ---- transformer --------------------------------------------------------------------------
 
+    def cast(self, x: Array, dtype: Any = None) -> Array:
+        """x in `dtype`, which may be BF16; x itself if it is that already, or for None."""
+        return as_dtype(x, dtype)
+
     def rms_norm_forward(
         self, x: Array, w: Array, eps: float, dtype: Any = None
     ) -> tuple[Array, Array]:
@@ -230,13 +234,12 @@ class Reference:
         rstd: Array,
         add: Array | None = None,
         need_dw: bool = False,
-        dtype: Any = None,
     ) -> tuple[Array, Array | None]:
         """dx = add + rstd (dy w - x rstd² mean(dy w x)); dw = sum over rows of dy x rstd."""
         r, dyw = rstd[:, None], dy * w
         dx = r * (dyw - x * r * r * (dyw * x).mean(axis=1)[:, None])
         dw = (dy * x * r).sum(axis=0) if need_dw else None
-        return (as_dtype(dx, dtype) if add is None else add + dx), dw
+        return (dx if add is None else add + dx), dw
 
     def rope(
         self,

@@ -146,7 +146,6 @@ class Rounded(Exact):
         rstd: Array,
         add: Array | None = None,
         need_dw: bool = False,
-        dtype: Any = None,
     ) -> tuple[Array, Array | None]:
         dx, dw = super().rms_norm_backward(dy, x, w, rstd, add, need_dw)
         n, r, t = x.shape[1], rstd[:, None], dy * w * x

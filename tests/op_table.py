@@ -228,7 +228,23 @@ def _norm(rng: np.random.Generator, m: int) -> Arrays:
 
 def _norm_backward(ops: Any, i: Arrays) -> tuple[Any, ...]:
     add = None if i["add"] is None else i["add"].copy()
-    return tuple(ops.rms_norm_backward(i["dy"], i["x"], i["w"], i["rstd"], add, True))
+    dy, x = _own(ops, i["dy"]), _own(ops, i["x"])
+    return tuple(ops.rms_norm_backward(dy, x, i["w"], i["rstd"], add, True))
+
+
+def _rope_run(ops: Any, i: Arrays) -> tuple[Any, ...]:
+    return (
+        ops.rope(
+            _own(ops, i["x"]), i["cos"], i["sin"], i["position"], i["D"], i["layout"], i["inverse"],
+            _out(ops, i.get("dtype")),
+        ),
+    )  # fmt: skip
+
+
+def _attention_run(ops: Any, i: Arrays, names: str) -> tuple[Any, ...]:
+    op = ops.attention_backward if "do" in names else ops.attention_forward
+    arrays = (_own(ops, i[n]) for n in names.split())
+    return tuple(op(*arrays, i["seqs"], i["attn"], _out(ops, i.get("dtype"))))
 
 
 def _rope(rng: np.random.Generator, m: int) -> Arrays:
@@ -286,7 +302,11 @@ def _dropout(rng: np.random.Generator, m: int) -> Arrays:
     return {"x": normal(rng, m, size(rng)), "drop": drop}
 
 
-TABLE = (
+def _cast(rng: np.random.Generator, m: int) -> Arrays:
+    return {"x": normal(rng, m, size(rng), size=10.0 ** rng.integers(-30, 30))}
+
+
+TABLE: tuple[Op, ...] = (
     Op(
         "lora_forward",
         _forward_inputs,
@@ -341,7 +361,9 @@ TABLE = (
     Op(
         "rms_norm_forward",
         _norm,
-        lambda ops, i: ops.rms_norm_forward(i["x"], i["w"], 1e-5),
+        lambda ops, i: ops.rms_norm_forward(
+            _own(ops, i["x"]), i["w"], 1e-5, _out(ops, i.get("dtype"))
+        ),
         lambda i: bounds.rms_norm_forward(i["x"], i["w"], 1e-5),
         rows=("x", "dy", "rstd", "add"),
         row_outputs=(0, 1),
@@ -357,24 +379,20 @@ TABLE = (
     Op(
         "rope",
         _rope,
-        lambda ops, i: (
-            ops.rope(i["x"], i["cos"], i["sin"], i["position"], i["D"], i["layout"], i["inverse"]),
-        ),
+        _rope_run,
         lambda i: (bounds.rope(i["x"], i["D"]),),
         rows=("x", "position"),
     ),
     Op(
         "attention_forward",
         _attention,
-        lambda ops, i: ops.attention_forward(i["q"], i["k"], i["v"], i["seqs"], i["attn"]),
+        lambda ops, i: _attention_run(ops, i, "q k v"),
         lambda i: bounds.attention_forward(i["q"], i["k"], i["v"], i["seqs"], i["attn"]),
     ),
     Op(
         "attention_backward",
         _attention,
-        lambda ops, i: ops.attention_backward(
-            *(i[n] for n in ("do", "q", "k", "v", "o", "lse", "seqs", "attn"))
-        ),
+        lambda ops, i: _attention_run(ops, i, "do q k v o lse"),
         lambda i: bounds.attention_backward(
             *(i[n] for n in ("do", "q", "k", "v", "o", "lse", "seqs", "attn"))
         ),
@@ -382,14 +400,18 @@ TABLE = (
     Op(
         "swiglu_forward",
         _swiglu,
-        lambda ops, i: (ops.swiglu_forward(i["gate"], i["up"]),),
+        lambda ops, i: (
+            ops.swiglu_forward(_own(ops, i["gate"]), _own(ops, i["up"]), _out(ops, i.get("dtype"))),
+        ),
         lambda i: (bounds.swiglu_forward(i["gate"], i["up"]),),
         rows=("gate", "up", "dy"),
     ),
     Op(
         "swiglu_backward",
         _swiglu,
-        lambda ops, i: ops.swiglu_backward(i["dy"], i["gate"], i["up"]),
+        lambda ops, i: ops.swiglu_backward(
+            *(_own(ops, i[n]) for n in ("dy", "gate", "up")), _out(ops, i.get("dtype"))
+        ),
         lambda i: bounds.swiglu_backward(i["dy"], i["gate"], i["up"]),
         rows=("gate", "up", "dy"),
         row_outputs=(0, 1),
@@ -433,4 +455,46 @@ TABLE = (
         lambda i: (bounds.gamma(bounds.DROP) * np.abs(i["x"], dtype=np.float64) * 11,),
         rows=("x",),
     ),
+)
+
+
+# ---- what only feeds products, in bfloat16 ----------------------------------------------------
+
+
+def narrow(name: str, inputs: tuple[str, ...], outputs: tuple[int, ...]) -> Op:
+    """The operation of that name with these inputs in bfloat16 now and then, and these outputs."""
+    op = next(op for op in TABLE if op.name == name)
+
+    def make(rng: np.random.Generator, m: int) -> Arrays:
+        i = op.make(rng, m)
+        chosen = {n: to_bf16(i[n]) for n in inputs if rng.random() < 0.7}
+        return i | chosen | ({"add": None} if "add" in i else {}) | {"dtype": BF16}
+
+    def bound(i: Arrays) -> tuple[Any, ...]:
+        i = in_float64(i)
+        limits = list(op.bound(i))
+        for n, value in enumerate(op.run(Reference(), i)):
+            if n in outputs:
+                limits[n] = bounds_bf16.stored(limits[n], value)
+        return tuple(limits)
+
+    return replace(op, name=f"{name} bf16", make=make, bound=bound, given_away=())
+
+
+TABLE += (
+    Op(
+        "cast",
+        _cast,
+        lambda ops, i: (ops.cast(_own(ops, i["x"]), _out(ops, i.get("dtype"))),),
+        lambda i: (0.0,),
+        rows=("x",),
+    ),
+)
+TABLE += (
+    narrow("cast", ("x",), (0,)),
+    narrow("rms_norm_forward", ("x",), (0,)),
+    narrow("rms_norm_backward", ("x", "dy"), ()),
+    narrow("rope", ("x",), (0,)),
+    narrow("swiglu_forward", ("gate", "up"), (0,)),
+    narrow("swiglu_backward", ("dy", "gate", "up"), (0, 1)),
 )

@@ -408,10 +408,18 @@ class CBackend:
 
     # ---- transformer --------------------------------------------------------------------------
 
+    def cast(self, x: Array, dtype: Any = None) -> np.ndarray:
+        x = read_any("x", x, None, None)
+        if dtype is None or x.dtype == dtype:
+            return np.asarray(x)
+        y = self.empty(x.shape, dtype)
+        check(lib.pylora_cast(mat(x), mat(y)), "cast")
+        return y
+
     def rms_norm_forward(
         self, x: Array, w: Array, eps: float, dtype: Any = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        x = read("x", x, None, None)
+        x = read_any("x", x, None, None)
         m, k = x.shape
         w = np.ascontiguousarray(read("w", w, k))
         y, rstd = self.empty((m, k), F32 if dtype is None else dtype), np.empty(m, np.float32)
@@ -426,16 +434,12 @@ class CBackend:
         rstd: Array,
         add: Array | None = None,
         need_dw: bool = False,
-        dtype: Any = None,
     ) -> tuple[np.ndarray, np.ndarray | None]:
         x = read_any("x", x, None, None)
         m, k = x.shape
         dy, w = read_any("dy", dy, m, k), np.ascontiguousarray(read("w", w, k))
         rstd = np.ascontiguousarray(read("rstd", rstd, m))
-        if add is None:
-            dx = self.empty((m, k), F32 if dtype is None else dtype)
-        else:
-            dx = owned("add", add, m, k)
+        dx = self.empty((m, k)) if add is None else owned("add", add, m, k)
         dw = np.empty(k, np.float32) if need_dw else None
         status = lib.pylora_rms_norm_backward(
             mat(dy), mat(x), at(w), at(rstd), mat(dx), add is not None, at(dw)

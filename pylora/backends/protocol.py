@@ -87,6 +87,7 @@ class Backend(Protocol):
     def unmerge(self, merged: Array, lora: LoRA, residue: Residue, dtype: str = "f32") -> Array: ...
 
     # ---- transformer --------------------------------------------------------------------------
+    def cast(self, x: Array, dtype: Any = None) -> Array: ...
     def rms_norm_forward(
         self, x: Array, w: Array, eps: float, dtype: Any = None
     ) -> tuple[Array, Array]: ...
@@ -98,7 +99,6 @@ class Backend(Protocol):
         rstd: Array,
         add: Array | None = None,
         need_dw: bool = False,
-        dtype: Any = None,
     ) -> tuple[Array, Array | None]: ...
     def rope(
         self,

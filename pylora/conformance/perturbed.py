@@ -62,7 +62,7 @@ class Perturbed(NumpyBackend):
         y_bound, rstd_bound = bounds.rms_norm_forward(x, w, eps)
         return self._move(y, y_bound), self._move(rstd, rstd_bound)
 
-    def rms_norm_backward(self, dy, x, w, rstd, add=None, need_dw=False, dtype=None):  # type: ignore[no-untyped-def]
+    def rms_norm_backward(self, dy, x, w, rstd, add=None, need_dw=False):  # type: ignore[no-untyped-def]
         dx, dw = super().rms_norm_backward(dy, x, w, rstd, add, need_dw)
         return self._move(dx, bounds.rms_norm_backward(dy, x, w, rstd, add)[0]), dw
 
