@@ -10,6 +10,7 @@ from typing import Any
 
 from records import Record, bytes_moved, find, median, speed, tokens
 
+NOT_MEASURED = "not measured"
 STEP = {"batch": 4, "length": 256, "recompute": False}
 AGAIN = {**STEP, "recompute": True}
 
@@ -36,7 +37,7 @@ class Row:
     """A bar with what was measured; texts for the table."""
 
     bar: Bar
-    ours: str = "not measured"
+    ours: str = NOT_MEASURED
     peer: str = ""
     value: float | None = None
     text: str = ""

@@ -29,18 +29,19 @@ def gguf(precision: str, path: str, prompt: int, new: int) -> Callable[[], dict[
         n_gpu_layers=0,
         verbose=False,
     )
-    ctx, vocab = model.ctx, model.n_vocab()
+    vocab = model.n_vocab()
     ids = np.random.default_rng(0).integers(0, vocab, prompt).tolist()
 
     def feed(tokens: list[int]) -> int:
         array = (ctypes.c_int32 * len(tokens))(*tokens)
+        ctx = model.ctx  # through `model`, which must live as long as this function
         status = llama_cpp.llama_decode(ctx, llama_cpp.llama_batch_get_one(array, len(tokens)))
         assert status == 0, f"llama_decode gave {status}"
         logits = llama_cpp.llama_get_logits_ith(ctx, -1)
         return int(np.argmax(np.ctypeslib.as_array(logits, (vocab,))))
 
     def run() -> dict[str, float]:
-        forget(ctx)
+        forget(model.ctx)
         began = time.perf_counter()
         token = feed(ids)
         middle = time.perf_counter()

@@ -18,10 +18,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from bars import judge
-from matplotlib.figure import Figure
 from records import Record, find, median, select, share, speed, tokens
 from report import ROOT, newest
 from work import step_flops
+
+try:
+    from matplotlib.figure import Figure
+except ImportError:
+    raise SystemExit("pictures need matplotlib: pip install 'pylora[plot]'") from None
 
 COLORS = {  # pylora in blues, PyTorch + PEFT in greys, llama.cpp in brown
     "pylora fp32": "#9ecae1",

@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from bars import judge, needed
+from bars import NOT_MEASURED, judge, needed
 from records import median, select, share, speed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -251,7 +251,9 @@ def main() -> int:
         raise SystemExit("there are no results; run bench/run.py first")
     document = json.loads(path.read_text(encoding="utf-8"))
     print(setting(document), "\n")
-    print(aligned(BAR_HEAD, bar_rows(document)))
+    rows = [row for row in bar_rows(document) if row[1] != NOT_MEASURED]
+    print(aligned(BAR_HEAD, rows))
+    print(f"{len(bar_rows(document)) - len(rows)} bars were not measured")
     if a.docs:
         write_between(PAGE, "measured: bench/report.py", page(document))
         accuracy = a.accuracy or newest("accuracy-*.json")

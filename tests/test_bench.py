@@ -182,7 +182,7 @@ def test_a_run_writes_results_from_which_table_and_pictures_are_made(tmp_path: P
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert "training step, bf16" in done.stdout
+    assert "merge 4096², fp32: share" in done.stdout  # a row of the table
     doc = json.loads(out.read_text(encoding="utf-8"))
     assert [case["error"] for case in doc["cases"].values()] == [None] * len(cases)
     assert {r["case"] for r in doc["records"] if "seconds" in r} == set(cases)
