@@ -40,7 +40,7 @@ from pylora.weights import Weights, checked_weights, random_weights, vector
 
 __all__ = ["IGNORE", "DropKey", "Grads", "Llama", "LoRAGrad", "ModelCache", "random_weights"]
 
-_HEAD_ROWS = 256  # rows of logits that exist at a time in `loss`
+_HEAD_ROWS = 128  # rows of logits that exist at a time in `loss`
 
 
 @dataclass(eq=False)
@@ -343,10 +343,10 @@ class Llama:
         ops = self.ops
         normed, rstd = self._final_norm(x)
         logits, cache = self.lm_head.forward(normed, drop=drop, first_row=first_row)
-        nll, lse = ops.cross_entropy_forward(logits, labels)
         if weight is None or not (need_dx or self.lm_head.lora is not None):
-            return nll, None
-        dlogits = ops.cross_entropy_backward(logits, labels, lse, weight, overwrite=True)
+            return ops.cross_entropy_forward(logits, labels)[0], None
+        nll, _, dlogits = ops.cross_entropy(logits, labels, weight, overwrite=True)
+        del logits
         dn = self.lm_head.backward(dlogits, cache, grads, need_dx=need_dx)
         return nll, ops.rms_norm_backward(dn, x, self.norm, rstd)[0] if need_dx else None
 

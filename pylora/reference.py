@@ -394,6 +394,13 @@ class Reference:
         d[row, xp.where(labels == IGNORE, 0, labels)] -= 1
         return d * xp.where(labels == IGNORE, 0, weight).astype(logits.dtype)[:, None]
 
+    def cross_entropy(
+        self, logits: Array, labels: Array, weight: Array, overwrite: bool = False
+    ) -> tuple[Array, Array, Array]:
+        """Both at once: nll, lse, dlogits."""
+        nll, lse = self.cross_entropy_forward(logits, labels)
+        return nll, lse, self.cross_entropy_backward(logits, labels, lse, weight, overwrite)
+
     def adamw_step(self, param: Array, grad: Array, m: Array, v: Array, o: AdamW) -> None:
         """One step of AdamW (Loshchilov & Hutter 2019, alg. 2), in place on param, m and v."""
         f = param.dtype.type

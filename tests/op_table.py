@@ -297,6 +297,16 @@ def _loss(rng: np.random.Generator, m: int) -> Arrays:
     return {"logits": logits, "labels": labels, "lse": lse, "weight": weight}
 
 
+def _loss_bound(i: Arrays) -> tuple[Any, ...]:
+    """Of nll, lse, dlogits: the softmax is taken from the computed lse, off by its own bound."""
+    nll, lse = bounds.cross_entropy_forward(i["logits"], i["labels"])
+    exact = Reference().cross_entropy_forward(i["logits"].astype(np.float64), i["labels"])[1]
+    d = bounds.cross_entropy_backward(i["logits"], i["labels"], exact, i["weight"])
+    p = np.exp(i["logits"] - exact[:, None]) * np.expm1(lse)[:, None]
+    counted = np.where(i["labels"] == IGNORE, 0, i["weight"])
+    return nll, lse, d + 1.01 * p * counted[:, None]
+
+
 def _dropout(rng: np.random.Generator, m: int) -> Arrays:
     drop = Drop(float(rng.choice([0, 0.1, 0.9])), int(rng.integers(2**60)), 2**63 + 1, 5)
     return {"x": normal(rng, m, size(rng)), "drop": drop}
@@ -447,6 +457,14 @@ TABLE: tuple[Op, ...] = (
         ),
         lambda i: (bounds.cross_entropy_backward(i["logits"], i["labels"], i["lse"], i["weight"]),),
         rows=("logits", "labels", "lse", "weight"),
+    ),
+    Op(
+        "cross_entropy",
+        _loss,
+        lambda ops, i: ops.cross_entropy(i["logits"], i["labels"], i["weight"]),
+        _loss_bound,
+        rows=("logits", "labels", "lse", "weight"),
+        row_outputs=(0, 1, 2),
     ),
     Op(
         "dropout",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,10 @@ import pytest
 import pylora
 from pylora import backends
 from pylora.backends.protocol import Backend
-from pylora.errors import BackendError, DtypeError, ShapeError
+from pylora.config import LlamaConfig
+from pylora.errors import BackendError, ConfigError, DtypeError, ShapeError
+from pylora.model import Llama
+from pylora.precision import BF16, Stored, from_bf16, to_bf16
 from pylora.reference import Reference
 
 
@@ -124,6 +128,75 @@ def test_a_number_of_threads_that_is_none_is_refused(clean: Any, value: str) -> 
     clean.setenv("PYLORA_NUM_THREADS", value)
     with pytest.raises(BackendError, match=f"PYLORA_NUM_THREADS='{value}' is not a number"):
         backends.get("c")
+
+
+def test_the_number_of_threads_may_change_under_an_operation(rng: np.random.Generator) -> None:
+    """The workspace is asked for and used with what may be two numbers of threads."""
+    if "c" not in backends.available():
+        pytest.skip("the C core is not built")
+    ops: Any = backends.get("c")
+    x, W = (rng.standard_normal((n, 70)).astype(np.float32) for n in (40, 90))
+    packed, before, done = ops.pack(W), ops.num_threads, threading.Event()
+    want = ops.lora_forward(x, packed)[0].tobytes()
+
+    def change() -> None:
+        while not done.is_set():
+            for n in (1, 16):
+                ops.set_num_threads(n)
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        for _ in range(300):
+            ops._scratch.buffer = np.empty(0, np.uint8)  # so that no earlier one suffices
+            assert ops.lora_forward(x, packed)[0].tobytes() == want
+    finally:
+        done.set()
+        thread.join()
+        ops.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", ["numpy", "c"])
+def test_precisions(name: str, rng: np.random.Generator) -> None:
+    if name not in backends.available():
+        pytest.skip("the C core is not built")
+    ops: Any = backends.get(name)
+    W = rng.standard_normal((5, 33)).astype(np.float32)
+    packed = ops.pack(W, "bf16")
+    kept = from_bf16(to_bf16(W))
+    assert packed.precision == "bf16" and packed.shape == (5, 33)
+    assert ops.unpack(packed).tobytes() == kept.tobytes() != W.tobytes()
+    raw = Stored("bf16", to_bf16(W).view(np.uint8).reshape(5, 66), (5, 33))
+    for precision in ("fp32", "bf16"):
+        assert ops.unpack(ops.pack(raw, precision)).tobytes() == kept.tobytes()
+    assert ops.pack(W, "fp32x3").precision == ops.computes("fp32x3")
+    with pytest.raises(ConfigError, match="'fp16'; choose one of fp32, fp32x3, bf16, int8, int4"):
+        ops.pack(W, "fp16")
+    with pytest.raises(DtypeError, match="'q5_k'"):
+        Stored("q5_k", np.zeros((1, 1), np.uint8), (1, 32))
+
+
+@pytest.mark.parametrize("name", ["numpy", "c"])
+def test_a_model_states_its_precision(name: str) -> None:
+    if name not in backends.available():
+        pytest.skip("the C core is not built")
+    net = Llama.random(LlamaConfig.tiny(), backend=name, precision="bf16")
+    assert net.precision == net.computes == net.precision_report == "bf16"
+    assert all(m.W.precision == "bf16" for m in net.modules.values())
+    said = Llama.random(LlamaConfig.tiny(), backend=name, precision="fp32x3").precision_report
+    assert said.startswith("fp32x3") and (("strict fp32" in said) == ("AMX" in said))
+    with pytest.raises(ConfigError, match="choose one of fp32, fp32x3, bf16, int8, int4"):
+        Llama.random(LlamaConfig.tiny(), backend=name, precision="half")
+
+
+def test_bf16_in_numpy() -> None:
+    """To nearest even, as the bits say; NaN and infinity stay what they are."""
+    bits = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x7F800001, 0xFF800000, 0x7F7FFFFF])
+    got = to_bf16(bits.astype(np.uint32).view(np.float32))
+    want = [0x3F80, 0x3F82, 0x3F81, 0x7FC0, 0xFF80, 0x7F80]
+    assert got.dtype == BF16 and got.view(np.uint16).tolist() == want
+    assert from_bf16(got)[:3].tolist() == [1.0, 1.015625, 1.0078125]
+    assert to_bf16(np.ones((2, 3), np.float32).T).shape == (3, 2)
 
 
 def test_the_numpy_backend_never_writes_to_a_packed_weight() -> None:

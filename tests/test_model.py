@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -566,3 +567,46 @@ def test_a_model_keeps_no_array_that_it_was_given(rng: np.random.Generator) -> N
     assert len(given) == len(config.tensors())
     assert all(r() is None for r in given)
     assert net.config is config
+
+
+# ---- memory -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32"])
+def test_a_step_like_the_one_before_takes_no_memory_from_the_system(
+    rng: np.random.Generator, precision: str
+) -> None:
+    if "c" not in backends.available():
+        pytest.skip("the C core is not built")
+    ops: Any = backends.get("c")
+    config = LlamaConfig.tiny(
+        hidden_size=64,
+        intermediate_size=192,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size=300,
+        max_position_embeddings=512,
+    )
+    net = Llama.random(config, backend="c", precision=precision)
+    net.attach(an_adapter(config, rng))
+    ids, labels = rng.integers(0, config.vocab_size, (2, 512))
+    ops.trim()
+
+    def step() -> None:
+        net.loss(ids, labels, Seqs.of([512]))
+
+    step()
+    step()
+    before = ops.memory()
+    assert before["peak"] > 3 << 20, "the arrays are too small to come from the pool"
+    tracemalloc.start()
+    try:
+        step()
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert ops.memory() == before
+    # What is below 64 KiB is NumPy's: of each of the 16 modules h and the gradients, of each norm
+    # a number for each row; and Python's own objects.
+    assert most < 1 << 20

@@ -140,6 +140,14 @@ class CBackend:
         """Gives the memory of dead arrays back to the system."""
         self._pool.trim()
 
+    def memory(self) -> dict[str, int]:
+        """Of arrays of 64 KiB and more: bytes in use, free and at the peak, and how many blocks
+        were asked of the system. Once a step has run, the next one like it asks for none."""
+        p = self._pool
+        return {
+            "used": p.used_bytes, "free": p.free_bytes, "peak": p.peak_bytes, "misses": p.misses,
+        }  # fmt: skip
+
     # ---- precision ----------------------------------------------------------------------------
 
     def computes(self, precision: str) -> str:
@@ -328,10 +336,10 @@ class CBackend:
             if p.lora is not None:
                 ranks += p.lora.rank
                 if need_dA:
-                    dA = np.empty((p.lora.rank, k), np.float32)
+                    dA = self.empty((p.lora.rank, k))
                 if need_dB:
                     h = read("h", p.h, m, p.lora.rank)
-                    dB = np.empty((d, p.lora.rank), np.float32)
+                    dB = self.empty((d, p.lora.rank))
             if need_dx:
                 if shape_of(p.W) != (d, k):
                     raise ShapeError(f"W must be [{d}, {k}], got {list(shape_of(p.W))}")
@@ -476,7 +484,7 @@ class CBackend:
     ) -> tuple[np.ndarray, np.ndarray]:
         q, k, v = read_qkv(q, k, v, attn)
         o = self.empty(q.shape, F32 if dtype is None else dtype)
-        lse = np.empty((q.shape[0], attn.heads), np.float32)
+        lse = self.empty((q.shape[0], attn.heads))
         s, spec, keep = attention_structs(seqs, attn)
         inputs, outputs = (mat(q), mat(k), mat(v), s, spec), (mat(o), mat(lse))
         self._in_scratch(
@@ -576,6 +584,21 @@ class CBackend:
         )
         check(status, "cross_entropy_backward")
         return d
+
+    def cross_entropy(
+        self, logits: Array, labels: Array, weight: Array, overwrite: bool = False
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        logits = read("logits", logits, None, None)
+        m = logits.shape[0]
+        labels = ints("labels", labels, m)
+        weight = np.ascontiguousarray(read("weight", weight, m))
+        nll, lse = np.empty(m, np.float32), np.empty(m, np.float32)
+        d = logits if overwrite and logits.flags.writeable else self.empty(logits.shape)
+        status = lib.pylora_cross_entropy(
+            mat(logits), at(labels, "int64_t *"), at(weight), at(nll), at(lse), mat(d)
+        )
+        check(status, "cross_entropy")
+        return nll, lse, d
 
     def adamw_step(self, param: Array, grad: Array, m: Array, v: Array, o: AdamW) -> None:
         n = param.size

@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 
 SMALL = 1 << 16  # bytes; below this NumPy's own allocator is as good
+_SLACK = 1 << 25
 
 
 class Pool:
     """Free blocks by size class. `ffi` gives buffers with a destructor.
 
-    Used and free memory together stay below 9/8 of the most that was ever in use at once.
+    Used and free memory together stay below 9/8 of the most that was ever in use at once, or 32 MiB
+    above it, so that a step whose arrays are of many sizes finds a block of each again.
     """
 
     def __init__(self, ffi: Any) -> None:
@@ -26,6 +28,7 @@ class Pool:
         self._free: dict[int, list[np.ndarray]] = {}
         self._lock = threading.RLock()  # a destructor may run inside another method of this thread
         self.free_bytes = self.used_bytes = self.peak_bytes = 0
+        self.misses = 0  # blocks that were asked of the system
 
     def empty(self, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
         """An uninitialised C-contiguous array, 64-byte aligned where it comes from the pool."""
@@ -40,8 +43,10 @@ class Pool:
                 block = blocks.pop()
                 self.free_bytes -= size
             else:
-                self._trim(max(0, self.peak_bytes * 9 // 8 - self.used_bytes - size))
+                slack = max(self.peak_bytes // 8, _SLACK)
+                self._trim(max(0, self.peak_bytes + slack - self.used_bytes - size))
                 block = np.empty(size + 64, np.uint8)
+                self.misses += 1
             self.used_bytes += size
             self.peak_bytes = max(self.peak_bytes, self.used_bytes)
         address = block.__array_interface__["data"][0]
