@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
-import threading
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from pylora.errors import BackendError, ConfigError, DtypeError, ShapeError
 from pylora.model import Llama
 from pylora.precision import BF16, Stored, from_bf16, to_bf16
 from pylora.reference import Reference
+from pylora.types import Attn, Seqs
 
 
 @pytest.fixture
@@ -130,30 +130,35 @@ def test_a_number_of_threads_that_is_none_is_refused(clean: Any, value: str) -> 
         backends.get("c")
 
 
-def test_the_number_of_threads_may_change_under_an_operation(rng: np.random.Generator) -> None:
-    """The workspace is asked for and used with what may be two numbers of threads."""
+def test_the_number_of_threads_may_change_under_an_operation(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another Python thread may set it after a workspace was asked for and before it is used."""
     if "c" not in backends.available():
         pytest.skip("the C core is not built")
     ops: Any = backends.get("c")
-    x, W = (rng.standard_normal((n, 70)).astype(np.float32) for n in (40, 90))
-    packed, before, done = ops.pack(W), ops.num_threads, threading.Event()
-    want = ops.lora_forward(x, packed)[0].tobytes()
+    q, k, v = (rng.standard_normal((200, 64)).astype(np.float32) for _ in range(3))
+    before, asked = ops.num_threads, list[int]()
 
-    def change() -> None:
-        while not done.is_set():
-            for n in (1, 16):
-                ops.set_num_threads(n)
+    def run() -> bytes:
+        return bytes(ops.attention_forward(q, k, v, Seqs.of([200]), Attn(4, 4, 16, 0.25))[0])
 
-    thread = threading.Thread(target=change)
-    thread.start()
+    want = run()
+    right = ops._scratch.at_least
+
+    def at_least(nbytes: int) -> Any:
+        asked.append(nbytes)
+        ops.set_num_threads(64)
+        ops._scratch.buffer = np.empty(0, np.uint8)  # so that no earlier one suffices
+        return right(nbytes)
+
+    monkeypatch.setattr(ops._scratch, "at_least", at_least)
     try:
-        for _ in range(300):
-            ops._scratch.buffer = np.empty(0, np.uint8)  # so that no earlier one suffices
-            assert ops.lora_forward(x, packed)[0].tobytes() == want
+        ops.set_num_threads(1)
+        assert run() == want
     finally:
-        done.set()
-        thread.join()
         ops.set_num_threads(before)
+    assert len(asked) == 2 and asked[0] < asked[1]
 
 
 @pytest.mark.parametrize("name", ["numpy", "c"])
