@@ -7,6 +7,12 @@ const pylora_format *pylora_format_of(int dtype) {
     return &pylora_format_f32;
   case PYLORA_BF16:
     return &pylora_format_bf16;
+  case PYLORA_Q8_0:
+    return &pylora_format_q8_0;
+  case PYLORA_Q4_0:
+    return &pylora_format_q4_0;
+  case PYLORA_Q4_1:
+    return &pylora_format_q4_1;
   default:
     return NULL;
   }

@@ -10,6 +10,7 @@
 #ifndef PYLORA_CPU_KERNELS_H
 #define PYLORA_CPU_KERNELS_H
 
+#include <stddef.h>
 #include <stdint.h>
 
 #define PYLORA_PHILOX_WORDS 64
@@ -50,6 +51,15 @@ typedef struct pylora_kernels {
   void (*transpose32_bf16)(const uint16_t *src, uint16_t *dst);
   void (*to_bf16)(int64_t n, const float *x, uint16_t *y); /* to nearest even; NaN stays NaN */
   void (*from_bf16)(int64_t n, const uint16_t *x, float *y);
+
+  /* Quantized weights; rows and panels lie as format_q.h says.
+   * groups x 32 numbers of a row of x -> pylora_qrow [groups] */
+  void (*quantize_row)(int dtype, int64_t groups, const float *x, void *out);
+  /* c[i,j] = sum over the groups, j < 32, in one chain, as `mode` says; `stride` in bytes. */
+  void (*gemm_q)(int dtype, int64_t m, int64_t groups, const void *rows, size_t stride,
+                 const void *panel, float *c, int64_t ldc, int mode);
+  /* One group of a panel: out[t*32 + i] = W[i, t], the exact values. */
+  void (*dequantize)(int dtype, const void *group, float *out);
 
   /* Loops over one row of n elements (rows.inc). An element has the same bits in a full vector and in
    * the tail, and sums are in an order fixed by n alone. Outputs may be inputs, element for element, of the
