@@ -36,7 +36,7 @@ from pylora.precision import Stored, check_precision, describe
 from pylora.reference import IGNORE
 from pylora.rope import Rope
 from pylora.types import Array, LoRA, Seqs
-from pylora.weights import Weights, checked_weights, random_weights, vector
+from pylora.weights import FromCheckpoint, Weights, checked_weights, random_weights, vector
 
 __all__ = ["IGNORE", "DropKey", "Grads", "Llama", "LoRAGrad", "ModelCache", "random_weights"]
 
@@ -108,6 +108,7 @@ class Llama:
         self.modules |= {p.path: p for block in self.blocks for p in block.linears}
         self.modules["lm_head"] = self.lm_head
         self._adapter: Mapping[str, LoRA] | None = None
+        self.stored_as: dict[str, int] | None = None  # {"q4_1": 210, ...}, of a checkpoint
 
     @classmethod
     def random(
@@ -130,8 +131,15 @@ class Llama:
         backend: str | Backend | None = None,
         precision: str = "fp32",
     ) -> Llama:
-        """From an open `pylora.formats` checkpoint (GGUF file or Hugging Face directory)."""
-        return cls(checkpoint.config, checkpoint.load, backend=backend, precision=precision)
+        """From an open `pylora.formats` checkpoint (GGUF file or Hugging Face directory).
+
+        What the file stores in a way that `precision` can multiply is taken as it is; see
+        `pylora.weights.FromCheckpoint`. `stored_as` then counts the model's matrices by kind.
+        """
+        weights = FromCheckpoint(checkpoint, check_precision(precision))
+        model = cls(checkpoint.config, weights, backend=backend, precision=precision)
+        model.stored_as = weights.stored_as
+        return model
 
     @property
     def computes(self) -> str:

@@ -10,6 +10,8 @@ import numpy as np
 from pylora.backends.protocol import Backend
 from pylora.config import LlamaConfig
 from pylora.errors import ShapeError
+from pylora.precision import Stored
+from pylora.quantize import quantize
 from pylora.types import Array
 
 # Hugging Face tensor name -> array; a matrix may also be what a file stores (Stored).
@@ -33,6 +35,38 @@ def checked_weights(config: LlamaConfig, weights: Weights) -> Weights:
         return array
 
     return checked
+
+
+class FromCheckpoint:
+    """The tensors of an open checkpoint, as a model of `precision` wants them.
+
+    In int8 and int4, blocks of Q8_0, Q4_0 and Q4_1 are taken as the file has them, numbers are
+    quantized (Q8_0, Q4_1), and blocks of any other kind are decoded and stored as Q8_0, which loses
+    least of them. In bf16, bfloat16 is taken as it is. `stored_as` counts the matrices by kind.
+    """
+
+    def __init__(self, checkpoint: Any, precision: str) -> None:
+        self.checkpoint, self.precision = checkpoint, precision
+        self.stored_as: dict[str, int] = {}
+
+    def __call__(self, name: str) -> Any:
+        if len(self.checkpoint.shape(name)) != 2:
+            return self.checkpoint.load(name)
+        kind, W = self._matrix(name)
+        self.stored_as[kind] = self.stored_as.get(kind, 0) + 1
+        return W
+
+    def _matrix(self, name: str) -> tuple[str, Any]:
+        keeps = {"int8": "q8_0", "int4": "q4_1", "bf16": "bf16"}.get(self.precision, "f32")
+        if keeps == "f32":
+            return keeps, self.checkpoint.load(name)
+        stored: Stored | None = self.checkpoint.stored(name)
+        if stored is not None and (stored.kind == "bf16") == (keeps == "bf16"):
+            return stored.kind, stored
+        W = self.checkpoint.load(name)
+        if keeps == "q4_1" and self.checkpoint.dtype(name) not in ("f32", "f16", "bf16"):
+            return "q8_0", quantize(W, "q8_0")
+        return keeps, W
 
 
 def vector(weights: Weights, name: str, ops: Backend) -> Array:

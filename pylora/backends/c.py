@@ -205,7 +205,7 @@ class CBackend:
         if W.kind == "bf16":
             bits = np.ascontiguousarray(W.rows).view(BF16)
             return bits if precision == "bf16" else from_bf16(bits)
-        from pylora.quantize import dequantize  # type: ignore[import-not-found,unused-ignore]
+        from pylora.quantize import dequantize
 
         values: np.ndarray = dequantize(W)
         return values

@@ -64,7 +64,7 @@ class NumpyBackend(Reference):
             if W.kind == "bf16":
                 values = from_bf16(W.rows.view(BF16))
             else:
-                from pylora.quantize import dequantize  # type: ignore[import-not-found,unused-ignore]
+                from pylora.quantize import dequantize
 
                 values = dequantize(W)
             if precision in _QUANTIZED and W.kind != "bf16":
@@ -76,7 +76,7 @@ class NumpyBackend(Reference):
         narrow = array.real.astype(np.float32)
         if precision == "bf16":
             return from_bf16(to_bf16(narrow)).astype(array.dtype)
-        from pylora.quantize import dequantize, quantize  # type: ignore[import-not-found,unused-ignore]
+        from pylora.quantize import dequantize, quantize
 
         kept: np.ndarray = dequantize(quantize(narrow, _QUANTIZED[precision]))
         return kept.astype(array.dtype)

@@ -15,6 +15,7 @@ import numpy as np
 
 from pylora.config import LlamaConfig
 from pylora.errors import ConfigError, FileFormatError, UnsupportedError
+from pylora.precision import Stored
 
 if TYPE_CHECKING:
     from pylora.text import Tokenizer
@@ -55,6 +56,15 @@ class Checkpoint(ABC):
 
         Raises UnsupportedError for a quantized tensor.
         """
+
+    def stored(self, name: str) -> Stored | None:
+        """A matrix as the file stores it, where that is bfloat16 or blocks that can be multiplied
+        as they are (Stored); None: only `load` gives it."""
+        if self.dtype(name) != "bf16" or len(self.shape(name)) != 2:
+            return None
+        bits, _ = self.raw(name)
+        d, k = bits.shape
+        return Stored("bf16", np.ascontiguousarray(bits).view(np.uint8).reshape(d, 2 * k), (d, k))
 
     @abstractmethod
     def tokenizer(self) -> Tokenizer:

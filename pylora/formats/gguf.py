@@ -18,6 +18,8 @@ from pylora.extras import need
 from pylora.formats.base import Array, Checkpoint, Shape, check_tensors, read_config, widen
 from pylora.formats.gguf_config import ROPE_FACTORS, hf_config
 from pylora.formats.gguf_header import GGUFHeader, read_header
+from pylora.precision import Stored
+from pylora.quantize import BLOCK_BYTES
 
 if TYPE_CHECKING:
     from pylora.text import Tokenizer
@@ -102,6 +104,13 @@ class GGUFCheckpoint(Checkpoint):
                 f"{self.path}: tensor {name!r} is quantized ({kind}); it can only be loaded as f32"
             )
         return self._rows(name).view(dtype).reshape(self.shape(name)), kind
+
+    def stored(self, name: str) -> Stored | None:
+        """Blocks lie along a row, so the converter's order of rows is undone without decoding."""
+        kind, shape = self.dtype(name), self.shape(name)
+        if kind not in BLOCK_BYTES or len(shape) != 2:
+            return super().stored(name)
+        return Stored(kind, self._rows(name), (shape[0], shape[1]))
 
     def _rows(self, name: str) -> Array:
         """The stored bytes, one row of uint8 per row of the tensor, in Hugging Face's row order."""
