@@ -3,104 +3,20 @@
  * The delta is summed in double in a fixed order; a product of two floats is exact in double, so
  * fused or not, vectorized or not, every machine gets the same bits.  Subtracting it again from W' gives
  * back most elements of W; the others (the residue) are kept with their bits. */
-#include <math.h>
-
 #include "internal.h"
+#include "number.h"
 
 enum {
   COLS = 256, /* columns of delta at a time, on the stack */
+  TILE = 4,   /* rows per task of merge and unmerge: they share what is read of A */
   ROWS = 64,  /* rows per task where the residue is collected */
 };
 
-/* ---- one element: dtype <-> double ---- */
-
-static double widen_bf16(uint16_t u) {
-  uint32_t bits = (uint32_t)u << 16;
-  float f;
-  memcpy(&f, &bits, 4);
-  return (double)f;
-}
-
-static uint16_t narrow_bf16(double t) {
-  float f = (float)t;
-  uint32_t u;
-  memcpy(&u, &f, 4);
-  if (f != f) return (uint16_t)((u >> 16) | 0x40);
-  uint32_t low = u & 0xffff, up = low > 0x8000;
-  if (low ==
-      0x8000) { /* a tie of bf16: was the double on it, or did float's rounding put it there? */
-    double exact = (double)f;
-    up = t == exact ? (u >> 16 & 1) : fabs(t) > fabs(exact);
-  }
-  return (uint16_t)((u >> 16) + up);
-}
-
-static double widen_f16(uint16_t u) {
-  int e = u >> 10 & 31, f = u & 1023;
-  double v = e == 31 ? (f ? (double)NAN : (double)INFINITY)
-             : e     ? ldexp(1024 + f, e - 25)
-                     : ldexp(f, -24);
-  return u & 0x8000 ? -v : v;
-}
-
-static uint16_t narrow_f16(double t) {
-  uint16_t sign = signbit(t) ? 0x8000 : 0;
-  t = fabs(t);
-  if (t != t) return sign | 0x7e00;
-  if (t >= 65520) return sign | 0x7c00; /* rounds to infinity */
-  int e;
-  frexp(t, &e);                      /* t in [2^(e-1), 2^e) */
-  if (t == 0 || e < -13) e = -13;    /* subnormals share the smallest exponent */
-  double n = rint(ldexp(t, 11 - e)); /* in units of the last place, to nearest even: 0 .. 2048 */
-  return (uint16_t)(sign | (uint16_t)(n + (e + 13) * 1024));
-}
-
-/* A number as bits, and back, rounded once to `dtype`. */
-static double decode(int dtype, uint32_t u) {
-  float f;
-  memcpy(&f, &u, 4);
-  return dtype == PYLORA_F32    ? (double)f
-         : dtype == PYLORA_BF16 ? widen_bf16((uint16_t)u)
-                                : widen_f16((uint16_t)u);
-}
-static uint32_t encode(int dtype, double t) {
-  if (dtype != PYLORA_F32) return dtype == PYLORA_BF16 ? narrow_bf16(t) : narrow_f16(t);
-  float f = (float)t;
-  uint32_t u;
-  memcpy(&u, &f, 4);
-  return u;
-}
-
-/* Element i of a row of `dtype`. Rows are floats to one place and bits to another, so that they are
- * read and written as bytes: a compiler may take a float and an integer to lie apart. */
-static uint32_t bits_of(int dtype, const void *row, int64_t i) {
-  uint32_t u;
-  uint16_t narrow;
-  if (dtype == PYLORA_F32) {
-    memcpy(&u, (const char *)row + i * 4, 4);
-    return u;
-  }
-  memcpy(&narrow, (const char *)row + i * 2, 2);
-  return narrow;
-}
-static void set_bits(int dtype, void *row, int64_t i, uint32_t u) {
-  uint16_t narrow = (uint16_t)u;
-  if (dtype == PYLORA_F32)
-    memcpy((char *)row + i * 4, &u, 4);
-  else
-    memcpy((char *)row + i * 2, &narrow, 2);
-}
-static double get(int dtype, const void *row, int64_t i) {
-  return decode(dtype, bits_of(dtype, row, i));
-}
-static void put(int dtype, void *row, int64_t i, double t) {
-  set_bits(dtype, row, i, encode(dtype, t));
-}
-
-/* ---- a row at a time ---- */
+/* ---- rows ---- */
 
 typedef struct job {
-  int dtype;
+  const pylora_kernels *K;
+  int dtype, subtract;
   int64_t d, k, ldw, ldm;
   const char *W;
   char *merged;
@@ -127,39 +43,29 @@ static const void *row_of(const void *p, int dtype, int64_t i, int64_t ld) {
 
 /* Does round(merged - t) give back the bits of w?  (As a value, so that a NaN never does.) */
 static int restores(int dtype, const void *merged, int64_t j, double t, uint32_t w) {
-  return encode(dtype, get(dtype, merged, j) - t) == w;
+  return encode(dtype, decode(dtype, get_bits(dtype, merged, j)) - t) == w;
 }
 
-static void merge_row(void *ctx, int64_t i, int thread) {
+/* TILE rows of out = round(W + t), or W - t. */
+static void merge_tile(void *ctx, int64_t task, int thread) {
   (void)thread;
   const job *q = ctx;
-  const void *W = row_of(q->W, q->dtype, i, q->ldw);
-  void *out = q->merged + i * q->ldm * (int64_t)width(q->dtype);
-  double t[COLS];
-  uint32_t before[COLS];
-  int64_t lossy = 0;
+  const pylora_lora *l = q->l;
+  const int64_t first = task * TILE, size = (int64_t)width(q->dtype);
+  const int m = (int)min64(TILE, q->d - first);
+  double t[TILE * COLS];
+  int64_t lossy[TILE] = {0};
   for (int64_t j = 0; j < q->k; j += COLS) {
-    int64_t n = min64(COLS, q->k - j);
-    delta(q->l, i, j, n, t);
-    for (int64_t c = 0; c < n; c++) before[c] = bits_of(q->dtype, W, j + c); /* out may be W */
-    if (q->dtype == PYLORA_F32) {
-      const float *w = (const float *)W + j;
-      float *o = (float *)out + j;
-      for (int64_t c = 0; c < n; c++) o[c] = (float)((double)w[c] + t[c]);
-      for (int64_t c = 0; c < n; c++) {
-        float back = (float)((double)o[c] - t[c]);
-        uint32_t u;
-        memcpy(&u, &back, 4);
-        lossy += u != before[c];
-      }
-    } else {
-      for (int64_t c = 0; c < n; c++) {
-        put(q->dtype, out, j + c, get(q->dtype, W, j + c) + t[c]);
-        lossy += !restores(q->dtype, out, j + c, t[c], before[c]);
-      }
-    }
+    const int n = (int)min64(COLS, q->k - j);
+    q->K->merge_delta(m, n, l->r, l->r ? l->A + j : NULL, l->lda,
+                      l->r ? l->B + first * l->ldb : NULL, l->ldb, t, COLS);
+    for (int i = 0; i < m; i++)
+      lossy[i] += q->K->merge_row(q->dtype, q->subtract, q->row_lossy != NULL, n, t + i * COLS,
+                                  (double)l->s, q->W + ((first + i) * q->ldw + j) * size,
+                                  q->merged + ((first + i) * q->ldm + j) * size);
   }
-  if (q->row_lossy) q->row_lossy[i] = lossy;
+  if (q->row_lossy)
+    for (int i = 0; i < m; i++) q->row_lossy[first + i] = lossy[i];
 }
 
 static int check(int dtype, int64_t d, int64_t k, const void *W, const void *out,
@@ -176,7 +82,8 @@ static int check(int dtype, int64_t d, int64_t k, const void *W, const void *out
 int pylora_merge(int dtype, int64_t d, int64_t k, const void *W, int64_t ldw,
                  const pylora_lora *lora, void *out, int64_t ldo, int64_t *row_lossy) {
   TRY(check(dtype, d, k, W, out, lora, ldo));
-  job q = {.dtype = dtype,
+  job q = {.K = pylora_table(),
+           .dtype = dtype,
            .d = d,
            .k = k,
            .ldw = ldw,
@@ -185,7 +92,7 @@ int pylora_merge(int dtype, int64_t d, int64_t k, const void *W, int64_t ldw,
            .merged = out,
            .l = lora,
            .row_lossy = row_lossy};
-  pylora_parallel(merge_row, &q, d, pylora_num_threads());
+  pylora_parallel(merge_tile, &q, ceil_div(d, TILE), pylora_num_threads());
   return PYLORA_OK;
 }
 
@@ -199,7 +106,7 @@ static int64_t residue_row(const job *q, int64_t i, int64_t at) {
     int64_t n = min64(COLS, q->k - j);
     delta(q->l, i, j, n, t);
     for (int64_t c = 0; c < n && at < end; c++) {
-      uint32_t w = bits_of(q->dtype, W, j + c);
+      uint32_t w = get_bits(q->dtype, W, j + c);
       if (restores(q->dtype, merged, j + c, t[c], w)) continue;
       q->position[at] = i * q->k + j + c;
       q->bits[at++] = w;
@@ -221,7 +128,8 @@ int pylora_merge_residue(int dtype, int64_t d, int64_t k, const void *W, int64_t
                          const int64_t *row_lossy, int64_t *position, uint32_t *bits) {
   TRY(check(dtype, d, k, W, merged, lora, ldm));
   if (!row_lossy || !position || !bits) return d ? PYLORA_E_NULL : PYLORA_OK;
-  job q = {.dtype = dtype,
+  job q = {.K = pylora_table(),
+           .dtype = dtype,
            .d = d,
            .k = k,
            .ldw = ldw,
@@ -236,19 +144,6 @@ int pylora_merge_residue(int dtype, int64_t d, int64_t k, const void *W, int64_t
   return PYLORA_OK;
 }
 
-static void unmerge_row(void *ctx, int64_t i, int thread) {
-  (void)thread;
-  const job *q = ctx;
-  const void *merged = row_of(q->W, q->dtype, i, q->ldw);
-  void *out = q->merged + i * q->ldm * (int64_t)width(q->dtype);
-  double t[COLS];
-  for (int64_t j = 0; j < q->k; j += COLS) {
-    int64_t n = min64(COLS, q->k - j);
-    delta(q->l, i, j, n, t);
-    for (int64_t c = 0; c < n; c++) put(q->dtype, out, j + c, get(q->dtype, merged, j + c) - t[c]);
-  }
-}
-
 int pylora_unmerge(int dtype, int64_t d, int64_t k, const void *merged, int64_t ldm,
                    const pylora_lora *lora, int64_t n, const int64_t *position,
                    const uint32_t *bits, void *out, int64_t ldo) {
@@ -257,7 +152,9 @@ int pylora_unmerge(int dtype, int64_t d, int64_t k, const void *merged, int64_t 
   if (n && (!position || !bits)) return PYLORA_E_NULL;
   for (int64_t i = 0; i < n; i++)
     if (position[i] < 0 || k == 0 || position[i] / k >= d) return PYLORA_E_INDEX;
-  job q = {.dtype = dtype,
+  job q = {.K = pylora_table(),
+           .dtype = dtype,
+           .subtract = 1,
            .d = d,
            .k = k,
            .ldw = ldm,
@@ -265,7 +162,7 @@ int pylora_unmerge(int dtype, int64_t d, int64_t k, const void *merged, int64_t 
            .W = merged,
            .merged = out,
            .l = lora};
-  pylora_parallel(unmerge_row, &q, d, pylora_num_threads());
+  pylora_parallel(merge_tile, &q, ceil_div(d, TILE), pylora_num_threads());
   for (int64_t i = 0; i < n; i++) {
     char *row = (char *)out + position[i] / k * ldo * (int64_t)width(dtype);
     set_bits(dtype, row, position[i] % k, bits[i]);

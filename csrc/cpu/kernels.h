@@ -99,6 +99,15 @@ typedef struct pylora_kernels {
   /* y = word >= threshold ? x scale : 0 */
   void (*drop)(int64_t n, const uint32_t *word, uint32_t threshold, const float *x, float scale,
                float *y);
+
+  /* t[i*ldt + j] = sum_q B[i*ldb + q] A[q*lda + j] in double, q upwards, for m <= 4 rows and n columns;
+   * t has room for n rounded up to 8 in each row. (merge.inc) */
+  void (*merge_delta)(int m, int n, int64_t r, const float *A, int64_t lda, const float *B,
+                      int64_t ldb, double *t, int64_t ldt);
+  /* out = round(w + s t), or w - s t, for n numbers of `dtype`; out may be w.  Returns, if `count`, how
+   * many elements of w the way back from out does not restore.  The same bits from every table. */
+  int64_t (*merge_row)(int dtype, int subtract, int count, int64_t n, const double *t, double s,
+                       const void *w, void *out);
 } pylora_kernels;
 
 extern const pylora_kernels pylora_kernels_portable;

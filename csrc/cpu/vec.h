@@ -177,7 +177,7 @@ INLINE vf v_load(const float *p) {
 }
 INLINE void v_store(float *p, vf x) { memcpy(p, &x, sizeof x); }
 INLINE vf v_load_n(const float *p, int n) { V_EACH(i < n ? p[i] : 0.0f); }
-INLINE void v_store_n(float *p, vf x, int n) { memcpy(p, &x, (size_t)n * sizeof(float)); }
+INLINE void v_store_n(float *p, vf x, int n) { memcpy(p, &x, (unsigned)n * sizeof(float)); }
 INLINE vf v_add(vf a, vf b) { V_BINARY(+, a, b); }
 INLINE vf v_sub(vf a, vf b) { V_BINARY(-, a, b); }
 INLINE vf v_mul(vf a, vf b) { V_BINARY(*, a, b); }
