@@ -50,11 +50,11 @@ def test_our_backends_keep_every_law(adapter, name, backend):
 def test_the_c_backend_keeps_every_law_in_every_precision(adapter, precision):
     if "c" not in backends.available():
         pytest.skip("the backend c is not built here")
-    report = run(adapter("pylora_backends", f"C{precision}"), examples=8)
+    report = run(adapter("pylora_backends", f"C{precision}"), examples=6)
     assert wrong(report) == set() and report.warnings == []
-    # Merging and what needs it, float64 and complex numbers.
-    assert len(report.of("passed")) >= 85
-    assert {o.law.id for o in report.of("passed")} >= {"F7", "Q1", "B1", "X5", "N4", "N6"}
+    # All but merging and what needs it, float64 and complex numbers.
+    assert len(report.of("passed")) >= 90
+    assert {o.law.id for o in report.of("passed")} >= {"F5", "F7", "Q1", "B1", "X5", "N4", "N6"}
 
 
 def test_plain_numpy_keeps_every_law_that_it_can_be_asked(adapter):

@@ -86,8 +86,6 @@ class _Backend(Correct):
         if precision != "fp32":
             self.name += f", {precision}" + f" as {self.precision}" * (precision != self.precision)
             self.merge = self.unmerge = None
-            if precision == "bf16":
-                self.dtypes = "float32", "bfloat16"
 
     def _pack(self, W: Any) -> Any:
         if self.precision in ("int8", "int4") and np.abs(W).max(initial=0) > 65504:
@@ -163,6 +161,7 @@ class NumPy(_Backend):
 
 
 class C(_Backend):
+    dtypes = ("float32", "bfloat16")
     precision = "fp32"
 
     def __init__(self) -> None:
