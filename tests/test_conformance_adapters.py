@@ -46,7 +46,7 @@ def test_our_backends_keep_every_law(adapter, name, backend):
     assert wrong(run(adapter("pylora_backends", name), examples=12)) == set()
 
 
-@pytest.mark.parametrize("precision", ["Fp32x3", "Bf16"])
+@pytest.mark.parametrize("precision", ["Fp32x3", "Bf16", "Int8", "Int4"])
 def test_the_c_backend_keeps_every_law_in_every_precision(adapter, precision):
     if "c" not in backends.available():
         pytest.skip("the backend c is not built here")
