@@ -1,4 +1,4 @@
-"""The error of every operation against float64, on shapes of SmolLM2 and its real weights.
+"""The error of every operation against float64, on shapes of SmolLM2.
 
 Inputs are float32 numbers that every contender gets; what a precision rounds of them (activations,
 weights) is part of its error. Float32 results are also shown as a share of their derived bound.
@@ -129,7 +129,8 @@ OPS: dict[str, Op] = {
 
 
 def inputs(model: Path) -> Inputs:
-    """float32 inputs: a real weight, activations of about the sizes that the model has."""
+    """float32 inputs: a weight of a real one's deviation (itself it comes from a quantized file,
+    and would not show what quantizing loses), activations of about the sizes that the model has."""
     from pylora.formats import open_checkpoint
 
     rng = np.random.default_rng(0)
@@ -138,9 +139,10 @@ def inputs(model: Path) -> Inputs:
         return (size * rng.standard_normal(shape)).astype(np.float32)
 
     with open_checkpoint(model) as checkpoint:
-        W = checkpoint.load("model.layers.10.self_attn.q_proj.weight")
+        real = checkpoint.load("model.layers.10.self_attn.q_proj.weight")
         w = checkpoint.load("model.layers.10.input_layernorm.weight")
-    d, k = W.shape
+    d, k = real.shape
+    W = normal(d, k, size=float(real.std()))
     i = {"W": W, "w": w, "x": normal(ROWS, k), "dy": normal(ROWS, d, size=1e-3)}
     i |= {"A": normal(RANK, k, size=k**-0.5), "B": normal(d, RANK, size=0.02)}
     i |= {"q": normal(ROWS, HEADS * HEAD_DIM), "do": normal(ROWS, HEADS * HEAD_DIM, size=1e-3)}

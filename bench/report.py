@@ -185,14 +185,16 @@ def accuracy_page(document: dict[str, Any]) -> str:
         shares = [row["pylora fp32"]["of_bound"] for row in document["ops"].values()]
         parts.append(
             "Error of each operation against float64, root mean square, relative; the worst of its "
-            "results. In float32 the largest error of any element is at most "
+            "results. Inputs, the weight too, are float32 numbers: what a precision rounds of them "
+            "is in its error. In float32 the largest error of any element is at most "
             f"{max(shares):.0%} of its derived bound."
         )
         parts.append(markdown_table(("operation", *names), rows))
     if document.get("logits"):
         parts.append(
             f"Logits of SmolLM2-135M-Instruct on {document['logits']['tokens']} tokens of English "
-            "against float64 with the same weights (those of the Q4_1 file):"
+            "against float64 with the same weights, those of the Q4_1 file: `int8` and "
+            "`int4` take its blocks as they are, so theirs is the error of the arithmetic alone."
         )
         columns = ("", "KL, mean (nats)", "KL, largest", "same top token", "error, relative")
         rows = [
