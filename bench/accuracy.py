@@ -72,13 +72,14 @@ def main() -> int:
     document["command"] = " ".join(["python", "bench/accuracy.py", *sys.argv[1:]])
     out = a.out or RESULTS / f"accuracy-{document['machine']['name']}-{document['date']}.json"
     model = a.model or fetched()
+    steps = 30 if a.quick else 200
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         peer = Peer(a.peer_python, Path(folder))
         parts: dict[str, Any] = {
             "ops": lambda: accuracy_ops.measure(a.precisions, model, peer),
             "logits": lambda: accuracy_logits.measure(a.precisions, model, text(), a.quick, peer),
-            "loss": lambda: accuracy_train.measure(a.precisions, model, a.quick, peer),
+            "loss": lambda: accuracy_train.measure(a.precisions, model, steps, peer),
         }
         for name, part in parts.items():
             if a.only and name not in a.only:

@@ -24,9 +24,8 @@ BATCH, PEAK = 8, 2e-3
 CONFIG = TrainConfig(learning_rate=PEAK, batch_size=BATCH)  # clipping, AdamW's constants
 
 
-def measure(precisions: list[str], model: Path, quick: bool, peer: Any) -> dict[str, list[float]]:
+def measure(precisions: list[str], model: Path, steps: int, peer: Any) -> dict[str, list[float]]:
     """{contender: the loss of each step}."""
-    steps = 30 if quick else 200
     with open_checkpoint(model) as checkpoint:
         examples = load_examples(DATA / "train.jsonl", checkpoint.tokenizer())
         modules = checkpoint.config.modules()
