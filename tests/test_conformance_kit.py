@@ -225,6 +225,18 @@ def test_running_error_analysis_encloses_float32(rng):
     assert (want.error < 1e-2 * np.abs(want.value).max()).all()
 
 
+@pytest.mark.parametrize("off", [1e-6, 0.1, 3.0, 80.0])
+def test_softmax_encloses_scores_that_are_hardly_known(rng, off):
+    """A bound of scores beyond 1, as long rows in bfloat16 have, still bounds the shares."""
+    scores = 5 * rng.normal(size=(40, 6))
+    scores -= scores.max(axis=1, keepdims=True)
+    want = Running(scores, off).softmax()
+    moved = np.exp(scores + off * rng.uniform(-1, 1, scores.shape))
+    moved /= moved.sum(axis=1, keepdims=True)
+    assert (np.abs(moved - want.value) <= want.error).all()
+    assert (want.error <= 1 + 1e-5).all()
+
+
 def test_problems_say_what_they_have():
     with pytest.raises(AttributeError, match="it has x"):
         _ = Problem(x=1).y

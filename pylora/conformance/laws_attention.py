@@ -116,8 +116,7 @@ class Block:
                 # What is taken from the scores, the largest or the log of the sum, is rounded too.
                 top = float(S.value.max())
                 off = S.error + gamma(2, self.dtype) * (np.abs(S.value) + abs(top))
-                E = Running(S.value - top, off, self.dtype).exp()
-                self.P[t, h] = E.over(E.sum())
+                self.P[t, h] = Running(S.value - top, off, self.dtype).softmax()
                 heads.append(self.P[t, h] @ v)
             rows.append(join(heads, axis=1))
         self.o = join(rows, axis=0)

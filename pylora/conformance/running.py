@@ -68,11 +68,19 @@ class Running:
         error = self.error.sum(axis=-1, keepdims=True) + gamma(n, self.dtype) * size
         return Running(value, error + n * self.tiny, self.dtype)
 
-    def over(self, other: Running) -> Running:
-        """The quotient by a positive number that is known well."""
-        low = other.value - other.error
-        value = self.value / other.value
-        return self._of(value, (self.error + np.abs(value) * other.error) / low, 2)
+    def softmax(self) -> Running:
+        """Over the last axis, of values of which the largest is 0.
+
+        With scores off by e each, P is off by a factor of at most exp(e) / sum P exp(-e), and by
+        no more than takes it to 0 or 1: a score that is hardly known does not void the bound. The
+        function, a sum of n and a quotient are 2 EXP + n + 2 roundings."""
+        n = self.value.shape[-1]
+        P = np.exp(self.value)
+        P = P / P.sum(axis=-1, keepdims=True)
+        e = np.minimum(self.error, 50.0)  # a factor of e⁵⁰ says nothing anyway
+        off = np.exp(e) / (P * np.exp(-e)).sum(axis=-1, keepdims=True) - 1
+        error = np.minimum(P * off, np.maximum(P, 1 - P)) + n * self.tiny
+        return self._of(P, error, 2 * EXP + n + 2)
 
     def wider(self, other: Running) -> Running:
         """The same value with the sum of both errors: for two ways to compute it."""
