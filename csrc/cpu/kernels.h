@@ -86,13 +86,22 @@ typedef struct pylora_kernels {
   /* param, m, v after one step; c: see pylora_adamw_step */
   void (*adamw)(int64_t n, float *param, const float *grad, float *m, float *v, const float *c);
 
-  /* Loops over the columns of a panel s [n][32], of which the first `cols` are used: a column is one
-   * query of the attention, a row is one key.
-   * s = exp(s - top), top = max over the rows, sum = sum over the rows of the new s, in order */
-  void (*softmax_columns)(int64_t n, int cols, float *s, float *top, float *sum);
-  /* s = P = exp(s - lse);  dp = scale P (dp - delta) */
+  /* Attention (attend.inc). A panel s [n][32], of which the first `cols` columns are used: a column is
+   * one query, a row is one key.
+   * s = exp(s scale - top), top = max over the rows, sum = sum over the rows of the new s, in order */
+  void (*softmax_columns)(int64_t n, int cols, float scale, float *s, float *top, float *sum);
+  /* s = P = exp(s scale - lse);  dp = scale P (dp - delta) */
   void (*softmax_columns_backward)(int64_t n, int cols, float *s, float *dp, const float *lse,
                                    const float *delta, float scale);
+  /* A few heads of one query, each with a row of s, where the above has columns; every sum in the same
+   * order.  s[h*lds + t] = q[h] k[t] for n keys: float32 terms, or pairs as in gemm_bf16 if q is
+   * bfloat16 (then k is, too, and D is even).  q [heads][D]. */
+  void (*few_scores)(int64_t n, int64_t D, int heads, pylora_vec q, pylora_vec k, int64_t ldk,
+                     float *s, int64_t lds);
+  void (*softmax_row)(int64_t n, float scale, float *s, float *top); /* without the sum */
+  /* o[h*ldo + c] += sum_t p[h*ldp + t] v[t*ldv + c], c < cols;  sum[h] += sum_t p[h*ldp + t] */
+  void (*few_values)(int64_t n, int64_t cols, int heads, const float *p, int64_t ldp, pylora_vec v,
+                     int64_t ldv, float *o, int64_t ldo, float *sum);
 
   /* The words of blocks b .. b + 15 of a Philox stream. */
   void (*philox)(uint64_t seed, uint64_t stream, uint64_t b, uint32_t *out);

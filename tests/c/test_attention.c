@@ -219,7 +219,7 @@ static void isolation(void) {
 
 /* Threads change no bits, forward or backward. */
 static void threads(void) {
-  setting t = random_setting(1, 150);
+  setting t = random_setting(1, 300);
   pylora_mat o[2], lse[2], dq[2], dk[2], dv[2];
   for (int i = 0; i < 2; i++) {
     OK(pylora_set_num_threads(i ? 4 : 1));
@@ -271,10 +271,135 @@ static void shared_keys_and_many_heads(void) {
   expect_near("dv of shared keys", &dv, &sum, &magnitude, 240 + 30);
 }
 
+/* Matrices of either type: what is stored in bfloat16 is widened exactly and rounded once, so the bits
+ * are those of float32, except that scores of two bfloat16 sides are summed in pairs. Those are held
+ * to the reference's bounds, and to themselves alone and on other numbers of threads. */
+static void storage(void) {
+  for (int c = 0; c < 8; c++) {
+    const int pairs = c % 2; /* q and k both, do and v both; or never both */
+    setting t = random_setting((int)below(2), 100);
+    pylora_mat q = rounded(&t.q), k = rounded(&t.k), v = rounded(&t.v), g = rounded(&t.d_o);
+    t.q = widened(&q), t.k = widened(&k), t.v = widened(&v), t.d_o = widened(&g);
+    const int64_t width = t.q.cols, kv = t.k.cols;
+    if (!pairs && below(2))
+      q = t.q;
+    else if (!pairs)
+      k = t.k;
+    if (!pairs && below(2))
+      v = t.v;
+    else if (!pairs)
+      g = t.d_o;
+    const pylora_mat o = either(t.m, width), o0 = matrix(t.m, width, 0), o1 = matrix(t.m, width, 0);
+    const pylora_mat lse = matrix(t.m, t.a.heads, 0), lse0 = matrix(t.m, t.a.heads, 0);
+    OK(pylora_attention_forward(&q, &k, &v, &t.s, &t.a, &o, &lse, t.ws, t.bytes));
+    OK(pylora_attention_forward(&q, &k, &v, &t.s, &t.a, &o1, &lse, t.ws, t.bytes));
+    expect_stored("o", &o, &o1);
+    if (pairs) {
+      pylora_ref_attention_forward(&t.q, &t.k, &t.v, &t.s, &t.a, &o0, &lse0);
+      const bounds b = bounds_of(&t, &o0, &lse0);
+      near("o of pairs", &o1, &o0, &b.o);
+      near("lse of pairs", &lse, &lse0, &b.lse);
+    } else {
+      OK(pylora_attention_forward(&t.q, &t.k, &t.v, &t.s, &t.a, &o0, &lse0, t.ws, t.bytes));
+      expect_same("o", &o1, &o0);
+      expect_same("lse", &lse, &lse0);
+    }
+    const pylora_mat kept = rounded(&o0), wide = widened(&kept);
+    pylora_mat dq = either(t.m, width), dk = either(t.n, kv), dv = either(t.n, kv);
+    const pylora_mat dq1 = matrix(t.m, width, 0), dk1 = matrix(t.n, kv, 0),
+                     dv1 = matrix(t.n, kv, 0);
+    const pylora_mat dq0 = matrix(t.m, width, 0), dk0 = matrix(t.n, kv, 0),
+                     dv0 = matrix(t.n, kv, 0);
+    for (int64_t i = 0; i < t.n; i++) /* rows that no sequence uses keep what they hold */
+      for (int64_t j = 0; j < kv; j++) {
+        if (dk.b)
+          dk.b[i * dk.ld + j] = 0;
+        else
+          *el(&dk, i, j) = 0;
+        if (dv.b)
+          dv.b[i * dv.ld + j] = 0;
+        else
+          *el(&dv, i, j) = 0;
+      }
+    fill(&dk0, 0), fill(&dv0, 0), fill(&dk1, 0), fill(&dv1, 0);
+    OK(pylora_attention_backward(&g, &q, &k, &v, &kept, &lse0, &t.s, &t.a, &dq, &dk, &dv, t.ws,
+                                 t.bytes));
+    OK(pylora_attention_backward(&g, &q, &k, &v, &wide, &lse0, &t.s, &t.a, &dq1, &dk1, &dv1, t.ws,
+                                 t.bytes));
+    expect_stored("dq", &dq, &dq1);
+    expect_stored("dk", &dk, &dk1);
+    expect_stored("dv", &dv, &dv1);
+    if (pairs) {
+      pylora_ref_attention_backward(&t.d_o, &t.q, &t.k, &t.v, &wide, &lse0, &t.s, &t.a, &dq0, &dk0,
+                                    &dv0);
+      const bounds b = bounds_of(&t, &wide, &lse0);
+      near("dq of pairs", &dq1, &dq0, &b.dq);
+      if (!t.s.k_start) near("dk of pairs", &dk1, &dk0, &b.dk), near("dv", &dv1, &dv0, &b.dv);
+    } else {
+      OK(pylora_attention_backward(&t.d_o, &t.q, &t.k, &t.v, &wide, &lse0, &t.s, &t.a, &dq0, &dk0,
+                                   &dv0, t.ws, t.bytes));
+      expect_same("dq", &dq1, &dq0);
+      expect_same("dk", &dk1, &dk0);
+      expect_same("dv", &dv1, &dv0);
+    }
+    if (!t.s.k_start) /* a query alone gets the same bits from bfloat16 too */
+      for (int64_t i = 0; i < t.s.n; i++)
+        for (int64_t row = t.s.q_start[i]; row < t.s.q_start[i + 1]; row += 1 + below(9)) {
+          const int64_t one[2] = {0, 1}, start = t.s.q_start[i], len = row + 1 - start;
+          const pylora_seqs s = {1, one, &start, &len};
+          const pylora_mat own = matrix(1, width, 0), l = matrix(1, t.a.heads, 0),
+                           oi = row_of(&o1, row), li = row_of(&lse, row);
+          pylora_mat qi = q;
+          qi.rows = 1;
+          if (q.b)
+            qi.b += row * q.ld;
+          else
+            qi.p += row * q.ld;
+          OK(pylora_attention_forward(&qi, &k, &v, &s, &t.a, &own, &l, t.ws, t.bytes));
+          expect_same("o of a query alone", &own, &oi);
+          expect_same("lse of a query alone", &l, &li);
+        }
+    release();
+  }
+}
+
+/* Sequences long enough that backward cuts them in parts: bounds, threads, and neighbours. */
+static void long_sequences(void) {
+  const int64_t starts[4] = {0, 300, 301, 860}, alone[2] = {0, 559};
+  const pylora_attn a = {2, 1, 8, (int32_t)PICK(0, 200), 0.35f};
+  const pylora_seqs s = {3, starts, NULL, NULL}, one = {1, alone, NULL, NULL};
+  setting t = {.a = a, .s = s, .m = 860, .n = 860};
+  t.q = matrix(860, 16, 2), t.d_o = matrix(860, 16, 1);
+  t.k = matrix(860, 8, 2), t.v = matrix(860, 8, 1);
+  t.bytes = pylora_attention_workspace(&s, &a);
+  t.ws = bytes_of(t.bytes);
+  const pylora_mat o = matrix(860, 16, 0), lse = matrix(860, 2, 0), dq = matrix(860, 16, 0);
+  const pylora_mat dk = matrix(860, 8, 0), dv = matrix(860, 8, 0), dq0 = matrix(860, 16, 0);
+  const pylora_mat dk0 = matrix(860, 8, 0), dv0 = matrix(860, 8, 0);
+  OK(pylora_attention_forward(&t.q, &t.k, &t.v, &s, &a, &o, &lse, t.ws, t.bytes));
+  OK(pylora_attention_backward(&t.d_o, &t.q, &t.k, &t.v, &o, &lse, &s, &a, &dq, &dk, &dv, t.ws,
+                               t.bytes));
+  pylora_mat part[8] = {t.d_o, t.q, t.k, t.v, o, lse, dq, dk};
+  for (int p = 0; p < 8; p++) part[p].p += 301 * part[p].ld, part[p].rows = 559;
+  const pylora_mat dq1 = matrix(559, 16, 0), dk1 = matrix(559, 8, 0), dv1 = matrix(559, 8, 0);
+  OK(pylora_attention_backward(&part[0], &part[1], &part[2], &part[3], &part[4], &part[5], &one, &a,
+                               &dq1, &dk1, &dv1, t.ws, t.bytes));
+  expect_same("dq of a sequence alone", &dq1, &part[6]);
+  expect_same("dk of a sequence alone", &dk1, &part[7]);
+  if (pylora_num_threads() > 1) return; /* the reference once */
+  pylora_ref_attention_backward(&t.d_o, &t.q, &t.k, &t.v, &o, &lse, &s, &a, &dq0, &dk0, &dv0);
+  const bounds b = bounds_of(&t, &o, &lse);
+  near("dq", &dq, &dq0, &b.dq);
+  near("dk", &dk, &dk0, &b.dk);
+  near("dv", &dv, &dv0, &b.dv);
+}
+
 int main(void) {
   each_setup(cases);
   each_setup(decode_is_prefill);
   each_setup(isolation);
+  each_setup(storage);
+  each_setup(long_sequences);
   each_setup(threads);
   each_setup(shared_keys_and_many_heads);
   return finish("test_attention");
