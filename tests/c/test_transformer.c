@@ -222,7 +222,6 @@ static void storage(void) {
   /* Operations that take float32 only say so. */
   const pylora_mat x = matrix(2, 4, 1), b = rounded(&x);
   float w[4] = {0}, rstd[2];
-  EXPECT_STATUS(PYLORA_E_UNSUPPORTED, pylora_rms_norm_forward(&b, w, 1e-5f, &x, rstd));
   EXPECT_STATUS(PYLORA_E_UNSUPPORTED, pylora_rms_norm_backward(&x, &x, w, rstd, &b, 0, NULL));
 }
 
