@@ -515,4 +515,6 @@ TABLE += (
     narrow("rope", ("x",), (0,)),
     narrow("swiglu_forward", ("gate", "up"), (0,)),
     narrow("swiglu_backward", ("dy", "gate", "up"), (0, 1)),
+    narrow("attention_forward", ("q", "k", "v"), (0,)),
+    narrow("attention_backward", ("do", "q", "k", "v", "o"), (0, 1, 2)),
 )
