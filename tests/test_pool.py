@@ -79,7 +79,7 @@ def logits_alone(model: Llama, text: list[int], adapter: Mapping[str, LoRA] | No
 # ---- bits -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ("fp32", "fp32x3", "int8", "int4"))
+@pytest.mark.parametrize("precision", ("fp32", "fp32x3", "bf16", "int8", "int4"))
 @pytest.mark.parametrize("over", [{}, {"model_type": "qwen3", "qk_norm": True}])
 def test_a_row_of_a_mixed_batch_has_the_bits_of_a_forward_alone(
     ops: Any, precision: str, over: dict[str, Any]
