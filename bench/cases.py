@@ -41,8 +41,7 @@ def _peers(o: Options, precision: str) -> list[Contender]:
     """The three that a training step is compared with, always."""
     peers = [Contender("peft", precision), Contender("peft", precision, "tuned")]
     if o.compile:
-        how = "blocks" if o.quick else "model"  # blocks: a tenth of the compilation
-        peers.append(Contender("peft", precision, "compiled", {"compiled": how}))
+        peers.append(Contender("peft", precision, "compiled", {"compiled": True}))
     return peers
 
 

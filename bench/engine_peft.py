@@ -74,20 +74,17 @@ def step(
     length: int,
     rank: int = RANK,
     recompute: bool = False,
-    compiled: str = "",
+    compiled: bool = False,
     fp32_adapters: bool = False,
 ) -> Job:
-    """A training step. compiled: "model" or, quicker to compile, "blocks"."""
+    """A training step."""
     peft = with_adapters(base(precision), 1, rank, fp32_adapters)
     peft.config.use_cache = False
     peft.train()
     if recompute:
         peft.enable_input_require_grads()
         peft.gradient_checkpointing_enable()
-    model = torch.compile(peft) if compiled == "model" else peft
-    if compiled == "blocks":
-        for block in peft.base_model.model.model.layers:
-            block.compile()
+    model = torch.compile(peft) if compiled else peft
     parameters = [p for p in peft.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
     ids = torch.randint(0, int(GEOMETRY["vocab_size"]), (batch, length))

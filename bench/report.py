@@ -50,9 +50,9 @@ def setting(document: dict[str, Any]) -> str:
         f"Ceilings of the machine in the same run: {ceilings}.",
     ]
     if not document["compiled"]:
-        lines.append("**Run with --no-compile: torch.compile was left out.**")
+        lines.append("**Run with --no-compile or --quick: torch.compile was left out.**")
     if document["quick"]:
-        lines.append("**Run with --quick: few repetitions, torch.compile block by block.**")
+        lines.append("**Run with --quick: few repetitions.**")
     if document["tiny"]:
         lines.append("**Run with --tiny: a model of two small layers; the figures mean nothing.**")
     failed = [f"{k} ({v['error']})" for k, v in document["cases"].items() if v["error"]]

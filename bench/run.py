@@ -5,7 +5,7 @@
 All cases take about 20 minutes, --quick under 3. Contenders are processes that are asked in turn
 (A B A B ...), so that a change of the machine's speed meets all of them. A training step is always
 compared with PyTorch + PEFT as it comes, with a malloc that keeps its pages, and compiled
-(--no-compile leaves that one out and says so). The peers need torch, peft and transformers in the
+(--no-compile and --quick leave that one out and say so). The peers need torch, peft and transformers in the
 interpreter of --peer-python, llama-cpp-python in that of --llama-python; a contender that is not
 there is reported, and the others go on.
 
@@ -51,9 +51,7 @@ def main() -> int:
 
     say(f"{document['machine']['processor']}, {a.threads} threads, {document['date']} -> {out}")
     if a.no_compile:
-        say("without torch.compile (--no-compile): the bars against it are not judged")
-    elif a.quick:
-        say("--quick: torch.compile compiles block by block; the full run compiles the model")
+        say("without torch.compile (--no-compile, --quick): the bars against it are not judged")
     document["ceilings"] = measured_ceilings(a)
 
     teams: list[Team] = []
@@ -113,6 +111,7 @@ def arguments() -> argparse.Namespace:
         "--draw", type=Path, help="folder for the pictures; none without (see figures.py)"
     )
     a = p.parse_args()
+    a.no_compile = a.no_compile or a.quick  # compiling takes longer than all else of --quick
     a.llama_python = a.llama_python or a.peer_python
     return a
 
