@@ -5,9 +5,9 @@
 All cases take about 20 minutes, --quick under 3. Contenders are processes that are asked in turn
 (A B A B ...), so that a change of the machine's speed meets all of them. A training step is always
 compared with PyTorch + PEFT as it comes, with a malloc that keeps its pages, and compiled
-(--no-compile and --quick leave that one out and say so). The peers need torch, peft and transformers in the
-interpreter of --peer-python, llama-cpp-python in that of --llama-python; a contender that is not
-there is reported, and the others go on.
+(--no-compile and --quick leave that one out and say so). The peers need torch, peft and
+transformers in the interpreter of --peer-python, llama-cpp-python in that of --llama-python; a
+contender that is not there is reported, and the others go on.
 
 Writes bench/results/speed-<machine>-<date>.json after every case and prints each figure beside its
 bar. bench/report.py prints that again from the file, bench/figures.py draws it. End other programs
