@@ -5,6 +5,9 @@
 #include "internal.h"
 
 static const pylora_kernels *const tables[] = {/* best first */
+#if defined(PYLORA_AMX) || defined(PYLORA_AMX_EMULATED)
+                                               &pylora_kernels_amx,
+#endif
 #if defined(PYLORA_X86)
                                                &pylora_kernels_avx512bf16,
                                                &pylora_kernels_avx512vnni, &pylora_kernels_avx512,

@@ -42,7 +42,9 @@ typedef struct pylora_kernels {
   /* bfloat16, where b holds pairs of terms: c[i,j] = sum_t  a[i*lda + 2t + 1] b[t*ldb + 2j + 1]
    *                                                       + a[i*lda + 2t] b[t*ldb + 2j],  t < pairs.
    * Each element is one chain of fused multiply-adds in this order: t upwards, the odd term before the
-   * even one (what vdpbf16ps does).  Subnormal inputs and results may be taken as 0. n, modes as gemm.
+   * even one (what vdpbf16ps does); but for amx, whose order is in gemm_amx.inc and where a sum that is
+   * continued after a number of pairs that is no multiple of 256 is not as if both calls were one.
+   * Subnormal inputs and results may be taken as 0. n, modes as gemm.
    * lda, ldb in elements. */
   void (*gemm_bf16)(int64_t m, int n, int64_t pairs, const uint16_t *a, int64_t lda,
                     const uint16_t *b, int64_t ldb, float *c, int64_t ldc, int mode);
@@ -126,9 +128,17 @@ extern const pylora_kernels pylora_kernels_avx2;
 extern const pylora_kernels pylora_kernels_avx512;
 extern const pylora_kernels pylora_kernels_avx512vnni;
 extern const pylora_kernels pylora_kernels_avx512bf16;
+#if defined(__linux__) && defined(__LP64__) && \
+    ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))
+#define PYLORA_AMX 1
+#endif
 #elif defined(__aarch64__) || defined(_M_ARM64)
 #define PYLORA_ARM64 1
 extern const pylora_kernels pylora_kernels_neon;
+#endif
+
+#if defined(PYLORA_AMX) || defined(PYLORA_AMX_EMULATED)
+extern const pylora_kernels pylora_kernels_amx;
 #endif
 
 /* The table in use; chosen at the first call. */

@@ -243,8 +243,9 @@ static inline input input_of(int64_t rows, int64_t cols, float size) {
 /* ---- every kernel table, one thread and several ---- */
 
 static inline void each_setup(void (*test)(void)) {
-  const char *name;
-  for (int t = 0; (name = pylora_isa_name(t)); t++)
+  const char *name, *only = getenv("PYLORA_TEST_ISA");
+  for (int t = 0; (name = pylora_isa_name(t)); t++) {
+    if (only && strcmp(only, name) != 0) continue;
     for (int threads = 1; threads <= 3; threads += 2) {
       OK(pylora_use_isa(name));
       OK(pylora_set_num_threads(threads));
@@ -252,6 +253,7 @@ static inline void each_setup(void (*test)(void)) {
       test();
       release();
     }
+  }
 }
 static inline int finish(const char *name) {
   if (failures)

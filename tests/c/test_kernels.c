@@ -4,6 +4,7 @@
 #include "internal.h"
 
 static const pylora_kernels *K;
+static int chain; /* bfloat16 products are one chain; if not, test_amx.c knows their order */
 
 static float wide(uint16_t h) {
   const uint32_t u = (uint32_t)h << 16;
@@ -82,7 +83,7 @@ static void one_bf16(const shape *s, int mode, uint16_t (*draw)(void), int exact
         for (int odd = 1; odd >= 0; odd--)
           sum = fmaf(wide(a[i * s->lda + 2 * t + odd]), wide(b[t * s->ldb + 2 * j + odd]), sum);
       if (mode == GEMM_ADD) sum = before[at] + sum;
-      if (exact)
+      if (exact && chain)
         EXPECT(same(c[at], sum), "mode %d, [%d,%d] of %d x %d, %d pairs: %.9g, not %.9g", mode,
                (int)i, (int)j, (int)s->m, (int)s->n, (int)s->kk, (double)c[at], (double)sum);
     }
@@ -234,6 +235,7 @@ static void conversions(void) {
 
 static void all(void) {
   K = pylora_table();
+  chain = strcmp(K->name, "amx") != 0;
   products();
   specials();
   transposed();

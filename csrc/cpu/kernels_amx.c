@@ -1,0 +1,37 @@
+/* The kernel table for x86-64 with AMX: that of AVX-512 BF16, with bfloat16 products on tiles.
+ *
+ * Linux only (it must be asked for permission), and where the compiler knows the instructions. */
+#if !defined(_GNU_SOURCE)
+#define _GNU_SOURCE /* syscall */
+#endif
+#include "../internal.h"
+
+#if defined(PYLORA_AMX_EMULATED) /* tests/c/amx_emulation.h came first: tiles in software */
+#define PYLORA_AMX_BUILD 1
+#elif defined(PYLORA_AMX)
+#define PYLORA_AMX_BUILD 1
+#if defined(__clang__)
+#pragma clang attribute push(                                                                  \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,avx512vnni,avx512bf16," \
+                          "amx-tile,amx-bf16,amx-int8"))),                                     \
+    apply_to = function)
+#elif defined(__GNUC__)
+#pragma GCC target( \
+    "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,avx512vnni,avx512bf16,amx-tile,amx-bf16,amx-int8")
+#endif
+#define VEC_AVX512 1
+#define VEC_VNNI 1
+#define VEC_BF16 1
+#endif
+
+#if defined(PYLORA_AMX_BUILD)
+#define VEC_AMX 1
+#define TABLE pylora_kernels_amx
+#define TABLE_NAME "amx"
+#include "table.inc"
+#if defined(__clang__) && !defined(PYLORA_AMX_EMULATED)
+#pragma clang attribute pop
+#endif
+#else
+typedef int pylora_not_for_this_cpu; /* ISO C forbids an empty file */
+#endif

@@ -1,0 +1,133 @@
+/* The kernels for Intel's AMX on tiles emulated in software (amx_emulation.h): no instruction that would
+ * fault, no access outside, and the bits that the definition of TDPBF16PS gives, for every size.
+ * Where this machine has AMX, the same checks run on the processor. */
+#include "amx_emulation.h"
+#if defined(PYLORA_AMX_EMULATED) /* in the core, too: `make amx` */
+#define WITHOUT_HARDWARE 1
+#else
+#define PYLORA_AMX_EMULATED 1
+#endif
+#define pylora_kernels_amx emulated /* beside the table in the core, if this build has it */
+#include "../../csrc/cpu/kernels_amx.c"
+#undef pylora_kernels_amx
+#include "check.h"
+
+static const pylora_kernels *K;
+
+static int same(float a, float b) { return memcmp(&a, &b, 4) == 0 || (a != a && b != b); }
+
+/* The definition again, for one element and from the manual's text: `pairs` terms a[2t], a[2t + 1]. */
+static float by_the_book(int64_t pairs, const uint16_t *a, const uint16_t *b, int64_t ldb, float c,
+                         int mode) {
+  for (int64_t piece = 0; piece == 0 || piece < pairs; piece += 256) {
+    float sum = mode == GEMM_ADD || (mode == GEMM_SET && piece == 0) ? 0 : c;
+    for (int64_t block = piece; block < pairs && block < piece + 256; block += 16) {
+      float temp[2] = {0, 0};
+      for (int64_t t = block; t < block + 16; t++) /* filled up with zeros, which turn -0 into 0 */
+        for (int e = 0; e < 2; e++)
+          temp[e] = amx_fma(t < pairs ? bf16_widen(a[2 * t + e]) : 0,
+                            t < pairs ? bf16_widen(b[t * ldb + e]) : 0, temp[e]);
+      sum = amx_add(sum, amx_add(temp[0], temp[1]));
+    }
+    c = mode == GEMM_ADD ? c + sum : sum;
+  }
+  return c;
+}
+
+static uint16_t ordinary(void) {
+  return (uint16_t)((bits64() & 0x807f) | (uint64_t)(112 + below(24)) << 7);
+}
+/* Products and sums around the smallest normal number, and inputs below it. */
+static uint16_t tiny(void) {
+  return (uint16_t)((bits64() & 0x807f) | (uint64_t)(below(8) ? 57 + below(14) : 0) << 7);
+}
+static uint16_t wild(void) {
+  return below(6) ? ordinary()
+                  : (uint16_t)PICK(0x7f80, 0xff80, 0x7fc0, 0, 0x8000, 0x7f7f, 0xff7f, 1);
+}
+
+static void once(int64_t m, int64_t n, int64_t pairs, int mode, uint16_t (*draw)(void)) {
+  const int64_t lda = 2 * pairs + PICK(0, 1, 2, 37), ldb = 2 * n + PICK(0, 1, 2, 64),
+                ldc = n + PICK(0, 1, 32);
+  /* Allocated to the byte; c's gaps are NaN. */
+  const int64_t a_size = m && pairs ? (m - 1) * lda + 2 * pairs : 0,
+                b_size = pairs ? (pairs - 1) * ldb + 2 * n : 0, size = m ? (m - 1) * ldc + n : 0;
+  uint16_t *a = bytes_of((size_t)a_size * 2), *b = bytes_of((size_t)b_size * 2);
+  float *c = floats(size, 1), *before = bytes_of((size_t)size * sizeof(float)),
+        *alone = bytes_of((size_t)size * sizeof(float));
+  for (int64_t i = 0; i < a_size; i++) a[i] = draw();
+  for (int64_t i = 0; i < b_size; i++) b[i] = draw();
+  for (int64_t i = 0; i < size; i++) {
+    if (draw != ordinary) c[i] = amx_flush(bf16_widen(draw()));
+    if (i % ldc >= n) c[i] = NAN;
+  }
+  if (size) memcpy(before, c, (size_t)size * sizeof(float));
+  if (size) memcpy(alone, c, (size_t)size * sizeof(float));
+  snprintf(context, sizeof context, "%s, %d x %d, %d pairs, mode %d", K->name, (int)m, (int)n,
+           (int)pairs, mode);
+  K->gemm_bf16(m, (int)n, pairs, a, lda, b, ldb, c, ldc, mode);
+  EXPECT(!amx_configured, "tiles were not released");
+  for (int64_t i = 0; i < m; i++) {
+    K->gemm_bf16(1, (int)n, pairs, a + i * lda, lda, b, ldb, alone + i * ldc, ldc, mode);
+    for (int64_t j = 0; j < n; j++) {
+      const int64_t at = i * ldc + j;
+      const float want = by_the_book(pairs, a + i * lda, b + 2 * j, ldb, before[at], mode);
+      /* Sums over the pieces of GEMM_ADD are ordinary float32 additions, which keep subnormals. */
+      EXPECT(same(c[at], want), "[%d,%d] %.9g, not %.9g", (int)i, (int)j, (double)c[at],
+             (double)want);
+      EXPECT(same(c[at], alone[at]), "[%d,%d] %.9g, alone %.9g", (int)i, (int)j, (double)c[at],
+             (double)alone[at]);
+    }
+  }
+  for (int64_t i = 0; i < size; i++) EXPECT(i % ldc < n || c[i] != c[i], "a gap of c was written");
+  release();
+}
+
+/* Every number of rows and of outputs, every remainder of pairs, and the places where pieces end. */
+static void sizes(void) {
+  for (int64_t m = 0; m <= 70; m++)
+    once(m, PICK(1, 7, 16, 17, 31, 32), PICK(1, 5, 16, 23), (int)(m % 3), ordinary);
+  for (int64_t n = 1; n <= 32; n++)
+    for (int mode = GEMM_SET; mode <= GEMM_ADD; mode++)
+      once(PICK(1, 3, 16, 17, 32, 33, 49), n, PICK(1, 15, 16, 17, 33), mode, ordinary);
+  for (int64_t pairs = 0; pairs <= 66; pairs++)
+    once(PICK(1, 5, 17), PICK(1, 16, 20, 32), pairs, (int)(pairs % 3), ordinary);
+  static const int64_t longer[] = {100, 255, 256, 257, 271, 272, 288, 511, 512, 513, 599, 600};
+  for (size_t i = 0; i < sizeof longer / sizeof *longer; i++)
+    for (int mode = GEMM_SET; mode <= GEMM_ADD; mode++)
+      once(PICK(1, 2, 19, 35), PICK(1, 18, 32), longer[i], mode, ordinary);
+}
+
+static void numbers(void) {
+  for (int i = 0; i < 60; i++) {
+    once(PICK(1, 17, 34), PICK(3, 32), PICK(1, 4, 16, 40), i % 3, tiny);
+    once(PICK(1, 17, 34), PICK(3, 32), PICK(1, 4, 16, 40), i % 3, wild);
+  }
+}
+
+/* The check before the table is offered: right tiles pass, each kind of wrong ones does not. */
+static void self_test(void) {
+  snprintf(context, sizeof context, "self-test");
+  for (amx_fault = 1; amx_fault <= 3; amx_fault++)
+    EXPECT(!amx_right(), "wrong tiles of kind %d were taken for right", amx_fault);
+  amx_fault = 0;
+  EXPECT(amx_right(), "right tiles were taken for wrong");
+  EXPECT(emulated.supported(), "the table is not offered");
+}
+
+int main(int argc, char **argv) {
+  if (argc > 1) state += strtoull(argv[1], NULL, 10); /* other numbers */
+  self_test();
+  K = &emulated;
+  sizes();
+  numbers();
+#if defined(PYLORA_AMX) && !defined(WITHOUT_HARDWARE)
+  if (pylora_use_isa("amx") == PYLORA_OK) {
+    K = pylora_table();
+    sizes();
+    numbers();
+    printf("AMX itself was checked, too\n");
+  }
+#endif
+  return finish("test_amx");
+}
