@@ -37,15 +37,16 @@ typedef struct pylora_format {
                   const void *panel, float *tile);
 
   /* ---- backward: tile [n][32] += dy chunk ---- */
-  int back; /* PYLORA_F32 or PYLORA_BF16: of the rows of dy and of the chunk */
+  int back; /* PYLORA_F32, PYLORA_BF16 or PYLORA_F32X3: of the rows of dy and of the chunk */
   /* Outputs d0 .. d0 + rows - 1 (both multiples of 32) and inputs j .. j + 31 (< k: zeros beyond; j a
-   * multiple of 32) of all panels -> chunk [rows][32], or in pairs [rows / 2][32][2] for bfloat16. */
+   * multiple of 32) of all panels -> chunk [rows][32], or in pairs [rows / 2][32][2] for bfloat16; for
+   * F32X3 in pairs twice, of the upper and of the lower halves. */
   void (*transpose)(const pylora_kernels *K, const void *panels, int64_t k, int64_t d0,
                     int64_t rows, int64_t j, void *chunk);
 } pylora_format;
 
 extern const pylora_format pylora_format_f32, pylora_format_bf16, pylora_format_q8_0,
-    pylora_format_q4_0, pylora_format_q4_1;
+    pylora_format_q4_0, pylora_format_q4_1, pylora_format_f32x3;
 
 /* NULL for a dtype that no weight can have. (pack.c) */
 const pylora_format *pylora_format_of(int dtype);
@@ -61,6 +62,16 @@ void pylora_product(const pylora_kernels *K, int64_t m, int64_t n, int64_t kk, c
 void pylora_product_bf16(const pylora_kernels *K, int64_t m, int64_t n, int64_t kk,
                          const uint16_t *a, int64_t lda, const uint16_t *b, int64_t ldb, float *c,
                          int64_t ldc);
+
+/* tile [n][32] = or += x W in three products of bfloat16 halves, for kk <= PYLORA_CHUNK terms: x has its
+ * lower halves `low_x` elements after the upper ones, W (in pairs) `low_w`. (format_x3.c) */
+void pylora_three_products(const pylora_kernels *K, int64_t n, int64_t kk, const uint16_t *x,
+                           int64_t ldx, int64_t low_x, const uint16_t *W, int64_t low_w,
+                           float *tile, int mode);
+/* Elements from the upper to the lower halves of a row. */
+static inline int64_t pylora_x3_low(int64_t k) {
+  return (int64_t)(round_up((size_t)k * sizeof(uint16_t)) / sizeof(uint16_t));
+}
 
 /* A row of float32 or bfloat16 as float32: the row itself, or widened into out. */
 static inline const float *pylora_row(const pylora_kernels *K, const pylora_mat *x, int64_t i,

@@ -46,9 +46,35 @@ static void prepare_dy(void *ctx, int64_t task, int thread) {
                    (char *)w->out + (size_t)i * w->p->stride);
 }
 
+/* c [n, wide] = dy B in float32 from dy as the caller gave it, columns j .. j + wide - 1 of B.  Scratch
+ * holds the rows of a bfloat16 dy, widened. */
+static void float_g(const bwd *w, int64_t i, int64_t n, int64_t j, int64_t wide, float *scratch) {
+  enum { AT_ONCE = 32 }; /* of a piece of up to 1024 terms */
+  const part *p = w->p;
+  const pylora_mat *dy = p->l->dy;
+  const pylora_lora *l = p->l->lora;
+  if (!dy->b) {
+    pylora_product(w->K, n, wide, p->d, dy->p + i * dy->ld, dy->ld, 1, l->B + j, l->ldb,
+                   p->g + i * p->r + j, p->r);
+    return;
+  }
+  const int64_t step = max64(1, pylora_piece(p->d));
+  for (int64_t q = i; q < i + n; q += AT_ONCE) {
+    const int64_t rows = min64(AT_ONCE, i + n - q);
+    int64_t t = 0;
+    do {
+      const int64_t some = min64(step, p->d - t);
+      for (int64_t a = 0; a < rows; a++)
+        w->K->from_bf16(some, dy->b + (q + a) * dy->ld + t, scratch + a * some);
+      w->K->gemm(rows, (int)wide, some, scratch, some, 1, l->B + t * l->ldb + j, l->ldb,
+                 p->g + q * p->r + j, p->r, t ? GEMM_ADD : GEMM_SET);
+      t += step;
+    } while (t < p->d);
+  }
+}
+
 /* g = s dy B for a block of rows */
 static void g_block(void *ctx, int64_t task, int thread) {
-  (void)thread;
   const bwd *w = ctx;
   const part *p = w->p;
   const pylora_lora *l = p->l->lora;
@@ -56,7 +82,9 @@ static void g_block(void *ctx, int64_t task, int thread) {
   const char *rows = (const char *)p->dy + (int64_t)p->stride * i;
   for (int64_t j = 0; j < p->r; j += PANEL) {
     const int64_t wide = min64(PANEL, p->r - j);
-    if (p->B)
+    if (w->back->dtype == PYLORA_F32X3)
+      float_g(w, i, n, j, wide, w->tiles + (int64_t)thread * PYLORA_TILE);
+    else if (p->B)
       pylora_product_bf16(w->K, n, wide, p->d, (const uint16_t *)(const void *)rows,
                           (int64_t)p->stride / 2, p->B + j * ceil_div(p->d, 2) * 2, 2 * wide,
                           p->g + i * p->r + j, p->r);
@@ -140,7 +168,12 @@ static void dx_block(void *ctx, int64_t task, int thread) {
     for (int64_t t = 0; t < p->d; t += PYLORA_CHUNK_D) {
       const int64_t rows = min64(PYLORA_CHUNK_D, p->d - t);
       w->F->transpose(w->K, p->l->W->data, w->k, t, pad_panel(rows), j, chunk);
-      if (w->back->dtype == PYLORA_BF16)
+      if (w->back->dtype == PYLORA_F32X3)
+        pylora_three_products(w->K, n, rows, (const uint16_t *)(const void *)dy + t,
+                              (int64_t)p->stride / 2, pylora_x3_low(p->d),
+                              (const uint16_t *)(const void *)chunk, pad_panel(rows) * PANEL, tile,
+                              GEMM_ADD);
+      else if (w->back->dtype == PYLORA_BF16)
         w->K->gemm_bf16(n, PANEL, ceil_div(rows, 2), (const uint16_t *)(const void *)dy + t,
                         (int64_t)p->stride / 2, (const uint16_t *)(const void *)chunk, 2 * PANEL,
                         tile, PANEL, GEMM_ADD);

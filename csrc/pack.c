@@ -13,6 +13,8 @@ const pylora_format *pylora_format_of(int dtype) {
     return &pylora_format_q4_0;
   case PYLORA_Q4_1:
     return &pylora_format_q4_1;
+  case PYLORA_F32X3:
+    return &pylora_format_f32x3;
   default:
     return NULL;
   }

@@ -153,9 +153,7 @@ class CBackend:
     def computes(self, precision: str) -> str:
         """The precision that a model of this one has here: "fp32x3" needs bfloat16 tiles (AMX),
         and is strict float32 without them."""
-        if check_precision(precision) == "fp32x3" and not lib.pylora_pack_bytes(
-            lib.PYLORA_F32X3, 32, 32
-        ):
+        if check_precision(precision) == "fp32x3" and ffi.string(lib.pylora_isa()) != b"amx":
             return "fp32"
         return precision
 

@@ -10,7 +10,9 @@
 #define pylora_kernels_amx emulated /* beside the table in the core, if this build has it */
 #include "../../csrc/cpu/kernels_amx.c"
 #undef pylora_kernels_amx
+#define from_bf16 value_of_bf16 /* the table's own is static in this file */
 #include "check.h"
+#undef from_bf16
 
 static const pylora_kernels *K;
 
