@@ -4,18 +4,18 @@
 
 #include "internal.h"
 
-static const pylora_kernels *const tables[] = {/* best first */
+static const pylora_kernels *const tables[] = {
+    /* best first */
 #if defined(PYLORA_AMX) || defined(PYLORA_AMX_EMULATED)
-                                               &pylora_kernels_amx,
+    &pylora_kernels_amx,
 #endif
 #if defined(PYLORA_X86)
-                                               &pylora_kernels_avx512bf16,
-                                               &pylora_kernels_avx512vnni, &pylora_kernels_avx512,
-                                               &pylora_kernels_avx2,
+    &pylora_kernels_avx512bf16, &pylora_kernels_avx512vnni,
+    &pylora_kernels_avx512,     &pylora_kernels_avx2,
 #elif defined(PYLORA_ARM64)
-                                               &pylora_kernels_neon,
+    &pylora_kernels_neon,
 #endif
-                                               &pylora_kernels_portable};
+    &pylora_kernels_portable};
 enum { TABLES = sizeof tables / sizeof *tables };
 
 static _Atomic(const pylora_kernels *) current;

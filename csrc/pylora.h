@@ -46,8 +46,8 @@ int pylora_abi_version(void);
 
 /* ---- run time: instruction set and threads ---------------------------------------------- */
 
-/* The kernel table in use: "portable", "avx2", "avx512", "avx512vnni", "avx512bf16" or "neon".  Chosen
- * at the first use from what the CPU has; the environment variable PYLORA_ISA overrides it. */
+/* The kernel table in use: "portable", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx" or "neon".
+ * Chosen at the first use from what the CPU has; the environment variable PYLORA_ISA overrides it. */
 const char *pylora_isa(void);
 /* The tables that this build has AND this CPU can run, best first; NULL past the end. */
 const char *pylora_isa_name(int index);
