@@ -5,7 +5,7 @@
 #include "internal.h"
 
 static const pylora_kernels *const tables[] = {
-    /* best first */
+/* best first */
 #if defined(PYLORA_AMX) || defined(PYLORA_AMX_EMULATED)
     &pylora_kernels_amx,
 #endif

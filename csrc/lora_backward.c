@@ -224,7 +224,7 @@ static int check_grad(const pylora_linear_grad *l, const pylora_mat *x, const py
 static int direct(const pylora_mat *dy, int back) {
   const int64_t size = dy->b ? 2 : 4;
   if (back != (dy->b ? PYLORA_BF16 : PYLORA_F32) || (dy->b && dy->cols % 2)) return 0;
-  return dy->rows < 4 || (dy->ld > 0 && dy->ld * size % 2048 != 0);
+  return dy->rows < 2 || (dy->ld > 0 && (dy->rows < 4 || dy->ld * size % 2048 != 0));
 }
 
 /* Everything of one projection but dx. */
@@ -238,7 +238,7 @@ static int one_part(const bwd *all, part *p, const pylora_mat *x, arena *a, int 
   p->r = l->lora ? l->lora->r : 0;
   if (p->r && l->lora->drop && l->lora->drop->p > 0) p->drop = l->lora->drop;
   p->dy = l->dy->b ? (const void *)l->dy->b : (const void *)l->dy->p;
-  p->stride = (size_t)l->dy->ld * (l->dy->b ? 2 : 4);
+  p->stride = m > 1 ? (size_t)l->dy->ld * (l->dy->b ? 2 : 4) : 0;
   p->low = p->r && (l->dA || all->dx) && pylora_any_nonzero(l->lora->B, d, p->r, l->lora->ldb);
   if ((all->dx || (p->r && (l->dA || p->low))) && m && !direct(l->dy, w.back->dtype)) {
     p->stride = w.back->row_bytes(d);

@@ -176,7 +176,7 @@ static int check_linear(const pylora_linear *l, const pylora_mat *x, int64_t seg
 static int direct(const pylora_format *F, const pylora_mat *x) {
   const int64_t size = x->b ? 2 : 4;
   if (F->dtype != (x->b ? PYLORA_BF16 : PYLORA_F32) || (x->b && x->cols % 2)) return 0;
-  return x->rows < 4 || (x->ld > 0 && x->ld * size % 2048 != 0);
+  return x->rows < 2 || (x->ld > 0 && (x->rows < 4 || x->ld * size % 2048 != 0));
 }
 
 int pylora_linear_forward(const pylora_mat *x, int64_t n, const pylora_linear *linear,
@@ -210,7 +210,7 @@ int pylora_linear_forward(const pylora_mat *x, int64_t n, const pylora_linear *l
   if (m == 0) return PYLORA_OK;
 
   f.rows = x->b ? (const void *)x->b : (const void *)x->p;
-  f.stride = (size_t)x->ld * (x->b ? 2 : 4);
+  f.stride = m > 1 ? (size_t)x->ld * (x->b ? 2 : 4) : 0;
   const int as_is = direct(f.F, x);
   if (!as_is) {
     f.stride = f.F->row_bytes(k);
