@@ -48,6 +48,10 @@ typedef struct pylora_kernels {
    * lda, ldb in elements. */
   void (*gemm_bf16)(int64_t m, int n, int64_t pairs, const uint16_t *a, int64_t lda,
                     const uint16_t *b, int64_t ldb, float *c, int64_t ldc, int mode);
+  /* The same in that one chain on every table, amx too: attention's scores, which few_scores makes in
+   * this order for a query alone. */
+  void (*gemm_pairs)(int64_t m, int n, int64_t pairs, const uint16_t *a, int64_t lda,
+                     const uint16_t *b, int64_t ldb, float *c, int64_t ldc, int mode);
   /* A tile of 32 outputs x 32 inputs, from pairs of inputs to pairs of outputs:
    * dst[(i/2)*64 + 2*j + i%2] = src[(j/2)*64 + 2*i + j%2]  for outputs i < 32, inputs j < 32. */
   void (*transpose32_bf16)(const uint16_t *src, uint16_t *dst);
@@ -96,7 +100,7 @@ typedef struct pylora_kernels {
   void (*softmax_columns_backward)(int64_t n, int cols, float *s, float *dp, const float *lse,
                                    const float *delta, float scale);
   /* A few heads of one query, each with a row of s, where the above has columns; every sum in the same
-   * order.  s[h*lds + t] = q[h] k[t] for n keys: float32 terms, or pairs as in gemm_bf16 if q is
+   * order.  s[h*lds + t] = q[h] k[t] for n keys: float32 terms, or pairs as in gemm_pairs if q is
    * bfloat16 (then k is, too, and D is even).  q [heads][D]. */
   void (*few_scores)(int64_t n, int64_t D, int heads, pylora_vec q, pylora_vec k, int64_t ldk,
                      float *s, int64_t lds);
