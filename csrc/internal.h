@@ -26,6 +26,7 @@ static inline int64_t pad_panel(int64_t n) { return ceil_div(n, PYLORA_PANEL) * 
 static inline int check_mat16(const pylora_mat *a, int64_t rows, int64_t cols, int out) {
   if (!a) return PYLORA_E_NULL;
   if (a->rows != rows || a->cols != cols || rows < 0 || cols < 0) return PYLORA_E_SHAPE;
+  if (a->h) return PYLORA_E_UNSUPPORTED;
   if (a->p && a->b) return PYLORA_E_VALUE;
   if (rows == 0 || cols == 0) return PYLORA_OK;
   if (!a->p && !a->b) return PYLORA_E_NULL;

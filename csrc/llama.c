@@ -122,7 +122,7 @@ static void *piece(pieces *a, double count, size_t size) {
 static pylora_mat new_mat(pieces *a, int dtype, int64_t rows, int64_t cols) {
   const int half = dtype == PYLORA_BF16;
   void *p = piece(a, (double)rows * (double)cols, half ? sizeof(uint16_t) : sizeof(float));
-  return (pylora_mat){half ? NULL : p, rows, cols, cols, half ? p : NULL};
+  return (pylora_mat){half ? NULL : p, rows, cols, cols, half ? p : NULL, NULL};
 }
 
 static void lay_out(run *f, pieces *a) {
@@ -206,13 +206,13 @@ size_t pylora_llama_workspace(const pylora_llama *model, const pylora_step *step
 /* ---- parts ---- */
 
 static pylora_mat rows_of(const pylora_mat *a, int64_t first, int64_t n) {
-  return (pylora_mat){a->p ? a->p + first * a->ld : NULL, n, a->cols, a->ld,
-                      a->b ? a->b + first * a->ld : NULL};
+  return (pylora_mat){a->p ? a->p + first * a->ld : NULL, n,   a->cols, a->ld,
+                      a->b ? a->b + first * a->ld : NULL, NULL};
 }
 
 /* The first `cols` columns of a buffer, side by side. */
 static pylora_mat part(const pylora_mat *a, int64_t cols) {
-  return (pylora_mat){a->p, a->rows, cols, cols, a->b};
+  return (pylora_mat){a->p, a->rows, cols, cols, a->b, NULL};
 }
 
 /* One segment of some rows, each projection with the bias of that segment's adapter. */
@@ -281,7 +281,7 @@ static int embed(const run *f) {
       for (int64_t t = 0; t < n; t++)
         for (int64_t j = 0; j < l->r; j++)
           f->b.h[t * l->r + j] = l->s * l->A[j * l->lda + s->ids[first + t]];
-      const pylora_mat h = {f->b.h, n, l->r, l->r, NULL};
+      const pylora_mat h = {f->b.h, n, l->r, l->r, NULL, NULL};
       TRY(pylora_lora_forward(&h, a->embedding_B, NULL, NULL, &x, &x, NULL, f->ws, f->ws_bytes));
     }
     for (int64_t t = 0; a->embedding_bias && t < n; t++)
@@ -295,7 +295,7 @@ static int turn(const run *f, const pylora_mat *raw, const float *norm, const py
   const pylora_llama *g = f->model;
   const int64_t D = g->attn.head_dim;
   if (norm) {
-    const pylora_mat heads = {raw->p, raw->rows * (raw->cols / D), D, D, NULL};
+    const pylora_mat heads = {raw->p, raw->rows * (raw->cols / D), D, D, NULL, NULL};
     TRY(pylora_rms_norm_forward(&heads, norm, g->eps, &heads, f->b.rstd));
   }
   return pylora_rope(raw, &g->cosines, &g->sines, f->step->position, (int32_t)D, g->rope_layout, 0,

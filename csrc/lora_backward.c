@@ -149,7 +149,7 @@ static void add_low(const bwd *w, const part *p, int64_t i, int64_t n, int64_t j
     float *c = tile + q * PANEL;
     w->K->gemm(1, (int)cols, p->r, p->g + (i + q) * p->r, p->r, 1, l->A + j, l->lda, scratch, PANEL,
                GEMM_SET);
-    pylora_mat one = {scratch, 1, cols, cols, NULL};
+    pylora_mat one = {scratch, 1, cols, cols, NULL, NULL};
     pylora_dropout_at(&one, p->drop, i + q, j, w->k, &one);
     for (int64_t b = 0; b < cols; b++) c[b] += scratch[b];
   }
@@ -273,7 +273,7 @@ static int one_part(const bwd *all, part *p, const pylora_mat *x, arena *a, int 
   }
   if (l->dA) {
     const arena mark = *a;
-    pylora_mat dropped = {NULL, m, k, k, NULL}, wide = *x;
+    pylora_mat dropped = {NULL, m, k, k, NULL, NULL}, wide = *x;
     p->xa = x;
     if (p->drop) {
       float *xa = arena_floats(a, m * k);

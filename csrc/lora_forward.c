@@ -271,8 +271,8 @@ int pylora_linear_forward(const pylora_mat *x, int64_t n, const pylora_linear *l
     own.p = p + i;
     float *xa = arena_floats(&a, m * k);
     if (!xa) return PYLORA_E_WORKSPACE;
-    pylora_mat dropped = {xa, m, k, k, NULL},
-               wide = {(float *)f.low_rows, m, k, f.low_stride, NULL};
+    pylora_mat dropped = {xa, m, k, k, NULL, NULL},
+               wide = {(float *)f.low_rows, m, k, f.low_stride, NULL, NULL};
     if (pairs) { /* the mask keeps or scales numbers of x, which are rounded after that */
       if (x->b) {
         own.out = xa;

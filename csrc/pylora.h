@@ -26,7 +26,7 @@
 extern "C" {
 #endif
 
-#define PYLORA_ABI_VERSION 2
+#define PYLORA_ABI_VERSION 3
 
 typedef enum pylora_status {
   PYLORA_OK = 0,
@@ -38,6 +38,7 @@ typedef enum pylora_status {
   PYLORA_E_UNSUPPORTED = 6, /* this build or machine cannot do it (dtype, instruction set) */
   PYLORA_E_PACKED = 7,      /* the packed weight is not one that pylora_pack filled */
   PYLORA_E_THREADS = 8,     /* threads could not be started */
+  PYLORA_E_DEVICE = 9,      /* the GPU, its driver or cuBLAS; see pylora_cuda_error() */
 } pylora_status;
 
 /* A sentence for a status; never NULL, also for numbers that are not a status. */
@@ -77,7 +78,8 @@ typedef enum pylora_dtype {
 typedef struct pylora_mat {
   float *p;
   int64_t rows, cols, ld;
-  uint16_t *b; /* bfloat16 elements, in place of p: one of the two is NULL */
+  uint16_t *b; /* bfloat16 elements, in place of p */
+  uint16_t *h; /* float16 elements, in place of p: GPUs only (cuda/pylora_cuda.h) */
 } pylora_mat;
 
 /* A frozen weight W [d,k], packed once: ceil(d / 32) panels of 32 outputs, the last one filled up with

@@ -92,8 +92,8 @@ static void dropout_task(void *ctx, int64_t i, int thread) {
   (void)thread;
   const dropout *f = ctx;
   const int64_t k = f->x->cols;
-  const pylora_mat x = {f->x->p + i * f->x->ld, 1, k, k, NULL},
-                   y = {f->y->p + i * f->y->ld, 1, k, k, NULL};
+  const pylora_mat x = {f->x->p + i * f->x->ld, 1, k, k, NULL, NULL},
+                   y = {f->y->p + i * f->y->ld, 1, k, k, NULL, NULL};
   (void)pylora_dropout_at(&x, f->drop, i, 0, k, &y); /* its arguments were checked */
 }
 

@@ -16,11 +16,13 @@ const char *pylora_status_text(int status) {
   case PYLORA_E_VALUE:
     return "a scalar argument is out of its domain";
   case PYLORA_E_UNSUPPORTED:
-    return "this build or this CPU does not support it";
+    return "this build, this processor or this operation does not support it";
   case PYLORA_E_PACKED:
     return "the packed weight was not made by pylora_pack";
   case PYLORA_E_THREADS:
     return "the threads could not be started";
+  case PYLORA_E_DEVICE:
+    return "the GPU, its driver or cuBLAS reported an error; pylora_cuda_error() says which";
   default:
     return "unknown status";
   }

@@ -42,9 +42,11 @@ static float A[R * K], B[D * R], dA[R * K], dB[D * R], h[M * R];
 static float mA[R * K], vA[R * K], mB[D * R], vB[D * R]; /* AdamW's moments */
 
 int main(void) {
-  pylora_mat Wm = {W, D, K, K}, goalm = {goal, D, K, K}, xm = {x, M, K, K}, ym = {y, M, D, D};
-  pylora_mat wantm = {want, M, D, D, NULL}, dym = {dy, M, D, D, NULL}, hm = {h, M, R, R, NULL};
-  pylora_mat dAm = {dA, R, K, K}, dBm = {dB, D, R, R};
+  pylora_mat Wm = {W, D, K, K, NULL, NULL}, goalm = {goal, D, K, K, NULL, NULL},
+             xm = {x, M, K, K, NULL, NULL}, ym = {y, M, D, D, NULL, NULL};
+  pylora_mat wantm = {want, M, D, D, NULL, NULL}, dym = {dy, M, D, D, NULL, NULL},
+             hm = {h, M, R, R, NULL, NULL};
+  pylora_mat dAm = {dA, R, K, K, NULL, NULL}, dBm = {dB, D, R, R, NULL, NULL};
 
   /* The frozen weight, and a goal that differs from it by a matrix of rank R. */
   fill(W, D * K, 1, 0.1f);

@@ -41,7 +41,7 @@ static void *workspace(size_t bytes) {
 }
 
 pylora_mat zeros(int64_t rows, int64_t cols) {
-  return (pylora_mat){take((size_t)(rows * cols) * sizeof(float)), rows, cols, cols, NULL};
+  return (pylora_mat){take((size_t)(rows * cols) * sizeof(float)), rows, cols, cols, NULL, NULL};
 }
 
 pylora_mat copy(pylora_mat a) {

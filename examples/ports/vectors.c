@@ -125,7 +125,7 @@ array typed(const testcase *c, const char *name, const char *dtype) {
 
 pylora_mat in(const testcase *c, const char *name) {
   const array a = typed(c, name, "f32");
-  return (pylora_mat){a.p, a.rows, a.cols, a.cols, NULL};
+  return (pylora_mat){a.p, a.rows, a.cols, a.cols, NULL, NULL};
 }
 
 array output(const testcase *c, const char *name) {

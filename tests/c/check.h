@@ -92,7 +92,7 @@ static inline pylora_mat matrix(int64_t rows, int64_t cols, float size) {
   block *b = take((size_t)n * sizeof(float));
   b->base = b->memory, b->n = n, b->offset = offset;
   for (int64_t i = 0; i < n; i++) b->base[i] = NAN;
-  pylora_mat a = {n ? b->base + offset : NULL, rows, cols, stride, NULL};
+  pylora_mat a = {n ? b->base + offset : NULL, rows, cols, stride, NULL, NULL};
   if (n && below(3) == 0) a.p += (rows - 1) * stride, a.ld = -stride;
   for (int64_t i = 0; i < rows; i++)
     for (int64_t j = 0; j < cols; j++) a.p[i * a.ld + j] = size * uniform();
@@ -106,7 +106,7 @@ static inline pylora_mat matrix16(int64_t rows, int64_t cols) {
   block *b = take((size_t)n * sizeof(uint16_t));
   b->base16 = b->memory, b->n = n, b->offset = offset;
   for (int64_t i = 0; i < n; i++) b->base16[i] = GAP16;
-  pylora_mat a = {NULL, rows, cols, stride, n ? b->base16 + offset : NULL};
+  pylora_mat a = {NULL, rows, cols, stride, n ? b->base16 + offset : NULL, NULL};
   if (n && below(3) == 0) a.b += (rows - 1) * stride, a.ld = -stride;
   return b->mat = a;
 }
@@ -161,9 +161,11 @@ static inline float *abs_floats(int64_t n, const float *x) {
   return y;
 }
 static inline pylora_mat row_of(const pylora_mat *a, int64_t i) {
-  return (pylora_mat){a->p + i * a->ld, 1, a->cols, a->ld, NULL};
+  return (pylora_mat){a->p + i * a->ld, 1, a->cols, a->ld, NULL, NULL};
 }
-static inline pylora_mat column(float *p, int64_t n) { return (pylora_mat){p, n, 1, 1, NULL}; }
+static inline pylora_mat column(float *p, int64_t n) {
+  return (pylora_mat){p, n, 1, 1, NULL, NULL};
+}
 
 /* Gaps still hold NaN? Then everything is given back. */
 static inline void release(void) {

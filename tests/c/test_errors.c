@@ -98,7 +98,7 @@ static void transformer(void) {
   operands();
   const float *w = floats(6, 1);
   float *r = floats(6, 1);
-  const pylora_mat before = copy_of(&DX), none = {NULL, 4, 0, 0, NULL};
+  const pylora_mat before = copy_of(&DX), none = {NULL, 4, 0, 0, NULL, NULL};
   E_NULL(pylora_rms_norm_forward(NULL, w, 0, &DX, r));
   E_NULL(pylora_rms_norm_forward(&X, NULL, 0, &DX, r));
   E_NULL(pylora_rms_norm_forward(&X, w, 0, NULL, r));
@@ -141,11 +141,15 @@ static void transformer(void) {
   E_INDEX(pylora_embedding_backward(ids, &X, &dW));
   E_SHAPE(pylora_embedding_backward(ids, &Y, &dW));
   expect_same("outputs after errors", &DX, &before);
-  const pylora_mat overlapping = {DX.p, 4, 6, 5,
-                                  NULL}; /* rows of an output may not overlap; of an input, yes */
+  /* rows of an output may not overlap; of an input, yes */
+  const pylora_mat overlapping = {DX.p, 4, 6, 5, NULL, NULL};
   E_SHAPE(pylora_swiglu_forward(&X, &X, &overlapping));
-  const pylora_mat repeated = {X.p, 4, 6, 0, NULL};
+  const pylora_mat repeated = {X.p, 4, 6, 0, NULL, NULL};
   OK(pylora_swiglu_forward(&repeated, &repeated, &DX));
+  uint16_t halves[4 * 6] = {0}; /* float16 is for GPUs */
+  const pylora_mat half = {NULL, 4, 6, 6, NULL, halves};
+  EXPECT(pylora_swiglu_forward(&half, &half, &DX) == PYLORA_E_UNSUPPORTED);
+  EXPECT(pylora_cast(&half, &DX) == PYLORA_E_UNSUPPORTED);
 }
 
 static void attention(void) {

@@ -35,7 +35,7 @@ static pylora_packed weight(int dtype, int64_t d, int64_t k) {
 static pylora_mat mat_of(int act, int64_t rows, int64_t cols) {
   void *p = bytes_of((size_t)(rows * cols) * sizeof(float));
   memset(p, 0xff, (size_t)(rows * cols) * sizeof(float)); /* NaN in either type */
-  return (pylora_mat){act ? NULL : p, rows, cols, cols, act ? p : NULL};
+  return (pylora_mat){act ? NULL : p, rows, cols, cols, act ? p : NULL, NULL};
 }
 
 static pylora_lora low_rank(int64_t d, int64_t k, int64_t r) {
@@ -65,7 +65,7 @@ static void make_adapters(world *w) {
     if (a == 0 || a == 2) continue;
     for (int i = 0; i < TABLE; i += 2) w->bias[a][i] = floats(w->W[i].d, 0.5f);
     w->low[a] = low_rank(HIDDEN, VOCAB, 5);
-    const pylora_mat B = {(float *)w->low[a].B, HIDDEN, 5, 5, NULL};
+    const pylora_mat B = {(float *)w->low[a].B, HIDDEN, 5, 5, NULL, NULL};
     OK(pylora_pack(PYLORA_F32, &B, aligned(pylora_pack_bytes(PYLORA_F32, HIDDEN, 5)), &w->B[a]));
     w->adapter[a].bias = w->unpacked[a].bias = w->bias[a];
     if (a == 3) continue;
@@ -157,8 +157,8 @@ static pylora_mat by_hand(const world *w, const int64_t *ids, int64_t m, const p
     one_linear(w, &normed, first + PYLORA_K, a, l->bias[PYLORA_K], NULL, &raw_k);
     one_linear(w, &normed, first + PYLORA_V, a, l->bias[PYLORA_V], NULL, &v);
     if (l->q_norm) {
-      const pylora_mat qh = {raw_q.p, m * HEADS, D, D, NULL};
-      const pylora_mat kh = {raw_k.p, m * KV_HEADS, D, D, NULL};
+      const pylora_mat qh = {raw_q.p, m * HEADS, D, D, NULL, NULL};
+      const pylora_mat kh = {raw_k.p, m * KV_HEADS, D, D, NULL, NULL};
       OK(pylora_rms_norm_forward(&qh, l->q_norm, g->eps, &qh, rstd));
       OK(pylora_rms_norm_forward(&kh, l->k_norm, g->eps, &kh, rstd));
     }

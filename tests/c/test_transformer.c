@@ -42,7 +42,7 @@ static void rms_norm(void) {
     }
     OK(pylora_rms_norm_backward(&dy, &x, w, rstd0, &dx, add, dw));
     pylora_ref_rms_norm_backward(&dy, &x, w, rstd0, &dx0, add, dw0);
-    const pylora_mat dwm = {dw, 1, k, k, NULL}, dwm0 = {dw0, 1, k, k, NULL};
+    const pylora_mat dwm = {dw, 1, k, k, NULL, NULL}, dwm0 = {dw0, 1, k, k, NULL, NULL};
     expect_near("dx", &dx, &dx0, &mag, (double)k + 9);
     expect_near("dw", &dwm, &dwm0, &dwmag, (double)m + 3);
     const pylora_mat same = copy_of(&dy),

@@ -1,0 +1,4 @@
+/* kernels.cu - all kernels in one source: what CuPy's NVRTC compiles where there is no compiled library, and
+ * what the emulation of the tests runs.  The library compiles each group beside its host functions. */
+#include "device.cuh"
+/* Order does not matter: a group uses device.cuh alone. */
