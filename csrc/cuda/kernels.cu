@@ -2,3 +2,4 @@
  * what the emulation of the tests runs.  The library compiles each group beside its host functions. */
 #include "device.cuh"
 /* Order does not matter: a group uses device.cuh alone. */
+#include "random.cuh"
