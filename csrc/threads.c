@@ -5,9 +5,11 @@
  * then sleep.  A second caller that finds the pool busy does its tasks alone, so no caller waits for
  * another; results are the same bits either way.
  *
- * How a call is handed over: the caller writes `call`, then raises `generation` and wakes the workers.
- * Everyone takes tasks from `next_task` until they run out; a worker reports by raising `done`.  The
- * caller returns when every worker that takes part has, so none can still look at an old call. */
+ * How a call is handed over: the caller writes `call`, opens `gate` under a new number and wakes the
+ * workers.  A worker enters through the open gate and is counted there; everyone takes tasks from
+ * `next_task` until they run out.  Then the caller closes the gate and waits for those inside alone, so
+ * none can still look at an old call, and a worker that sleeps, or whose processor is with another
+ * program, is not waited for: its tasks are done by then. */
 #if !defined(_WIN32)
 #define _GNU_SOURCE /* sched_getaffinity */
 #endif
@@ -68,10 +70,13 @@ static struct {
   int64_t n;
 } call;
 static _Atomic int64_t next_task;
-static _Atomic int done;
-/* The number of the call in the high bits, and in the low 16 how many workers take part in it: one
- * word, because a worker that does not take part is not waited for and must not read `call`. */
-static _Atomic uint64_t generation;
+/* One word, so that a worker enters the call it has seen or none.  From the top: the number of the call
+ * (32 bits), whether it is open, how many workers may enter (15 bits), how many are inside (16). */
+static _Atomic uint64_t gate;
+#define GATE_OPEN ((uint64_t)1 << 31)
+static uint64_t gate_number(uint64_t g) { return g >> 32; }
+static int gate_may_enter(uint64_t g) { return g & GATE_OPEN ? (int)(g >> 16 & 0x7fff) : 0; }
+static int gate_inside(uint64_t g) { return (int)(g & 0xffff); }
 
 static int processors(void) {
 #if defined(_WIN32)
@@ -109,31 +114,35 @@ static void take_tasks(int thread) {
   while ((t = atomic_fetch_add(&next_task, 1)) < call.n) call.fn(call.ctx, t, thread);
 }
 
-static uint64_t await_generation(uint64_t seen) {
+static void await_call(uint64_t seen) {
   for (int i = 0; i < SPINS; i++) {
-    if (atomic_load(&generation) != seen) return atomic_load(&generation);
+    if (gate_number(atomic_load(&gate)) != seen) return;
     relax();
   }
   lock(&sleep_lock);
   atomic_fetch_add(&sleepers, 1);
-  while (atomic_load(&generation) == seen) cond_wait(&wake, &sleep_lock);
+  while (gate_number(atomic_load(&gate)) == seen) cond_wait(&wake, &sleep_lock);
   atomic_fetch_sub(&sleepers, 1);
   unlock(&sleep_lock);
-  return atomic_load(&generation);
 }
 
 typedef struct start {
   int id;
-  uint64_t seen;
+  uint64_t seen; /* the number of the last call that is not for this worker */
 } start;
 static start starts[MAX_THREADS];
 
 static void work(int id, uint64_t seen) {
   for (;;) {
-    seen = await_generation(seen);
-    if (id <= (int)(seen & 0xffff)) {
+    await_call(seen);
+    uint64_t g = atomic_load(&gate);
+    int inside = 0;
+    while (!inside && id <= gate_may_enter(g)) /* a failed exchange loads g again */
+      inside = atomic_compare_exchange_weak(&gate, &g, g + 1);
+    seen = gate_number(g);
+    if (inside) {
       take_tasks(id);
-      atomic_fetch_add(&done, 1);
+      atomic_fetch_sub(&gate, 1);
     }
   }
 }
@@ -164,6 +173,7 @@ static void after_fork_in_child(void) {
   wake = c;
   workers = 0;
   atomic_store(&sleepers, 0);
+  atomic_store(&gate, gate_number(atomic_load(&gate)) << 32);
 }
 
 static int spawn(start *s) {
@@ -186,25 +196,25 @@ void pylora_parallel(pylora_task fn, void *ctx, int64_t n, int threads) {
     return;
   }
   while (workers < threads - 1) { /* if the system refuses a thread, those there are do the work */
-    starts[workers] = (start){workers + 1, atomic_load(&generation)};
+    starts[workers] = (start){workers + 1, gate_number(atomic_load(&gate))};
     if (!spawn(&starts[workers])) break;
     workers++;
   }
   call.fn = fn;
   call.ctx = ctx;
   call.n = n;
-  int helpers = (int)min64(threads - 1, workers);
+  const uint64_t helpers = (uint64_t)min64(threads - 1, workers);
+  const uint64_t number = gate_number(atomic_load(&gate)) + 1;
   atomic_store(&next_task, 0);
-  atomic_store(&done, 0);
-  uint64_t number = (atomic_load(&generation) >> 16) + 1;
-  atomic_store(&generation, number << 16 | (uint64_t)helpers);
+  atomic_store(&gate, number << 32 | GATE_OPEN | helpers << 16);
   if (atomic_load(&sleepers)) {
     lock(&sleep_lock);
     cond_broadcast(&wake);
     unlock(&sleep_lock);
   }
   take_tasks(0);
-  for (int i = 0; atomic_load(&done) < helpers; i++) {
+  atomic_fetch_and(&gate, ~GATE_OPEN);
+  for (int i = 0; gate_inside(atomic_load(&gate)); i++) {
     relax();
     if (i > SPINS) { /* more threads than processors: let them run */
 #if defined(_WIN32)
