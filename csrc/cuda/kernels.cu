@@ -3,3 +3,6 @@
 #include "device.cuh"
 /* Order does not matter: a group uses device.cuh alone. */
 #include "random.cuh"
+#include "copy.cuh"
+#include "norm.cuh"
+#include "pointwise.cuh"
