@@ -70,7 +70,7 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m mypy pylora
-	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests/c examples -name '*.c' -o -name '*.h' -o -name '*.inc')
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests/c tests/cuda examples -name '*.c' -o -name '*.h' -o -name "*.inc" -o -name "*.cu" -o -name "*.cuh" -o -name "*.cpp")
 
 ctest:
 	$(MAKE) -C tests/c check CC="$(CC)"

@@ -32,6 +32,12 @@ struct pylora_cuda {
 int device_status(const char *what, cudaError_t error);
 int device_failure(const char *what, const char *why);
 
+/* The part of a context that is products.cu's: g->products.  Closing what was never opened is nothing. */
+int products_open(pylora_cuda *g, const char *cublaslt);
+void products_close(pylora_cuda *g);
+/* The version of the cuBLASLt that this process has loaded; 0: none yet. */
+int products_version(void);
+
 /* Makes the context's device the thread's own for as long as this lives. */
 struct OnDevice {
   int before;
