@@ -2,4 +2,4 @@
 
 from setuptools import setup
 
-setup(cffi_modules=["pylora/_build.py:ffibuilder"])
+setup(cffi_modules=["pylora/_build.py:ffibuilder", "pylora/_build.py:cuda_abi"])

@@ -1,6 +1,7 @@
-"""Builds the C core as `pylora._core` (cffi, API mode); setup.py and the build backend call it.
+"""Builds the C core as `pylora._core` (cffi, API mode), and the declarations of the CUDA library as
+`pylora._cuda_abi` (ABI mode: nothing is compiled or linked); setup.py calls it.
 
-The declarations come from csrc/pylora.h itself, so that header and binding cannot disagree.
+The declarations come from the headers themselves, so that header and binding cannot disagree.
 Nothing is compiled for the building machine: each instruction set has its own source files, chosen
 at run time.
 """
@@ -15,15 +16,17 @@ from cffi import FFI
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADER = ROOT / "csrc" / "pylora.h"
+CUDA_HEADER = ROOT / "csrc" / "cuda" / "pylora_cuda.h"
 
 
-def declarations(header: str) -> str:
-    """The header without comments and preprocessor lines, and its plain numeric constants."""
+def declarations(header: str, *, compiled: bool = True) -> str:
+    """The header without comments and preprocessor lines, and its plain numeric constants: for the
+    compiler to fill in, or as the numbers they are where nothing is compiled."""
     text = re.sub(r"/\*.*?\*/", "", header, flags=re.S)
-    constants = re.findall(r"^#define (PYLORA_\w+) \(?-?\d+\)?$", text, flags=re.M)
+    constants = re.findall(r"^#define (PYLORA_\w+) \(?(-?\d+)\)?$", text, flags=re.M)
     text = re.sub(r'#ifdef __cplusplus\n(extern "C" \{|\})\n#endif', "", text)
     text = re.sub(r"^#.*$", "", text, flags=re.M)
-    return text + "".join(f"#define {name} ...\n" for name in constants)
+    return text + "".join(f"#define {n} {'...' if compiled else v}\n" for n, v in constants)
 
 
 def sources() -> list[str]:
@@ -49,5 +52,12 @@ ffibuilder.set_source(
     libraries=[] if MSVC else ["m", "pthread"],
 )
 
+# `from pylora._cuda_abi import ffi; lib = ffi.dlopen(path of libpylora_cuda)`.
+cuda_abi = FFI()
+for header in (HEADER, CUDA_HEADER):
+    cuda_abi.cdef(declarations(header.read_text(encoding="utf-8"), compiled=False))
+cuda_abi.set_source("pylora._cuda_abi", None)
+
 if __name__ == "__main__":
+    cuda_abi.compile(verbose=True)
     ffibuilder.compile(verbose=True)
