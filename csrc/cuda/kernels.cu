@@ -6,3 +6,5 @@
 #include "copy.cuh"
 #include "norm.cuh"
 #include "pointwise.cuh"
+#include "loss.cuh"
+#include "optim.cuh"
