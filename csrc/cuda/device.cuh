@@ -5,7 +5,7 @@
  * host's, over an emulation (PYLORA_EMULATE) that defines the names of CUDA that stand here, and checks them.
  * So kernels use no CUDA feature but these: threadIdx, blockIdx, blockDim, gridDim, __syncthreads,
  * __syncwarp, __shfl_sync, __shfl_xor_sync, __shfl_down_sync, __ballot_sync (full warps), SHARED, DYNAMIC_SHARED, float2,
- * float4, uint2, uint4, __restrict__, <math.h>'s functions, and the functions of this file.
+ * float4, uint2, uint4, __restrict__, __launch_bounds__, __grid_constant__, <math.h>'s functions, and the functions of this file.
  * No atomics on floats anywhere: sums have one order. */
 #ifndef PYLORA_DEVICE_CUH
 #define PYLORA_DEVICE_CUH

@@ -46,7 +46,7 @@ template <int W> DEVICE float log_sum_exp(const View &x, int64_t i, void *cache,
 /* What a row's label asks for. */
 enum { LABEL_FINE, LABEL_IGNORED, LABEL_BAD };
 DEVICE int kind_of(int64_t label, int64_t cols) {
-  return label == PYLORA_IGNORE ? LABEL_IGNORED
+  return label == PYLORA_IGNORE       ? LABEL_IGNORED
          : label >= 0 && label < cols ? LABEL_FINE
                                       : LABEL_BAD;
 }
@@ -90,8 +90,7 @@ DEVICE void loss_gradients(const View &x, int64_t i, int64_t label, float lse, f
     }
     for (int u = 0; u < LOSS_AHEAD; u++) {
       const int64_t j = (v + u * step) * W;
-      if (j < x.cols)
-        loss_gradient(r[u], x.dtype, label, kind, lse, weight, d, vectors, i, j);
+      if (j < x.cols) loss_gradient(r[u], x.dtype, label, kind, lse, weight, d, vectors, i, j);
     }
   }
 }
@@ -104,21 +103,20 @@ DEVICE void cross_entropy_forward(const View &x, const int64_t *labels, float *n
     if (threadIdx.x == 0) put_loss(x, i, labels[i], total, nll, lse, bad);
   }
 }
-KERNEL __launch_bounds__(1024) pylora_cross_entropy_forward_4(View x, const int64_t *labels,
-                                                              float *nll, float *lse,
-                                                              int32_t *bad) {
+KERNEL __launch_bounds__(1024)
+    pylora_cross_entropy_forward_4(View x, const int64_t *labels, float *nll, float *lse,
+                                   int32_t *bad) {
   cross_entropy_forward<4>(x, labels, nll, lse, bad);
 }
-KERNEL __launch_bounds__(1024) pylora_cross_entropy_forward_1(View x, const int64_t *labels,
-                                                              float *nll, float *lse,
-                                                              int32_t *bad) {
+KERNEL __launch_bounds__(1024)
+    pylora_cross_entropy_forward_1(View x, const int64_t *labels, float *nll, float *lse,
+                                   int32_t *bad) {
   cross_entropy_forward<1>(x, labels, nll, lse, bad);
 }
 
 template <int W>
 DEVICE void cross_entropy_backward(const View &x, const int64_t *labels, const float *lse,
-                                   const float *weight, const View &d, bool vectors,
-                                   int32_t *bad) {
+                                   const float *weight, const View &d, bool vectors, int32_t *bad) {
   for (int64_t i = blockIdx.x; i < x.rows; i += gridDim.x) {
     const int64_t label = labels[i];
     if (threadIdx.x == 0 && kind_of(label, x.cols) == LABEL_BAD) flag_bad_index(bad);

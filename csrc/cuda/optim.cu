@@ -5,8 +5,8 @@
 static bool aligned16(const void *p) { return (uintptr_t)p % 16 == 0; }
 
 static int check_adamw(const pylora_adamw *o) {
-  const bool fine = o->step >= 1 && o->beta1 >= 0 && o->beta1 < 1 && o->beta2 >= 0 && o->beta2 < 1 &&
-                    o->eps >= 0 && isfinite(o->eps);
+  const bool fine = o->step >= 1 && o->beta1 >= 0 && o->beta1 < 1 && o->beta2 >= 0 &&
+                    o->beta2 < 1 && o->eps >= 0 && isfinite(o->eps);
   return fine ? PYLORA_OK : PYLORA_E_VALUE;
 }
 static int check_parameter(const pylora_cuda_parameter *p) {
@@ -43,7 +43,7 @@ int pylora_cuda_adamw_step(pylora_cuda *g, void *stream, int64_t count,
     }
     if (blocks > INT32_MAX) return PYLORA_E_SHAPE;
     if (t.count == ADAMW_ARRAYS || (i == count - 1 && t.count)) {
-      LAUNCH(pylora_adamw, dim3((unsigned)blocks), OPTIM_THREADS, 0, stream, t);
+      LAUNCH(pylora_adamw_arrays, dim3((unsigned)blocks), OPTIM_THREADS, 0, stream, t);
       t.count = 0, blocks = 0;
     }
   }

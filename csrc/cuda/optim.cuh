@@ -10,9 +10,9 @@
 
 enum {
   OPTIM_THREADS = 256,
-  ADAMW_PIECE = 4096,   /* elements of a block: four vectors of a thread */
+  ADAMW_PIECE = 4096, /* elements of a block: four vectors of a thread */
   SQUARES_PIECE = 16384,
-  ADAMW_ARRAYS = 56,    /* of a table: 4 kB of arguments is what every driver takes */
+  ADAMW_ARRAYS = 56, /* of a table: 4 kB of arguments is what every driver takes */
   SQUARES_ARRAYS = 128,
 };
 
@@ -28,7 +28,8 @@ struct AdamwArray {
 struct AdamwTable {
   AdamwArray array[ADAMW_ARRAYS];
   int32_t count;
-  float grad_scale, beta1, rest1, beta2, rest2, unbias2, eps; /* rest: 1 - beta; unbias2: 1 / (1 - beta2^step) */
+  float grad_scale, beta1, rest1, beta2, rest2, unbias2,
+      eps; /* rest: 1 - beta; unbias2: 1 / (1 - beta2^step) */
 };
 
 /* Which of `count` ascending first blocks has this one. */
@@ -54,7 +55,7 @@ DEVICE void adamw(const AdamwTable &t, float decay, float rate, float &param, fl
   param = param * decay - step;
 }
 
-KERNEL pylora_adamw(const __grid_constant__ AdamwTable table) {
+KERNEL pylora_adamw_arrays(const __grid_constant__ AdamwTable table) {
   const int64_t block = blockIdx.x;
   const AdamwArray &a = table.array[owner_of(table.array, table.count, block)];
   const int64_t first = (block - a.block) * ADAMW_PIECE,
@@ -104,7 +105,8 @@ KERNEL pylora_squares(const __grid_constant__ SquaresTable table, double *part) 
   double sum = 0;
   for (int64_t i = first + threadIdx.x; i < end; i += 8 * OPTIM_THREADS) {
     float f[8]; /* eight loads under way, each of a warp's side by side whatever the alignment */
-    for (int u = 0; u < 8; u++) f[u] = i + u * OPTIM_THREADS < end ? x[i + u * OPTIM_THREADS] : 0.0f;
+    for (int u = 0; u < 8; u++)
+      f[u] = i + u * OPTIM_THREADS < end ? x[i + u * OPTIM_THREADS] : 0.0f;
     for (int u = 0; u < 8; u++) sum += (double)f[u] * f[u];
   }
   sum = block_sum(sum, scratch);
