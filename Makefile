@@ -1,10 +1,12 @@
 # make demo   sets up .venv, builds, fine-tunes a real model and shows what it learnt
 # make test   sets up what the tests need and runs them against the installed package
 # make lint   ruff, mypy, clang-format          make ctest   the C core's own tests
+# make cudatest  the CUDA core's own tests, on a CPU
 # make parity installs PyTorch, transformers and PEFT, so that `make test` compares with them too
 # make clean  removes .venv, out and what was built
 #
-# Needs Python >= 3.10 with its headers, a C compiler and make. Another Python: make PYTHON=python3.12
+# Needs Python >= 3.10 with its headers, a C compiler and make; the CUDA library is built too if nvcc is
+# found (PYLORA_CUDA=off: not). Another Python: make PYTHON=python3.12
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,7 +16,7 @@ PYTEST_ARGS ?=
 CC ?= cc
 
 .DELETE_ON_ERROR:
-.PHONY: demo test parity lint ctest clean install
+.PHONY: demo test parity lint ctest cudatest clean install
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -70,12 +72,18 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m mypy pylora
-	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests/c tests/cuda examples -name '*.c' -o -name '*.h' -o -name "*.inc" -o -name "*.cu" -o -name "*.cuh" -o -name "*.cpp")
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests/c tests/cuda examples -name '*.c' -o -name '*.h' -o -name '*.inc' \
+	  -o -name '*.cu' -o -name '*.cuh' -o -name '*.cpp')
 
 ctest:
 	$(MAKE) -C tests/c check CC="$(CC)"
 
+# The CUDA core without a GPU: its tests over an emulation of CUDA. See also tools/gpu_check.sh.
+cudatest:
+	$(MAKE) -C tests/cuda check CC="$(CC)"
+
 clean:
 	rm -rf $(VENV) build pylora.egg-info out
 	find pylora -name '_core*.so' -o -name '_core*.c' | xargs rm -f
-	if [ -f tests/c/Makefile ]; then $(MAKE) -C tests/c clean; fi
+	rm -f pylora/libpylora_cuda.so pylora/_cuda_abi.py pylora/_cuda_kernels.cu pylora/_cuda_note.txt
+	for d in tests/c tests/cuda; do if [ -f $$d/Makefile ]; then $(MAKE) -C $$d clean; fi; done

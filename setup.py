@@ -1,5 +1,24 @@
-"""Compiles the C core. Everything else about the package is in pyproject.toml."""
+"""Compiles the C core, and the CUDA library where nvcc is found. Everything else about the package is
+in pyproject.toml."""
+
+import runpy
+from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_ext import build_ext
 
-setup(cffi_modules=["pylora/_build.py:ffibuilder", "pylora/_build.py:cuda_abi"])
+ROOT = Path(__file__).resolve().parent
+CUDA = runpy.run_path(str(ROOT / "pylora" / "_build_cuda.py"))
+
+
+class Build(build_ext):
+    def run(self) -> None:
+        super().run()
+        package = ROOT / "pylora" if self.inplace else Path(self.build_lib) / "pylora"
+        CUDA["build"](package, Path(self.build_temp) / "cuda")
+
+
+setup(
+    cmdclass={"build_ext": Build},
+    cffi_modules=["pylora/_build.py:ffibuilder", "pylora/_build.py:cuda_abi"],
+)
