@@ -1,5 +1,5 @@
-"""Compiles the C core, and the CUDA library where nvcc is found. Everything else about the package is
-in pyproject.toml."""
+"""Compiles the C core, and the CUDA library where nvcc is found. Everything else about the package
+is in pyproject.toml."""
 
 import runpy
 from pathlib import Path

@@ -1,9 +1,9 @@
-"""Builds libpylora_cuda with nvcc, where there is one, while the package is built; setup.py calls it.
+"""Builds libpylora_cuda with nvcc, where there is one, while the package is built (by setup.py).
 
-PYLORA_CUDA says what a missing nvcc means: `auto` (default) builds without the library and notes why,
-`on` is an error, `off` does not look. Beside the library, or in its place, the package gets the
-kernels as one source for CuPy's run-time compiler, and a note for `pylora doctor`.
-Nothing of CUDA is linked but its static runtime: no GPU, driver or cuBLAS is needed to build or import.
+PYLORA_CUDA says what a missing nvcc means: `auto` (default) builds without the library and notes
+why, `on` is an error, `off` does not look. Beside the library, or in its place, the package gets
+the kernels as one source for CuPy's run-time compiler, and a note for `pylora doctor`.
+Nothing of CUDA is linked but its static runtime: building needs no GPU, driver or cuBLAS.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def compile_library(nvcc: str, target: Path, objects: Path) -> str:
 
 
 def build(package: Path, objects: Path) -> list[Path]:
-    """Puts the kernels' source, a note, and, if it can be built, the library into a package's folder."""
+    """Puts the kernels' source, a note, and, if it can be built, the library into a folder."""
     package, objects = package.resolve(), objects.resolve()
     package.mkdir(parents=True, exist_ok=True)
     library, note = package / LIBRARY, package / NOTE

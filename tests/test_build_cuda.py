@@ -1,5 +1,5 @@
 """Building the CUDA library: where nvcc is looked for, what its absence or failure means, and that
-only what changed is compiled again. The nvcc here is a script; the real one runs in CI's stage `cuda`."""
+only what changed is compiled again. Here nvcc is a script; CI's stage `cuda` runs the real one."""
 
 from __future__ import annotations
 

@@ -51,8 +51,8 @@ def test_only_the_promised_dependencies() -> None:
 
 @installed
 def test_the_installed_size_is_small() -> None:
-    """5 MB of everything but the CUDA library, which is there only if nvcc was, and holds each kernel
-    three times (sm_80, sm_90, PTX): it has a bound of its own."""
+    """5 MB of everything but the CUDA library, which is there only if nvcc was, and holds each
+    kernel three times (sm_80, sm_90, PTX): it has a bound of its own."""
     sizes = {
         p.relative_to(PACKAGE): p.stat().st_size
         for p in PACKAGE.rglob("*")
