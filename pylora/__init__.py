@@ -84,6 +84,7 @@ __all__ = [
     "open_checkpoint",
     "parameters",
     "resolve",
+    "set_num_threads",
     "unmerge_checkpoint",
     "use",
 ]
@@ -128,6 +129,18 @@ def build_info() -> dict[str, Any]:
         core: Any = backends.get("c")
         info |= {"isa": core.isa, "isas": core.isas(), "num_threads": core.num_threads}
     return info
+
+
+def set_num_threads(n: int) -> None:
+    """Threads that one operation uses, 1 to 256, for the whole process. It changes no bit of any
+    result. BackendError where the backend in use has none of its own (numpy, cupy)."""
+    from pylora import backends
+    from pylora.errors import BackendError
+
+    ops: Any = backends.get()
+    if not hasattr(ops, "set_num_threads"):
+        raise BackendError(f"the {ops.name} backend has no threads of its own to set")
+    ops.set_num_threads(n)
 
 
 def _processor() -> str:

@@ -120,6 +120,21 @@ def test_settings_that_do_not_exist_are_refused(ops: Any) -> None:
         assert ops.num_threads == before
 
 
+def test_threads_are_set_for_the_process_where_the_backend_has_any(ops: Any) -> None:
+    pylora.use(ops.name)
+    try:
+        if ops.name != "c":
+            with pytest.raises(BackendError, match="no threads of its own"):
+                pylora.set_num_threads(2)
+            return
+        before = ops.num_threads
+        pylora.set_num_threads(before + 1)
+        assert ops.num_threads == pylora.build_info()["num_threads"] == before + 1
+        ops.set_num_threads(before)
+    finally:
+        pylora.use(None)
+
+
 @pytest.mark.parametrize("value", ["many", "0", "-4", "1.5", "257", "9" * 30])
 def test_a_number_of_threads_that_is_none_is_refused(clean: Any, value: str) -> None:
     if "c" not in backends.available():
@@ -218,7 +233,12 @@ def test_importing_pylora_imports_no_heavy_part() -> None:
 
 
 def test_every_public_name_is_there() -> None:
-    assert set(pylora.__all__) == set(pylora._HOME) | {"__version__", "build_info", "use"}
+    assert set(pylora.__all__) == set(pylora._HOME) | {
+        "__version__",
+        "build_info",
+        "set_num_threads",
+        "use",
+    }
     for name in pylora.__all__:
         assert getattr(pylora, name) is not None
         assert name in dir(pylora)

@@ -1,4 +1,5 @@
-/* The kernel table for x86-64 with AMX: that of AVX-512 BF16, with bfloat16 products on tiles.
+/* The kernel table for x86-64 with AMX: that of AVX-512 BF16, with products on tiles of bfloat16 numbers
+ * and of bytes.
  *
  * Linux only (it must be asked for permission), and where the compiler knows the instructions. */
 #if !defined(_GNU_SOURCE)
@@ -8,6 +9,12 @@
 
 #if defined(PYLORA_AMX_EMULATED) /* tests/c/amx_emulation.h came first: tiles in software */
 #define PYLORA_AMX_BUILD 1
+#if defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && \
+    defined(__AVX512VNNI__) && defined(__AVX512BF16__) && defined(__FMA__)
+#define VEC_AVX512 1 /* compiled for a machine that has all but the tiles */
+#define VEC_VNNI 1
+#define VEC_BF16 1
+#endif
 #elif defined(PYLORA_AMX)
 #define PYLORA_AMX_BUILD 1
 #if defined(__clang__)

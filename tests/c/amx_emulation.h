@@ -15,6 +15,9 @@
 #ifndef AMX_EMULATION_H
 #define AMX_EMULATION_H
 
+#if defined(__AVX512F__)
+#include <immintrin.h> /* now, so that its names can be taken over below */
+#endif
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -30,7 +33,8 @@ typedef struct amx_tile {
 static _Thread_local amx_tile amx_tiles[8];
 static _Thread_local int amx_configured;
 /* A processor that is wrong: 1: one chain for both terms of a pair; 2: sums not added to C;
- * 3: the last row of a tile is left as it was. The self-test must notice. */
+ * 3: the last row of a tile is left as it was; 4: bytes of A without their sign; 5: of B. The self-test
+ * must notice. */
 static int amx_fault;
 
 static inline void amx_must(int condition, const char *what) {
@@ -143,7 +147,8 @@ static inline void amx_dpbssd(int ci, int ai, int bi) {
         uint32_t sum;
         memcpy(&sum, c->d[m] + 4 * n, 4);
         for (int e = 0; e < 4; e++)
-          sum += (uint32_t)((int8_t)a->d[m][4 * k + e] * (int8_t)b->d[k][4 * n + e]);
+          sum += (uint32_t)((amx_fault == 4 ? a->d[m][4 * k + e] : (int8_t)a->d[m][4 * k + e]) *
+                            (amx_fault == 5 ? b->d[k][4 * n + e] : (int8_t)b->d[k][4 * n + e]));
         memcpy(c->d[m] + 4 * n, &sum, 4);
       }
 }

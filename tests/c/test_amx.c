@@ -1,5 +1,6 @@
 /* The kernels for Intel's AMX on tiles emulated in software (amx_emulation.h): no instruction that would
- * fault, no access outside, and the bits that the definition of TDPBF16PS gives, for every size.
+ * fault, no access outside, and for every size the bits that the definition of TDPBF16PS gives, and with
+ * quantized weights those of the kernel without tiles.
  * Where this machine has AMX, the same checks run on the processor. */
 #include "amx_emulation.h"
 #if defined(PYLORA_AMX_EMULATED) /* in the core, too: `make amx` */
@@ -107,12 +108,70 @@ static void numbers(void) {
   }
 }
 
+/* Quantized weights: rows and a panel of any codes, those at their limits among them. */
+static void quantized(int dtype, int64_t m, int64_t groups, int mode) {
+  const size_t row = sizeof(pylora_qrow), stride = (size_t)groups * row + PICK(0, 4, 64) * (m > 1);
+  const size_t panel_bytes = (size_t)(groups * q_bytes(dtype));
+  const int64_t ldc = 32 + PICK(0, 1, 32), size = m ? (m - 1) * ldc + 32 : 0;
+  char *rows = bytes_of(m ? (size_t)(m - 1) * stride + (size_t)groups * row : 0);
+  uint16_t *panel = bytes_of(panel_bytes);
+  float *c = floats(size, 1), *want = bytes_of((size_t)size * sizeof(float));
+  snprintf(context, sizeof context, "%s, dtype %d, %d rows, %d groups, mode %d", K->name, dtype,
+           (int)m, (int)groups, mode);
+  for (int64_t i = 0; i < m; i++)
+    for (int64_t g = 0; g < groups; g++) {
+      pylora_qrow q = {.scale = (float)(1 + below(100)) * 1e-4f};
+      int32_t sum = 0;
+      const int limits = below(4) == 0;
+      for (int t = 0; t < PYLORA_QGROUP; t++) {
+        q.code[t] = limits ? (int16_t)PICK(PYLORA_QROW_MAX, -PYLORA_QROW_MAX, 127, 128, -128, -129)
+                           : (int16_t)(below(2 * PYLORA_QROW_MAX + 1) - PYLORA_QROW_MAX);
+        sum += q.code[t];
+      }
+      if (dtype == PYLORA_Q4_1)
+        q.sum = (float)sum;
+      else
+        q.start = dtype == PYLORA_Q4_0 ? -8 * sum : 0;
+      if (below(40) == 0) q = (pylora_qrow){.scale = NAN};
+      memcpy(rows + (size_t)i * stride + (size_t)g * row, &q, row);
+    }
+  const size_t codes = (size_t)q_arrays(dtype) * 128, group = (size_t)q_bytes(dtype);
+  for (size_t i = 0; i < panel_bytes; i += 2) { /* scales are finite, as those of a file are */
+    const uint16_t u = (uint16_t)bits64();
+    panel[i / 2] =
+        i % group < codes ? (below(8) ? u : (uint16_t)PICK(0x8080, 0x7f7f, 0xffff, 0)) : u & 0xbfff;
+  }
+  for (int64_t i = 0; i < size; i++)
+    if (i % ldc >= 32) c[i] = NAN;
+  if (size) memcpy(want, c, (size_t)size * sizeof(float));
+  gemm_q(dtype, m, groups, rows, stride, panel, want, ldc, mode);
+  K->gemm_q(dtype, m, groups, rows, stride, panel, c, ldc, mode);
+  EXPECT(!amx_configured, "tiles were not released");
+  for (int64_t i = 0; i < size; i++)
+    EXPECT(same(c[i], want[i]), "[%d] %.9g, without tiles %.9g", (int)i, (double)c[i],
+           (double)want[i]);
+  release();
+}
+
+static void quantized_sizes(void) {
+  static const int dtypes[] = {PYLORA_Q8_0, PYLORA_Q4_0, PYLORA_Q4_1};
+  for (int d = 0; d < 3; d++) {
+    for (int64_t m = 0; m <= 50; m++) quantized(dtypes[d], m, 1 + below(6), (int)(m % 3));
+    for (int64_t groups = 1; groups <= 33; groups++)
+      for (int mode = GEMM_SET; mode <= GEMM_ADD; mode++)
+        quantized(dtypes[d], PICK(8, 16, 23, 24), groups, mode);
+  }
+}
+
 /* The check before the table is offered: right tiles pass, each kind of wrong ones does not. */
 static void self_test(void) {
   snprintf(context, sizeof context, "self-test");
   for (amx_fault = 1; amx_fault <= 3; amx_fault++)
     EXPECT(!amx_right(), "wrong tiles of kind %d were taken for right", amx_fault);
+  for (; amx_fault <= 5; amx_fault++)
+    EXPECT(!amxq_right(), "wrong tiles of kind %d were taken for right", amx_fault);
   amx_fault = 0;
+  EXPECT(amxq_right(), "right tiles of bytes were taken for wrong");
   EXPECT(amx_right(), "right tiles were taken for wrong");
   EXPECT(emulated.supported(), "the table is not offered");
 }
@@ -123,11 +182,13 @@ int main(int argc, char **argv) {
   K = &emulated;
   sizes();
   numbers();
+  quantized_sizes();
 #if defined(PYLORA_AMX) && !defined(WITHOUT_HARDWARE)
   if (pylora_use_isa("amx") == PYLORA_OK) {
     K = pylora_table();
     sizes();
     numbers();
+    quantized_sizes();
     printf("AMX itself was checked, too\n");
   }
 #endif
