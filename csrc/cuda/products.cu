@@ -298,7 +298,7 @@ int product(pylora_cuda *g, void *stream, const Product &p, void *ws, size_t ws_
   key.tf32 = g->tf32 && p.dtype == PYLORA_F32;
   key.align_a = alignment(p.a), key.align_w = alignment(p.W), key.align_out = alignment(p.out);
   const std::lock_guard<std::mutex> held(s->lock);
-  Entry *e;
+  Entry *e = NULL;
   TRY(entry_of(s, key, ws_bytes, &e));
   const float one = 1, beta = p.add ? 1 : 0;
   LT(Matmul, s->handle, e->description, &one, p.W, e->W, p.a, e->a, &beta, p.out, e->out, p.out,
