@@ -168,7 +168,8 @@ class Attention:
         k, _ = self._turn(raw_k, self.k_norm, seqs, position)
         keys, values = k, v
         if past is not None:
-            past.k[past.rows], past.v[past.rows] = k, v
+            rows = self.ops.xp.asarray(past.rows)
+            past.k[rows], past.v[rows] = k, v
             keys, values = past.k, past.v
         o, lse = self.ops.attention_forward(q, keys, values, seqs, self.shape, self.dtype)
         y, o_cache = self.o_proj.forward(o, residual=residual, drop=drop)

@@ -10,11 +10,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from pylora.backends.protocol import Backend, Packed
 from pylora.errors import PlanError
-from pylora.linear import Grads, LoRAGrad, add_grad, bias_grads, check_lora, nonzero
+from pylora.linear import (
+    Grads,
+    LoRAGrad,
+    add_grad,
+    bias_grads,
+    check_lora,
+    is_packed,
+    nonzero,
+)
 from pylora.precision import Stored
 from pylora.types import Array, LoRA
 
@@ -37,8 +43,8 @@ class Embedding:
         precision: str = "fp32",
     ) -> None:
         self.path, self.ops = path, ops
-        self.W = ops.pack(W, precision) if isinstance(W, (np.ndarray, Stored)) else W
-        self.vocab, self.hidden = self.W.shape
+        self.W: Packed = W if is_packed(W) else ops.pack(W, precision)
+        self.vocab, self.hidden = (int(n) for n in self.W.shape)
         self._lora: LoRA | None = None
 
     @property
@@ -62,7 +68,7 @@ class Embedding:
         y, lora, ops = self.ops.embedding_forward(ids, self.W), self._lora, self.ops
         if lora is None:
             return y, EmbeddingCache(ids, None)
-        h = ops.xp.ascontiguousarray(lora.A[:, ids].T)
+        h = ops.xp.ascontiguousarray(lora.A[:, ops.xp.asarray(ids)].T)
         scale = h.dtype.type(lora.scale)
         if nonzero(lora.B) and nonzero(lora.A):  # a fresh adapter of an embedding has A = 0
             y, _ = ops.lora_forward(scale * h, ops.pack(lora.B), residual=y)
@@ -78,5 +84,5 @@ class Embedding:
         _, _, dB = ops.lora_backward(dy, None, cache.h, None, lora, need_dx=False, need_dA=False)
         g, _, _ = ops.lora_backward(dy, None, None, ops.pack(lora.B))  # dy B
         dA = ops.embedding_backward(cache.ids, g * g.dtype.type(lora.scale), self.vocab).T  # type: ignore[union-attr]
-        grad = LoRAGrad(ops.xp.ascontiguousarray(dA), dB, *bias_grads(dy, lora))
+        grad = LoRAGrad(ops.xp.ascontiguousarray(dA), dB, *bias_grads(ops, dy, lora))
         add_grad(grads, self.path, grad)

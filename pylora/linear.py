@@ -18,7 +18,7 @@ import numpy as np
 from pylora import random
 from pylora.backends.protocol import Backend, Packed
 from pylora.errors import PlanError, ShapeError
-from pylora.precision import Stored, widened
+from pylora.precision import Stored
 from pylora.types import Array, Drop, LoRA, Projection, ProjectionGrad
 
 
@@ -86,6 +86,11 @@ def add_grad(grads: Grads, path: str, grad: LoRAGrad) -> None:
         grads[path] = grad
 
 
+def is_packed(W: Any) -> bool:
+    """Whether W is what a backend's `pack` gives, not an array or what a file stores."""
+    return hasattr(W, "precision")
+
+
 def nonzero(a: Array | None) -> bool:
     """Whether there is anything to add: adding zeros could turn a -0.0 into 0.0."""
     return a is not None and bool((a != 0).any())
@@ -114,8 +119,8 @@ class LoRALinear:
     ) -> None:
         """W [d,k] is packed here unless it is a packed weight of `ops` already; bias [d]."""
         self.path, self.ops = path, ops
-        self.W = ops.pack(W, precision) if isinstance(W, (np.ndarray, Stored)) else W
-        self.d, self.k = self.W.shape
+        self.W: Packed = W if is_packed(W) else ops.pack(W, precision)
+        self.d, self.k = (int(n) for n in self.W.shape)
         self.bias = None if bias is None else ops.asarray(bias).copy()
         if bias is not None and bias.shape != (self.d,):
             raise ShapeError(f"{path}: bias has shape {bias.shape}, expected ({self.d},)")
@@ -240,15 +245,16 @@ def backward_together(
     trained = [p for p in layers if need_dx or p.lora is not None]
     for p, part, (dA, dB) in zip(trained, parts, found, strict=True):
         if p.lora is not None:
-            add_grad(grads, p.path, LoRAGrad(dA, dB, *bias_grads(part.dy, p.lora)))
+            add_grad(grads, p.path, LoRAGrad(dA, dB, *bias_grads(p.ops, part.dy, p.lora)))
     return dx
 
 
-def bias_grads(dy: Array, lora: LoRA) -> tuple[Array | None, Array | None]:
+def bias_grads(ops: Backend, dy: Array, lora: LoRA) -> tuple[Array | None, Array | None]:
     """Gradients of lora.bias (scale times the sum of the rows of dy) and of lora.base_bias."""
     if lora.bias is None and lora.base_bias is None:
         return None, None
-    total = widened(dy).sum(axis=0)
+    narrow = dy.dtype.itemsize == 2  # bfloat16 or float16
+    total = (ops.cast(dy, np.float32) if narrow else dy).sum(axis=0)
     return (
         None if lora.bias is None else total * total.dtype.type(lora.scale),
         None if lora.base_bias is None else total.copy(),

@@ -8,7 +8,7 @@ below the lowest module that has an adapter.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -31,7 +31,7 @@ from pylora.errors import (
 )
 from pylora.inputs import row_numbers, row_weights, token_ids, whole_seqs
 from pylora.kvcache import KVCache
-from pylora.linear import DropKey, Grads, LinearCache, LoRAGrad, LoRALinear
+from pylora.linear import DropKey, Grads, LinearCache, LoRAGrad, LoRALinear, is_packed
 from pylora.precision import Stored, check_precision, describe
 from pylora.reference import IGNORE
 from pylora.rope import Rope
@@ -40,7 +40,7 @@ from pylora.weights import FromCheckpoint, Weights, checked_weights, random_weig
 
 __all__ = ["IGNORE", "DropKey", "Grads", "Llama", "LoRAGrad", "ModelCache", "random_weights"]
 
-_HEAD_ROWS = 128  # rows of logits that exist at a time in `loss`
+_ARRAYS = ("A", "B", "bias", "base_bias")  # of a LoRA
 
 
 @dataclass(eq=False)
@@ -61,7 +61,7 @@ class ModelCache:
     trunk: _Trunk
     x: Array  # [len(rows), hidden], input of the final norm
     rstd: Array
-    rows: np.ndarray | None
+    rows: Array | None
     head: LinearCache
 
 
@@ -76,7 +76,8 @@ class Llama:
         backend: str | Backend | None = None,
         precision: str = "fp32",
     ) -> None:
-        """`weights(name)` gives each tensor of `config.tensors()` in Hugging Face layout.
+        """`weights(name)` gives each tensor of `config.tensors()` in Hugging Face layout; a matrix
+        may be one that the backend has packed already.
 
         It is called once for each tensor, which is packed as `precision` says (see
         pylora.precision) and let go before the next is asked for, so memory peaks near one copy.
@@ -86,10 +87,11 @@ class Llama:
         self.precision = check_precision(precision)
         checked = checked_weights(config, weights)
         embedding = checked("model.embed_tokens.weight")
-        if not isinstance(embedding, Stored):
+        if is_packed(embedding) or isinstance(embedding, Stored):
+            self.dtype: np.dtype = np.dtype(np.float32)
+        else:
             embedding = self.ops.asarray(embedding)
-        stored = isinstance(embedding, Stored)
-        self.dtype: np.dtype = np.dtype(np.float32) if stored else embedding.dtype
+            self.dtype = embedding.dtype
         self.embed_tokens = Embedding(
             "model.embed_tokens", embedding, ops=self.ops, precision=precision
         )
@@ -108,6 +110,7 @@ class Llama:
         self.modules |= {p.path: p for block in self.blocks for p in block.linears}
         self.modules["lm_head"] = self.lm_head
         self._adapter: Mapping[str, LoRA] | None = None
+        self.placed: dict[str, LoRA] = {}  # its arrays, where the backend computes
         self.stored_as: dict[str, int] | None = None  # {"q4_1": 210, ...}, of a checkpoint
 
     @classmethod
@@ -162,13 +165,33 @@ class Llama:
     def attach(self, adapter: Mapping[str, LoRA]) -> None:
         """Attaches an adapter by reference, in place of any that is there.
 
+        Where the backend has a memory of its own (a GPU) it gets copies of the host's arrays, in
+        `placed`: training changes those, and `collect` brings them back.
+
         Raises PlanError naming a module that the model does not have or an array that does not
         fit, DtypeError for arrays of another dtype than the model's; then nothing has changed.
         """
         self.check(adapter)
+        placed = {path: self._place(lora) for path, lora in adapter.items()}
         for path, module in self.modules.items():
-            module.lora = adapter.get(path)
-        self._adapter = adapter
+            module.lora = placed.get(path)
+        self._adapter, self.placed = adapter, placed
+
+    def _place(self, lora: LoRA) -> LoRA:
+        arrays: dict[str, Any] = {name: getattr(lora, name) for name in _ARRAYS}
+        moved: dict[str, Any] = {
+            n: None if a is None else self.ops.place(a) for n, a in arrays.items()
+        }
+        return lora if all(moved[n] is arrays[n] for n in arrays) else replace(lora, **moved)
+
+    def collect(self) -> None:
+        """Brings the attached adapter's numbers back into its own arrays, where they are copies."""
+        for path, placed in self.placed.items():
+            own = (self._adapter or {})[path]
+            for name in _ARRAYS:
+                array = getattr(placed, name)
+                if array is not getattr(own, name):
+                    getattr(own, name)[...] = self.ops.to_numpy(array)
 
     def check(self, adapter: Mapping[str, LoRA]) -> None:
         """Raises what `attach` would for an adapter that does not fit; changes nothing."""
@@ -180,7 +203,7 @@ class Llama:
             )
         for path, lora in adapter.items():
             self.modules[path].check(lora)
-            for name in ("A", "B", "bias", "base_bias"):
+            for name in _ARRAYS:
                 array = getattr(lora, name)
                 if array is not None and array.dtype != self.dtype:
                     raise DtypeError(
@@ -211,7 +234,7 @@ class Llama:
         recompute: bool,
     ) -> tuple[Array, _Trunk]:
         """The residual stream after the last block [m, hidden]; caches of blocks >= `lowest`."""
-        position = positions(seqs)
+        position = self.ops.xp.asarray(positions(seqs))
         x, embedding = self.embed_tokens.forward(ids)
         trunk = _Trunk(seqs, position, drop, embedding, [])
         for i, block in enumerate(self.blocks):
@@ -264,6 +287,7 @@ class Llama:
             if drop is not None and self._head_dropout():
                 raise UnsupportedError("`rows` with dropout on lm_head; ask for all rows instead")
         x, trunk = self._trunk(ids, seqs, drop, self._lowest(), recompute)
+        rows = None if rows is None else self.ops.xp.asarray(rows)
         x = x if rows is None else x[rows]
         normed, rstd = self._final_norm(x)
         logits, head = self.lm_head.forward(normed, drop=drop)
@@ -314,6 +338,7 @@ class Llama:
         counted = np.flatnonzero(labels != IGNORE)
         weight = row_weights(weight, ids.size, counted.size, self.dtype)
         lowest = self._lowest() if grads else len(self.blocks)
+        ids, labels, weight = (self.ops.xp.asarray(a) for a in (ids, labels, weight))
         x, trunk = self._trunk(ids, seqs, drop, lowest, recompute)
 
         # Dropout is keyed by row number, so with dropout on the head its rows stay consecutive.
@@ -323,8 +348,9 @@ class Llama:
         need_dx = lowest < len(self.blocks)
         dx = self.ops.zeros(x.shape, self.dtype) if need_dx else None
         out: Grads = {}
-        for start in range(0, max(rows.size, 1), _HEAD_ROWS):
-            some = rows[start : start + _HEAD_ROWS]
+        rows, step = self.ops.xp.asarray(rows), self.ops.head_rows
+        for start in range(0, max(rows.size, 1), step):
+            some = rows[start : start + step]
             nll[some], dx_some = self._head_loss(
                 x[some], labels[some], weight[some] if grads else None, drop, start, need_dx, out
             )
@@ -340,8 +366,8 @@ class Llama:
     def _head_loss(
         self,
         x: Array,
-        labels: np.ndarray,
-        weight: np.ndarray | None,
+        labels: Array,
+        weight: Array | None,
         drop: DropKey | None,
         first_row: int,
         need_dx: bool,

@@ -1,6 +1,6 @@
 """AdamW over the arrays of an adapter, in place, with LoRA+ rates and clipping by the global norm.
 
-The moments are float32 arrays on the host, by the same names as the parameters:
+The moments are float32 arrays where the parameters are, by the same names:
 "<module path>.A", ".B", ".bias" (of B) and ".base_bias".
 """
 
@@ -14,12 +14,12 @@ import numpy as np
 
 from pylora.errors import DtypeError, PlanError
 from pylora.train_config import TrainConfig
-from pylora.types import AdamW, LoRA
+from pylora.types import AdamW, Array, LoRA
 
 _FIELDS = ("A", "B", "bias", "base_bias")
 
 
-def trainable(adapter: Mapping[str, LoRA]) -> dict[str, np.ndarray]:
+def trainable(adapter: Mapping[str, LoRA]) -> dict[str, Array]:
     """The adapter's arrays themselves, by name, in the adapter's order.
 
     Raises PlanError if there are none, DtypeError for one that cannot be updated in place.
@@ -33,7 +33,8 @@ def trainable(adapter: Mapping[str, LoRA]) -> dict[str, np.ndarray]:
     if not found:
         raise PlanError("the adapter has no modules, so there is nothing to train")
     for name, array in found.items():
-        ready = array.flags.writeable and array.flags.c_contiguous
+        # A GPU's arrays are always writeable.
+        ready = getattr(array.flags, "writeable", True) and array.flags.c_contiguous
         if array.dtype != np.float32 or not ready:
             raise DtypeError(
                 f"{name} is trained in place, so it must be a writeable C-contiguous float32 "
@@ -42,7 +43,7 @@ def trainable(adapter: Mapping[str, LoRA]) -> dict[str, np.ndarray]:
     return found
 
 
-def gradients(grads: Mapping[str, Any], names: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def gradients(grads: Mapping[str, Any], names: Mapping[str, Array]) -> dict[str, Array]:
     """The model's Grads by parameter name, in the order of `names`."""
     out = {}
     for name in names:
@@ -50,7 +51,7 @@ def gradients(grads: Mapping[str, Any], names: Mapping[str, np.ndarray]) -> dict
         grad = getattr(grads[path], field) if path in grads else None
         if grad is None:
             raise PlanError(f"the model gave no gradient for {name}; is this adapter attached?")
-        out[name] = np.ascontiguousarray(grad, np.float32)
+        out[name] = grad.astype(np.float32, order="C", copy=False)
     return out
 
 
@@ -61,19 +62,20 @@ class Optimizer:
     decoupled (Loshchilov & Hutter 2019) and applies to A and B, not to biases.
     """
 
-    def __init__(self, ops: Any, parameters: dict[str, np.ndarray], config: TrainConfig) -> None:
+    def __init__(self, ops: Any, parameters: dict[str, Array], config: TrainConfig) -> None:
         self.ops, self.parameters, self.config = ops, parameters, config
-        self.m = {name: np.zeros_like(p) for name, p in parameters.items()}
-        self.v = {name: np.zeros_like(p) for name, p in parameters.items()}
+        self.m = {name: ops.xp.zeros_like(p) for name, p in parameters.items()}
+        self.v = {name: ops.xp.zeros_like(p) for name, p in parameters.items()}
 
-    def norm(self, grads: dict[str, np.ndarray]) -> float:
+    def norm(self, grads: dict[str, Array]) -> float:
         """The global L2 norm; summed in float64 in the order of the parameters."""
-        return math.sqrt(sum(self.ops.sum_squares(grads[name]) for name in self.parameters))
+        return math.sqrt(self.ops.total_squares([grads[name] for name in self.parameters]))
 
-    def update(self, grads: dict[str, np.ndarray], norm: float, step: int, lr: float) -> None:
+    def update(self, grads: dict[str, Array], norm: float, step: int, lr: float) -> None:
         """One update, `step` counted from 1; the gradient is scaled down to max_grad_norm."""
         c, limit = self.config, self.config.max_grad_norm
         scale = 1.0 if limit is None or norm <= limit else limit / norm
+        updates = []
         for name, p in self.parameters.items():
             is_B, is_matrix = name.endswith(".B"), p.ndim == 2
             settings = AdamW(
@@ -85,8 +87,17 @@ class Optimizer:
                 weight_decay=c.weight_decay if is_matrix else 0.0,
                 grad_scale=scale,
             )
-            self.ops.adamw_step(p, grads[name], self.m[name], self.v[name], settings)
+            updates.append((p, grads[name], self.m[name], self.v[name], settings))
+        self.ops.adamw_steps(updates)
 
     def state(self) -> dict[str, np.ndarray]:
-        """The moments as "m.<name>" and "v.<name>"; the arrays themselves."""
+        """The moments as "m.<name>" and "v.<name>", on the host."""
+        return {name: self.ops.to_numpy(a) for name, a in self._moments().items()}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Takes moments in, as `state` gives them."""
+        for name, a in self._moments().items():
+            self.ops.assign(a, state[name])
+
+    def _moments(self) -> dict[str, Array]:
         return {f"{k}.{n}": a for k, d in (("m", self.m), ("v", self.v)) for n, a in d.items()}

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pylora import checkpoint
 from pylora.batching import Step, epoch_steps
 from pylora.checkpoint import Progress
@@ -94,7 +96,10 @@ def train(
     model.attach(adapter)
     run = _Run(model, adapter, examples, config, None if out_dir is None else Path(out_dir))
     run.open(resume, overwrite)
-    return run.finish(eval_examples, on_step)
+    try:
+        return run.finish(eval_examples, on_step)
+    finally:
+        model.collect()  # however it ends, the adapter's own arrays are as far as it came
 
 
 class _Run:
@@ -110,7 +115,7 @@ class _Run:
     ) -> None:
         self.model, self.adapter, self.examples = model, adapter, examples
         self.config, self.out_dir = config, out_dir
-        self.optimizer = Optimizer(model.ops, trainable(adapter), config)
+        self.optimizer = Optimizer(model.ops, trainable(model.placed), config)
         self.progress = Progress()
         self.saved = 0  # step of the newest checkpoint
         self.log: Log | None = None
@@ -185,13 +190,18 @@ class _Run:
         progress, identity = checkpoint.read(path)
         checkpoint.refuse_another_run(path, identity, self.identity)
         stored = type(self.adapter).load(path, self.model.config.modules())  # type: ignore[attr-defined]
-        checkpoint.restore_arrays(str(path), trainable(stored), self.optimizer.parameters)
-        checkpoint.restore_moments(path, self.optimizer.state())
+        checkpoint.restore_arrays(str(path), trainable(stored), trainable(self.adapter))
+        self.model.attach(self.adapter)
+        self.optimizer.parameters = trainable(self.model.placed)
+        moments = {name: np.empty_like(a) for name, a in self.optimizer.state().items()}
+        checkpoint.restore_moments(path, moments)
+        self.optimizer.restore(moments)
         self.progress, self.saved = progress, progress.step
 
     def save(self) -> None:
         """Writes a checkpoint of the present step, unless that is on disk already."""
         if self.out_dir is not None and self.saved != self.progress.step:
+            self.model.collect()
             state, keep = self.optimizer.state(), self.config.keep
             checkpoint.write(self.out_dir, self.adapter, state, self.progress, self.identity, keep)
             self.saved = self.progress.step
@@ -223,6 +233,7 @@ class _Run:
                     self.save()
         if eval_examples and evaluation is None:  # a finished run was resumed
             evaluation = evaluate(self.model, eval_examples, batch_size=c.batch_size)
+        self.model.collect()
         if self.out_dir is not None:
             self.adapter.save(self.out_dir / "adapter")  # type: ignore[attr-defined]
         rate = p.tokens / p.seconds if p.seconds > 0 else 0.0

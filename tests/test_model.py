@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from bounds import gamma
 
-from pylora import backends, model
+from pylora import backends
 from pylora.config import LlamaConfig
 from pylora.errors import (
     ConfigError,
@@ -342,7 +342,7 @@ def test_loss_by_chunks_is_the_loss_of_whole_logits(
     nll, lse = ops.cross_entropy_forward(logits, labels)
     want = net.backward(ops.cross_entropy_backward(logits, labels, lse, weight), cache)
     for size in (2, 1000):
-        monkeypatch.setattr(model, "_HEAD_ROWS", size)
+        monkeypatch.setattr(ops, "head_rows", size)
         got_nll, got = net.loss(ids, labels, SEQS, weight=weight)
         assert got is not None and got_nll.tobytes() == nll.tobytes()
         for path, grad in want.items():
@@ -383,7 +383,7 @@ def test_head_dropout_is_keyed_by_row_whatever_is_counted(
     ids, labels = rng.integers(0, config.vocab_size, (2, M))
     key = DropKey(3, 1, row0=10)
     whole, _ = net.loss(ids, labels, SEQS, drop=key)
-    monkeypatch.setattr(model, "_HEAD_ROWS", 5)
+    monkeypatch.setattr(ops, "head_rows", 5)
     few = labels.copy()
     few[::2] = IGNORE
     some, _ = net.loss(ids, few, SEQS, drop=key)

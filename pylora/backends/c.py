@@ -68,6 +68,7 @@ class CBackend:
     """The compiled core. `Reference`'s docstrings are the specification of every operation."""
 
     name = "c"
+    head_rows = 128  # their logits stay in the cache
     xp: Any = np
 
     def __init__(self) -> None:
@@ -127,6 +128,12 @@ class CBackend:
 
     def to_numpy(self, a: np.ndarray) -> np.ndarray:
         return a
+
+    def place(self, a: np.ndarray) -> np.ndarray:
+        return a
+
+    def assign(self, a: np.ndarray, values: np.ndarray) -> None:
+        a[...] = values
 
     def empty(self, shape: int | tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
         return self._pool.empty((shape,) if isinstance(shape, int) else tuple(shape), dtype)
@@ -608,6 +615,13 @@ class CBackend:
         )
         p, m_, v_ = (at(a) for a in state)
         check(lib.pylora_adamw_step(n, p, at(grad), m_, v_, setting), "adamw_step")
+
+    def adamw_steps(self, updates: Sequence[tuple[Array, Array, Array, Array, AdamW]]) -> None:
+        for update in updates:
+            self.adamw_step(*update)
+
+    def total_squares(self, arrays: Sequence[Array]) -> float:
+        return sum(self.sum_squares(x) for x in arrays)
 
     def sum_squares(self, x: Array) -> float:
         x, out = np.ascontiguousarray(x), ffi.new("double *")

@@ -136,7 +136,8 @@ class Composed:
         lora: dict[int, LoRA] = {}
         bias: dict[int, Array] = {}
         for number, low in modules.items():
-            lora[number] = LoRA(low.A.copy(), low.B.copy(), low.scale)
+            low = self._copy(low)
+            lora[number] = LoRA(low.A, low.B, low.scale)
             own = bias_of(low, self.weights.module(number)[1])
             nbytes += int(low.A.nbytes + low.B.nbytes)
             if own is not None:
@@ -144,26 +145,34 @@ class Composed:
                 nbytes += int(own.nbytes)
         B, more = None, None
         if embedding is not None:
+            embedding = self._copy(embedding)
             more = embedding_bias(embedding)
-            embedding = LoRA(embedding.A.copy(), embedding.B.copy(), embedding.scale)
+            embedding = LoRA(embedding.A, embedding.B, embedding.scale)
             nbytes += int(embedding.A.nbytes + embedding.B.nbytes)
             if bool((embedding.A != 0).any()) and bool((embedding.B != 0).any()):
                 B = ops.pack(embedding.B.copy())
         return _Adapter(lora, bias, embedding, B, more, nbytes)
+
+    def _copy(self, lora: LoRA) -> LoRA:
+        """The adapter's arrays copied, where the backend computes."""
+        arrays = (lora.A, lora.B, lora.bias, lora.base_bias)
+        A, B, *biases = (None if a is None else self.ops.place(a).copy() for a in arrays)
+        return LoRA(A, B, lora.scale, lora.dropout, *biases)
 
     def cache(self, k: Sequence[Array], v: Sequence[Array]) -> Any:
         return tuple(k), tuple(v)
 
     def forward(self, cache: Any, step: Step) -> Array:
         ops, w = self.ops, self.weights
+        rows, output = ops.xp.asarray(step.rows), ops.xp.asarray(step.output)
         x = self._embed(step)
         for i, (layer, k, v) in enumerate(zip(w.layers, *cache, strict=True)):
             first = len(MODULES) * i
             normed, _ = ops.rms_norm_forward(x, layer.input_norm, w.eps, dtype=w.dtype)
             q, key, value = self._linear(normed, step.start, step, (first, first + 1, first + 2))
             q = self._turn(q, layer.q_norm, step)
-            k[step.rows] = self._turn(key, layer.k_norm, step)
-            v[step.rows] = value
+            k[rows] = self._turn(key, layer.k_norm, step)
+            v[rows] = value
             a = w.attn
             attn = Attn(a.heads, a.kv_heads, a.head_dim, a.scale, layer.window)
             o, _ = ops.attention_forward(q, k, v, step.seqs, attn, dtype=w.dtype)
@@ -172,7 +181,7 @@ class Composed:
             gate, up = self._linear(normed, step.start, step, (first + 4, first + 5))
             product = ops.swiglu_forward(gate, up, dtype=w.dtype)
             (x,) = self._linear(product, step.start, step, (first + 6,), residual=x)
-        normed, _ = ops.rms_norm_forward(x[step.output], w.norm, w.eps, dtype=w.dtype)
+        normed, _ = ops.rms_norm_forward(x[output], w.norm, w.eps, dtype=w.dtype)
         start = np.searchsorted(step.output, step.start)
         (logits,) = self._linear(normed, start, step, (w.head_number,))
         return logits
@@ -185,7 +194,7 @@ class Composed:
             if lora is None or a == b:
                 continue
             if adapter.embedding_B is not None:
-                h = ops.xp.ascontiguousarray(lora.A[:, step.ids[a:b]].T)
+                h = ops.xp.ascontiguousarray(lora.A[:, ops.xp.asarray(step.ids[a:b])].T)
                 h = h.dtype.type(lora.scale) * h
                 x[a:b], _ = ops.lora_forward(h, adapter.embedding_B, residual=x[a:b])
             if adapter.embedding_bias is not None:

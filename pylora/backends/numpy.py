@@ -36,6 +36,7 @@ class NumpyBackend(Reference):
     """`Reference` over NumPy."""
 
     name = "numpy"
+    head_rows = 128
 
     def __init__(self) -> None:
         super().__init__(np)
@@ -99,6 +100,14 @@ class NumpyBackend(Reference):
 
     def to_numpy(self, a: np.ndarray) -> np.ndarray:
         return a
+
+    def place(self, a: np.ndarray) -> np.ndarray:
+        """The array where this backend computes: itself. On a GPU, a copy of a host's array."""
+        return a
+
+    def assign(self, a: np.ndarray, values: np.ndarray) -> None:
+        """Writes a host's values into an array of this backend, of the same shape and dtype."""
+        a[...] = values
 
     def empty(self, shape: int | tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
         return np.empty(shape, dtype)
