@@ -8,3 +8,4 @@
 #include "pointwise.cuh"
 #include "loss.cuh"
 #include "optim.cuh"
+#include "attention.cuh"
