@@ -15,7 +15,7 @@ class Build(build_ext):
     def run(self) -> None:
         super().run()
         package = ROOT / "pylora" if self.inplace else Path(self.build_lib) / "pylora"
-        CUDA["build"](package, Path(self.build_temp) / "cuda")
+        CUDA["build"](package, ROOT / "build" / "cuda")
 
 
 setup(

@@ -3,6 +3,7 @@
 PYLORA_CUDA says what a missing nvcc means: `auto` (default) builds without the library and notes
 why, `on` is an error, `off` does not look. Beside the library, or in its place, the package gets
 the kernels as one source for CuPy's run-time compiler, and a note for `pylora doctor`.
+PYLORA_NVCC_FLAGS are more flags for nvcc.
 Nothing of CUDA is linked but its static runtime: building needs no GPU, driver or cuBLAS.
 """
 
@@ -88,7 +89,9 @@ def compile_library(nvcc: str, target: Path, objects: Path) -> str:
     if sys.platform != "linux":
         raise BuildError("the CUDA library is built on Linux alone")
     version = re.search(r"release (\d+\.\d+)", run([nvcc, "--version"]))
-    flags = [*FLAGS, *(f"-gencode={t}" for t in TARGETS), f"-I{SOURCES}", f"-I{SOURCES.parent}"]
+    targets = [f"-gencode={t}" for t in TARGETS]
+    flags = [*FLAGS, *targets, f"-I{SOURCES}", f"-I{SOURCES.parent}"]
+    flags += os.environ.get("PYLORA_NVCC_FLAGS", "").split()
     objects.mkdir(parents=True, exist_ok=True)
 
     def compile_one(source: Path) -> Path:
@@ -109,7 +112,7 @@ def compile_library(nvcc: str, target: Path, objects: Path) -> str:
         made = list(pool.map(compile_one, (f for f in files if f.name != "kernels.cu")))
     script = objects / "exports.map"
     script.write_text(EXPORTS, encoding="utf-8")
-    link = [nvcc, "-shared", "-cudart=static", *map(str, made), "-o", str(target)]
+    link = [nvcc, "-shared", "-cudart=static", *targets, *map(str, made), "-o", str(target)]
     run([*link, f"-Xlinker=--version-script={script}", "-Xlinker=-s"])
     return version[1] if version else "of an unknown version"
 
@@ -146,5 +149,6 @@ def build(package: Path, objects: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    for made in build(ROOT / "pylora", ROOT / "build" / "cuda"):
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "pylora"
+    for made in build(folder, ROOT / "build" / "cuda"):
         print(made)
