@@ -38,6 +38,14 @@ enum { PYLORA_F32 = 0, PYLORA_BF16 = 1, PYLORA_F16 = 2 }; /* pylora.h */
 
 #define DEVICE static __device__ __forceinline__
 #define KERNEL extern "C" __global__ void
+/* Before a loop over an array that must be in registers: left as a loop, its index would put it into memory. */
+#ifdef PYLORA_EMULATE
+#define UNROLL
+#define ROLLED
+#else
+#define UNROLL _Pragma("unroll")
+#define ROLLED _Pragma("unroll 1")
+#endif
 
 enum { WARP = 32 };
 #define ALL_LANES 0xffffffffu
@@ -263,6 +271,17 @@ template <bool transposed> DEVICE void load_matrix_x4(uint32_t (&r)[4], const vo
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(from)
                  : "memory");
+#endif
+}
+
+/* ---- counts ------------------------------------------------------------------------------ */
+
+/* *p += n by any number of threads: of whole numbers the order does not matter. */
+DEVICE void add_count(int64_t *p, int64_t n) {
+#ifdef PYLORA_EMULATE
+  *p += n;
+#else
+  atomicAdd((unsigned long long *)p, (unsigned long long)n);
 #endif
 }
 

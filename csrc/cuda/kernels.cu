@@ -9,3 +9,4 @@
 #include "loss.cuh"
 #include "optim.cuh"
 #include "attention.cuh"
+#include "merge.cuh"

@@ -84,7 +84,7 @@ int pylora_cuda_linear_backward(pylora_cuda *g, void *stream, const pylora_mat *
 int pylora_cuda_merge(pylora_cuda *g, void *stream, int32_t dtype, int64_t d, int64_t k,
                       const void *W, int64_t ldw, const pylora_lora *lora, void *out, int64_t ldo,
                       int64_t *row_lossy);
-/* row_first [d]: the sum of row_lossy of the rows before. */
+/* row_first [d]: the sum of row_lossy of the rows before.  position = bits = NULL: there is no residue. */
 int pylora_cuda_merge_residue(pylora_cuda *g, void *stream, int32_t dtype, int64_t d, int64_t k,
                               const void *W, int64_t ldw, const void *merged, int64_t ldm,
                               const pylora_lora *lora, const int64_t *row_first, int64_t *position,
