@@ -10,3 +10,7 @@
 #include "optim.cuh"
 #include "attention.cuh"
 #include "merge.cuh"
+#include "few_rows.cuh"
+#include "low_down.cuh"
+#include "low_outer.cuh"
+#include "low_up.cuh"
