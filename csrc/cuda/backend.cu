@@ -99,11 +99,6 @@ int pylora_cuda_device_info(int32_t device, pylora_cuda_device *out) {
   return PYLORA_OK;
 }
 
-/* Replaced by products.cu's, where that is linked. */
-__attribute__((weak)) int products_open(pylora_cuda *, const char *) { return PYLORA_OK; }
-__attribute__((weak)) void products_close(pylora_cuda *) {}
-__attribute__((weak)) int products_version(void) { return 0; }
-
 static int fill(pylora_cuda *g, int device, const char *cublaslt) {
   int shared, l2;
   g->device = device;

@@ -38,6 +38,7 @@ from pylora.backends.marshal import (
     writable,
 )
 from pylora.backends.pool import Pool
+from pylora.backends.slabs import Slabs
 from pylora.errors import BackendError, DtypeError, ShapeError
 from pylora.precision import BF16, Stored, as_dtype, check_precision, from_bf16
 from pylora.types import (
@@ -81,7 +82,7 @@ class CBackend:
         threads = os.environ.get("PYLORA_NUM_THREADS", "").strip()
         if threads and not (threads.isdecimal() and 1 <= int(threads[:9]) <= 256):
             raise BackendError(f"PYLORA_NUM_THREADS={threads!r} is not a number from 1 to 256")
-        self._pool = Pool(ffi)
+        self._pool, self._slabs = Pool(ffi), Slabs()
         self._scratch = Scratch()
 
     # ---- run time -----------------------------------------------------------------------------
@@ -189,8 +190,7 @@ class CBackend:
         check(lib.pylora_pack_blocks(code, d, k, start, rows.shape[1], to, struct), "pack")
         return Packed((d, k), precision, data, struct)
 
-    @staticmethod
-    def _room(code: int, d: int, k: int, precision: str) -> tuple[np.ndarray, Any]:
+    def _room(self, code: int, d: int, k: int, precision: str) -> tuple[np.ndarray, Any]:
         """The buffer of a packed weight, 64-byte aligned, and its struct to be filled in."""
         nbytes = lib.pylora_pack_bytes(code, d, k)
         if nbytes == 0 and d and k:
@@ -200,9 +200,7 @@ class CBackend:
                     f"[{d}, {k}]; use fp32 or bf16 for this model"
                 )
             raise BackendError(f"this build cannot store a weight [{d}, {k}] in {precision}")
-        buffer = np.empty(nbytes + 64, np.uint8)
-        offset = -buffer.__array_interface__["data"][0] % 64
-        return buffer[offset : offset + nbytes], ffi.new("pylora_packed *")
+        return self._slabs.take(nbytes), ffi.new("pylora_packed *")
 
     @staticmethod
     def _read_stored(W: Stored, precision: str) -> np.ndarray:

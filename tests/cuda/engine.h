@@ -4,7 +4,7 @@
 
 #include "cuda_runtime.h"
 
-/* The device that is emulated: PYLORA_EMULATE_DEVICE=h100 (default), a100 or none. */
+/* The device that is emulated: PYLORA_EMULATE_DEVICE=h100 (default), a100, v100 or none. */
 struct EmulatedDevice {
   const char *name;
   int count, major, minor, multiprocessors;

@@ -36,8 +36,10 @@ const EmulatedDevice &emulated_device() {
       return EmulatedDevice{"Emulated H100", 1, 9, 0, 132, 227 << 10, 50 << 20, (size_t)80 << 30};
     if (strcmp(name, "a100") == 0)
       return EmulatedDevice{"Emulated A100", 1, 8, 0, 108, 163 << 10, 40 << 20, (size_t)40 << 30};
+    if (strcmp(name, "v100") == 0) /* too old for pylora */
+      return EmulatedDevice{"Emulated V100", 1, 7, 0, 80, 96 << 10, 6 << 20, (size_t)16 << 30};
     if (strcmp(name, "none") == 0) return EmulatedDevice{"", 0, 0, 0, 0, 0, 0, 0};
-    fprintf(stderr, "PYLORA_EMULATE_DEVICE is '%s'; it may be h100, a100 or none\n", name);
+    fprintf(stderr, "PYLORA_EMULATE_DEVICE is '%s'; it may be h100, a100, v100 or none\n", name);
     abort();
   }();
   return device;
