@@ -15,7 +15,7 @@ struct LossLaunch {
   dim3 grid;
   unsigned threads;
   explicit LossLaunch(const View &x) : four(vectors_fit(x, 4)) {
-    const int64_t vectors = four ? x.cols / 4 : x.cols;
+    const int64_t vectors = ceil_div(x.cols, 4);
     threads = (unsigned)min64(1024, ceil_div(ceil_div(vectors, LOSS_AHEAD), WARP) * WARP);
     grid = dim3((unsigned)min64(x.rows, INT32_MAX));
   }
@@ -50,7 +50,7 @@ int pylora_cuda_cross_entropy_backward(pylora_cuda *g, void *stream, const pylor
   const OnDevice device(g);
   const View x = view_of(logits), d = view_of(dlogits);
   const LossLaunch how(x);
-  const bool vectors = !how.four || vectors_fit(d, 4);
+  const bool vectors = vectors_fit(d, 4);
   if (how.four)
     LAUNCH(pylora_cross_entropy_backward_4, how.grid, how.threads, 0, stream, x, labels, lse,
            weight, d, vectors, g->bad);
@@ -71,10 +71,10 @@ int pylora_cuda_cross_entropy(pylora_cuda *g, void *stream, const pylora_mat *lo
   const OnDevice device(g);
   const View x = view_of(logits), d = view_of(dlogits);
   const LossLaunch how(x);
-  const bool vectors = !how.four || vectors_fit(d, 4);
+  const bool vectors = vectors_fit(d, 4);
   /* 2 kB less: what the block shares besides, and what the system keeps of it */
   const int64_t room = max64(0, (int64_t)g->max_shared - 2048) / (int64_t)bytes_of(x.dtype) / 4 * 4,
-                cached = min64(x.cols, room);
+                cached = min64(ceil_div(x.cols, 4) * 4, room);
   const size_t shared = (size_t)cached * bytes_of(x.dtype);
   if (how.four)
     LAUNCH(pylora_cross_entropy_4, how.grid, how.threads, shared, stream, x, labels, weight, nll,

@@ -9,13 +9,13 @@ enum {
   MOST_CHUNKS = 64,
 };
 
-/* The launch for rows of n vectors. */
+/* The launch for rows of n vectors of four: the same wherever they lie. */
 struct NormLaunch {
   bool block;
   dim3 grid;
   unsigned threads;
   NormLaunch(int64_t m, int64_t n) : block(n > WARP_VECTORS) {
-    threads = block ? (unsigned)min64(1024, ceil_div(ceil_div(n, NORM_KEEP), WARP) * WARP)
+    threads = block ? (unsigned)min64(NORM_THREADS, ceil_div(ceil_div(n, NORM_KEEP), WARP) * WARP)
                     : NORM_WARPS * WARP;
     grid = dim3((unsigned)min64(block ? m : ceil_div(m, NORM_WARPS), INT32_MAX));
   }
@@ -50,7 +50,7 @@ int pylora_cuda_rms_norm_forward(pylora_cuda *g, void *stream, const pylora_mat 
   const OnDevice device(g);
   const View from = view_of(x), to = view_of(y);
   const bool four = all_fit(4, from, to, weight_view(w, k));
-  const NormLaunch how(m, four ? k / 4 : k);
+  const NormLaunch how(m, ceil_div(k, 4));
   LAUNCH_NORM(pylora_rms_norm_forward, how, four, from, w, eps, to, rstd);
   return PYLORA_OK;
 }
@@ -97,7 +97,7 @@ int pylora_cuda_rms_norm_backward(pylora_cuda *g, void *stream, const pylora_mat
   if (dw) TRY(weight_gradient(stream, grad, from, rstd, dw, ws, ws_bytes)); /* dx may be dy */
   if (m == 0) return PYLORA_OK;
   const bool four = all_fit(4, grad, from, to, weight_view(w, k));
-  const NormLaunch how(m, four ? k / 4 : k);
+  const NormLaunch how(m, ceil_div(k, 4));
   LAUNCH_NORM(pylora_rms_norm_backward, how, four, grad, from, w, rstd, to, add_dx);
   return PYLORA_OK;
 }

@@ -24,6 +24,7 @@ DEVICE void fetch_into(Raw<4> &r, const void *p, int dtype, int64_t i) {
   } else {
     const uint2 u = *(const uint2 *)((const uint16_t *)p + i);
     r.f.x = float_of_bits(u.x), r.f.y = float_of_bits(u.y);
+    r.f.z = r.f.w = 0;
   }
 }
 DEVICE void fetch_into(Raw<1> &r, const void *p, int dtype, int64_t i) {
@@ -87,6 +88,37 @@ template <int W> DEVICE Numbers<W> all(float x) {
   Numbers<W> n;
   for (int e = 0; e < W; e++) n.v[e] = x;
   return n;
+}
+
+/* Four elements, ALIGNED or not; if not, only the first `left` of them need be there, and the others are 0 (and are not
+ * written).  What sums along a row goes by fours everywhere, so that the bits do not depend on how a matrix lies. */
+template <bool ALIGNED>
+DEVICE Raw<4> fetch_four(const void *p, int dtype, int64_t i, int64_t left) {
+  Raw<4> r;
+  if (ALIGNED) {
+    fetch_into(r, p, dtype, i);
+  } else {
+    uint32_t u[4];
+    UNROLL
+    for (int q = 0; q < 4; q++) u[q] = q < left ? fetch<1>(p, dtype, i + q).u : 0u;
+    if (dtype != PYLORA_F32) u[0] |= u[1] << 16, u[1] = u[2] | u[3] << 16;
+    r.f.x = float_of_bits(u[0]), r.f.y = float_of_bits(u[1]);
+    r.f.z = float_of_bits(u[2]), r.f.w = float_of_bits(u[3]);
+  }
+  return r;
+}
+template <bool ALIGNED>
+DEVICE void put_four(void *p, int dtype, int64_t i, int64_t left, const Numbers<4> &n) {
+  if (ALIGNED) {
+    put(p, dtype, i, n);
+  } else {
+    UNROLL
+    for (int q = 0; q < 4; q++)
+      if (q < left) store(p, dtype, i + q, n.v[q]);
+  }
+}
+template <bool ALIGNED> DEVICE Numbers<4> four(const void *p, int dtype, int64_t i, int64_t left) {
+  return widen(fetch_four<ALIGNED>(p, dtype, i, left), dtype);
 }
 
 /* How threads cover the rows of a matrix and the vectors of a row: `lanes` threads, a power of two, side by side in
