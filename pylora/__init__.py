@@ -124,7 +124,7 @@ def build_info() -> dict[str, Any]:
         "backend": backends.get().name,
         "backends": list(names),
     }
-    info["precisions"] = [p for p in PRECISIONS if backends.get().computes(p) == p]
+    info["precisions"] = [p for p in PRECISIONS if _computes(backends.get(), p)]
     if "c" in names:
         core: Any = backends.get("c")
         info |= {"isa": core.isa, "isas": core.isas(), "num_threads": core.num_threads}
@@ -141,6 +141,16 @@ def set_num_threads(n: int) -> None:
     if not hasattr(ops, "set_num_threads"):
         raise BackendError(f"the {ops.name} backend has no threads of its own to set")
     ops.set_num_threads(n)
+
+
+def _computes(ops: Any, precision: str) -> bool:
+    """Whether a backend computes in this precision, and in no other in its place."""
+    from pylora.errors import PyloraError
+
+    try:
+        return bool(ops.computes(precision) == precision)
+    except PyloraError:
+        return False
 
 
 def _processor() -> str:

@@ -108,7 +108,7 @@ def _directional(
     noise: float,
 ) -> Finding:
     slope = math.fsum(
-        float((np.asarray(g, np.float64) * z).sum())
+        float((g.astype(np.float64) * z).sum())
         for path, d in direction.items()
         for f in FIELDS
         if (z := getattr(d, f)) is not None
@@ -131,21 +131,31 @@ def on_backend(llama: Llama, adapter: Adapters, batch: Batch, seed: int) -> Find
     & Wild, "Estimating computational noise", SIAM J. Sci. Comput. 33(3), 2011).
     """
     llama.attach(adapter)
-    _, grads = llama.loss(batch.ids, batch.labels, batch.seqs)
+    _, found_grads = llama.loss(batch.ids, batch.labels, batch.seqs)
+    grads = _on_host(llama, found_grads or {})
     direction = _direction(adapter, seed, FIELDS)
     for path, d in direction.items():
         for f in FIELDS:
             z = getattr(d, f)
             if z is not None:
-                sign = np.where(getattr((grads or {})[path], f) < 0, -1, 1)
+                sign = np.where(getattr(grads[path], f) < 0, -1, 1)
                 setattr(d, f, (abs(z) * sign).astype(z.dtype))
     loss = _loss_along(llama, adapter, direction, batch)
     points = np.array([loss(k * 2.0**-16) for k in range(-3, 4)])
     fourth = np.diff(points, 4)
     noise = SIGMAS * math.sqrt(math.factorial(4) ** 2 / math.factorial(8) * (fourth**2).mean())
-    found = _directional("gradient", loss, grads or {}, direction, 2.0**-6, noise)
+    found = _directional("gradient", loss, grads, direction, 2.0**-6, noise)
     llama.attach(adapter)
     return dataclasses.replace(found, text=f"on the backend, in float32: {found.text}")
+
+
+def _on_host(llama: Llama, grads: Grads) -> Grads:
+    """The same gradients in host memory."""
+
+    def host(a: Any) -> Any:
+        return None if a is None else llama.ops.to_numpy(a)
+
+    return {path: LoRAGrad(*(host(getattr(g, f)) for f in FIELDS)) for path, g in grads.items()}
 
 
 # ---- float32 against float64 ---------------------------------------------------------------------

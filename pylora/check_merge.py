@@ -113,7 +113,7 @@ def weights(
         yield Finding("merged logits", "not tested", None, None, text)
         return
     for path, lora in own.items():
-        _merge_bias(llama.modules[path], lora)
+        _merge_bias(llama, path, lora)
     merged_logits = llama.ops.to_numpy(llama.forward(batch.ids, batch.seqs)[0]).astype(np.float64)
     yield _logits(part, batch, seed, attached, merged_logits, max(units), embedding)
 
@@ -169,15 +169,17 @@ def _size(adapter: Adapter, modules: Modules) -> Finding:
     return Finding("size of the delta", verdict, top, 1.0, text)
 
 
-def _merge_bias(module: LoRALinear | Embedding, lora: LoRA) -> None:
+def _merge_bias(llama: Llama, path: str, lora: LoRA) -> None:
     """The bias that a merged module has: base_bias where the adapter brings one, plus B's."""
+    module, ops = llama.modules[path], llama.ops
     if not isinstance(module, LoRALinear):
         return
-    bias = module.bias if lora.base_bias is None else lora.base_bias
+    own_bias = None if module.bias is None else ops.to_numpy(module.bias)
+    bias = own_bias if lora.base_bias is None else lora.base_bias
     if lora.bias is not None:
         own = float(np.float32(lora.scale)) * lora.bias.astype(np.float64)
         bias = (own if bias is None else bias + own).astype(np.float32)
-    module.bias = bias
+    module.bias = None if bias is None else ops.place(bias)
 
 
 def _logits(

@@ -7,6 +7,7 @@ waiting prompt takes its place.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -20,6 +21,10 @@ from pylora.inputs import token_ids
 from pylora.model import Llama
 from pylora.pool import AdapterPool
 
+_NOT_FINITE = (
+    "the model's logits are not finite, so no token can be chosen; check the weights and the "
+    "adapter for NaN or infinite values"
+)
 OnToken = Callable[[int, int], None]  # (index of the prompt, token)
 
 _PREFILL_TOKENS = 2048  # prompts are taken in until a step has this many tokens
@@ -92,10 +97,11 @@ def generate(
             latest = [token for n in new for token in n]
         else:
             batch.advance()
-        scores = model.ops.to_numpy(batch.forward(latest))
+        logits = batch.forward(latest)
         if temperature == 0:
-            latest = _greedy(scores)
+            latest = _greedy(logits)
         else:
+            scores = model.ops.to_numpy(logits)
             latest = []
             for (row, _), row_scores in zip(active, scores, strict=True):
                 at_token = len(prompts[row]) + len(out[row])
@@ -189,9 +195,12 @@ def _ranked(scores: np.ndarray, some: np.ndarray) -> np.ndarray:
     return ranked
 
 
-def _greedy(scores: np.ndarray) -> list[int]:
-    """The likeliest token of each row [n, vocab]."""
-    _check_finite(scores)
+def _greedy(scores: Any) -> list[int]:
+    """The likeliest token of each row [n, vocab]; on a GPU, where they are."""
+    if isinstance(scores, np.ndarray):
+        _check_finite(scores)
+    elif not math.isfinite(float(abs(scores).max())):  # the maximum of a NaN is NaN
+        raise PyloraError(_NOT_FINITE)
     tokens: list[int] = scores.argmax(axis=1).tolist()
     return tokens
 
@@ -202,10 +211,7 @@ def _check_finite(logits: np.ndarray) -> None:
     with np.errstate(over="ignore", invalid="ignore"):
         if np.isfinite(logits.sum()) or np.isfinite(logits).all():
             return
-    raise PyloraError(
-        "the model's logits are not finite, so no token can be chosen; check the weights and "
-        "the adapter for NaN or infinite values"
-    )
+    raise PyloraError(_NOT_FINITE)
 
 
 def _check(

@@ -36,7 +36,14 @@ from pylora.precision import Stored, check_precision, describe
 from pylora.reference import IGNORE
 from pylora.rope import Rope
 from pylora.types import Array, LoRA, Seqs
-from pylora.weights import FromCheckpoint, Weights, checked_weights, random_weights, vector
+from pylora.weights import (
+    FromCheckpoint,
+    Weights,
+    checked_weights,
+    random_weights,
+    vector,
+    weight_bytes,
+)
 
 __all__ = ["IGNORE", "DropKey", "Grads", "Llama", "LoRAGrad", "ModelCache", "random_weights"]
 
@@ -85,6 +92,7 @@ class Llama:
         """
         self.config, self.ops = config, backends.get(backend)
         self.precision = check_precision(precision)
+        self.ops.check_room(weight_bytes(config, self.computes))
         checked = checked_weights(config, weights)
         embedding = checked("model.embed_tokens.weight")
         if is_packed(embedding) or isinstance(embedding, Stored):

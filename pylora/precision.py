@@ -3,6 +3,7 @@
     fp32     float32 throughout
     fp32x3   float32 weights and activations as two bfloat16 halves each: three products for one
     bf16     weights and what feeds a product in bfloat16; sums and the residual stream in float32
+    fp16     the same with float16: on GPUs alone
     int8     weights in ggml's Q8_0 (or as a file stores them); activations in float32
     int4     weights in ggml's Q4_1 (or as a file stores them); activations in float32
 
@@ -21,7 +22,7 @@ import numpy as np
 from pylora.errors import ConfigError, DtypeError
 from pylora.types import Array
 
-PRECISIONS = ("fp32", "fp32x3", "bf16", "int8", "int4")
+PRECISIONS = ("fp32", "fp32x3", "bf16", "fp16", "int8", "int4")
 
 BF16 = np.dtype([("bf16", "<u2")], align=True)
 

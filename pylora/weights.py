@@ -21,6 +21,18 @@ Weights = Callable[[str], Any]
 _CHUNK = 1 << 17  # numbers drawn at a time
 
 
+_BYTES = {"fp32": 4.0, "fp32x3": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 34 / 32, "int4": 20 / 32}
+
+
+def weight_bytes(config: LlamaConfig, precision: str) -> int:
+    """Bytes that the packed weights of a model take in a precision; vectors are float32."""
+    total = 0.0
+    for shape in config.tensors().values():
+        n = float(np.prod(shape, dtype=np.float64))
+        total += n * (_BYTES[precision] if len(shape) == 2 else 4)
+    return int(total)
+
+
 def checked_weights(config: LlamaConfig, weights: Weights) -> Weights:
     """`weights`, with a ShapeError that names a tensor that is not as `config` says."""
     shapes = config.tensors()

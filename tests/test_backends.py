@@ -190,8 +190,10 @@ def test_precisions(name: str, rng: np.random.Generator) -> None:
     for precision in ("fp32", "bf16"):
         assert ops.unpack(ops.pack(raw, precision)).tobytes() == kept.tobytes()
     assert ops.pack(W, "fp32x3").precision == ops.computes("fp32x3")
-    with pytest.raises(ConfigError, match="'fp16'; choose one of fp32, fp32x3, bf16, int8, int4"):
-        ops.pack(W, "fp16")
+    with pytest.raises(
+        ConfigError, match="'half'; choose one of fp32, fp32x3, bf16, fp16, int8, int4"
+    ):
+        ops.pack(W, "half")
     with pytest.raises(DtypeError, match="'q5_k'"):
         Stored("q5_k", np.zeros((1, 1), np.uint8), (1, 32))
 
@@ -205,7 +207,7 @@ def test_a_model_states_its_precision(name: str) -> None:
     assert all(m.W.precision == "bf16" for m in net.modules.values())
     said = Llama.random(LlamaConfig.tiny(), backend=name, precision="fp32x3").precision_report
     assert said.startswith("fp32x3") and (("strict fp32" in said) == ("AMX" in said))
-    with pytest.raises(ConfigError, match="choose one of fp32, fp32x3, bf16, int8, int4"):
+    with pytest.raises(ConfigError, match="choose one of fp32, fp32x3, bf16, fp16, int8, int4"):
         Llama.random(LlamaConfig.tiny(), backend=name, precision="half")
 
 

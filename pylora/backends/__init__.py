@@ -1,13 +1,19 @@
 """Which backend computes: chosen by an argument, by `use(name)`, or by PYLORA_BACKEND.
 
 Backends are imported when first asked for. Without a choice it is "c" where its extension is
-built, else "numpy".
+built, else "numpy": a GPU computes when it is asked to, since a model that fits into the host's
+memory need not fit into a GPU's, and since results there have other last bits.
+
+"cuda" (or "gpu") is the compiled CUDA library; where this installation has none, CuPy's backend
+takes its place, with a warning.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
+import warnings
 from typing import TYPE_CHECKING
 
 from pylora.errors import BackendError
@@ -20,6 +26,14 @@ ENV = "PYLORA_BACKEND"
 _CLASSES = {
     "c": ("pylora.backends.c", "CBackend"),
     "numpy": ("pylora.backends.numpy", "NumpyBackend"),
+    "cuda": ("pylora.backends.cuda", "CudaBackend"),
+    "cupy": ("pylora.backends.cupy", "CupyBackend"),
+}
+_GPU = ("cuda", "cupy")
+_ADVICE = {
+    "c": "reinstall pylora with a C compiler present, or choose another backend",
+    "cuda": "`pylora doctor` says what is missing; without a GPU choose c",
+    "cupy": "install CuPy (pip install 'pylora[cuda]'); without a GPU choose c",
 }
 _loaded: dict[str, Backend] = {}
 _chosen: Backend | None = None
@@ -31,6 +45,32 @@ class _NotBuilt(BackendError):
 
 def _load(name: str) -> Backend:
     """The one instance of a backend. BackendError if unknown or not importable here."""
+    name = "cuda" if name == "gpu" else name
+    if name == "cuda" and name not in _loaded:
+        return _cuda_or_cupy()
+    return _exactly(name)
+
+
+def _cuda_or_cupy() -> Backend:
+    """The CUDA backend; or CuPy's where only the library is missing, which a warning says."""
+    try:
+        return _exactly("cuda")
+    except BackendError as missing:
+        try:
+            instead = _exactly("cupy")
+        except BackendError:
+            raise missing from None
+        warnings.warn(
+            f"the backend 'cuda' is not available ({missing}); 'cupy' computes in its place, more "
+            "slowly",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        return instead
+
+
+def _exactly(name: str) -> Backend:
+    """The backend of that name and no other."""
     if name not in _CLASSES:
         raise BackendError(f"there is no backend {name!r}; choose one of {', '.join(_CLASSES)}")
     if name not in _loaded:
@@ -40,7 +80,7 @@ def _load(name: str) -> Backend:
         except ImportError as error:
             raise _NotBuilt(
                 f"the backend {name!r} is not available in this installation ({error}); "
-                "reinstall pylora with a C compiler present, or choose another backend"
+                f"{_ADVICE.get(name, 'reinstall pylora')}"
             ) from error
     return _loaded[name]
 
@@ -57,7 +97,15 @@ def get(backend: str | Backend | None = None) -> Backend:
         return _chosen
     if os.environ.get(ENV):
         return _load(os.environ[ENV])
-    return _load(available()[0])
+    return host()
+
+
+def host() -> Backend:
+    """The backend of the host's processor: "c" where it is built, else "numpy"."""
+    try:
+        return _exactly("c")
+    except _NotBuilt:
+        return _exactly("numpy")
 
 
 def use(backend: str | Backend | None) -> None:
@@ -70,12 +118,19 @@ def use(backend: str | Backend | None) -> None:
 
 
 def available() -> tuple[str, ...]:
-    """Names of the backends that can be used here, the preferred one first."""
+    """Names of the backends that can be used here, the preferred one of the host first.
+
+    Those of a GPU are tried only where CuPy is installed.
+    """
     names = []
     for name in _CLASSES:
         try:
-            _load(name)
-        except _NotBuilt:  # any other failure is the user's to know
+            if name not in _GPU or name in _loaded or importlib.util.find_spec("cupy"):
+                _exactly(name)
+                names.append(name)
+        except _NotBuilt:  # any other failure of a host's backend is the user's to know
             continue
-        names.append(name)
+        except BackendError:
+            if name not in _GPU:
+                raise
     return tuple(names)

@@ -39,8 +39,8 @@ from pylora.backends.marshal import (
 )
 from pylora.backends.pool import Pool
 from pylora.backends.slabs import Slabs
-from pylora.errors import BackendError, DtypeError, ShapeError
-from pylora.precision import BF16, Stored, as_dtype, check_precision, from_bf16
+from pylora.errors import BackendError, DtypeError, ShapeError, UnsupportedError
+from pylora.precision import BF16, PRECISIONS, Stored, as_dtype, check_precision, from_bf16
 from pylora.types import (
     AdamW,
     Array,
@@ -70,6 +70,7 @@ class CBackend:
 
     name = "c"
     head_rows = 128  # their logits stay in the cache
+    bitwise = True
     xp: Any = np
 
     def __init__(self) -> None:
@@ -133,6 +134,9 @@ class CBackend:
     def place(self, a: np.ndarray) -> np.ndarray:
         return a
 
+    def check_room(self, nbytes: int) -> None:
+        pass
+
     def assign(self, a: np.ndarray, values: np.ndarray) -> None:
         a[...] = values
 
@@ -161,7 +165,12 @@ class CBackend:
     def computes(self, precision: str) -> str:
         """The precision that a model of this one has here: "fp32x3" needs bfloat16 tiles (AMX),
         and is strict float32 without them."""
-        if check_precision(precision) == "fp32x3" and ffi.string(lib.pylora_isa()) != b"amx":
+        if check_precision(precision) == "fp16":
+            raise UnsupportedError(
+                "the c backend does not compute in fp16, which is for GPUs (--backend cuda); "
+                f"choose one of {', '.join(p for p in PRECISIONS if p != 'fp16')}"
+            )
+        if precision == "fp32x3" and ffi.string(lib.pylora_isa()) != b"amx":
             return "fp32"
         return precision
 

@@ -37,6 +37,7 @@ class NumpyBackend(Reference):
 
     name = "numpy"
     head_rows = 128
+    bitwise = True  # a row has the same bits whatever rows are beside it
 
     def __init__(self) -> None:
         super().__init__(np)
@@ -75,6 +76,9 @@ class NumpyBackend(Reference):
         if precision == "fp32":
             return array
         narrow = array.real.astype(np.float32)
+        if precision == "fp16":
+            with np.errstate(over="ignore"):
+                return narrow.astype(np.float16).astype(array.dtype)
         if precision == "bf16":
             return from_bf16(to_bf16(narrow)).astype(array.dtype)
         from pylora.quantize import dequantize, quantize
@@ -104,6 +108,9 @@ class NumpyBackend(Reference):
     def place(self, a: np.ndarray) -> np.ndarray:
         """The array where this backend computes: itself. On a GPU, a copy of a host's array."""
         return a
+
+    def check_room(self, nbytes: int) -> None:
+        """Raises for a model whose weights of so many bytes cannot fit: on GPUs alone."""
 
     def assign(self, a: np.ndarray, values: np.ndarray) -> None:
         """Writes a host's values into an array of this backend, of the same shape and dtype."""
