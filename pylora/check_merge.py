@@ -17,7 +17,6 @@ from pylora.check_gradient import SIGMAS
 from pylora.check_report import FAIL, PASS, WARN, Finding
 from pylora.check_sample import Batch, Part
 from pylora.conformance.bounds_ops import gamma, unit
-from pylora.embedding import Embedding
 from pylora.formats import Checkpoint, widen
 from pylora.linear import LoRALinear
 from pylora.merge_weight import digest, merge_weight, unmerge_weight

@@ -16,8 +16,15 @@ import pytest
 from pylora import backends
 from pylora.errors import BackendError
 
-ALL_BACKENDS = ("numpy", "c")
 REQUIRED = tuple(filter(None, os.environ.get("PYLORA_TEST_BACKENDS", "").split(",")))
+# Those of a GPU are tested where they are named: on a GPU, or else over a stand-in for CuPy.
+ALL_BACKENDS = ("numpy", "c", *(name for name in ("cuda", "cupy") if name in REQUIRED))
+if set(REQUIRED) & {"cuda", "cupy"}:
+    import gpu
+
+    gpu.prepare("cuda" in REQUIRED)
+    if "numpy" not in REQUIRED and "c" not in REQUIRED:
+        ALL_BACKENDS = tuple(name for name in ALL_BACKENDS if name in REQUIRED)
 
 # No deadline: a shared machine is slow now and then, and time is no property of a result.
 hypothesis.settings.register_profile("dev", deadline=None, max_examples=20)

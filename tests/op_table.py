@@ -118,15 +118,20 @@ def _bf16(a: np.ndarray) -> np.ndarray:
     return from_bf16(to_bf16(a))
 
 
+def has_bf16(ops: Any) -> bool:
+    """Whether the backend computes with arrays of bfloat16."""
+    return hasattr(ops, "isa") or getattr(ops, "name", "") == "cuda"
+
+
 def _own(ops: Any, a: Any) -> Any:
     """A BF16 array as the backend takes it: as it is, or in its own dtype."""
-    narrow = hasattr(ops, "isa") or getattr(a, "dtype", None) != BF16
+    narrow = has_bf16(ops) or getattr(a, "dtype", None) != BF16
     return a if narrow else widened(a)
 
 
 def _out(ops: Any, dtype: Any) -> Any:
     """BF16 where the backend has it; elsewhere results stay in the computation's dtype."""
-    return dtype if hasattr(ops, "isa") else None
+    return dtype if has_bf16(ops) else None
 
 
 def _together(rng: np.random.Generator, m: int) -> Arrays:

@@ -11,6 +11,7 @@ from typing import Any
 import bounds
 import numpy as np
 import pytest
+from gpu import host_side
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from op_table import TABLE, Op, in_float64, normal, take_row
@@ -25,6 +26,12 @@ every_op = pytest.mark.parametrize("op", TABLE, ids=str)
 every_op_by_rows = pytest.mark.parametrize("op", [op for op in TABLE if op.rows], ids=str)
 stateless = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # `ops` is
 seeds = st.integers(0, 2**32 - 1)
+
+
+@pytest.fixture
+def ops(ops: Any) -> Any:
+    """Operations called with NumPy arrays, wherever they compute."""
+    return host_side(ops)
 
 
 def generator(seed: int) -> np.random.Generator:
@@ -90,6 +97,8 @@ def test_no_tokens(ops: Any, op: Op, rng: np.random.Generator) -> None:
 @stateless
 @given(seed=seeds, m=st.sampled_from([2, 9, 40]))
 def test_rows_do_not_depend_on_their_neighbours(ops: Any, op: Op, seed: int, m: int) -> None:
+    if not ops.bitwise:
+        pytest.skip(f"{ops.name}: a row's bits may depend on the number of rows")
     rng = generator(seed)
     inputs = op.make(rng, m)
     together = op.run(ops, inputs)
@@ -202,7 +211,10 @@ def test_attention_sequences_do_not_see_each_other(ops: Any, rng: np.random.Gene
     together, start = run(slice(0, 76), lengths), 0
     for n in lengths:
         for a, b in zip(run(slice(start, start + n), [n]), together):
-            same_bits(a, b[start : start + n], f"sequence of {n}")
+            if ops.bitwise:
+                same_bits(a, b[start : start + n], f"sequence of {n}")
+            else:
+                np.testing.assert_allclose(a, b[start : start + n], rtol=0, atol=2e-5)
         start += n
 
 

@@ -48,16 +48,16 @@ def _load(name: str) -> Backend:
     name = "cuda" if name == "gpu" else name
     if name == "cuda" and name not in _loaded:
         return _cuda_or_cupy()
-    return _exactly(name)
+    return exactly(name)
 
 
 def _cuda_or_cupy() -> Backend:
     """The CUDA backend; or CuPy's where only the library is missing, which a warning says."""
     try:
-        return _exactly("cuda")
+        return exactly("cuda")
     except BackendError as missing:
         try:
-            instead = _exactly("cupy")
+            instead = exactly("cupy")
         except BackendError:
             raise missing from None
         warnings.warn(
@@ -69,7 +69,7 @@ def _cuda_or_cupy() -> Backend:
         return instead
 
 
-def _exactly(name: str) -> Backend:
+def exactly(name: str) -> Backend:
     """The backend of that name and no other."""
     if name not in _CLASSES:
         raise BackendError(f"there is no backend {name!r}; choose one of {', '.join(_CLASSES)}")
@@ -103,9 +103,9 @@ def get(backend: str | Backend | None = None) -> Backend:
 def host() -> Backend:
     """The backend of the host's processor: "c" where it is built, else "numpy"."""
     try:
-        return _exactly("c")
+        return exactly("c")
     except _NotBuilt:
-        return _exactly("numpy")
+        return exactly("numpy")
 
 
 def use(backend: str | Backend | None) -> None:
@@ -126,7 +126,7 @@ def available() -> tuple[str, ...]:
     for name in _CLASSES:
         try:
             if name not in _GPU or name in _loaded or importlib.util.find_spec("cupy"):
-                _exactly(name)
+                exactly(name)
                 names.append(name)
         except _NotBuilt:  # any other failure of a host's backend is the user's to know
             continue

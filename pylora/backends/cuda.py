@@ -92,7 +92,8 @@ class CudaBackend(DeviceArrays):
     @contextmanager
     def own_workspace(self) -> Iterator[list[Array]]:
         """While a graph is captured: its workspaces are no one else's. They are what is yielded."""
-        self._capturing = own = []
+        own: list[Array] = []
+        self._capturing = own
         try:
             yield own
         finally:
@@ -666,9 +667,7 @@ class CudaBackend(DeviceArrays):
         pointers = ffi.new("float *[]", [to.at(a) for a in flat])
         out = self.xp.empty(1, np.float64)
         need = self.lib.pylora_cuda_sum_squares_workspace(self.context, count, n)
-        self.call(
-            "sum_squares", count, n, pointers, to.at(out, "double *"), *self.workspace(need)
-        )
+        self.call("sum_squares", count, n, pointers, to.at(out, "double *"), *self.workspace(need))
         return float(out[0])
 
     def philox(self, seed: int, stream: int, first: int, n: int) -> Array:
@@ -689,5 +688,3 @@ def packed(W: Any) -> Packed:
     if not isinstance(W, Packed):
         raise DtypeError(f"W must be a weight packed by this backend, got {type(W).__name__}")
     return W
-
-

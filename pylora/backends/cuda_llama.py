@@ -179,8 +179,9 @@ class CudaLlama:
         cut = np.cumsum([0] + [p.size for p in parts])
         views = [device[a:b] for a, b in zip(cut, cut[1:])]
         seqs = ops.to.seqs(n, device[cut[4] :], max_q, max_k)
-        assert views[0].size == m
-        return _Numbers(host, device, *views[:4], seqs)
+        ids, position, rows, output = views[:4]
+        assert ids.size == m
+        return _Numbers(host, device, ids, position, rows, output, seqs)
 
     @staticmethod
     def _parts(step: Step) -> list[np.ndarray]:
@@ -287,8 +288,7 @@ class CudaLlama:
             narrow = n < w.head_number and n % len(MODULES) in _NARROW
             p = Projection(W, bias, None, None, residual, w.dtype if narrow else None)
             structs = [
-                ops.ffi.NULL if a is None else a.structs.get(n, ops.ffi.NULL)
-                for a in step.adapters
+                ops.ffi.NULL if a is None else a.structs.get(n, ops.ffi.NULL) for a in step.adapters
             ]
             parts.append((p, structs, None))
         if not any(a is not None and n in a.bias for a in step.adapters for n in numbers):

@@ -208,7 +208,8 @@ class CupyBackend(DeviceArrays, Reference):
     def merge(self, W: Array, lora: LoRA, dtype: str = "f32") -> tuple[Array, Residue]:
         """On the host, where the file's weights are: the same bits as everywhere, and float64 to
         float16 is rounded once there."""
-        return _merging().merge(W, lora, dtype)
+        merged, residue = _merging().merge(W, lora, dtype)
+        return merged, residue
 
     def unmerge(self, merged: Array, lora: LoRA, residue: Residue, dtype: str = "f32") -> Array:
         return _merging().unmerge(merged, lora, residue, dtype)

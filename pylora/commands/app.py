@@ -26,7 +26,7 @@ Targets = Annotated[
     str, typer.Option(help="modules, separated by commas; or a regular expression; or all-linear")
 ]
 Precision = Annotated[
-    str, typer.Option(help="fp32, fp32x3, bf16, int8 or int4: of the base model and its products")
+    str, typer.Option(help="of the base model: fp32, fp32x3, bf16, int8, int4; fp16 on cuda")
 ]
 RsLora = Annotated[bool, typer.Option(help="scale by alpha / sqrt(r) in place of alpha / r")]
 
@@ -34,7 +34,9 @@ RsLora = Annotated[bool, typer.Option(help="scale by alpha / sqrt(r) in place of
 @app.callback()
 @verb
 def common(
-    backend: Annotated[str | None, typer.Option(help="c or numpy; default: c where built")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="c, numpy, cuda or cupy; default: c where built")
+    ] = None,
 ) -> None:
     """LoRA without a deep-learning framework: train, run, merge and inspect adapters."""
     if backend is not None:

@@ -1,4 +1,4 @@
-"""The verbs that look: inspect, check, demo, vectors, info, conformance."""
+"""The verbs that look: inspect, check, demo, vectors, info, doctor, conformance."""
 
 from __future__ import annotations
 
@@ -186,6 +186,19 @@ def info() -> None:
 
     for name, value in build_info().items():
         print(f"{name}: {', '.join(value) if isinstance(value, list) else value}")
+
+
+@app.command()
+@verb
+def doctor() -> None:
+    """Show what a GPU needs that is here, what is missing, and what to do about it."""
+    from pylora.doctor import examine
+
+    screen, steps = Console(), examine()
+    screen.table(("part", "state", "what"), [(s.what, s.state, s.text) for s in steps])
+    for s in steps:
+        if s.advice:
+            screen.say(f"{s.what}: {s.advice}")
 
 
 @app.command()
