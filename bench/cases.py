@@ -143,14 +143,14 @@ def by_length(o: Options) -> Iterator[Record]:
     with o.team() as team:
         for length in lengths:
             some = o.ours("bf16", "fp32") if length <= 1024 else o.ours("bf16")
-            if length <= 2048 and not o.quick:
+            if length <= 1024 and not o.quick:
                 some.append(Contender("peft", "bf16", "tuned"))
             yield from team.measure(
                 "by-length",
                 "step",
                 some,
                 {"batch": 1, "length": length},
-                reps=1 if length >= 4096 else 2,
+                reps=1 if length >= 2048 else 2,
             )
 
 

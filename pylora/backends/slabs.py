@@ -1,8 +1,9 @@
 """Memory for packed weights: many of them share one large allocation.
 
 NumPy asks Linux for huge pages where an array has 4 MiB or more; a single weight of a small
-model has less. Reading the weights is what bounds decoding, and both the table of pages and the hardware's
-prefetching end at a page. A slab goes back to the system when the last weight in it dies.
+model has less. Reading the weights is what bounds decoding, and both the translation of addresses
+and the hardware's prefetching end at a page. A slab goes back to the system when the last weight
+in it dies.
 """
 
 from __future__ import annotations
