@@ -11,7 +11,8 @@ enum {
   FEW_CHUNK = 128, /* keys of a piece, beside such a block of rows */
   MANY_CHUNK = 512,
   MOST_PIECES = 64,
-  KEY_TILE = 64 /* at least that of every kernel */
+  KEY_TILE = 64, /* at least that of every kernel */
+  LARGEST_BLOCKS = 264
 };
 
 /* ---- how the work is cut ----------------------------------------------------------------- */
@@ -114,13 +115,21 @@ static size_t parts_bytes(const Cut &c, int64_t rows, int64_t D) {
          arena_size((size_t)(c.splits * rows * 2) * sizeof(float));
 }
 
+/* delta, do in 16 bits, and the largest of do. */
+static size_t backward_bytes(int64_t rows, int64_t D) {
+  return arena_size((size_t)rows * sizeof(float)) +
+         arena_size((size_t)(rows * D) * sizeof(uint16_t)) +
+         arena_size((LARGEST_BLOCKS + 1) * sizeof(float));
+}
+
 size_t pylora_cuda_attention_workspace(pylora_cuda *g, const pylora_cuda_seqs *seqs,
                                        const pylora_attn *a, int64_t q_rows, int64_t k_rows) {
   if (!g || check_shape(a, seqs) || q_rows < 0 || k_rows < 0) return 0;
   const int64_t rows = q_rows * a->heads, D = a->head_dim;
   const size_t tensor = parts_bytes(cut_forward(seqs, a, true), rows, D);
   const size_t plain = parts_bytes(cut_forward(seqs, a, false), rows, D);
-  return 256 + (tensor > plain ? tensor : plain);
+  const size_t forward = tensor > plain ? tensor : plain, backward = backward_bytes(rows, D);
+  return 256 + (forward > backward ? forward : backward);
 }
 
 /* ---- forward ----------------------------------------------------------------------------- */
@@ -209,4 +218,115 @@ int pylora_cuda_attention_forward(pylora_cuda *g, void *stream, const pylora_mat
     LAUNCH(pylora_attention_combine, grid, 4 * WARP, 0, stream, args);
   }
   return PYLORA_OK;
+}
+
+/* ---- backward ---------------------------------------------------------------------------- */
+
+#define pylora_attention_keys_of(type, DT) \
+  (DT == 64 ? pylora_attention_keys_##type##_64 : pylora_attention_keys_##type##_128)
+#define pylora_attention_rows_of(type, DT) pylora_attention_rows_##type##_##DT
+BY_TYPE_AND_D(backward_of_keys, keys_of)
+BY_TYPE_AND_D(backward_of_rows, rows_of)
+
+static AttentionKernel backward_keys_plain(int DT) {
+  return DT == 64    ? pylora_attention_keys_plain_64
+         : DT == 128 ? pylora_attention_keys_plain_128
+                     : pylora_attention_keys_plain_256;
+}
+static AttentionKernel backward_rows_plain(int DT) {
+  return DT == 64    ? pylora_attention_rows_plain_64
+         : DT == 128 ? pylora_attention_rows_plain_128
+                     : pylora_attention_rows_plain_256;
+}
+
+/* delta; and do in the type of q, aligned, if it is not so: args->d_o is then that copy. float16 is scaled. */
+static int prepare(AttentionArgs *args, bool tensor, void *stream, void *ws, size_t ws_bytes) {
+  const int64_t rows = args->q.rows * args->heads;
+  const bool scaled = tensor && args->q.dtype == PYLORA_F16;
+  const bool copied =
+      tensor && (scaled || args->d_o.dtype != args->q.dtype || !vectors_fit(args->d_o, 8));
+  if (!ws) return PYLORA_E_NULL;
+  Arena arena(ws, ws_bytes);
+  uint16_t *copy = NULL;
+  float *largest = NULL;
+  args->delta = (float *)arena.take((size_t)rows * sizeof(float));
+  if (!args->delta) return PYLORA_E_WORKSPACE;
+  if (copied && !(copy = (uint16_t *)arena.take((size_t)(rows * args->D) * sizeof(uint16_t))))
+    return PYLORA_E_WORKSPACE;
+  if (scaled && !(largest = (float *)arena.take((LARGEST_BLOCKS + 1) * sizeof(float))))
+    return PYLORA_E_WORKSPACE;
+  if (scaled) {
+    LAUNCH(pylora_attention_largest, LARGEST_BLOCKS, 256, 0, stream, args->d_o, largest);
+    LAUNCH(pylora_attention_factor, 1, 256, 0, stream, largest, LARGEST_BLOCKS,
+           largest + LARGEST_BLOCKS);
+    args->factor = largest + LARGEST_BLOCKS;
+  }
+  dim3 grid;
+  TRY(grid_of(ceil_div(rows, 4), 1, 1, &grid));
+  LAUNCH(pylora_attention_delta, grid, 4 * WARP, 0, stream, *args, copy);
+  if (copied) {
+    const int64_t width = (int64_t)args->heads * args->D;
+    args->d_o = View{copy, args->q.rows, width, width, args->q.dtype};
+  }
+  return PYLORA_OK;
+}
+
+int pylora_cuda_attention_backward(pylora_cuda *g, void *stream, const pylora_mat *d_o,
+                                   const pylora_mat *q, const pylora_mat *k, const pylora_mat *v,
+                                   const pylora_mat *o, const pylora_mat *lse,
+                                   const pylora_cuda_seqs *seqs, const pylora_attn *a,
+                                   const pylora_mat *dq, const pylora_mat *dk, const pylora_mat *dv,
+                                   void *ws, size_t ws_bytes) {
+  if (!g || !d_o || !o || !lse || !dq || !dk || !dv) return PYLORA_E_NULL;
+  TRY(check_inputs(q, k, v, seqs, a));
+  const int64_t width = (int64_t)a->heads * a->head_dim;
+  const int64_t kv_width = (int64_t)a->kv_heads * a->head_dim;
+  const int dtype = view_of(q->rows ? q : k).dtype;
+  TRY(check_other(d_o, q->rows, width, false, dtype));
+  TRY(check_other(o, q->rows, width, false, dtype));
+  TRY(check_other(dq, q->rows, width, true, dtype));
+  TRY(check_other(dk, k->rows, kv_width, true, dtype));
+  TRY(check_other(dv, k->rows, kv_width, true, dtype));
+  TRY(check_lse(lse, q, a, false));
+  if (q->rows == 0 || k->rows == 0 || seqs->n == 0) return PYLORA_OK;
+  AttentionArgs args = arguments_of(g, q, k, v, o, lse, seqs, a);
+  args.d_o = view_of(d_o), args.dq = view_of(dq), args.dk = view_of(dk), args.dv = view_of(dv);
+  args.pairs = in_pairs(args.dq) && in_pairs(args.dk) && in_pairs(args.dv);
+  const bool tensor = tensor_fits(a, args.q, args.k, args.v);
+  const int DT = padded(a->head_dim), edge = tensor ? 64 : PLAIN; /* keys, or rows, of a block */
+  OnDevice on(g);
+  TRY(prepare(&args, tensor, stream, ws, ws_bytes));
+
+  dim3 of_keys, of_rows;
+  if (seqs->k_start)
+    TRY(grid_of(a->kv_heads, ceil_div(k->rows, edge), 1, &of_keys));
+  else
+    TRY(grid_of(a->kv_heads, seqs->n, ceil_div(seqs->max_q, edge), &of_keys));
+  args.tiles = (int32_t)ceil_div(seqs->max_q * args.group, edge);
+  TRY(grid_of(a->kv_heads, seqs->n, args.tiles, &of_rows));
+  if (!tensor) {
+    const AttentionKernel keys = backward_keys_plain(DT), rows = backward_rows_plain(DT);
+    TRY(launch("pylora_attention_keys_plain", keys, of_keys, PLAIN_THREADS, plain_shared(DT, 4, 2),
+               stream, args));
+    return launch("pylora_attention_rows_plain", rows, of_rows, PLAIN_THREADS,
+                  plain_shared(DT, 4, 1), stream, args);
+  }
+  const int keys = DT == 64 ? 64 : DT == 128 ? 32 : 16, rows = 32; /* of a step */
+  const size_t row_bytes = sizeof(uint16_t) * (size_t)DT;
+  const size_t keys_shared = row_bytes * (size_t)(2 * 64 + 2 * 2 * rows);
+  const size_t rows_shared = row_bytes * (size_t)(2 * 64 + 2 * 2 * keys);
+  if (DT == 256) {
+    const bool bf16 = dtype == PYLORA_BF16;
+    TRY(launch("pylora_attention_dv",
+               bf16 ? pylora_attention_dv_bf16_256 : pylora_attention_dv_f16_256, of_keys, 128,
+               keys_shared, stream, args));
+    TRY(launch("pylora_attention_dk",
+               bf16 ? pylora_attention_dk_bf16_256 : pylora_attention_dk_f16_256, of_keys, 128,
+               keys_shared, stream, args));
+  } else {
+    TRY(launch("pylora_attention_keys", backward_of_keys(dtype, DT), of_keys, 128, keys_shared,
+               stream, args));
+  }
+  return launch("pylora_attention_rows", backward_of_rows(dtype, DT), of_rows, 128, rows_shared,
+                stream, args);
 }

@@ -5,7 +5,9 @@
 #ifndef PYLORA_ATTENTION_CUH
 #define PYLORA_ATTENTION_CUH
 
+#include "attention_backward.cuh"
 #include "attention_forward.cuh"
 #include "attention_plain.cuh"
+#include "attention_plain_backward.cuh"
 
 #endif

@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "device.cuh"
@@ -329,11 +330,325 @@ static void test_decoding() {
   one_forward(setting(PYLORA_BF16, 16, 1, 4, {8}, {1200}, 0)); /* of the kernel for many rows */
 }
 
+/* ---- backward ---- */
+
+struct Grads {
+  Matrix dq, dk, dv;
+  Grads(const Setting &t, bool alike = false)
+      : dq(alike ? PYLORA_F32 : t.other(), t.m, t.width(), 0, alike || below(2)),
+        dk(alike ? PYLORA_F32 : t.other(), t.n, t.kv_width(), 1, alike || below(2)),
+        dv(alike ? PYLORA_F32 : t.other(), t.n, t.kv_width(), 1, alike || below(2)) {}
+};
+
+static int backward(const Setting &t, Matrix &d_o, Matrix &q, Matrix &k, Matrix &v, Matrix &o,
+                    Matrix &lse, Grads &r) {
+  Workspace ws(t.workspace());
+  const pylora_cuda_seqs s = t.seqs();
+  const pylora_mat G = d_o.mat(), Q = q.mat(), K = k.mat(), V = v.mat(), O = o.mat(), L = lse.mat();
+  const pylora_mat dQ = r.dq.mat(), dK = r.dk.mat(), dV = r.dv.mat();
+  return pylora_cuda_attention_backward(g, NULL, &G, &Q, &K, &V, &O, &L, &s, &t.a, &dQ, &dK, &dV,
+                                        ws.bytes.data(), ws.bytes.size());
+}
+
+/* `size`: of do. Rows of dk and dv that no sequence uses hold what they held. */
+static void one_backward(const Setting &t, float size = 1) {
+  Matrix q(t.dtype, t.m, t.width(), 2, t.fits), k(t.dtype, t.n, t.kv_width(), 2, t.fits);
+  Matrix v(t.dtype, t.n, t.kv_width(), 1, t.fits);
+  Matrix d_o(t.other(), t.m, t.width(), size, below(2)), o(t.other(), t.m, t.width(), 0, below(2));
+  Matrix lse(PYLORA_F32, t.m, t.a.heads, 0, below(2));
+  Grads got(t);
+  const pylora_seqs s = t.host();
+  pylora_mat G = d_o.reference(), Q = q.reference(), K = k.reference(), V = v.reference();
+  pylora_mat O = o.reference(), L = lse.reference();
+  pylora_ref_attention_forward(&Q, &K, &V, &s, &t.a, &O, &L);
+  for (int64_t i = 0; i < t.m; i++) { /* as they are stored, for both */
+    for (int64_t j = 0; j < t.width(); j++) o.set(i, j, o.value(i, j));
+    for (int64_t j = 0; j < t.a.heads; j++) lse.set(i, j, lse.value(i, j));
+  }
+  OK(backward(t, d_o, q, k, v, o, lse, got));
+  std::vector<float> wide[3] = {got.dq.wide, got.dk.wide, got.dv.wide};
+  pylora_mat dQ = {wide[0].data(), t.m, t.width(), t.width(), NULL, NULL};
+  pylora_mat dK = {wide[1].data(), t.n, t.kv_width(), t.kv_width(), NULL, NULL};
+  pylora_mat dV = {wide[2].data(), t.n, t.kv_width(), t.kv_width(), NULL, NULL};
+  pylora_ref_attention_backward(&G, &Q, &K, &V, &O, &L, &s, &t.a, &dQ, &dK, &dV);
+  Bounds b = bounds_of(t, q, k, v, &d_o, o.wide, lse.wide);
+  near("dq", got.dq, wide[0], b.dq);
+  near("dk", got.dk, wide[1], b.dk);
+  near("dv", got.dv, wide[2], b.dv);
+  for (int64_t i = 0; i < t.n; i++) {
+    bool used = false;
+    for (size_t n = 0; n < t.k_len.size(); n++) {
+      const int64_t start = t.cached ? t.k_start[n] : t.q_start[n];
+      used |= t.q_start[n + 1] > t.q_start[n] && i >= start && i < start + t.k_len[n];
+    }
+    for (int64_t j = 0; j < t.kv_width() && !used; j++)
+      EXPECT(got.dk.get(i, j) == got.dk.value(i, j) && got.dv.get(i, j) == got.dv.value(i, j),
+             "row %d, which nobody uses, was written", (int)i);
+  }
+  OK(pylora_cuda_check(g, NULL));
+}
+
+static void test_backward() {
+  for (int i = 0; i < 30; i++) one_backward(random_setting());
+  for (int dtype : {PYLORA_BF16, PYLORA_F16}) { /* every kernel */
+    one_backward(setting(dtype, 64, 1, 2, {90}, {}, 0));
+    one_backward(setting(dtype, 128, 1, 4, {40, 2}, {100, 0}, 30));
+    one_backward(setting(dtype, 256, 1, 1, {70}, {}, 0));
+    one_backward(setting(dtype, 200, 1, 2, {3}, {100}, 0));
+  }
+  one_backward(setting(PYLORA_F32, 128, 1, 2, {40}, {}, 0));
+  one_backward(setting(PYLORA_F32, 250, 1, 1, {33}, {20}, 9));
+  /* Gradients that float16 has no numbers for, and large ones. */
+  for (float size : {1e-6f, 1e-9f, 1e4f})
+    one_backward(setting(PYLORA_F16, 64, 1, 2, {40}, {}, 0), size);
+}
+
+/* ---- what no row may see ---- */
+
+struct Problem {
+  Matrix q, k, v, d_o;
+  explicit Problem(const Setting &t)
+      : q(t.dtype, t.m, t.width(), 2, t.fits), k(t.dtype, t.n, t.kv_width(), 2, t.fits),
+        v(t.dtype, t.n, t.kv_width(), 1, t.fits), d_o(t.dtype, t.m, t.width(), 1, t.fits) {}
+};
+struct Results {
+  Matrix o, lse;
+  Grads d;
+  explicit Results(const Setting &t)
+      : o(PYLORA_F32, t.m, t.width(), 0), lse(PYLORA_F32, t.m, t.a.heads, 0), d(t, true) {}
+};
+static void run(const Setting &t, Problem &p, Results &r) {
+  OK(forward(t, p.q, p.k, p.v, r.o, r.lse));
+  OK(backward(t, p.d_o, p.q, p.k, p.v, r.o, r.lse, r.d));
+}
+static void poison(Matrix &x, int64_t first, int64_t end) {
+  for (int64_t i = first; i < end; i++)
+    for (int64_t j = 0; j < x.cols; j++) x.set(i, j, below(3) ? NAN : INFINITY);
+}
+
+/* NaN in a sequence's rows from `cut` on changes no bit of earlier rows, nor of other sequences; NaN in the gradients
+ * before it none of later keys. */
+static void test_isolation() {
+  for (int dtype : {PYLORA_F32, PYLORA_BF16}) {
+    for (int round = 0; round < 4; round++) {
+      const int64_t m = 70 + below(60);
+      Setting t = setting(dtype, (int)pick({16, 64, 128}), 1, (int)pick({1, 3}), {33, m, 7}, {},
+                          (int)pick({0, 0, 50}), round != 3);
+      const int64_t cut = 33 + 1 + below(m - 1), end = 33 + m;
+      Problem p(t);
+      Results clean(t), other(t), early(t);
+      run(t, p, clean);
+      Problem late = p;
+      poison(late.q, cut, end), poison(late.k, cut, end), poison(late.v, cut, end);
+      run(t, late, other);
+      Problem before = p;
+      poison(before.d_o, 33, cut);
+      run(t, before, early);
+      for (int64_t i = 0; i < t.m; i++) {
+        if (i < cut || i >= end) {
+          same("o with NaN after it", clean.o, i, other.o, i);
+          same("lse with NaN after it", clean.lse, i, other.lse, i);
+          same("dq with NaN after it", clean.d.dq, i, other.d.dq, i);
+        } else {
+          EXPECT(isnan(other.o.get(i, 0)) && isnan(other.d.dq.get(i, 0)), "row %d sees NaN",
+                 (int)i);
+        }
+        if (i < 33 || i >= cut) {
+          same("dk with NaN before it", clean.d.dk, i, early.d.dk, i);
+          same("dv with NaN before it", clean.d.dv, i, early.d.dv, i);
+        } else if (t.a.window == 0) {
+          EXPECT(isnan(early.d.dk.get(i, 0)) && isnan(early.d.dv.get(i, 0)), "key %d", (int)i);
+        }
+      }
+    }
+  }
+}
+
+/* A sequence has the bits that it has alone; twice the same call has the same bits; what lies behind k_len in a cache,
+ * and a window of everything, change none. */
+static void test_alone() {
+  for (int dtype : {PYLORA_F32, PYLORA_BF16}) {
+    const std::vector<int64_t> queries = {40, 3, 70};
+    Setting t = setting(dtype, 64, 2, 2, queries, {}, (int)pick({0, 30}));
+    Problem p(t);
+    Results all(t), again(t);
+    run(t, p, all), run(t, p, again);
+    for (int64_t i = 0; i < t.m; i++) {
+      same("o again", all.o, i, again.o, i);
+      same("dk again", all.d.dk, i, again.d.dk, i);
+    }
+    for (size_t i = 0; i < queries.size(); i++) {
+      Setting one = setting(dtype, 64, 2, 2, {queries[i]}, {}, t.a.window);
+      Problem part(one);
+      for (int64_t r = 0; r < one.m; r++) {
+        for (int64_t j = 0; j < t.width(); j++)
+          part.q.set(r, j, p.q.value(t.q_start[i] + r, j)),
+              part.d_o.set(r, j, p.d_o.value(t.q_start[i] + r, j));
+        for (int64_t j = 0; j < t.kv_width(); j++)
+          part.k.set(r, j, p.k.value(t.q_start[i] + r, j)),
+              part.v.set(r, j, p.v.value(t.q_start[i] + r, j));
+      }
+      Results own(one);
+      run(one, part, own);
+      for (int64_t r = 0; r < one.m; r++) {
+        same("o alone", own.o, r, all.o, t.q_start[i] + r);
+        same("lse alone", own.lse, r, all.lse, t.q_start[i] + r);
+        same("dq alone", own.d.dq, r, all.d.dq, t.q_start[i] + r);
+        same("dk alone", own.d.dk, r, all.d.dk, t.q_start[i] + r);
+        same("dv alone", own.d.dv, r, all.d.dv, t.q_start[i] + r);
+      }
+    }
+  }
+}
+
+/* Sequences that have keys in common: their gradients add up. */
+static void test_shared_keys() {
+  for (int dtype : {PYLORA_F32, PYLORA_BF16}) {
+    Setting t = setting(dtype, 16, 1, 2, {20, 30}, {0, 0}, 0);
+    t.k_start = {5, 10}, t.k_len = {25, 80}, t.n = 92, t.max_k = 80;
+    Problem p(t);
+    Results both(t);
+    run(t, p, both);
+    std::vector<double> dk((size_t)(t.n * 16)), dv(dk), size(dk);
+    for (size_t i = 0; i < 2; i++) {
+      Setting one = t;
+      one.m = t.q_start[i + 1] - t.q_start[i], one.q_start = {0, one.m};
+      one.k_start = {t.k_start[i]}, one.k_len = {t.k_len[i]};
+      Problem part(one);
+      part.k = p.k, part.v = p.v;
+      for (int64_t r = 0; r < one.m; r++)
+        for (int64_t j = 0; j < t.width(); j++)
+          part.q.set(r, j, p.q.value(t.q_start[i] + r, j)),
+              part.d_o.set(r, j, p.d_o.value(t.q_start[i] + r, j));
+      Results own(one);
+      run(one, part, own);
+      for (int64_t r = t.k_start[i]; r < t.k_start[i] + t.k_len[i]; r++)
+        for (int64_t j = 0; j < 16; j++) {
+          dk[(size_t)(r * 16 + j)] += own.d.dk.get(r, j);
+          dv[(size_t)(r * 16 + j)] += own.d.dv.get(r, j);
+        }
+    }
+    for (int64_t r = 5; r < 90; r++)
+      for (int64_t j = 0; j < 16; j++) {
+        EXPECT(fabs(both.d.dk.get(r, j) - dk[(size_t)(r * 16 + j)]) < 1e-4, "dk[%d,%d]", (int)r,
+               (int)j);
+        EXPECT(fabs(both.d.dv.get(r, j) - dv[(size_t)(r * 16 + j)]) < 1e-4, "dv[%d,%d]", (int)r,
+               (int)j);
+      }
+  }
+}
+
+/* ---- errors ---- */
+
+/* Numbers of the device that do not fit: NaN for their sequence alone, and PYLORA_E_INDEX afterwards. */
+static void test_bad_numbers() {
+  for (int dtype : {PYLORA_F32, PYLORA_BF16})
+    for (int kind = 0; kind < 6; kind++) {
+      Setting t = setting(dtype, 16, 1, 2, {5, 9}, {40, 50}, 0);
+      Problem p(t);
+      Results right(t), wrong(t);
+      run(t, p, right);
+      OK(pylora_cuda_check(g, NULL));
+      Setting bad = t;
+      if (kind == 0) bad.k_start[0] = -1;
+      if (kind == 1) bad.k_start[0] = t.n;
+      if (kind == 2) bad.k_len[0] = 4; /* fewer keys than queries */
+      if (kind == 3) bad.k_len[0] = INT64_MAX;
+      if (kind == 4) bad.k_start[0] = INT64_MAX;
+      if (kind == 5) bad.k_len[0] = -7;
+      run(bad, p, wrong);
+      EXPECT_STATUS(PYLORA_E_INDEX, pylora_cuda_check(g, NULL));
+      OK(pylora_cuda_check(g, NULL));
+      for (int64_t i = 0; i < t.m; i++)
+        if (i < 5) {
+          for (int64_t j = 0; j < t.width(); j++)
+            EXPECT(isnan(wrong.o.get(i, j)) && isnan(wrong.d.dq.get(i, j)), "row %d", (int)i);
+          EXPECT(isnan(wrong.lse.get(i, 0)) && isnan(wrong.lse.get(i, 1)), "row %d", (int)i);
+        } else {
+          same("o beside a bad sequence", wrong.o, i, right.o, i);
+          same("dq beside a bad sequence", wrong.d.dq, i, right.d.dq, i);
+        }
+      for (int64_t i = t.k_start[1]; i < t.k_start[1] + t.k_len[1]; i++)
+        same("dk beside a bad sequence", wrong.d.dk, i, right.d.dk, i);
+      wrong.o.whole("o"), wrong.lse.whole("lse");
+    }
+  /* Rows of queries that are not there. */
+  Setting t = setting(PYLORA_BF16, 16, 1, 1, {5, 9}, {}, 0);
+  Problem p(t);
+  Results r(t);
+  t.q_start[2] = 1000;
+  run(t, p, r);
+  EXPECT_STATUS(PYLORA_E_INDEX, pylora_cuda_check(g, NULL));
+}
+
+static void test_errors() {
+  Setting t = setting(PYLORA_BF16, 64, 1, 2, {3}, {900}, 0);
+  Problem p(t);
+  Results r(t);
+  const pylora_cuda_seqs s = t.seqs();
+  pylora_mat Q = p.q.mat(), K = p.k.mat(), V = p.v.mat(), O = r.o.mat(), L = r.lse.mat();
+  pylora_mat G = p.d_o.mat(), dQ = r.d.dq.mat(), dK = r.d.dk.mat(), dV = r.d.dv.mat();
+  Workspace ws(t.workspace());
+  pylora_attn a = t.a;
+  const auto ahead = [&](const pylora_mat *q, const pylora_cuda_seqs *of, size_t bytes) {
+    return pylora_cuda_attention_forward(g, NULL, q, &K, &V, of, &a, &O, &L, ws.bytes.data(),
+                                         bytes);
+  };
+  const auto back = [&](size_t bytes) {
+    return pylora_cuda_attention_backward(g, NULL, &G, &Q, &K, &V, &O, &L, &s, &a, &dQ, &dK, &dV,
+                                          ws.bytes.data(), bytes);
+  };
+  OK(ahead(&Q, &s, ws.bytes.size()));
+  OK(back(ws.bytes.size()));
+  EXPECT_STATUS(PYLORA_E_WORKSPACE, ahead(&Q, &s, 1000));
+  EXPECT_STATUS(PYLORA_E_WORKSPACE, back(10));
+  EXPECT_STATUS(PYLORA_E_NULL, ahead(NULL, &s, ws.bytes.size()));
+  EXPECT_STATUS(PYLORA_E_NULL, ahead(&Q, NULL, ws.bytes.size()));
+  pylora_cuda_seqs half = s;
+  half.k_len = NULL;
+  EXPECT_STATUS(PYLORA_E_NULL, ahead(&Q, &half, ws.bytes.size()));
+  pylora_mat narrow = Q;
+  narrow.cols--;
+  EXPECT_STATUS(PYLORA_E_SHAPE, ahead(&narrow, &s, ws.bytes.size()));
+  Matrix other(PYLORA_F16, t.m, t.width(), 1);
+  pylora_mat F = other.mat();
+  EXPECT_STATUS(PYLORA_E_UNSUPPORTED, ahead(&F, &s, ws.bytes.size()));
+  std::swap(G, F);
+  EXPECT_STATUS(PYLORA_E_UNSUPPORTED, back(ws.bytes.size()));
+  std::swap(G, F);
+  a.window = -1;
+  EXPECT_STATUS(PYLORA_E_VALUE, ahead(&Q, &s, ws.bytes.size()));
+  a.window = 0, a.kv_heads = 3;
+  EXPECT_STATUS(PYLORA_E_SHAPE, ahead(&Q, &s, ws.bytes.size()));
+  a = {1, 1, 264, 0, 1};
+  Matrix wide(PYLORA_BF16, 2, 264, 1), more(PYLORA_F32, 2, 1, 1);
+  const std::vector<int64_t> start = {0, 2};
+  const pylora_cuda_seqs two = {1, start.data(), NULL, NULL, 2, 2};
+  const pylora_mat W = wide.mat(), l = more.mat();
+  EXPECT_STATUS(PYLORA_E_UNSUPPORTED,
+                pylora_cuda_attention_forward(g, NULL, &W, &W, &W, &two, &a, &W, &l,
+                                              ws.bytes.data(), ws.bytes.size()));
+  EXPECT(pylora_cuda_attention_workspace(g, &two, &a, 2, 2) == 0);
+  /* Nothing to do. */
+  const pylora_cuda_seqs none = {0, NULL, NULL, NULL, 0, 0};
+  pylora_mat q0 = Q, o0 = O, l0 = L, g0 = G, dq0 = dQ;
+  q0.rows = o0.rows = l0.rows = g0.rows = dq0.rows = 0;
+  OK(pylora_cuda_attention_forward(g, NULL, &q0, &K, &V, &none, &t.a, &o0, &l0, NULL, 0));
+  OK(pylora_cuda_attention_backward(g, NULL, &g0, &q0, &K, &V, &o0, &l0, &none, &t.a, &dq0, &dK,
+                                    &dV, NULL, 0));
+}
+
 int main() {
   OK(pylora_cuda_open(0, BUILD_DIR "/libcublasLt_emulated.so", &g));
   if (!g) return 1;
   test_forward();
   test_decoding();
+  test_backward();
+  test_isolation();
+  test_alone();
+  test_shared_keys();
+  test_bad_numbers();
+  test_errors();
   pylora_cuda_close(g);
   printf("test_attention: %s\n", failures ? "FAILED" : "passed");
   return failures != 0;
