@@ -3,7 +3,7 @@
 PYLORA_CUDA says what a missing nvcc means: `auto` (default) builds without the library and notes
 why, `on` is an error, `off` does not look. Beside the library, or in its place, the package gets
 the kernels as one source for CuPy's run-time compiler, and a note for `pylora doctor`.
-PYLORA_NVCC_FLAGS are more flags for nvcc.
+PYLORA_NVCC_FLAGS are more flags for nvcc, PYLORA_NVCC_JOBS how many run at a time.
 Nothing of CUDA is linked but its static runtime: building needs no GPU, driver or cuBLAS.
 """
 
@@ -30,7 +30,8 @@ TARGETS = ["arch=compute_80,code=sm_80", "arch=compute_90,code=[sm_90,compute_90
 FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-ffp-contract=off"]
 # Of the library's symbols, those of the header and no others.
 EXPORTS = "{ global: pylora_cuda_*; local: *; };\n"
-COMPILERS = 2  # that run at the same time: each takes a gigabyte for the larger kernels
+# That run at the same time: each takes a gigabyte for the larger kernels.
+COMPILERS = int(os.environ.get("PYLORA_NVCC_JOBS") or 2)
 
 
 class BuildError(Exception):

@@ -36,6 +36,7 @@ hypothesis.settings.register_profile(
     print_blob=True,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
+hypothesis.settings.register_profile("few", deadline=None, max_examples=2)  # for slow tools
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
