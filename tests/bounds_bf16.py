@@ -13,7 +13,8 @@ from typing import Any
 import bounds
 import numpy as np
 
-from pylora.types import LoRA
+from pylora.conformance.bounds_ops import _each_query
+from pylora.types import Attn, LoRA, Seqs
 
 U = bounds.unit("bf16")
 TINY = bounds.tiny()
@@ -64,3 +65,30 @@ def lora_backward(
     dx = dx + _floor(D, _abs(W)) + s * (low @ A + _floor(g, A)) / (1 - p)
     dA = dA + moved(3) * s * g.T @ X / (1 - p) + s * (low.T @ X + _floor(g.T, X)) / (1 - p)
     return dx, dA, dB + moved(1) * s * D.T @ _abs(h) + s * _floor(D.T, _abs(h))
+
+
+def attention_forward(
+    q: Any, k: Any, v: Any, seqs: Seqs, attn: Attn
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of o and lse, beside bounds.attention_forward: P is rounded for P V."""
+    o = np.zeros(q.shape)
+    for t, h, S, _, Vt, _, out in _each_query(q, k, v, seqs, attn):
+        P = np.exp(S - S.max())
+        o[t, out] = 1.01 * moved(1) * (P / P.sum()) @ np.abs(Vt)
+    return o, np.zeros((q.shape[0], attn.heads))
+
+
+def attention_backward(
+    do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, seqs: Seqs, attn: Attn
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of dq, dk, dv, beside bounds.attention_backward: do is rounded, in dP and sum do o, and P and dS
+    are in the products after."""
+    dq, dk, dv = np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape)
+    for t, h, S, _, Vt, (a, b, Kt, kv), out in _each_query(q, k, v, seqs, attn):
+        P = moved(2) * np.exp(S - lse[t, h])
+        g = _abs(do[t, out])
+        M = P * (np.abs(Vt) @ g + g @ _abs(o[t, out])) * attn.scale
+        dq[t, out] = M @ np.abs(Kt)
+        dk[a:b, kv] += M[:, None] * _abs(q[t, out])
+        dv[a:b, kv] += P[:, None] * g
+    return dq * 1.01, dk * 1.01, dv * 1.01

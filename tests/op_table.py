@@ -33,6 +33,14 @@ class Op:
     rows: tuple[str, ...] = ()
     row_outputs: tuple[int, ...] = (0,)
     given_away: tuple[str, ...] = ()  # inputs that a backend may write to
+    tensor_cores: Callable[[Arrays], tuple[Any, ...]] | None = None  # what those round beside
+
+    def limit(self, ops: Any, inputs: Arrays) -> tuple[Any, ...]:
+        """The bound for this backend."""
+        limit = self.bound(inputs)
+        if ops.name != "cuda" or not self.tensor_cores:
+            return limit
+        return tuple(a + b for a, b in zip(limit, self.tensor_cores(inputs), strict=True))
 
     def __str__(self) -> str:
         return self.name
@@ -513,6 +521,18 @@ TABLE += (
         rows=("x",),
     ),
 )
+def _on_tensor_cores(rounded: Callable[..., tuple[Any, ...]], names: str) -> Any:
+    """What attention rounds where q, k and v are bfloat16 and the heads fit (pylora_cuda.h)."""
+
+    def more(i: Arrays) -> tuple[Any, ...]:
+        used = all(i[n].dtype == BF16 for n in "qkv") and i["attn"].head_dim % 8 == 0
+        i = in_float64(i)
+        extra = rounded(*(i[n] for n in names.split()), i["seqs"], i["attn"])
+        return tuple((1 + bounds_bf16.U) * used * a for a in extra)
+
+    return more
+
+
 TABLE += (
     narrow("cast", ("x",), (0,)),
     narrow("rms_norm_forward", ("x",), (0,)),
@@ -520,6 +540,12 @@ TABLE += (
     narrow("rope", ("x",), (0,)),
     narrow("swiglu_forward", ("gate", "up"), (0,)),
     narrow("swiglu_backward", ("dy", "gate", "up"), (0, 1)),
-    narrow("attention_forward", ("q", "k", "v"), (0,)),
-    narrow("attention_backward", ("do", "q", "k", "v", "o"), (0, 1, 2)),
+    replace(
+        narrow("attention_forward", ("q", "k", "v"), (0,)),
+        tensor_cores=_on_tensor_cores(bounds_bf16.attention_forward, "q k v"),
+    ),
+    replace(
+        narrow("attention_backward", ("do", "q", "k", "v", "o"), (0, 1, 2)),
+        tensor_cores=_on_tensor_cores(bounds_bf16.attention_backward, "do q k v o lse"),
+    ),
 )

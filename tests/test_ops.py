@@ -76,7 +76,7 @@ def same_bits(a: Any, b: Any, what: str) -> None:
 def test_agrees_with_float64(ops: Any, op: Op, seed: int, m: int) -> None:
     inputs = op.make(generator(seed), m)
     want = op.run(REFERENCE, in_float64(inputs))
-    limit = op.bound(inputs)
+    limit = op.limit(ops, inputs)
     for isa in isas(ops):
         for n, (got, w, b) in enumerate(zip(op.run(ops, inputs), want, limit, strict=True)):
             assert got.dtype in (np.float32, BF16)

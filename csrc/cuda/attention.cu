@@ -81,13 +81,6 @@ static int check_inputs(const pylora_mat *q, const pylora_mat *k, const pylora_m
   return PYLORA_OK;
 }
 
-/* Of F32, or the type that q, k and v have. */
-static int check_other(const pylora_mat *x, int64_t rows, int64_t cols, bool out, int dtype) {
-  TRY(check_view(x, rows, cols, out));
-  const int own = view_of(x).dtype;
-  return own == PYLORA_F32 || own == dtype || rows == 0 ? PYLORA_OK : PYLORA_E_UNSUPPORTED;
-}
-
 static int check_lse(const pylora_mat *lse, const pylora_mat *q, const pylora_attn *a, bool out) {
   TRY(check_view(lse, q->rows, a->heads, out));
   return view_of(lse).dtype == PYLORA_F32 ? PYLORA_OK : PYLORA_E_UNSUPPORTED;
@@ -179,7 +172,7 @@ int pylora_cuda_attention_forward(pylora_cuda *g, void *stream, const pylora_mat
                                   size_t ws_bytes) {
   if (!g || !o || !lse) return PYLORA_E_NULL;
   TRY(check_inputs(q, k, v, seqs, a));
-  TRY(check_other(o, q->rows, (int64_t)a->heads * a->head_dim, true, view_of(q).dtype));
+  TRY(check_view(o, q->rows, (int64_t)a->heads * a->head_dim, true));
   TRY(check_lse(lse, q, a, true));
   AttentionArgs args = arguments_of(g, q, k, v, o, lse, seqs, a);
   const bool tensor = tensor_fits(a, args.q, args.k, args.v);
@@ -282,11 +275,11 @@ int pylora_cuda_attention_backward(pylora_cuda *g, void *stream, const pylora_ma
   const int64_t width = (int64_t)a->heads * a->head_dim;
   const int64_t kv_width = (int64_t)a->kv_heads * a->head_dim;
   const int dtype = view_of(q->rows ? q : k).dtype;
-  TRY(check_other(d_o, q->rows, width, false, dtype));
-  TRY(check_other(o, q->rows, width, false, dtype));
-  TRY(check_other(dq, q->rows, width, true, dtype));
-  TRY(check_other(dk, k->rows, kv_width, true, dtype));
-  TRY(check_other(dv, k->rows, kv_width, true, dtype));
+  TRY(check_view(d_o, q->rows, width, false));
+  TRY(check_view(o, q->rows, width, false));
+  TRY(check_view(dq, q->rows, width, true));
+  TRY(check_view(dk, k->rows, kv_width, true));
+  TRY(check_view(dv, k->rows, kv_width, true));
   TRY(check_lse(lse, q, a, false));
   if (q->rows == 0 || k->rows == 0 || seqs->n == 0) return PYLORA_OK;
   AttentionArgs args = arguments_of(g, q, k, v, o, lse, seqs, a);

@@ -118,7 +118,7 @@ typedef struct pylora_cuda_seqs {
 /* Attention with 16-bit q, k and v, a head_dim that is a multiple of 8 and rows at multiples of 16 bytes uses tensor
  * cores: P, dS and do are rounded to that type for products.  (float16: do is scaled by a power of two first, so
  * that small gradients have numbers.)  All else is float32 throughout, any layout, head_dim at most 256.
- * o, do, dq, dk and dv are float32 or of q's type.  A sequence whose numbers do not fit the matrices gets NaN in o,
+ * A sequence whose numbers do not fit the matrices gets NaN in o,
  * lse and dq, and leaves dk and dv as they are.  A row that sees an infinity may be NaN throughout. */
 size_t pylora_cuda_attention_workspace(pylora_cuda *g, const pylora_cuda_seqs *seqs,
                                        const pylora_attn *a, int64_t q_rows, int64_t k_rows);
