@@ -27,7 +27,7 @@ NOTE = "_cuda_note.txt"
 
 # Machine code for A100 and H100, and PTX that drivers compile for what comes after.
 TARGETS = ["arch=compute_80,code=sm_80", "arch=compute_90,code=[sm_90,compute_90]"]
-FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-ffp-contract=off"]
+FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-ffp-contract=off", "-Xfatbin=-compress-all"]
 # Of the library's symbols, those of the header and no others.
 EXPORTS = "{ global: pylora_cuda_*; local: *; };\n"
 # That run at the same time: each takes a gigabyte for the larger kernels.

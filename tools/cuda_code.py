@@ -30,7 +30,13 @@ TARGETS = ("sm_80", "sm_90")
 EXCEPTIONS: dict[str, str] = {}
 
 # Instructions that kernels must have: what their names match, and what the code must match.
-CLAIMS: list[tuple[str, str, str]] = []
+BF16, F16 = r"HMMA\.16816\.F32\.BF16.*", r"HMMA\.16816\.F32(?!\.BF16).*"
+CLAIMS: list[tuple[str, str, str]] = [
+    (r"pylora_\w+_bf16(_\d+)*", BF16, "products of bfloat16 on tensor cores"),
+    (r"pylora_\w+_f16(_\d+)*", F16, "products of float16 on tensor cores"),
+    (r"pylora_attention_forward_b?f16\w+", r"LDGSTS\b.*", "asynchronous copies"),
+    (r"pylora_attention_forward_b?f16\w+", r"LDSM\b.*", "loads of matrices from shared memory"),
+]
 
 
 @dataclass
