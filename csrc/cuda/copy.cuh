@@ -20,7 +20,7 @@ DEVICE void copy_rows(const View &x, const View &y, const int64_t *index, bool s
       flag_bad_index(bad);
       if (scatter) continue;
     }
-    const int64_t from = (scatter ? i : at) * x.ld, to = (scatter ? at : i) * y.ld;
+    const int64_t from = (scatter ? i : fine ? at : 0) * x.ld, to = (scatter ? at : i) * y.ld;
     for (int64_t v = c.col; v < vectors; v += EACH * c.col_step) {
       Raw<W> r[EACH];
       for (int e = 0; e < EACH; e++)

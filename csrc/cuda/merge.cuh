@@ -373,10 +373,13 @@ KERNEL pylora_merge_put_back(int32_t dtype, int64_t d, int64_t k, int64_t n,
                              int32_t *bad) {
   const int64_t step = (int64_t)gridDim.x * blockDim.x;
   for (int64_t p = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; p < n; p += step) {
-    const int64_t at = position[p], row = at / k, i = row * ldo + at % k;
-    if (at < 0 || row >= d)
+    const int64_t at = position[p], row = at / k;
+    if (at < 0 || row >= d) {
       flag_bad_index(bad);
-    else if (dtype == PYLORA_F32)
+      continue;
+    }
+    const int64_t i = row * ldo + at % k;
+    if (dtype == PYLORA_F32)
       ((uint32_t *)out)[i] = bits[p];
     else
       ((uint16_t *)out)[i] = (uint16_t)bits[p];
