@@ -1,7 +1,7 @@
 # make demo   sets up .venv, builds, fine-tunes a real model and shows what it learnt
 # make test   sets up what the tests need and runs them against the installed package
 # make lint   ruff, mypy, clang-format          make ctest   the C core's own tests
-# make cudatest  the CUDA core's own tests, on a CPU
+# make cudatest  the CUDA core's own tests, on a CPU     make gputest   the Python tests on the GPU's backends
 # make parity installs PyTorch, transformers and PEFT, so that `make test` compares with them too
 # make clean  removes .venv, out and what was built
 #
@@ -16,7 +16,7 @@ PYTEST_ARGS ?=
 CC ?= cc
 
 .DELETE_ON_ERROR:
-.PHONY: demo test parity lint ctest cudatest clean install
+.PHONY: demo test parity lint ctest cudatest gputest clean install
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -33,6 +33,11 @@ demo: $(VENV)/.all
 test: $(VENV)/.test
 	cd $(VENV) && PYLORA_TEST_BACKENDS=numpy,c bin/python -m pytest -c "$(CURDIR)/pyproject.toml" \
 	  --rootdir "$(CURDIR)" "$(CURDIR)/tests" $(PYTEST_ARGS)
+
+# Those tests that are about a backend, on the GPU's: on a GPU, or emulated where there is none.
+gputest: $(VENV)/.test
+	cd $(VENV) && PYLORA_TEST_BACKENDS=cuda,cupy bin/python -m pytest -c "$(CURDIR)/pyproject.toml" \
+	  --rootdir "$(CURDIR)" "$(CURDIR)/tests" -k "cuda or cupy" $(PYTEST_ARGS)
 
 install: $(VENV)/.all
 
