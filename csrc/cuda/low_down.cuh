@@ -23,8 +23,8 @@ DEVICE void low_down(const LowJobs &jobs, const LowGroups &groups, float *partia
   const int64_t piece = (k + 32 * splits - 1) / (32 * splits) * 32;
   const int64_t begin = split * piece, end = begin + piece < k ? begin + piece : k;
   const int64_t i0 = (blockIdx.x - g.first) * LOW_ROWS + warp * 32 + quad;
-  const Drop drop =
-      job_of(jobs, unit_of(groups, group, 0).job).drop; /* with dropout a group is one adapter's */
+  Drop drop = job_of(jobs, unit_of(groups, group, 0).job).drop; /* a group of its own then */
+  if (OF_B) drop.threshold = 0;                                 /* dy is not dropped */
 
   /* The part of the factor that this thread brings: 16 numbers. */
   const int unit = OF_B ? (int)threadIdx.x / 32 * 2 : (int)threadIdx.x / 16;

@@ -209,7 +209,7 @@ size_t pylora_cuda_linear_workspace(pylora_cuda *g, int64_t m, int64_t n, int64_
   double total = jobs * (double)sizeof(LowJob) + groups * (double)sizeof(LowGroup);
   total +=
       4 * (low_down_floats(g, m, R) + M * R + low_outer_floats(g, m, R, (double)k + (double)d));
-  total += cast((double)d) + cast((double)k);
+  total += cast((double)d + 64 * (double)n) + cast((double)k);
   total += sums < (double)tile_bytes(g) ? sums : (double)tile_bytes(g);
   total += (double)products_workspace(g) + 256 * (4 * (double)n + 64);
   return total > 1e17 ? 0 : (size_t)total;

@@ -159,7 +159,235 @@ static void forward(void) {
   }
 }
 
+/* ---- backward ---- */
+
+static void backward_case(int T, int64_t m, int64_t n, int64_t k, bool dropout) {
+  const int xtype = below(2) ? T : any_type();
+  Matrix x(xtype, m, k, 1);
+  std::vector<Projection> p;
+  std::vector<Matrix> dy, h, dA, dB;
+  p.reserve((size_t)n), dy.reserve((size_t)n), h.reserve((size_t)n), dA.reserve((size_t)n),
+      dB.reserve((size_t)n);
+  std::vector<pylora_linear_grad> l;
+  int64_t all = 0, ranks = 0;
+  for (int64_t i = 0; i < n; i++) {
+    const int64_t r = pick({0, 1, 5, 8, 16, 36, 70});
+    p.emplace_back(T, (int)PYLORA_F32, m, pick({0, 1, 3, 16, 40, 130}), k, std::vector<int64_t>{r},
+                   dropout);
+    const Projection &q = p.back();
+    dy.emplace_back(below(2) ? T : any_type(), m, q.d, 1.0f);
+    h.emplace_back(PYLORA_F32, m, r, 1.0f);
+    dA.emplace_back(PYLORA_F32, r, k, 1.0f);
+    dB.emplace_back(PYLORA_F32, q.d, r, 1.0f);
+    l.push_back({&q.P, &q.lora[0], &dy.back().mat, &h.back().mat, below(4) ? &dA.back().mat : NULL,
+                 below(4) ? &dB.back().mat : NULL});
+    all += q.d, ranks += r;
+  }
+  const bool add = below(2), with_dx = below(4) != 0;
+  Matrix dx(add ? (int)PYLORA_F32 : any_type(), m, k, 1);
+  const Matrix before = dx.wide();
+  Workspace ws(m, n, all, k, ranks, 1);
+  OK(pylora_cuda_linear_backward(device_0(), NULL, &x, n, l.data(), with_dx ? &dx.mat : NULL, add,
+                                 ws.at(), ws.bytes));
+  const Matrix wide = x.wide(), big = magnitudes(wide);
+  Matrix want = wide_zeros(m, k), size = wide_zeros(m, k);
+  if (add) want.copy_from(before), size.copy_from(magnitudes(before));
+  for (int64_t i = 0; i < n; i++) {
+    Projection &q = p[(size_t)i];
+    const int64_t r = q.r;
+    const Matrix W = q.W.wide(), bigW = magnitudes(W), D = dy[(size_t)i].wide(),
+                 bigD = magnitudes(D), H = magnitudes(h[(size_t)i]), A = magnitudes(q.A[0]),
+                 B = magnitudes(q.B[0]);
+    pylora_lora bigs = q.lora[0];
+    bigs.A = A.mat.p, bigs.lda = A.ld, bigs.B = B.mat.p, bigs.ldb = B.ld;
+    const Matrix wantA = wide_zeros(r, k), sizeA = wide_zeros(r, k), wantB = wide_zeros(q.d, r),
+                 sizeB = wide_zeros(q.d, r);
+    pylora_ref_lora_backward(&D, &wide, &h[(size_t)i], &W, r ? &q.lora[0] : NULL,
+                             with_dx ? &want : NULL, 1, l[(size_t)i].dA ? &wantA : NULL,
+                             l[(size_t)i].dB ? &wantB : NULL);
+    pylora_ref_lora_backward(&bigD, &big, &H, &bigW, r ? &bigs : NULL, with_dx ? &size : NULL, 1,
+                             &sizeA, &sizeB);
+    /* Without dx it is dy's type that says what B is rounded to. */
+    const int G = with_dx ? T : dy[(size_t)i].dtype;
+    if (l[(size_t)i].dA)
+      expect_within("dA", dA[(size_t)i], wantA, sizeA, share(G, (double)(m + q.d)));
+    if (l[(size_t)i].dB)
+      expect_within("dB", dB[(size_t)i], wantB, sizeB, share(PYLORA_F32, (double)m));
+  }
+  if (with_dx) expect_within("dx", dx, want, size, share(T, (double)(all + ranks)));
+}
+
+static void backward(void) {
+  for (int i = 0; i < 60; i++) {
+    const int T = any_type();
+    const int64_t m = pick({0, 1, 2, 16, 17, 33, 200}), k = pick({0, 1, 5, 8, 64, 96, 300});
+    const bool dropout = below(3) == 0;
+    context = "backward, type " + std::to_string(T) + ", m " + std::to_string(m) + ", k " +
+              std::to_string(k) + (dropout ? ", dropout" : "");
+    backward_case(T, m, 1 + below(3), k, dropout);
+  }
+}
+
+/* ---- the same bits ---- */
+
+/* B = 0 is the base model, also where h is not finite; and dx is that of the base. */
+static void zero_adapter(void) {
+  for (int i = 0; i < 24; i++) {
+    const int T = any_type(), ytype = below(2) ? (int)PYLORA_F32 : any_type();
+    const int64_t m = pick({1, 16, 17, 150}), k = pick({8, 33, 256}), d = pick({5, 64, 70});
+    context = "zero adapter, type " + std::to_string(T) + ", m " + std::to_string(m);
+    Matrix x(T, m, k, 1), A(PYLORA_F32, 9, k, 1), B(PYLORA_F32, d, 9, 0), W(T, d, k, 1);
+    if (below(2)) A.put(3, 2, INFINITY), A.put(4, k - 1, NAN);
+    Matrix y(ytype, m, d, 0), base = y.copy(), dy(T, m, d, 1),
+                              dx(below(2) ? T : (int)PYLORA_F32, m, k, 0), dx0 = dx.copy();
+    B.fill(below(2) ? 0.0f : -0.0f);
+    std::vector<char> buffer;
+    const pylora_packed P = packed(W, &buffer);
+    const std::vector<float> bias = floats(d, 1);
+    const pylora_lora lora = {9, A.mat.p, A.ld, B.mat.p, B.ld, 2, NULL, NULL}, *at = &lora;
+    const float *some = below(2) ? bias.data() : NULL;
+    const pylora_linear with = {&P, some, &at, NULL, &y.mat, NULL},
+                        without = {&P, some, NULL, NULL, &base.mat, NULL};
+    Workspace ws(m, 1, d, k, 9, 1);
+    OK(pylora_cuda_linear_forward(device_0(), NULL, &x, 1, &with, 1, NULL, ws.at(), ws.bytes));
+    OK(pylora_cuda_linear_forward(device_0(), NULL, &x, 1, &without, 1, NULL, ws.at(), ws.bytes));
+    for (int64_t r = 0; r < m; r++)
+      for (int64_t c = 0; c < d; c++)
+        EXPECT(memcmp(y.at(r, c), base.at(r, c), y.size()) == 0, "y[%d,%d] is not the base's",
+               (int)r, (int)c);
+    const pylora_linear_grad g = {&P, &lora, &dy.mat, NULL, NULL, NULL},
+                             g0 = {&P, NULL, &dy.mat, NULL, NULL, NULL};
+    OK(pylora_cuda_linear_backward(device_0(), NULL, NULL, 1, &g, &dx, 0, ws.at(), ws.bytes));
+    OK(pylora_cuda_linear_backward(device_0(), NULL, NULL, 1, &g0, &dx0, 0, ws.at(), ws.bytes));
+    expect_same("dx of a zero adapter", dx, dx0);
+  }
+}
+
+/* Up to 16 rows: a row of a mixed batch has the bits that it has alone. */
+static void mixed_rows(void) {
+  for (int i = 0; i < 12; i++) {
+    const int T = any_type();
+    const int64_t m = 2 + below(15), k = pick({40, 128, 700}), d = pick({16, 50});
+    context = "mixed rows, type " + std::to_string(T);
+    Matrix x(below(2) ? T : (int)PYLORA_F32, m, k, 1), W(T, d, k, 1), y(PYLORA_F32, m, d, 0);
+    std::vector<char> buffer;
+    const pylora_packed P = packed(W, &buffer);
+    std::vector<Matrix> A, B;
+    A.reserve((size_t)m), B.reserve((size_t)m);
+    std::vector<pylora_lora> lora((size_t)m);
+    std::vector<const pylora_lora *> at((size_t)m);
+    std::vector<int64_t> start;
+    for (int64_t s = 0; s < m; s++) {
+      const int64_t r = pick({1, 8, 40});
+      A.emplace_back(PYLORA_F32, r, k, 1.0f), B.emplace_back(PYLORA_F32, d, r, 1.0f);
+      lora[(size_t)s] = {r, A.back().mat.p, A.back().ld, B.back().mat.p, B.back().ld,
+                         2, NULL,           NULL};
+      at[(size_t)s] = below(4) ? &lora[(size_t)s] : NULL;
+      start.push_back(s);
+    }
+    start.push_back(m);
+    Workspace ws(m, 1, d, k, 40, m);
+    const pylora_linear all = {&P, NULL, at.data(), NULL, &y.mat, NULL};
+    OK(pylora_cuda_linear_forward(device_0(), NULL, &x, 1, &all, m, start.data(), ws.at(),
+                                  ws.bytes));
+    for (int64_t s = 0; s < m; s++) {
+      Matrix alone(PYLORA_F32, 1, d, 0);
+      pylora_mat row = x.mat;
+      row.rows = 1;
+      if (row.p) row.p += s * row.ld;
+      if (row.b) row.b += s * row.ld;
+      if (row.h) row.h += s * row.ld;
+      const pylora_linear one = {&P, NULL, &at[(size_t)s], NULL, &alone.mat, NULL};
+      OK(pylora_cuda_linear_forward(device_0(), NULL, &row, 1, &one, 1, NULL, ws.at(), ws.bytes));
+      EXPECT(memcmp(alone.at(0, 0), y.at(s, 0), (size_t)d * sizeof(float)) == 0,
+             "row %d has other bits alone", (int)s);
+    }
+  }
+}
+
+/* ---- bad input ---- */
+
+static void errors(void) {
+  context = "errors";
+  pylora_cuda *g = device_0();
+  const int64_t m = 20, k = 8, d = 4, r = 2;
+  Matrix x(PYLORA_F32, m, k, 1), W(PYLORA_F32, d, k, 1), A(PYLORA_F32, r, k, 1),
+      B(PYLORA_F32, d, r, 1), y(PYLORA_F32, m, d, 0), h(PYLORA_F32, m, r, 0),
+      dx(PYLORA_BF16, m, k, 0);
+  std::vector<char> buffer;
+  pylora_packed P = packed(W, &buffer);
+  pylora_drop drop = {0.5f, 1, 2, 0};
+  pylora_lora lora = {r, A.mat.p, A.ld, B.mat.p, B.ld, 1, NULL, NULL};
+  const pylora_lora *at[2] = {&lora, &lora};
+  pylora_linear l = {&P, NULL, at, NULL, &y.mat, NULL};
+  Workspace ws(m, 1, d, k, r, 2);
+  int64_t start[3] = {0, 5, m};
+  const auto forward_is = [&](int wanted, int64_t segments, const int64_t *starts) {
+    EXPECT_STATUS(wanted, pylora_cuda_linear_forward(g, NULL, &x, 1, &l, segments, starts, ws.at(),
+                                                     ws.bytes));
+  };
+  forward_is(PYLORA_OK, 1, NULL);
+  forward_is(PYLORA_OK, 2, start);
+  forward_is(PYLORA_E_SHAPE, 2, NULL);
+  start[1] = m + 1;
+  forward_is(PYLORA_E_SHAPE, 2, start);
+  start[1] = -1;
+  forward_is(PYLORA_E_SHAPE, 2, start);
+  start[1] = 5;
+  lora.drop = &drop;
+  forward_is(PYLORA_OK, 1, NULL);
+  forward_is(PYLORA_E_VALUE, 2, start);
+  drop.p = 1;
+  forward_is(PYLORA_E_VALUE, 1, NULL);
+  lora.drop = NULL;
+  lora.A = NULL;
+  forward_is(PYLORA_E_NULL, 1, NULL);
+  lora.A = A.mat.p;
+  lora.r = -1;
+  forward_is(PYLORA_E_SHAPE, 1, NULL);
+  lora.r = r;
+  l.h = &h.mat;
+  forward_is(PYLORA_OK, 1, NULL);
+  forward_is(PYLORA_E_VALUE, 2, start);
+  l.h = NULL;
+  P.magic = 0;
+  forward_is(PYLORA_E_PACKED, 1, NULL);
+  P = packed(W, &buffer);
+  P.k = k + 1;
+  forward_is(PYLORA_E_SHAPE, 1, NULL);
+  P.k = k;
+  l.y = NULL;
+  forward_is(PYLORA_E_NULL, 1, NULL);
+  l.y = &y.mat;
+  EXPECT_STATUS(PYLORA_E_WORKSPACE,
+                pylora_cuda_linear_forward(g, NULL, &x, 1, &l, 1, NULL, NULL, 0));
+  EXPECT_STATUS(PYLORA_E_WORKSPACE,
+                pylora_cuda_linear_forward(g, NULL, &x, 1, &l, 1, NULL, ws.at(), 5000));
+  pylora_linear_grad b = {&P, &lora, &y.mat, NULL, NULL, NULL};
+  EXPECT_STATUS(PYLORA_E_UNSUPPORTED,
+                pylora_cuda_linear_backward(g, NULL, NULL, 1, &b, &dx, 1, ws.at(), ws.bytes));
+  EXPECT_STATUS(PYLORA_E_WORKSPACE,
+                pylora_cuda_linear_backward(g, NULL, NULL, 1, &b, &dx, 0, NULL, 0));
+  b.dB = &B.mat;
+  EXPECT_STATUS(PYLORA_E_NULL,
+                pylora_cuda_linear_backward(g, NULL, NULL, 1, &b, &dx, 0, ws.at(), ws.bytes));
+  b.dB = NULL, b.dA = &A.mat;
+  EXPECT_STATUS(PYLORA_E_NULL,
+                pylora_cuda_linear_backward(g, NULL, NULL, 1, &b, &dx, 0, ws.at(), ws.bytes));
+  b.dA = NULL, b.W = NULL;
+  EXPECT_STATUS(PYLORA_E_NULL,
+                pylora_cuda_linear_backward(g, NULL, NULL, 1, &b, &dx, 0, ws.at(), ws.bytes));
+  EXPECT(pylora_cuda_linear_workspace(g, -1, 1, 1, 1, 1, 1) == 0, "a negative size");
+  EXPECT(pylora_cuda_linear_workspace(g, INT64_MAX, 1, 1, 1, 1, 1) == 0, "a size too large");
+  EXPECT(pylora_cuda_pack_bytes(PYLORA_Q8_0, 32, 32) == 0, "a type without products");
+  EXPECT_STATUS(PYLORA_E_VALUE, pylora_cuda_pack(g, NULL, PYLORA_BF16, &W, buffer.data() + 2, &P));
+}
+
 int main(void) {
   forward();
+  backward();
+  zero_adapter();
+  mixed_rows();
+  errors();
   return finish("test_linear");
 }
