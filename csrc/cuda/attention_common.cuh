@@ -11,9 +11,11 @@
 #ifdef PYLORA_EMULATE
 #define ATTENTION_UNROLL
 #define ATTENTION_ROLLED
+#define ATTENTION_BY_TWO
 #else
 #define ATTENTION_UNROLL _Pragma("unroll")
 #define ATTENTION_ROLLED _Pragma("unroll 1")
+#define ATTENTION_BY_TWO _Pragma("unroll 2")
 #endif
 
 #define ATTENTION_LOG2E 1.44269504088896341f

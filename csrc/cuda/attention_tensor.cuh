@@ -69,8 +69,8 @@ template <int DTYPE, int DT, int N>
 DEVICE void tile_scores(float (&s)[N][4], uint16_t *A, int row, uint16_t *B) {
   ATTENTION_UNROLL
   for (int j = 0; j < N; j++) s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0;
-  ATTENTION_UNROLL
-  for (int step = 0; step < DT / 16; step++) {
+  ATTENTION_BY_TWO /* all at once the addresses would take the registers that the sums need */
+      for (int step = 0; step < DT / 16; step++) {
     uint32_t x[4], y[4];
     load_a<DT>(x, A, row, step);
     ATTENTION_UNROLL
