@@ -249,10 +249,10 @@ class ndarray:
 
     # ---- arithmetic ---------------------------------------------------------------------------
 
-    def astype(self, dtype: Any, copy: bool = True) -> ndarray:
-        if not copy and self.dtype == dtype:
+    def astype(self, dtype: Any, order: str = "K", copy: bool = True) -> ndarray:
+        if not copy and self.dtype == dtype and (order == "K" or self._a.flags.c_contiguous):
             return self
-        return call(lambda a: a.astype(dtype), self)
+        return call(lambda a: a.astype(dtype, order=order), self)
 
     def copy(self) -> ndarray:
         kernel(self._a)
