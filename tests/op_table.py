@@ -521,6 +521,8 @@ TABLE += (
         rows=("x",),
     ),
 )
+
+
 def _on_tensor_cores(rounded: Callable[..., tuple[Any, ...]], names: str) -> Any:
     """What attention rounds where q, k and v are bfloat16 and the heads fit (pylora_cuda.h)."""
 
