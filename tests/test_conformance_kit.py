@@ -14,6 +14,7 @@ pytest.importorskip("ml_dtypes")
 
 from pylora.conformance import LAWS, bounds, laws, oracle, run
 from pylora.conformance.correct import Correct
+from pylora.conformance.protocol import find
 from pylora.conformance.pytest_class import LoRAConformance
 from pylora.conformance.report import text
 from pylora.conformance.running import Running
@@ -173,6 +174,36 @@ def test_runs_are_repeatable():
 def test_unknown_law():
     with pytest.raises(ConfigError, match="F99"):
         run(Correct, ["F99"])
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("Mine", "write package.module:Class"),
+        (":Mine", "write package.module:Class"),
+        ("no_such:Mine", "there is no module 'no_such'; its folder must be"),
+        ("mine.py:Mine", "without a folder or .py"),
+        ("mine:Other", "mine has no 'Other'; what has a method forward there: Mine, Asks"),
+        ("mine:Mine.inner", "mine.Mine has no 'inner'"),
+        ("mine:Nothing", "has no method forward"),
+        ("mine:number", "has no method forward"),
+        ("mine:Asks", "raised TypeError: .*; the class is made without arguments"),
+        ("torn:Mine", "importing torn raised SyntaxError"),
+        ("half:Mine", "importing half raised ModuleNotFoundError: No module named 'absent_one'"),
+    ],
+)
+def test_a_path_that_names_nothing_is_told_in_a_sentence(tmp_path, monkeypatch, path, said):
+    (tmp_path / "mine.py").write_text(
+        "class Mine:\n    def forward(self, *a): pass\n"
+        "class Asks(Mine):\n    def __init__(self, device): pass\n"
+        "class Nothing: pass\nnumber = 7\n"
+    )
+    (tmp_path / "torn.py").write_text("def (")
+    (tmp_path / "half.py").write_text("import absent_one")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=said):
+        find(path)
+    assert find("mine:Mine").forward() is None
 
 
 def test_every_bound_is_within_a_thousandth_of_being_reached():

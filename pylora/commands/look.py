@@ -219,6 +219,11 @@ def conformance(
     """Test any implementation of LoRA against the laws; exit code 1 if one fails or breaks."""
     from pylora.conformance import command
 
+    if implementation is not None and (mutants or as_list):
+        flag = "--mutants" if mutants else "--list"
+        raise ConfigError(f"{flag} tests no implementation; leave {implementation!r} out")
+    if mutants and (law or examples is not None):
+        raise ConfigError("--mutants tries every law; leave --law and --examples out")
     if mutants:
         from pylora.conformance.mutants.hunt import hunt
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pylora.conformance.strategies import lora_problems as lora_problems
     from pylora.conformance.strategies import plans as plans
     from pylora.conformance.strategies import several_adapters as several_adapters
+    from pylora.conformance.strategies_model import tiny_transformers as tiny_transformers
 
 _WHERE = {
     "Law": "law",
@@ -34,6 +35,7 @@ _WHERE = {
     "lora_problems": "strategies",
     "plans": "strategies",
     "several_adapters": "strategies",
+    "tiny_transformers": "strategies_model",
 }
 __all__ = [
     "LAWS",
@@ -46,6 +48,7 @@ __all__ = [
     "plans",
     "run",
     "several_adapters",
+    "tiny_transformers",
 ]
 
 

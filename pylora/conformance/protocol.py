@@ -143,21 +143,39 @@ def name_of(implementation: Any) -> str:
     return name if isinstance(name, str) else type(implementation).__name__
 
 
+def _imported(path: str, module: str) -> Any:
+    """The module; ConfigError if it does not exist or cannot be imported."""
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # a module that is the user's own may raise anything
+        absent = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
+        if absent and f"{module}.".startswith(f"{absent}."):
+            hint = "its folder must be the current one or on PYTHONPATH"
+            if "/" in module or module.endswith(".py"):
+                hint = "write it as in an import: package.module, without a folder or .py"
+            raise ConfigError(f"{path}: there is no module {module!r}; {hint}") from error
+        said = f"importing {module} raised {type(error).__name__}: {error}"
+        raise ConfigError(f"{path}: {said}") from error
+
+
 def find(path: str) -> Any:
     """What "package.module:Name" names, made if it is a class. ConfigError if there is no such."""
     module, colon, name = path.partition(":")
     if not colon or not module or not name:
         raise ConfigError(f"{path!r} does not name an implementation; write package.module:Class")
-    try:
-        found: Any = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{path}: {error}; is its folder on PYTHONPATH?") from error
+    found, where = _imported(path, module), module
+    for part in name.split("."):
+        if not hasattr(found, part):
+            inside = getattr(found, "__dict__", {}).items()
+            has = ", ".join(n for n, v in inside if callable(getattr(v, "forward", None)))
+            also = f"; what has a method forward there: {has}" if has else ""
+            raise ConfigError(f"{path}: {where} has no {part!r}{also}")
+        found, where = getattr(found, part), f"{where}.{part}"
     try:
         made = instantiate(found)
     except Exception as error:  # the user's own code: whatever it raises, the sentence names it
-        raise ConfigError(f"{path}() raised {type(error).__name__}: {error}") from error
+        said = f"{path}() raised {type(error).__name__}: {error}"
+        raise ConfigError(f"{said}; the class is made without arguments") from error
     if not callable(getattr(made, "forward", None)):
         raise ConfigError(f"{path} has no method forward(x, W, A, B, scale, bias=None)")
     return made

@@ -83,13 +83,29 @@ def laid_out(a: Array, layout: str) -> Array:
     return a
 
 
+_CHOICES: dict[str, Any] = {}
+
+
+def pick(options: tuple[Any, ...]) -> Any:
+    """st.sampled_from, made once for these options: hypothesis looks a strategy through when it
+    meets it first, which takes longer than to draw from it. (1, 2) is not (1.0, 2.0) here."""
+    key = repr(options)
+    if key not in _CHOICES:
+        _CHOICES[key] = st.sampled_from(options)
+    return _CHOICES[key]
+
+
+SEEDS, _SMALL_SEEDS = st.integers(0, 2**32 - 1), st.integers(0, 2**16)
+_EITHER, _FEW = st.booleans(), st.integers(1, 6)
+_LENGTHS = st.lists(st.integers(1, 5), min_size=1, max_size=3)
+
+
 def _sizes(draw: Any, tokens: Any, features: Any, ranks: Any) -> tuple[int, int, int, int]:
-    pick = st.sampled_from
     return draw(pick(tokens)), draw(pick(features)), draw(pick(features)), draw(pick(ranks))
 
 
 def _rng(draw: Any) -> np.random.Generator:
-    return np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    return np.random.default_rng(draw(SEEDS))
 
 
 @st.composite  # type: ignore[untyped-decorator]
@@ -112,20 +128,20 @@ def lora_problems(
     rng = _rng(draw)
     shapes = {"x": (m, k), "W": (d, k), "A": (r, k), "B": (d, r), "dy": (m, d)}
     # One kind for all, or one of each: a single odd array is not to hide behind three others.
-    common = draw(st.sampled_from(("each", *kinds)))
+    common = draw(pick(("each", *kinds)))
     fields: dict[str, Any] = {}
-    plain = draw(st.booleans())
+    plain = draw(_EITHER)
     for name, shape in shapes.items():
-        kind = draw(st.sampled_from(kinds)) if common == "each" else common
+        kind = draw(pick(kinds)) if common == "each" else common
         a = elements(rng, shape, kind, dtype)
         if name in ("x", "dy") and m and not plain and rng.random() < 0.3:
             a[rng.random(m) < 0.4] = -0.0 if rng.random() < 0.5 else 0.0
-        layout = "C" if plain else draw(st.sampled_from(layouts))
+        layout = "C" if plain else draw(pick(layouts))
         fields[name] = laid_out(a, layout)
     if zero_B:
         fields["B"] = np.zeros_like(fields["B"])
-    scale = draw(st.sampled_from(SCALES))
-    kind = draw(st.sampled_from((None, *kinds)))
+    scale = draw(pick(SCALES))
+    kind = draw(pick((None, *kinds)))
     bias = None if kind is None else elements(rng, (d,), kind, dtype)
     return Problem(**fields, scale=scale, bias=bias)
 
@@ -134,11 +150,11 @@ def lora_problems(
 def long_sums(draw: Any, dtype: str = "float32") -> Problem:
     """Problems whose sums have a thousand and more terms of one sign: where an accumulator that is
     too narrow stands still."""
-    where = draw(st.sampled_from(("k", "r", "d", "m")))
-    n = draw(st.sampled_from((600, 1030, 2049)))
+    where = draw(pick(("k", "r", "d", "m")))
+    n = draw(pick((600, 1030, 2049)))
     sizes = {"m": 2, "k": 3, "d": 2, "r": 1, where: n}
     m, k, d, r = (sizes[c] for c in "mkdr")
-    rng, kind = _rng(draw), draw(st.sampled_from(("ones", "positive")))
+    rng, kind = _rng(draw), draw(pick(("ones", "positive")))
 
     def make(*shape: int) -> Array:
         return elements(rng, shape, kind, dtype)
@@ -178,9 +194,9 @@ def exact_problems(
         A=make(r, k),
         B=make(d, r),
         dy=make(m, d),
-        scale=draw(st.sampled_from(scales)),
-        bias=make(d) if draw(st.booleans()) else None,
-        seed=draw(st.integers(0, 2**16)),
+        scale=draw(pick(scales)),
+        bias=make(d) if draw(_EITHER) else None,
+        seed=draw(_SMALL_SEEDS),
     )
 
 
@@ -190,13 +206,13 @@ def several_adapters(
 ) -> Problem:
     """x, W, bias and 0 to 4 adapters of different rank and scale; `rows` [m] says which row uses
     which (-1: none): one for all, alternating, in runs, or at random."""
-    m = draw(st.sampled_from((1, 2, 3, 4, 6, 0, 9, 16)))
-    k, d = draw(st.sampled_from((1, 2, 5, 16, 33))), draw(st.sampled_from((1, 2, 5, 16, 33)))
-    n = draw(st.sampled_from((1, 2, 3, 0, 4)))
-    ranks = [draw(st.sampled_from((1, 2, 3, 8, 16))) for _ in range(n)]
-    scales = [draw(st.sampled_from(EXACT_SCALES if exact else SCALES)) for _ in range(n)]
-    pattern = draw(st.sampled_from(("random", "runs", "alternating", "one", "none")))
-    kind, rng = draw(st.sampled_from(kinds)), _rng(draw)
+    m = draw(pick((1, 2, 3, 4, 6, 0, 9, 16)))
+    k, d = draw(pick((1, 2, 5, 16, 33))), draw(pick((1, 2, 5, 16, 33)))
+    n = draw(pick((1, 2, 3, 0, 4)))
+    ranks = [draw(pick((1, 2, 3, 8, 16))) for _ in range(n)]
+    scales = [draw(pick(EXACT_SCALES if exact else SCALES)) for _ in range(n)]
+    pattern = draw(pick(("random", "runs", "alternating", "one", "none")))
+    kind, rng = draw(pick(kinds)), _rng(draw)
 
     def make(*shape: int) -> Array:
         return integer_array(rng, shape, 2) if exact else elements(rng, shape, kind, "float32")
@@ -213,10 +229,10 @@ def several_adapters(
     return Problem(
         x=make(m, k),
         W=make(d, k),
-        bias=make(d) if draw(st.booleans()) else None,
+        bias=make(d) if draw(_EITHER) else None,
         adapters=[(make(r, k), make(d, r), s) for r, s in zip(ranks, scales)],
         rows=rows.astype(np.int64),
-        seed=draw(st.integers(0, 2**16)),
+        seed=draw(_SMALL_SEEDS),
     )
 
 
@@ -224,15 +240,15 @@ def several_adapters(
 def attention_problems(draw: Any, dtype: str = "float32") -> Problem:
     """A tiny attention: 1 to 4 heads that share 1 or more key heads, 1 to 3 sequences, adapters on
     any of its four projections."""
-    kv = draw(st.sampled_from((1, 2)))
-    heads = kv * draw(st.sampled_from((1, 2)))
-    D = draw(st.sampled_from((2, 4, 8)))
-    hidden = draw(st.sampled_from((2, 3, 8)))
-    lengths = tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=3)))
-    r = draw(st.sampled_from((1, 2, 5)))
+    kv = draw(pick((1, 2)))
+    heads = kv * draw(pick((1, 2)))
+    D = draw(pick((2, 4, 8)))
+    hidden = draw(pick((2, 3, 8)))
+    lengths = tuple(draw(_LENGTHS))
+    r = draw(pick((1, 2, 5)))
     names = ("q_proj", "k_proj", "v_proj", "o_proj")
-    chosen = [n for n in names if draw(st.booleans())]
-    theta, rng = draw(st.sampled_from((10000.0, 100.0))), _rng(draw)
+    chosen = [n for n in names if draw(_EITHER)]
+    theta, rng = draw(pick((10000.0, 100.0))), _rng(draw)
     out = {"q_proj": heads * D, "k_proj": kv * D, "v_proj": kv * D, "o_proj": hidden}
     inp = {"q_proj": hidden, "k_proj": hidden, "v_proj": hidden, "o_proj": heads * D}
 
@@ -245,15 +261,15 @@ def attention_problems(draw: Any, dtype: str = "float32") -> Problem:
         dy=rng.normal(size=(m, hidden)).astype(dtype),
         weights={n: make(out[n], inp[n]) for n in names},
         adapters={
-            n: (make(r, inp[n]), make(out[n], r), draw(st.sampled_from((1.0, 2.0, -0.5, 0.0))))
-            for n in chosen
+            n: (make(r, inp[n]), make(out[n], r), draw(pick((1.0, 2.0, -0.5, 0.0)))) for n in chosen
         },
         shape=AttentionShape(heads, kv, D, lengths, theta),
-        seed=draw(st.integers(0, 2**16)),
+        seed=draw(_SMALL_SEEDS),
     )
 
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
+_TARGETS = st.lists(st.sampled_from(MODULES), min_size=1, max_size=3, unique=True)
 
 
 @st.composite  # type: ignore[untyped-decorator]
@@ -261,25 +277,25 @@ def plans(draw: Any) -> Problem:
     """A PEFT config and the modules of a small transformer: several layers, shapes that differ,
     targets, patterns of rank and alpha, rsLoRA. A pattern may match no target."""
     layers = draw(st.integers(1, 3))
-    shapes = {n: (draw(st.integers(1, 6)), draw(st.integers(1, 6))) for n in MODULES}
+    shapes = {n: (draw(_FEW), draw(_FEW)) for n in MODULES}
     modules = {
         f"model.layers.{i}.{'self_attn' if n[1:] == '_proj' else 'mlp'}.{n}": shapes[n]
         for i in range(layers)
         for n in MODULES
     }
-    targets = draw(st.lists(st.sampled_from(MODULES), min_size=1, max_size=3, unique=True))
-    r, alpha = draw(st.sampled_from((1, 2, 4, 9))), draw(st.sampled_from((1, 16, 8, 3, 2.5)))
+    targets = draw(_TARGETS)
+    r, alpha = draw(pick((1, 2, 4, 9))), draw(pick((1, 16, 8, 3, 2.5)))
     config: dict[str, Any] = {
         "r": r,
         "lora_alpha": alpha,
         "target_modules": targets,
-        "use_rslora": draw(st.booleans()),
+        "use_rslora": draw(_EITHER),
     }
-    special = draw(st.sampled_from(targets))
+    special = draw(pick(tuple(targets)))
     layer = draw(st.integers(0, layers - 1))
     keys = [special, f"layers.{layer}.*{special}"]
-    if draw(st.booleans()):
-        config["rank_pattern"] = {draw(st.sampled_from(keys)): draw(st.sampled_from((3, 5)))}
-    if draw(st.booleans()):
-        config["alpha_pattern"] = {draw(st.sampled_from(keys)): draw(st.sampled_from((2, 7)))}
-    return Problem(config=config, modules=modules, seed=draw(st.integers(0, 2**16)))
+    if draw(_EITHER):
+        config["rank_pattern"] = {draw(pick(tuple(keys))): draw(pick((3, 5)))}
+    if draw(_EITHER):
+        config["alpha_pattern"] = {draw(pick(tuple(keys))): draw(pick((2, 7)))}
+    return Problem(config=config, modules=modules, seed=draw(_SMALL_SEEDS))

@@ -207,6 +207,31 @@ class NotUnsorted(Correct):
 
 
 @wrong(
+    "mixed-segments-in-another-order",
+    "subtle",
+    "Rows are sorted by adapter, and their segments counted in the order in which adapters appear.",
+    "Two orders of the same list agree while the first row has the lowest adapter, and so on.",
+    "vllm-project/vllm#15979",
+)
+class SegmentsInAnotherOrder(Correct):
+    def forward_mixed(
+        self,
+        x: Array,
+        W: Array,
+        adapters: Sequence[LoraTriple],
+        rows: Array,
+        bias: Array | None = None,
+    ) -> Array:
+        rows = np.asarray(rows)
+        by_adapter, start, taken = np.argsort(rows, kind="stable"), 0, rows.copy()
+        for adapter in dict.fromkeys(rows.tolist()):
+            end = start + int((rows == adapter).sum())
+            taken[by_adapter[start:end]] = adapter
+            start = end
+        return super().forward_mixed(x, W, adapters, taken, bias)
+
+
+@wrong(
     "mixed-ranks-padded-with-garbage",
     "subtle",
     "Adapters are padded to the largest rank with what was in the buffer before.",
