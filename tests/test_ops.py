@@ -21,6 +21,7 @@ from pylora.precision import BF16, widened
 from pylora.reference import IGNORE, Reference
 from pylora.types import AdamW, Attn, Drop, LoRA, Seqs
 
+ON_GPU = True  # `ops` may be a GPU's backend
 REFERENCE = Reference()
 every_op = pytest.mark.parametrize("op", TABLE, ids=str)
 every_op_by_rows = pytest.mark.parametrize("op", [op for op in TABLE if op.rows], ids=str)
