@@ -72,7 +72,7 @@ def attention_forward(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of o and lse, beside bounds.attention_forward: P is rounded for P V."""
     o = np.zeros(q.shape)
-    for t, h, S, _, Vt, _, out in _each_query(q, k, v, seqs, attn):
+    for t, _, S, _, Vt, _, out in _each_query(q, k, v, seqs, attn):
         P = np.exp(S - S.max())
         o[t, out] = 1.01 * moved(1) * (P / P.sum()) @ np.abs(Vt)
     return o, np.zeros((q.shape[0], attn.heads))
@@ -81,8 +81,8 @@ def attention_forward(
 def attention_backward(
     do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, seqs: Seqs, attn: Attn
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of dq, dk, dv, beside bounds.attention_backward: do is rounded, in dP and sum do o, and P and dS
-    are in the products after."""
+    """Of dq, dk, dv, beside bounds.attention_backward: do is rounded, in dP and sum do o, and P
+    and dS are in the products after."""
     dq, dk, dv = np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape)
     for t, h, S, _, Vt, (a, b, Kt, kv), out in _each_query(q, k, v, seqs, attn):
         P = moved(2) * np.exp(S - lse[t, h])
