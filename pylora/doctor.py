@@ -41,7 +41,7 @@ def _library() -> tuple[list[Step], Any]:
     built = NOTE.read_text(encoding="utf-8").strip() if NOTE.is_file() else "no note of the build"
     path = library_path()
     if path is None:
-        advice = "install nvcc (the CUDA toolkit) and reinstall pylora with PYLORA_CUDA=on"
+        advice = "reinstall pylora with PYLORA_CUDA=on; that needs nvcc, of a CUDA toolkit"
         return [Step("CUDA library", MISSING, built, advice)], None
     try:
         library = Library()
@@ -77,6 +77,8 @@ def _cublaslt() -> Step:
     from pylora.backends.cuda_lib import cublaslt_path
 
     path = cublaslt_path()
+    if path is not None and not path.exists():
+        return Step("cuBLASLt", MISSING, f"{path} does not exist", "set PYLORA_CUBLASLT right")
     if path is not None:
         return Step("cuBLASLt", OK, str(path))
     return Step(
@@ -96,9 +98,14 @@ def _cupy() -> list[Step]:
         return [Step("CuPy", MISSING, f"cannot be imported: {error}", "reinstall cupy-cuda13x")]
     try:
         count = int(cupy.cuda.runtime.getDeviceCount())
-        return [Step("CuPy", OK, f"{cupy.__version__}, {count} GPUs")]
     except Exception as error:
         return [Step("CuPy", MISSING, f"{cupy.__version__}, but it finds no GPU: {error}")]
+    try:  # a kernel that CuPy compiles: without NVRTC and CUDA's headers it computes nothing
+        float((cupy.zeros(2) + 1).sum())
+    except Exception as error:
+        text = f"{cupy.__version__}, but it cannot compile or run a kernel: {error}"
+        return [Step("CuPy", MISSING, text, "pip install 'cupy-cuda13x[ctk]'")]
+    return [Step("CuPy", OK, f"{cupy.__version__}, {count} GPUs")]
 
 
 def _computes() -> list[Step]:

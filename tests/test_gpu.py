@@ -274,3 +274,67 @@ def test_without_the_library_cupy_computes_and_says_so(
     with pytest.warns(RuntimeWarning, match="'cupy' computes in its place"):
         assert backends.get("cuda").name == "cupy"
     assert "cuda" not in backends.available() and "cupy" in backends.available()
+
+
+def test_a_step_that_cannot_be_captured_is_launched_kernel_by_kernel(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if gpu.name != "cuda":
+        pytest.skip("graphs are the cuda backend's")
+    net, _ = pair(gpu)
+    want = generate(net, [[1, 2, 3]], 5)
+    assert net.op.replays
+    again, _ = pair(gpu)
+
+    def broken(*args: Any, **kw: Any) -> Any:
+        raise RuntimeError("an operation that a capture cannot have")
+
+    whole, captured = again.op._run, []
+
+    def run(cache: Any, step: Any, at: Any) -> Any:
+        if again.op._stream is not None and again.op._stream.is_capturing():
+            captured.append(at)
+            broken()
+        return whole(cache, step, at)
+
+    monkeypatch.setattr(again.op, "_run", run)
+    with pytest.warns(RuntimeWarning, match="cannot be captured.*an operation that"):
+        got = generate(again, [[1, 2, 3]], 5)
+    assert got == want and len(captured) == 1 and not again.op.replays
+    assert not again.op._stream.is_capturing()
+
+
+def test_arrays_of_other_libraries(gpu: Any) -> None:
+    """DLPack from the host's memory: copied; columns of the host become rows where they must."""
+
+    class Exported:
+        def __init__(self, a: np.ndarray) -> None:
+            self.a, self.dtype = a, a.dtype
+
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return (1, 0)
+
+        def __dlpack__(self, **kw: Any) -> Any:
+            return self.a.__dlpack__(**kw)
+
+    a = np.arange(12, dtype=np.float32).reshape(3, 4)
+    assert (gpu.to_numpy(gpu.place(Exported(a))) == a).all()
+    assert (gpu.to_numpy(gpu.place(a.T)) == a.T).all()
+    assert gpu.asarray(a.T).flags.c_contiguous
+
+
+def test_another_device_is_refused_with_a_sentence(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if gpu.name != "cuda":
+        pytest.skip("only the library has a device of its own")
+    x = gpu.place(np.ones((2, 2), np.float32))
+    monkeypatch.setattr(gpu, "device", gpu.device + 1)
+    with pytest.raises(BackendError, match="current device in this thread is"):
+        gpu.cast(x, np.float16)
+    monkeypatch.setenv("PYLORA_CUDA_DEVICE", "first")
+    with pytest.raises(BackendError, match="must be the number of a GPU"):
+        type(gpu)()
+    monkeypatch.setenv("PYLORA_CUDA_DEVICE", "99")
+    with pytest.raises(BackendError, match="there is no GPU 99"):
+        type(gpu)()

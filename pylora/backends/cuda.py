@@ -9,6 +9,7 @@ of range says so at the next copy to the host. Nothing here waits for the device
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -52,20 +53,24 @@ class CudaBackend(DeviceArrays):
     name = "cuda"
 
     def __init__(self, device: int | None = None) -> None:
-        """On a GPU by its number; default: PYLORA_CUDA_DEVICE, else CuPy's current one."""
+        """On a GPU by its number; default: PYLORA_CUDA_DEVICE, else CuPy's current one. It becomes
+        CuPy's current device of this thread, as that is where arrays are made."""
         self.cuda = library()
         self.xp = open_cupy()
         if device is None:
-            device = int(os.environ.get("PYLORA_CUDA_DEVICE") or self.xp.cuda.Device().id)
+            device = _device_asked_for()
+        if device is None:
+            device = int(self.xp.cuda.Device().id)
         count = self.cuda.devices()
         if not 0 <= device < count:
             raise BackendError(f"there is no GPU {device}; {self.cuda.error() or f'{count} found'}")
         self.device = device
+        self.xp.cuda.Device(device).use()
         self.context = self.cuda.open(device)
         self.ffi, self.lib = self.cuda.ffi, self.cuda.lib
         self.to = Marshal(self.xp, self.ffi)
-        self._workspaces: dict[int, Array] = {}
-        self._capturing: list[Array] | None = None
+        self._workspaces: dict[tuple[int, int], Array] = {}
+        self._capturing = threading.local()  # .own: the workspaces of a graph, while it is captured
 
     # ---- how a function of the library is called ----------------------------------------------
 
@@ -75,15 +80,22 @@ class CudaBackend(DeviceArrays):
 
     def call(self, op: str, *args: Any) -> None:
         """pylora_cuda_<op>(context, stream, ...)"""
+        if (now := self.xp.cuda.runtime.getDevice()) != self.device:
+            raise BackendError(
+                f"{op}: CuPy's current device in this thread is {now}, and the backend's is "
+                f"{self.device}; call cupy.cuda.Device({self.device}).use() in it first"
+            )
         function = getattr(self.lib, f"pylora_cuda_{op}")
         self.cuda.check(function(self.context, self._stream, *args), op)
 
     def workspace(self, nbytes: int) -> tuple[Any, int]:
-        """Device memory of the current stream for the length of one operation."""
-        key = self.xp.cuda.get_current_stream().ptr
-        if self._capturing is not None:
-            self._capturing.append(self.xp.empty(max(nbytes, 256), np.uint8))
-            return self.to.at(self._capturing[-1], "void *"), int(self._capturing[-1].nbytes)
+        """Device memory of the current stream for the length of one operation; each thread has its
+        own, since another's might be let go before the operation is queued."""
+        key = threading.get_ident(), int(self.xp.cuda.get_current_stream().ptr)
+        own = getattr(self._capturing, "own", None)
+        if own is not None:
+            own.append(self.xp.empty(max(nbytes, 256), np.uint8))
+            return self.to.at(own[-1], "void *"), int(own[-1].nbytes)
         held = self._workspaces.get(key)
         if held is None or held.nbytes < nbytes:
             held = self._workspaces[key] = self.xp.empty(max(nbytes, 1 << 16), np.uint8)
@@ -93,11 +105,11 @@ class CudaBackend(DeviceArrays):
     def own_workspace(self) -> Iterator[list[Array]]:
         """While a graph is captured: its workspaces are no one else's. They are what is yielded."""
         own: list[Array] = []
-        self._capturing = own
+        self._capturing.own = own
         try:
             yield own
         finally:
-            self._capturing = None
+            self._capturing.own = None
 
     # ---- arrays -------------------------------------------------------------------------------
 
@@ -682,6 +694,16 @@ class CudaBackend(DeviceArrays):
         y = self.empty(x.shape, x.dtype)
         self.call("dropout", self.to.mat(x), self.to.drop(drop), self.to.mat(y))
         return y
+
+
+def _device_asked_for() -> int | None:
+    """PYLORA_CUDA_DEVICE, if it is set."""
+    text = os.environ.get("PYLORA_CUDA_DEVICE")
+    if not text:
+        return None
+    if not text.strip().isdecimal():
+        raise BackendError(f"PYLORA_CUDA_DEVICE is {text!r}; it must be the number of a GPU, as 0")
+    return int(text)
 
 
 def packed(W: Any) -> Packed:

@@ -10,6 +10,8 @@ steps is the numbers in that one array. PYLORA_CUDA_GRAPHS=0 switches graphs off
 from __future__ import annotations
 
 import os
+import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -76,6 +78,8 @@ class CudaLlama:
         self._graphs: OrderedDict[Any, _Graph] = OrderedDict()
         self._rows: dict[tuple[int, int], Array] = {}
         self._stream: Any = None
+        self._lock = threading.Lock()  # threads share the graphs and the stream that captures
+        self._no_graphs = False  # one could not be captured
         self.replays = 0
 
     # ---- what is built once -------------------------------------------------------------------
@@ -133,16 +137,31 @@ class CudaLlama:
         key = self._key(cache, step, max_q, max_k)
         if key is None:
             return self._run(cache, step, self._numbers(step, max_q, max_k))
-        entry = self._graphs.get(key)
+        with self._lock:
+            entry = self._graphs.get(key)
+            if entry is not None:
+                self._graphs.move_to_end(key)
         if entry is None:
-            entry = self._graphs[key] = _Graph(self._numbers(step, max_q, max_k))
-            while len(self._graphs) > GRAPHS:
-                self._graphs.popitem(last=False)
+            entry = _Graph(self._numbers(step, max_q, max_k))
+            with self._lock:
+                self._graphs[key] = entry
+                while len(self._graphs) > GRAPHS:
+                    self._graphs.popitem(last=False)
             return self._run(cache, step, entry.numbers)
-        self._graphs.move_to_end(key)
         self._fill(entry.numbers, step)
         if entry.graph is None:
-            self._capture(entry, cache, step)
+            try:
+                with self._lock:
+                    self._capture(entry, cache, step)
+            except Exception as error:  # nothing has run yet: what a capture queues waits
+                self._no_graphs = True
+                warnings.warn(
+                    f"a step of decoding cannot be captured as a CUDA graph ({error}); this "
+                    "model's steps are launched kernel by kernel from now on, more slowly",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                return self._run(cache, step, entry.numbers)
         entry.graph.launch(stream=self.ops.xp.cuda.get_current_stream())
         self.replays += 1
         return entry.logits.copy()  # the next replay writes there
@@ -150,7 +169,7 @@ class CudaLlama:
     def _key(self, cache: Any, step: Step, max_q: int, max_k: int) -> Any:
         """What two steps have in common that may share a graph; None for one that is no graph's:
         a prompt, whose shape hardly comes again."""
-        if os.environ.get("PYLORA_CUDA_GRAPHS") == "0" or max_q != 1:
+        if self._no_graphs or os.environ.get("PYLORA_CUDA_GRAPHS") == "0" or max_q != 1:
             return None
         if step.output.size == 0 or any(
             a is not None and a.embedding_bias is not None and a.packed_B is None

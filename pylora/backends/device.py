@@ -19,6 +19,7 @@ from pylora.precision import BF16
 from pylora.types import Array
 
 BITS = np.dtype(np.uint16)  # of bfloat16, on the device
+_DLPACK_CPU = 1  # kDLCPU
 
 
 def open_cupy() -> Any:
@@ -52,12 +53,19 @@ class DeviceArrays:
         if isinstance(a, xp.ndarray):
             return a
         if isinstance(a, np.ndarray) or not hasattr(a, "__dlpack_device__"):
-            host = np.asarray(a)
-            return xp.asarray(host.view(BITS) if host.dtype == BF16 else host)
-        if str(a.dtype) in ("torch.bfloat16", "bfloat16"):  # CuPy knows its bits
+            exported = hasattr(a, "__cuda_array_interface__")
+            return xp.asarray(a) if exported else self._from_host(np.asarray(a))
+        bits = str(a.dtype) in ("torch.bfloat16", "bfloat16")
+        if bits:  # neither NumPy nor CuPy takes it as it is
             a = a.view(_bits_type(a))
-        own = xp.asarray(a) if hasattr(a, "__cuda_array_interface__") else xp.from_dlpack(a)
-        return own.view(BITS) if own.dtype.itemsize == 2 and own.dtype.kind in "iV" else own
+        if int(a.__dlpack_device__()[0]) == _DLPACK_CPU:
+            own = self._from_host(np.from_dlpack(a))
+        else:  # unlike __cuda_array_interface__, DLPack has PyTorch's stream waited for
+            own = xp.from_dlpack(a)
+        return own.view(BITS) if bits or own.dtype == np.int16 else own
+
+    def _from_host(self, host: np.ndarray) -> Array:
+        return self.xp.asarray(host.view(BITS) if host.dtype == BF16 else host)
 
     def index(self, a: Any) -> Array:
         """int64 [n] on the device."""

@@ -25,11 +25,12 @@ newaxis, inf, nan, pi = None, np.inf, np.nan, np.pi
 
 
 def _host(a: Any) -> Any:
-    """From the host: copied in, which a capture cannot be."""
+    """From the host: copied in, which a capture cannot be. Columns stay columns."""
     if capturing:
         raise RuntimeError("a copy from the host while a stream captures")
     a = np.asarray(a)
-    out = aligned(a.shape, a.dtype)
+    columns = a.flags.f_contiguous and not a.flags.c_contiguous
+    out = aligned(a.shape, a.dtype, "F" if columns else "C")
     out[...] = a
     return out
 
@@ -66,7 +67,11 @@ def asnumpy(a: Any) -> np.ndarray:
 
 
 def from_dlpack(a: Any) -> ndarray:
-    return a if isinstance(a, ndarray) else wrap(np.from_dlpack(a))
+    if isinstance(a, ndarray):
+        return a
+    if a.__dlpack_device__()[0] == 1:
+        raise TypeError("CPU arrays cannot be directly imported to CuPy.")
+    return wrap(np.from_dlpack(a))
 
 
 def get_array_module(*args: Any) -> Any:

@@ -18,10 +18,12 @@ capturing: list[Any] = []  # streams that capture
 pools: list[Any] = []  # of using_allocator
 
 
-def aligned(shape: Any, dtype: Any) -> np.ndarray:
+def aligned(shape: Any, dtype: Any, order: str = "C") -> np.ndarray:
     """Uninitialised memory that begins at a multiple of 512, as CuPy's does."""
     dt = np.dtype(dtype)
     n = int(np.prod(shape, dtype=np.int64)) * dt.itemsize
+    if order == "F":
+        return aligned(tuple(shape)[::-1], dt).T
     raw = np.empty(n + 512, np.uint8)
     offset = -raw.__array_interface__["data"][0] % 512
     return raw[offset : offset + n].view(dt).reshape(shape)
@@ -35,7 +37,8 @@ class Flags:
 
 class MemoryPointer:
     def __init__(self, a: np.ndarray) -> None:
-        self.ptr = a.__array_interface__["data"][0]
+        # An array of no elements has no memory.
+        self.ptr = a.__array_interface__["data"][0] if a.size else 0
         self.device_id = 0
 
 
@@ -266,8 +269,12 @@ class ndarray:
         """A copy from the host."""
         if not isinstance(a, np.ndarray):
             raise TypeError(f"Only numpy.ndarray can be set to cupy.ndarray, not {type(a)}")
-        if a.shape != self.shape or a.dtype != self.dtype:
-            raise ValueError("shape or dtype mismatch")
+        if a.dtype != self.dtype:
+            raise TypeError(f"{a.dtype} array cannot be set to {self.dtype} array")
+        if a.shape != self.shape:
+            raise ValueError("Shape mismatch")
+        if not (self.flags.c_contiguous or self.flags.f_contiguous):
+            raise RuntimeError("Cannot set to non-contiguous array")
         if capturing:
             raise RuntimeError("a copy from the host while a stream captures")
         self._a[...] = a

@@ -108,13 +108,15 @@ def get_current_stream() -> Stream:
 
 
 class Device:
-    def __init__(self, device: int = 0) -> None:
-        self.id = device
+    def __init__(self, device: int | None = None) -> None:
+        self.id = runtime.device if device is None else device
         self.compute_capability = "90"
         self.mem_info = runtime.memGetInfo()
 
     def use(self) -> None:
-        pass
+        if not 0 <= self.id < runtime.getDeviceCount():
+            raise runtime.CUDARuntimeError("cudaErrorInvalidDevice: invalid device ordinal")
+        runtime.device = self.id
 
     def __enter__(self) -> Device:
         return self
@@ -164,6 +166,11 @@ class runtime:
         pass
 
     free_bytes, total_bytes = 1 << 34, 1 << 35
+    device = 0  # the current one
+
+    @staticmethod
+    def getDevice() -> int:
+        return runtime.device
 
     @staticmethod
     def getDeviceCount() -> int:
