@@ -6,6 +6,7 @@
 
 #include <cuda_runtime.h>
 #include <math.h>
+#include <mutex>
 #include <stddef.h>
 
 #include "device.cuh"
@@ -51,20 +52,32 @@ struct OnDevice {
   }
 };
 
+/* Lets a kernel have `shared` bytes besides its arrays of a known size: together, 48 kB are what a kernel may have that
+ * has not asked.  What was once allowed stays so: another thread may be about to launch the same kernel with more. */
+static inline cudaError_t allow_shared(const void *kernel, size_t shared) {
+  enum { NEVER_TOO_MUCH = 16 * 1024 }; /* no kernel has 32 kB of known size and this, too */
+  if (shared <= NEVER_TOO_MUCH) return cudaSuccess;
+  static std::mutex lock;
+  const std::lock_guard<std::mutex> held(lock);
+  cudaFuncAttributes is;
+  const cudaError_t error = cudaFuncGetAttributes(&is, kernel);
+  if (error != cudaSuccess) return error;
+  const size_t allowed = (size_t)is.maxDynamicSharedSizeBytes;
+  if (shared <= allowed && (allowed > 48 * 1024 || is.sharedSizeBytes + shared <= 48 * 1024))
+    return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+}
+
 /* Queues a kernel; a grid without blocks is nothing to do.  `what` is its name. */
 template <typename... P, typename... A>
 static inline int launch(const char *what, void (*kernel)(P...), dim3 grid, dim3 block,
                          size_t shared, void *stream, A... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return PYLORA_OK;
+  TRY(device_status(what, allow_shared((const void *)kernel, shared)));
 #ifdef PYLORA_EMULATE
   return device_status(
       what, emulated_launch(what, kernel, grid, block, shared, (cudaStream_t)stream, (P)args...));
 #else
-  if (shared > 48 * 1024) {
-    cudaError_t e = cudaFuncSetAttribute((const void *)kernel,
-                                         cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
-    if (e != cudaSuccess) return device_status(what, e);
-  }
   kernel<<<grid, block, shared, (cudaStream_t)stream>>>((P)args...);
   return device_status(what, cudaGetLastError());
 #endif

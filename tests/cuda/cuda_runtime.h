@@ -68,6 +68,16 @@ typedef struct cudaDeviceProp {
   int major, minor, multiProcessorCount, l2CacheSize;
 } cudaDeviceProp;
 
+/* The fields that are used.  A kernel's own arrays are met only as it runs: their size is 0 here, and nothing besides
+ * them is allowed before it is asked for. */
+typedef struct cudaFuncAttributes {
+  size_t sharedSizeBytes;
+  int maxDynamicSharedSizeBytes;
+} cudaFuncAttributes;
+typedef enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+} cudaFuncAttribute;
+
 EMULATED_API const char *cudaGetErrorName(cudaError_t error);
 EMULATED_API const char *cudaGetErrorString(cudaError_t error);
 EMULATED_API cudaError_t cudaGetLastError(void);
@@ -81,6 +91,10 @@ EMULATED_API cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attr,
 EMULATED_API cudaError_t cudaGetDeviceProperties(cudaDeviceProp *prop, int device);
 EMULATED_API cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total);
 EMULATED_API cudaError_t cudaDeviceSynchronize(void);
+
+EMULATED_API cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *out, const void *kernel);
+EMULATED_API cudaError_t cudaFuncSetAttribute(const void *kernel, cudaFuncAttribute attr,
+                                              int value);
 
 EMULATED_API cudaError_t cudaMalloc(void **p, size_t bytes);
 EMULATED_API cudaError_t cudaFree(void *p);
@@ -126,8 +140,11 @@ EMULATED_API void emulated_set_order(int order, uint64_t seed);
 __attribute__((visibility("default"))) cudaError_t
 emulated_enqueue(cudaStream_t stream, std::function<cudaError_t()> work);
 /* Runs body(context) once for each thread of each block. */
-EMULATED_API cudaError_t emulated_run_grid(const char *what, dim3 grid, dim3 block, size_t shared,
-                                           void (*body)(void *), void *context);
+EMULATED_API cudaError_t emulated_run_grid(const char *what, const void *kernel, dim3 grid,
+                                           dim3 block, size_t shared, void (*body)(void *),
+                                           void *context);
+/* What cudaFuncSetAttribute allowed; 0: nothing was asked. */
+EMULATED_API size_t emulated_allowed_shared(const void *kernel);
 
 /* What a launch checks by itself before anything runs. */
 EMULATED_API cudaError_t emulated_check_launch(dim3 grid, dim3 block, size_t shared);
@@ -142,7 +159,8 @@ static inline cudaError_t emulated_launch(const char *what, void (*kernel)(P...)
   return emulated_enqueue(stream, [=]() {
     auto body = [=]() { kernel(args...); };
     return emulated_run_grid(
-        what, grid, block, shared, [](void *context) { (*(decltype(body) *)context)(); }, &body);
+        what, (const void *)kernel, grid, block, shared,
+        [](void *context) { (*(decltype(body) *)context)(); }, &body);
   });
 }
 

@@ -50,7 +50,7 @@ struct Shared {
 struct Engine {
   std::vector<std::unique_ptr<Thread>> threads;
   std::vector<Shared> shared;
-  size_t shared_bytes = 0, dynamic_bytes = 0;
+  size_t shared_bytes = 0, dynamic_bytes = 0, allowed_bytes = 0;
   Thread *current = nullptr;
   int count = 0; /* threads of a block */
   const char *kernel = "";
@@ -257,6 +257,12 @@ void *add_shared(const void *site, size_t bytes) {
 
 } // namespace
 
+/* A kernel has 48 kB, its own arrays and the launch's together, unless cudaFuncSetAttribute was called. */
+static void check_asked() {
+  if (engine.shared_bytes > 48 * 1024 && engine.allowed_bytes < engine.dynamic_bytes)
+    emulated_fail({"", 0, "SHARED"}, "more than 48 kB of shared memory, and nobody asked for it");
+}
+
 /* ---- what kernels call ---- */
 
 void *emulated_shared(const void *site, size_t bytes) {
@@ -266,10 +272,12 @@ void *emulated_shared(const void *site, size_t bytes) {
   const size_t fixed = engine.shared_bytes - engine.dynamic_bytes;
   if (fixed > 48 * 1024 || engine.shared_bytes > emulated_device().shared_bytes)
     emulated_fail({"", 0, "SHARED"}, "the block's shared arrays are larger than the device allows");
+  check_asked();
   return p;
 }
 
 void *emulated_dynamic_shared(void) {
+  check_asked();
   for (Shared &s : engine.shared)
     if (!s.site) return s.p;
   return add_shared(nullptr, engine.dynamic_bytes);
@@ -341,8 +349,8 @@ void emulated_set_order(int o, uint64_t s) {
 
 const char *emulated_error_text(void) { return engine.error.c_str(); }
 
-cudaError_t emulated_run_grid(const char *what, dim3 grid, dim3 block, size_t shared,
-                              void (*body)(void *), void *context) {
+cudaError_t emulated_run_grid(const char *what, const void *kernel, dim3 grid, dim3 block,
+                              size_t shared, void (*body)(void *), void *context) {
   Engine &e = engine;
   if (e.current) {
     fprintf(stderr, "emulation: %s launched from inside a kernel\n", what);
@@ -351,6 +359,7 @@ cudaError_t emulated_run_grid(const char *what, dim3 grid, dim3 block, size_t sh
   e.kernel = what, e.body = body, e.context = context;
   e.count = (int)(block.x * block.y * block.z);
   e.dynamic_bytes = shared;
+  e.allowed_bytes = emulated_allowed_shared(kernel);
   e.failed = false;
   e.random = seed.load();
   while ((int)e.threads.size() < e.count) e.threads.emplace_back(new Thread);

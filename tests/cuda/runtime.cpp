@@ -1,5 +1,7 @@
 /* runtime.cpp - devices, memory, streams and graphs of the emulation: see cuda_runtime.h. */
 #include <atomic>
+#include <map>
+#include <mutex>
 #include <stdio.h>
 #include <vector>
 
@@ -133,6 +135,30 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *prop, int device) {
   prop->major = d.major, prop->minor = d.minor;
   prop->multiProcessorCount = d.multiprocessors;
   prop->l2CacheSize = (int)d.l2_bytes;
+  return cudaSuccess;
+}
+
+/* ---- functions ---- */
+
+static std::mutex functions;
+static std::map<const void *, int> allowed; /* shared memory that was asked for */
+
+size_t emulated_allowed_shared(const void *kernel) {
+  const std::lock_guard<std::mutex> held(functions);
+  const auto found = allowed.find(kernel);
+  return found == allowed.end() ? 0 : (size_t)found->second;
+}
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *out, const void *kernel) {
+  out->sharedSizeBytes = 0;
+  out->maxDynamicSharedSizeBytes = (int)emulated_allowed_shared(kernel);
+  return cudaSuccess;
+}
+cudaError_t cudaFuncSetAttribute(const void *kernel, cudaFuncAttribute attr, int value) {
+  if (attr != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 ||
+      (size_t)value > emulated_device().shared_bytes)
+    return result(cudaErrorInvalidValue);
+  const std::lock_guard<std::mutex> held(functions);
+  allowed[kernel] = value;
   return cudaSuccess;
 }
 

@@ -258,6 +258,12 @@ KERNEL unwritten(float *y) {
   if (blockIdx.x == 0) tile[threadIdx.x] = 5;
   y[32 * blockIdx.x + threadIdx.x] = tile[threadIdx.x];
 }
+KERNEL little_shared(float *y) {
+  DYNAMIC_SHARED(float, rest);
+  SHARED(float, own, 4);
+  own[0] = 1, rest[0] = 2;
+  y[0] = own[0] + rest[0];
+}
 KERNEL too_much_shared(float *y) {
   SHARED(float, tile, 13000);
   y[0] = tile[0] = 1;
@@ -337,6 +343,13 @@ static void test_limits(void) {
   EXPECT(run(unwritten, dim3(2), dim3(32), 0, y.data()) == cudaSuccess);
   EXPECT(y[0] == 5 && isnan(y[32])); /* a block does not find what another left */
   EXPECT(error_says(run(too_much_shared, dim3(1), dim3(1), 0, y.data()), "larger than"));
+  const size_t most = 48 * 1024; /* with the kernel's own 16 bytes */
+  EXPECT(run(little_shared, dim3(1), dim3(1), most - 16, y.data()) == cudaSuccess);
+  EXPECT(error_says(run(little_shared, dim3(1), dim3(1), most, y.data()), "nobody asked"));
+  EXPECT(cudaFuncSetAttribute((const void *)little_shared,
+                              cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              (int)most) == cudaSuccess);
+  EXPECT(run(little_shared, dim3(1), dim3(1), most, y.data()) == cudaSuccess);
   EXPECT(run(half_mask, dim3(1), dim3(1025), 0, y.data()) == cudaErrorInvalidConfiguration);
   EXPECT(run(half_mask, dim3(1, 65536), dim3(32), 0, y.data()) == cudaErrorInvalidConfiguration);
   EXPECT(run(half_mask, dim3(1), dim3(32), 228 << 10, y.data()) == cudaErrorInvalidValue);
