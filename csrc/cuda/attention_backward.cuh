@@ -13,11 +13,11 @@
 KERNEL pylora_attention_largest(View d_o, float *largest) {
   SHARED(float, scratch, WARP);
   float most = 0;
-  const int64_t n = d_o.rows * d_o.cols, step = (int64_t)gridDim.x * blockDim.x;
-  for (int64_t e = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; e < n; e += step) {
-    const float x = fabsf(load(d_o.p, d_o.dtype, e / d_o.cols * d_o.ld + e % d_o.cols));
-    if (x < float_of_bits(0x7f800000u)) most = fmaxf(most, x);
-  }
+  for (int64_t i = blockIdx.x; i < d_o.rows; i += gridDim.x)
+    for (int64_t c = threadIdx.x; c < d_o.cols; c += blockDim.x) {
+      const float x = fabsf(load(d_o.p, d_o.dtype, i * d_o.ld + c));
+      if (x < float_of_bits(0x7f800000u)) most = fmaxf(most, x);
+    }
   most = block_max(most, scratch);
   if (threadIdx.x == 0) largest[blockIdx.x] = most;
 }

@@ -116,6 +116,8 @@ static int fill(pylora_cuda *g, int device, const char *cublaslt) {
   }
   CALL(cudaMalloc, (void **)&g->bad, sizeof *g->bad);
   CALL(cudaMemset, g->bad, 0, sizeof *g->bad);
+  CALL(cudaStreamSynchronize,
+       (cudaStream_t)NULL); /* streams that do not wait for the default one */
   return products_open(g, cublaslt);
 }
 
@@ -139,7 +141,7 @@ void pylora_cuda_close(pylora_cuda *g) {
   if (!g) return;
   const Visit visit(g->device);
   products_close(g);
-  if (g->bad) cudaFree(g->bad);
+  if (g->bad && cudaFree(g->bad) != cudaSuccess) cudaGetLastError(); /* no later launch's error */
   delete g;
 }
 

@@ -168,7 +168,7 @@ KERNEL pylora_low_reduce(LowJobs jobs, LowGroups groups, const float *partial, i
 
 /* A table from a kernel's arguments into the workspace: no copy from the host, so that it can be captured. */
 struct LowBlob {
-  uint32_t words[2048];
+  uint32_t words[896];
 };
 KERNEL pylora_low_table(LowBlob blob, uint32_t *to, int32_t n) {
   for (int i = threadIdx.x; i < n; i += blockDim.x) to[i] = blob.words[i];

@@ -166,7 +166,8 @@ Tiling tiling(const pylora_cuda *g, int64_t m, int64_t n, int64_t row_bytes) {
   double least = 0;
   for (int64_t across = 1; across == 1 || ceil_div(n, across) > 1024; across++) {
     const int64_t cols = across == 1 ? n : ceil_div(ceil_div(n, across), 256) * 256;
-    int64_t rows = most / max64(1, cols) / LOW_ROWS * LOW_ROWS;
+    /* A grid has at most 65535 blocks in its second dimension: low_up. */
+    int64_t rows = min64(most / max64(1, cols), (int64_t)65535 * UP_ROWS) / LOW_ROWS * LOW_ROWS;
     if (rows == 0) continue;
     if (row_bytes) rows = min64(rows, cast_rows(m, row_bytes));
     const int64_t down = ceil_div(m, rows);

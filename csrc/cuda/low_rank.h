@@ -11,7 +11,7 @@
 #include "low_rank.cuh"
 
 int low_put(void *stream, const void *words, size_t bytes, void *to); /* at most LOW_PUT bytes */
-enum { LOW_PUT = 8192 };
+enum { LOW_PUT = 3584 }; /* 4 kB of arguments is what every driver and compiler takes */
 
 /* A table of T as kernels get it: up to LOW_FEW in the arguments, else in the workspace.  Pushed in two rounds: one that
  * counts, and one that writes. */
