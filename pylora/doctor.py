@@ -105,7 +105,13 @@ def _cupy() -> list[Step]:
     except Exception as error:
         text = f"{cupy.__version__}, but it cannot compile or run a kernel: {error}"
         return [Step("CuPy", MISSING, text, "pip install 'cupy-cuda13x[ctk]'")]
-    return [Step("CuPy", OK, f"{cupy.__version__}, {count} GPUs")]
+    from pylora.backends.cupy_kernels import Kernels
+
+    steps, kernels = [Step("CuPy", OK, f"{cupy.__version__}, {count} GPUs")], Kernels(cupy)
+    if kernels.ready:
+        return [*steps, Step("CuPy's compiler", OK, "pylora's kernels compile: cupy uses them")]
+    text = f"pylora's kernels do not compile ({kernels.failure}); cupy runs the reference alone"
+    return [*steps, Step("CuPy's compiler", MISSING, text)]
 
 
 def _computes() -> list[Step]:

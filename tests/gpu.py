@@ -44,6 +44,7 @@ def prepare(library: bool) -> None:
     import cupy
 
     cupy.cuda.emulated = ctypes.CDLL(str(BUILD / "libcudart_emulated.so"), mode=ctypes.RTLD_GLOBAL)
+    cupy.cuda.kernels = ctypes.CDLL(str(BUILD / "libpylora_kernels_emulated.so"))
 
 
 def on_gpu(ops: Any) -> bool:

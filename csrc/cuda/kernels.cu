@@ -8,9 +8,12 @@
 #include "pointwise.cuh"
 #include "loss.cuh"
 #include "optim.cuh"
-#include "attention.cuh"
 #include "merge.cuh"
+/* What takes compilers long, and CuPy alone does not use: products and attention. */
+#ifndef PYLORA_SMALL_KERNELS
+#include "attention.cuh"
 #include "few_rows.cuh"
 #include "low_down.cuh"
 #include "low_outer.cuh"
 #include "low_up.cuh"
+#endif

@@ -1,8 +1,9 @@
 """The CuPy backend: the reference operations with xp = cupy, for a GPU without pylora's library.
 
 What runs is `pylora.reference` itself; overridden is only what would be hopeless one row at a time
-(products, attention) or would depend on the order of atomics (embedding_backward), and where index
-arrays, which stay in host memory at the interface, go to the device. It computes in float32 (or
+(products, attention) or would depend on the order of atomics (embedding_backward), what one of
+pylora's kernels does in one pass (cupy_kernels), and where index arrays, which stay in host memory
+at the interface, go to the device. It computes in float32 (or
 float64); of a precision it has the weights' values, as the numpy backend does.
 
 cupy is imported when the backend is made, never by `import pylora`.
@@ -14,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from pylora.backends.cupy_kernels import Kernels
 from pylora.backends.device import DeviceArrays, open_cupy
 from pylora.backends.numpy import NumpyBackend
 from pylora.errors import DtypeError, ShapeError
 from pylora.precision import Stored, check_precision
-from pylora.reference import Reference
+from pylora.reference import IGNORE, Reference
 from pylora.types import Array, Attn, LoRA, Residue, Seqs
 
 _QUERIES = 1024  # queries whose scores against a sequence's keys exist at a time
@@ -41,6 +43,7 @@ class CupyBackend(DeviceArrays, Reference):
     def __init__(self) -> None:
         Reference.__init__(self, open_cupy())
         self._host = NumpyBackend()
+        self.kernels = Kernels(self.xp)
 
     # ---- precision ----------------------------------------------------------------------------
 
@@ -91,6 +94,8 @@ class CupyBackend(DeviceArrays, Reference):
         dtype: Any = None,
     ) -> Array:
         position = self.checked_index("position", position, cos.shape[0])
+        if dtype is None and layout in ("half", "interleaved") and self.kernels.fit(x, cos, sin):
+            return self.kernels.rope(x, cos, sin, position, head_dim, layout, inverse)
         return super().rope(x, cos, sin, position, head_dim, layout, inverse, dtype)
 
     def _scores(self, Q: Array, K: Array, attn: Attn, first: int, keys: int, queries: int) -> Array:
@@ -174,6 +179,41 @@ class CupyBackend(DeviceArrays, Reference):
         if v.shape != k.shape:
             raise ShapeError(f"v must have the shape of k {list(k.shape)}, got {list(v.shape)}")
 
+    # ---- one pass over memory, where pylora's kernels can be compiled -------------------------
+
+    def rms_norm_forward(
+        self, x: Array, w: Array, eps: float, dtype: Any = None
+    ) -> tuple[Array, Array]:
+        if dtype is None and self.kernels.fit(x, w):
+            return self.kernels.rms_norm_forward(x, w, eps)
+        return super().rms_norm_forward(x, w, eps, dtype)
+
+    def rms_norm_backward(
+        self,
+        dy: Array,
+        x: Array,
+        w: Array,
+        rstd: Array,
+        add: Array | None = None,
+        need_dw: bool = False,
+    ) -> tuple[Array, Array | None]:
+        arrays = (dy, x, w, rstd) if add is None else (dy, x, w, rstd, add)
+        if not need_dw and self.kernels.fit(*arrays):
+            return self.kernels.rms_norm_backward(dy, x, w, rstd, add), None
+        return super().rms_norm_backward(dy, x, w, rstd, add, need_dw)
+
+    def swiglu_forward(self, gate: Array, up: Array, dtype: Any = None) -> Array:
+        if dtype is None and self.kernels.fit(gate, up):
+            return self.kernels.swiglu_forward(gate, up)
+        return super().swiglu_forward(gate, up, dtype)
+
+    def swiglu_backward(
+        self, dy: Array, gate: Array, up: Array, dtype: Any = None
+    ) -> tuple[Array, Array]:
+        if dtype is None and self.kernels.fit(dy, gate, up):
+            return self.kernels.swiglu_backward(dy, gate, up)
+        return super().swiglu_backward(dy, gate, up, dtype)
+
     # ---- index arrays -------------------------------------------------------------------------
 
     def embedding_forward(self, ids: Array, W: DeviceWeight) -> Array:
@@ -195,13 +235,23 @@ class CupyBackend(DeviceArrays, Reference):
         return dW
 
     def cross_entropy_forward(self, logits: Array, labels: Array) -> tuple[Array, Array]:
-        return super().cross_entropy_forward(logits, self.index(labels))
+        labels = self._labels(labels, logits)
+        if self.kernels.fit(logits):
+            return self.kernels.cross_entropy_forward(logits, labels)
+        return super().cross_entropy_forward(logits, labels)
 
     def cross_entropy_backward(
         self, logits: Array, labels: Array, lse: Array, weight: Array, overwrite: bool = False
     ) -> Array:
-        weight = self.place(weight)
-        return super().cross_entropy_backward(logits, self.index(labels), lse, weight, overwrite)
+        weight, labels = self.place(weight), self._labels(labels, logits)
+        if overwrite and self.kernels.fit(logits, lse, weight):
+            return self.kernels.cross_entropy_backward(logits, labels, lse, weight)
+        return super().cross_entropy_backward(logits, labels, lse, weight, overwrite)
+
+    def _labels(self, labels: Array, logits: Array) -> Array:
+        """int64 [m] on the device, each a column of the logits or IGNORE."""
+        self.checked_index("label", labels[labels != IGNORE], logits.shape[1])
+        return self.index(labels)
 
     # ---- merge: of files, so in host memory ---------------------------------------------------
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 from typing import Any
 
 import numpy as np
@@ -197,14 +198,55 @@ class runtime:
     streamCaptureModeGlobal, streamCaptureModeThreadLocal, streamCaptureModeRelaxed = 0, 1, 2
 
 
+kernels: ctypes.CDLL | None = None  # libpylora_kernels_emulated: what NVRTC would have compiled
+
+
 class RawModule:
-    """NVRTC is not here: compiling fails, as it does where its library is missing."""
+    """The kernels of csrc/cuda/kernels.cu, compiled for the host beforehand, by name. Where no such
+    library is loaded compiling fails, as it does where NVRTC is missing."""
 
-    def __init__(self, **kw: Any) -> None:
-        self.kw = kw
+    def __init__(self, *, code: str, options: tuple[str, ...] = (), backend: str = "nvrtc") -> None:
+        self.code = code
 
-    def compile(self, *args: Any) -> None:
-        raise RuntimeError("the stand-in has no NVRTC")
+    def compile(self) -> None:
+        if kernels is None:
+            raise RuntimeError("the stand-in has no NVRTC")
 
     def get_function(self, name: str) -> Any:
-        raise RuntimeError("the stand-in has no NVRTC")
+        self.compile()
+        return functools.partial(_launch, name)
+
+
+def _argument(a: Any) -> tuple[Any, int]:
+    """(what lives, size) of a kernel's argument, as CuPy 14 passes it."""
+    from cupy._array import ndarray
+
+    if isinstance(a, ndarray):
+        return ctypes.c_void_p(a.data.ptr), 8
+    if isinstance(a, np.ndarray):  # a struct by value
+        if a.dtype.names is None or a.size != 1:
+            raise TypeError("of NumPy's arrays a kernel takes structures of one element")
+        held = ctypes.create_string_buffer(a.tobytes(), a.nbytes)
+        return held, a.nbytes
+    if isinstance(a, np.generic):
+        return ctypes.create_string_buffer(a.tobytes(), a.itemsize), a.itemsize
+    raise TypeError(f"Unsupported type {type(a)}")
+
+
+def _launch(
+    name: str, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...],
+    *, shared_mem: int = 0,
+) -> None:  # fmt: skip
+    assert kernels is not None
+    held = [_argument(a) for a in args]
+    pointers = (ctypes.c_void_p * len(held))(*(ctypes.addressof(h) for h, _ in held))
+    sizes = (ctypes.c_size_t * len(held))(*(n for _, n in held))
+    three = [(ctypes.c_uint * 3)(*(tuple(d) + (1, 1, 1))[:3]) for d in (grid, block)]
+    status = kernels.emulated_launch_by_name(
+        name.encode(), *three, ctypes.c_size_t(shared_mem),
+        ctypes.c_void_p(get_current_stream().ptr), pointers, sizes, ctypes.c_size_t(len(held)),
+    )  # fmt: skip
+    if status:
+        raise RuntimeError(
+            f"{name}: launch failed with {status} (-1: no such kernel, -2: arguments)"
+        )
