@@ -31,11 +31,14 @@ EXCEPTIONS: dict[str, str] = {}
 
 # Instructions that kernels must have: what their names match, and what the code must match.
 BF16, F16 = r"HMMA\.16816\.F32\.BF16.*", r"HMMA\.16816\.F32(?!\.BF16).*"
+ATTENTION = r"pylora_attention_(forward|keys|rows|dk|dv)_"
 CLAIMS: list[tuple[str, str, str]] = [
-    (r"pylora_\w+_bf16(_\d+)*", BF16, "products of bfloat16 on tensor cores"),
-    (r"pylora_\w+_f16(_\d+)*", F16, "products of float16 on tensor cores"),
-    (r"pylora_attention_forward_b?f16\w+", r"LDGSTS\b.*", "asynchronous copies"),
-    (r"pylora_attention_forward_b?f16\w+", r"LDSM\b.*", "loads of matrices from shared memory"),
+    (rf"{ATTENTION}bf16_\w+|pylora_few_rows_bf16", BF16, "products of bfloat16 on tensor cores"),
+    (rf"{ATTENTION}f16_\w+|pylora_few_rows_f16", F16, "products of float16 on tensor cores"),
+    # Those of the low-rank path split factors into parts of one type or the other.
+    (r"pylora_low_(down_[AB]|up_[AB]|outer)(_\w+)?", r"HMMA\..*", "products on tensor cores"),
+    (rf"{ATTENTION}b?f16_\w+", r"LDGSTS\b.*", "asynchronous copies"),
+    (rf"{ATTENTION}b?f16_\w+", r"LDSM\b.*", "loads of matrices from shared memory"),
 ]
 
 
