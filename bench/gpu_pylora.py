@@ -31,9 +31,9 @@ class Engine:
 
     def _normal(self, *shape: int, scale: float = 1.0) -> Any:
         """float32, drawn where the backend computes."""
-        xp = self.ops.xp
-        xp.random.seed(0)
-        return (xp.random.standard_normal(shape) * scale).astype(np.float32)
+        a = self.ops.xp.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+        a *= np.float32(scale)
+        return a
 
     # ---- one linear ---------------------------------------------------------------------------
 
@@ -94,7 +94,7 @@ class Engine:
         model = self._model(shapes.GEOMETRY["num_hidden_layers"])
         adapter = self._adapter(model)
         model.attach(adapter)
-        parameters = trainable(model.adapter)
+        parameters = trainable(model.placed)
         config = TrainConfig(steps=1, learning_rate=shapes.LEARNING_RATE)
         optimizer = Optimizer(model.ops, parameters, config)
         ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, length))

@@ -338,3 +338,25 @@ def test_another_device_is_refused_with_a_sentence(
     monkeypatch.setenv("PYLORA_CUDA_DEVICE", "99")
     with pytest.raises(BackendError, match="there is no GPU 99"):
         type(gpu)()
+
+
+def test_what_the_benchmark_asks_of_a_gpu(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "bench"))
+    import gpu_pylora
+    import gpu_shapes
+
+    for name, value in vars(gpu_shapes).items():  # put back afterwards
+        if name.isupper():
+            monkeypatch.setattr(gpu_shapes, name, dict(value) if name == "GEOMETRY" else value)
+    gpu_shapes.tiny()
+    engine = gpu_pylora.Engine(gpu.name)
+    for key in gpu_shapes.linears()[-2:]:
+        engine.linear(**key)()
+    for key in gpu_shapes.merges():
+        for part in ("merge", "unmerge"):
+            engine.merge(part, **key)()
+    for shapes, job in ((gpu_shapes.steps(), engine.step), (gpu_shapes.decodes(), engine.decode)):
+        for key in shapes:
+            run = job(**{k: v for k, v in key.items() if k != "alone"})
+            run()
+            run()

@@ -53,9 +53,11 @@ def _load(name: str) -> Backend:
 
 def _cuda_or_cupy() -> Backend:
     """The CUDA backend; or CuPy's where only the library is missing, which a warning says."""
+    from pylora.backends.cuda_lib import NoLibrary
+
     try:
         return exactly("cuda")
-    except BackendError as missing:
+    except NoLibrary as missing:
         try:
             instead = exactly("cupy")
         except BackendError:

@@ -11,6 +11,7 @@ cupy is imported when the backend is made, never by `import pylora`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from pylora.backends.cupy_kernels import Kernels
 from pylora.backends.device import DeviceArrays, open_cupy
 from pylora.backends.numpy import NumpyBackend
 from pylora.errors import DtypeError, ShapeError
-from pylora.precision import Stored, check_precision
+from pylora.precision import BF16, Stored, check_precision
 from pylora.reference import IGNORE, Reference
 from pylora.types import Array, Attn, LoRA, Residue, Seqs
 
@@ -258,11 +259,20 @@ class CupyBackend(DeviceArrays, Reference):
     def merge(self, W: Array, lora: LoRA, dtype: str = "f32") -> tuple[Array, Residue]:
         """On the host, where the file's weights are: the same bits as everywhere, and float64 to
         float16 is rounded once there."""
-        merged, residue = _merging().merge(W, lora, dtype)
+        merged, residue = _merging().merge(self._stored(W), self._on_host(lora), dtype)
         return merged, residue
 
     def unmerge(self, merged: Array, lora: LoRA, residue: Residue, dtype: str = "f32") -> Array:
-        return _merging().unmerge(merged, lora, residue, dtype)
+        lora = self._on_host(lora)
+        return _merging().unmerge(self._stored(merged), lora, residue, dtype)
+
+    def _stored(self, W: Array) -> np.ndarray:
+        """In host memory, as a file has it: bfloat16 as uint16."""
+        host = self.to_numpy(W)
+        return host.view(np.uint16) if host.dtype == BF16 else host
+
+    def _on_host(self, lora: LoRA) -> LoRA:
+        return replace(lora, A=self.to_numpy(lora.A), B=self.to_numpy(lora.B))
 
 
 def _merging() -> Any:

@@ -119,7 +119,8 @@ class DeviceArrays:
 
     def trim(self) -> None:
         """Gives the memory of dead arrays back to the device."""
-        self.xp.cuda.get_default_memory_pool().free_all_blocks()
+        self.xp.get_default_memory_pool().free_all_blocks()
+        self.xp.get_default_pinned_memory_pool().free_all_blocks()  # what uploads were staged in
 
 
 def _bits_type(a: Any) -> Any:

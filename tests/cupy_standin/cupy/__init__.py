@@ -196,6 +196,23 @@ def sum(a: ndarray, axis: Any = None) -> ndarray:
     return a.sum(axis=axis)  # type: ignore[attr-defined]
 
 
+class random:
+    class default_rng:
+        def __init__(self, seed: int) -> None:
+            self._rng = np.random.default_rng(seed)
+
+        def standard_normal(self, size: Any, dtype: Any = float) -> ndarray:
+            return asarray(self._rng.standard_normal(size, dtype))
+
+
+def get_default_memory_pool() -> cuda.MemoryPool:
+    return cuda._pool
+
+
+def get_default_pinned_memory_pool() -> cuda.MemoryPool:
+    return cuda._pool
+
+
 def broadcast_to(a: ndarray, shape: Any) -> ndarray:
     return wrap(np.broadcast_to(plain(a), shape))
 

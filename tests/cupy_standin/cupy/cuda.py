@@ -158,10 +158,6 @@ def using_allocator(allocator: Any = None) -> Any:
         pools.pop()
 
 
-def get_default_memory_pool() -> MemoryPool:
-    return _pool
-
-
 class runtime:
     class CUDARuntimeError(RuntimeError):
         pass
