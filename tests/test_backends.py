@@ -46,6 +46,13 @@ def test_a_choice_beats_the_variable_which_beats_the_default(clean: Any) -> None
     assert backends.get(mine) is mine
 
 
+def test_auto_without_a_gpu_is_the_host(clean: Any) -> None:
+    clean.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    assert backends.get("auto") is backends.host()
+    pylora.use("auto")
+    assert pylora.build_info()["backend"] == backends.host().name
+
+
 def test_the_default_falls_back_only_where_the_core_is_not_built(clean: Any) -> None:
     clean.setattr(backends, "_loaded", {})
     clean.setitem(backends._CLASSES, "c", ("pylora.backends.nowhere", "CBackend"))

@@ -221,6 +221,21 @@ def test_check_holds(gpu: Any, tmp_path: Path) -> None:
     assert verdicts["rows"] == "not tested"  # said, not left out
 
 
+def test_auto_is_the_best_that_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        if name in gone:
+            raise BackendError("not here")
+        return whole(name)
+
+    whole, gone = backends.exactly, [n for n in ("cuda", "cupy") if n not in GPU]
+    monkeypatch.setattr(backends, "exactly", missing)
+    assert backends.get("auto").name == GPU[0]
+    gone.append(GPU[0])
+    assert backends.get("auto").name == (GPU[1] if len(GPU) > 1 else "c")
+    gone += GPU
+    assert backends.get("auto").name == "c"
+
+
 def test_arrays_of_the_host_are_refused(gpu: Any) -> None:
     x = np.ones((2, 8), np.float32)
     with pytest.raises((TypeError, PyloraError)):

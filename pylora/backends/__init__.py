@@ -5,7 +5,8 @@ built, else "numpy": a GPU computes when it is asked to, since a model that fits
 memory need not fit into a GPU's, and since results there have other last bits.
 
 "cuda" (or "gpu") is the compiled CUDA library; where this installation has none, CuPy's backend
-takes its place, with a warning.
+takes its place, with a warning. "auto" is the first that can be used of "cuda", "cupy" and the
+host's: the same program on machines with a GPU and without; `.name` says which it is.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ class _NotBuilt(BackendError):
 
 def _load(name: str) -> Backend:
     """The one instance of a backend. BackendError if unknown or not importable here."""
+    if name == "auto":
+        return _best()
     name = "cuda" if name == "gpu" else name
     if name == "cuda" and name not in _loaded:
         return _cuda_or_cupy()
@@ -71,10 +74,22 @@ def _cuda_or_cupy() -> Backend:
         return instead
 
 
+def _best() -> Backend:
+    """The first of the GPU's backends that can be used here, else the host's."""
+    for name in _GPU if importlib.util.find_spec("cupy") else ():
+        try:
+            return exactly(name)
+        except BackendError:  # `pylora doctor` says why
+            continue
+    return host()
+
+
 def exactly(name: str) -> Backend:
     """The backend of that name and no other."""
     if name not in _CLASSES:
-        raise BackendError(f"there is no backend {name!r}; choose one of {', '.join(_CLASSES)}")
+        raise BackendError(
+            f"there is no backend {name!r}; choose one of {', '.join(_CLASSES)}, auto"
+        )
     if name not in _loaded:
         module, cls = _CLASSES[name]
         try:

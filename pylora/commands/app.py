@@ -35,7 +35,7 @@ RsLora = Annotated[bool, typer.Option(help="scale by alpha / sqrt(r) in place of
 @verb
 def common(
     backend: Annotated[
-        str | None, typer.Option(help="c, numpy, cuda or cupy; default: c where built")
+        str | None, typer.Option(help="c, numpy, cuda, cupy or auto; default: c where built")
     ] = None,
 ) -> None:
     """LoRA without a deep-learning framework: train, run, merge and inspect adapters."""
