@@ -7,7 +7,7 @@ below the lowest module that has an adapter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -118,6 +118,7 @@ class Llama:
         self.modules |= {p.path: p for block in self.blocks for p in block.linears}
         self.modules["lm_head"] = self.lm_head
         self._adapter: Mapping[str, LoRA] | None = None
+        self._steps = self.ops.repeated()
         self.placed: dict[str, LoRA] = {}  # its arrays, where the backend computes
         self.stored_as: dict[str, int] | None = None  # {"q4_1": 210, ...}, of a checkpoint
 
@@ -183,6 +184,7 @@ class Llama:
         placed = {path: self._place(lora) for path, lora in adapter.items()}
         for path, module in self.modules.items():
             module.lora = placed.get(path)
+        self._steps.clear()
         self._adapter, self.placed = adapter, placed
 
     def _place(self, lora: LoRA) -> LoRA:
@@ -235,14 +237,14 @@ class Llama:
 
     def _trunk(
         self,
-        ids: np.ndarray,
+        ids: Array,
         seqs: Seqs,
+        position: Array,
         drop: DropKey | None,
         lowest: int,
         recompute: bool,
     ) -> tuple[Array, _Trunk]:
         """The residual stream after the last block [m, hidden]; caches of blocks >= `lowest`."""
-        position = self.ops.xp.asarray(positions(seqs))
         x, embedding = self.embed_tokens.forward(ids)
         trunk = _Trunk(seqs, position, drop, embedding, [])
         for i, block in enumerate(self.blocks):
@@ -294,7 +296,8 @@ class Llama:
             rows = row_numbers(rows, ids.size)
             if drop is not None and self._head_dropout():
                 raise UnsupportedError("`rows` with dropout on lm_head; ask for all rows instead")
-        x, trunk = self._trunk(ids, seqs, drop, self._lowest(), recompute)
+        position = self.ops.xp.asarray(positions(seqs))
+        x, trunk = self._trunk(ids, seqs, position, drop, self._lowest(), recompute)
         rows = None if rows is None else self.ops.xp.asarray(rows)
         x = x if rows is None else x[rows]
         normed, rstd = self._final_norm(x)
@@ -345,31 +348,79 @@ class Llama:
         seqs = whole_seqs(seqs, ids.size)
         counted = np.flatnonzero(labels != IGNORE)
         weight = row_weights(weight, ids.size, counted.size, self.dtype)
-        lowest = self._lowest() if grads else len(self.blocks)
-        ids, labels, weight = (self.ops.xp.asarray(a) for a in (ids, labels, weight))
-        x, trunk = self._trunk(ids, seqs, drop, lowest, recompute)
-
         # Dropout is keyed by row number, so with dropout on the head its rows stay consecutive.
         whole = drop is not None and self._head_dropout()
         rows = np.arange(ids.size) if whole else counted
-        nll = self.ops.zeros(ids.size, self.dtype)
-        need_dx = lowest < len(self.blocks)
-        dx = self.ops.zeros(x.shape, self.dtype) if need_dx else None
-        out: Grads = {}
-        rows, step = self.ops.xp.asarray(rows), self.ops.head_rows
-        for start in range(0, max(rows.size, 1), step):
-            some = rows[start : start + step]
-            nll[some], dx_some = self._head_loss(
-                x[some], labels[some], weight[some] if grads else None, drop, start, need_dx, out
-            )
-            if dx is not None:
-                dx[some] = dx_some
+        arrays = ids, positions(seqs), rows, labels[rows], weight[rows]
+
+        def work(arrays: Sequence[Array], seqs: Seqs) -> dict[Any, Array]:
+            return self._loss(*arrays, seqs, drop, grads, recompute)
+
+        key = self._repeats(rows.size, drop, recompute) if grads else None
+        found = self._steps.run(key, arrays, seqs, work)
+        nll = found.pop("nll")
         if not grads:
             return nll, None
-        if dx is not None:
-            del x, dx_some
-            self._trunk_backward(dx, trunk, out)
+        out: Grads = {}
+        for path in dict.fromkeys(path for path, _ in found):
+            out[path] = LoRAGrad(*(found.get((path, name)) for name in _ARRAYS))  # type: ignore[arg-type]
         return nll, out
+
+    def _repeats(self, n: int, drop: DropKey | None, recompute: bool) -> Hashable:
+        """What a step's gradients depend on besides the numbers in its arrays; None where they
+        depend on more, or where layers look at numbers: at biases, at an embedding's adapter."""
+        loras = tuple(module.lora for module in self.modules.values())
+        some = [lora for lora in loras if lora is not None]
+        plain = all(lora.bias is None and lora.base_bias is None for lora in some)
+        dropped = drop is not None and any(lora.dropout for lora in some)
+        # In chunks of rows the head's gradient is added up by the array library.
+        added = self.lm_head.lora is not None and n > self.ops.head_rows
+        if not some or not n or not plain or dropped or added or self.embed_tokens.lora is not None:
+            return None
+        return *loras, recompute
+
+    def _loss(
+        self,
+        ids: Array,
+        position: Array,
+        rows: Array,
+        labels: Array,
+        weight: Array,
+        seqs: Seqs,
+        drop: DropKey | None,
+        grads: bool,
+        recompute: bool,
+    ) -> dict[Any, Array]:
+        """ "nll" [m] and the gradients by (path, name), of arrays where the backend computes.
+
+        rows, labels and weight [n] are of the rows that count, ascending. Of those arrays nothing
+        is known here but their shapes, so that a GPU can record what is done and repeat it.
+        """
+        ops, m, n, step = self.ops, ids.size, rows.size, self.ops.head_rows
+        lowest = self._lowest() if grads else len(self.blocks)
+        x, trunk = self._trunk(ids, seqs, position, drop, lowest, recompute)
+        make = ops.empty if n == m else ops.zeros
+        nll = make((m, 1), self.dtype)
+        dx = make(x.shape, self.dtype) if lowest < len(self.blocks) else None
+        out: Grads = {}
+        for a in range(0, max(n, 1), step):
+            b = min(a + step, n)
+            some = x[a:b] if n == m else ops.take_rows(x, rows[a:b])
+            nll_some, dx_some = self._head_loss(
+                some, labels[a:b], weight[a:b] if grads else None, drop, a, dx is not None, out
+            )
+            ops.put_rows(nll, rows[a:b], nll_some.reshape(-1, 1))
+            if dx is not None:
+                ops.put_rows(dx, rows[a:b], dx_some)
+            del some, dx_some
+        if grads and dx is not None:
+            del x
+            self._trunk_backward(dx, trunk, out)
+        found: dict[Any, Array] = {"nll": nll.reshape(m)}
+        for path, grad in out.items():
+            each = {name: getattr(grad, name) for name in _ARRAYS}
+            found |= {(path, name): a for name, a in each.items() if a is not None}
+        return found
 
     def _head_loss(
         self,

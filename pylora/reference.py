@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from pylora.backends.llama import Composed, LlamaOp, LlamaWeights
+from pylora.backends.repeat import Plain
 from pylora.errors import BackendError, RangeError
 from pylora.precision import as_dtype
 from pylora.types import (
@@ -51,7 +52,7 @@ _PHILOX_W = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
 
 
-class Reference:
+class Reference(Plain):
     """The operations over the array namespace `xp`. Inputs are never written to."""
 
     def __init__(self, xp: Any = np) -> None:

@@ -50,6 +50,7 @@ class Rope:
         )
         self._dtype, self._ops = dtype, ops
         self._pair = self._make(min(256, self.max_positions))
+        self._older: list[Any] = []  # graphs of a GPU may read them as long as the model lives
 
     def _make(self, n: int) -> tuple[Array, Array]:
         angle = np.arange(n, dtype=np.float64)[:, None] * self._frequency
@@ -65,5 +66,6 @@ class Rope:
             )
         pair = self._pair  # read once: another thread may put a longer or a shorter one there
         if positions > (size := pair[0].shape[0]):
+            self._older.append(pair)
             pair = self._pair = self._make(min(max(positions, 2 * size), self.max_positions))
         return pair

@@ -38,6 +38,7 @@ from pylora.backends.marshal import (
     writable,
 )
 from pylora.backends.pool import Pool
+from pylora.backends.repeat import Plain
 from pylora.backends.slabs import Slabs
 from pylora.errors import BackendError, DtypeError, ShapeError, UnsupportedError
 from pylora.precision import BF16, PRECISIONS, Stored, as_dtype, check_precision, from_bf16
@@ -65,7 +66,7 @@ _BLOCKS = {"q8_0": lib.PYLORA_Q8_0, "q4_0": lib.PYLORA_Q4_0, "q4_1": lib.PYLORA_
 _ATTEMPTS = 8  # at a workspace, should another thread change the number of threads meanwhile
 
 
-class CBackend:
+class CBackend(Plain):
     """The compiled core. `Reference`'s docstrings are the specification of every operation."""
 
     name = "c"

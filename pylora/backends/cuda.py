@@ -24,11 +24,13 @@ from pylora.backends.cuda_marshal import (
     F32,
     Marshal,
     Packed,
+    PlacedSeqs,
     check_seqs,
     want,
 )
 from pylora.backends.device import DeviceArrays, open_cupy
 from pylora.backends.llama import LlamaOp, LlamaWeights
+from pylora.backends.repeat import Repeated
 from pylora.errors import BackendError, DtypeError, ShapeError, UnsupportedError
 from pylora.precision import BF16, Stored, check_precision
 from pylora.types import (
@@ -45,6 +47,14 @@ from pylora.types import (
 
 _LAYOUTS = {"half": 0, "interleaved": 1}
 _MERGED = {"f32": (0, np.float32), "bf16": (1, np.uint16), "f16": (2, np.float16)}
+
+
+class _Own(threading.local):
+    """What a thread that captures a graph takes memory from: workspaces, and where gradients go."""
+
+    workspaces: list[Array] | None = None
+    results: Array | None = None
+    used = 0
 
 
 class CudaBackend(DeviceArrays):
@@ -70,7 +80,8 @@ class CudaBackend(DeviceArrays):
         self.ffi, self.lib = self.cuda.ffi, self.cuda.lib
         self.to = Marshal(self.xp, self.ffi)
         self._workspaces: dict[tuple[int, int], Array] = {}
-        self._capturing = threading.local()  # .own: the workspaces of a graph, while it is captured
+        self._own = _Own()
+        self.tf32 = False
 
     # ---- how a function of the library is called ----------------------------------------------
 
@@ -92,9 +103,10 @@ class CudaBackend(DeviceArrays):
         """Device memory of the current stream for the length of one operation; each thread has its
         own, since another's might be let go before the operation is queued."""
         key = threading.get_ident(), int(self.xp.cuda.get_current_stream().ptr)
-        own = getattr(self._capturing, "own", None)
-        if own is not None:
-            own.append(self.xp.empty(max(nbytes, 256), np.uint8))
+        own = self._own.workspaces
+        if own is not None:  # what one operation has used the next may use
+            if not own or own[-1].nbytes < nbytes:
+                own.append(self.xp.empty(max(nbytes, 1 << 16), np.uint8))
             return self.to.at(own[-1], "void *"), int(own[-1].nbytes)
         held = self._workspaces.get(key)
         if held is None or held.nbytes < nbytes:
@@ -102,14 +114,28 @@ class CudaBackend(DeviceArrays):
         return self.to.at(held, "void *"), int(held.nbytes)
 
     @contextmanager
-    def own_workspace(self) -> Iterator[list[Array]]:
-        """While a graph is captured: its workspaces are no one else's. They are what is yielded."""
-        own: list[Array] = []
-        self._capturing.own = own
+    def own_workspace(self, results: Array | None = None) -> Iterator[list[Array]]:
+        """While this thread captures a graph: its workspaces are no one else's. They are what is
+        yielded. Adapters' gradients are laid one behind the other in `results`, while it lasts."""
+        own = self._own
+        own.workspaces, own.results, own.used = [], results, 0
         try:
-            yield own
+            yield own.workspaces
         finally:
-            self._capturing.own = None
+            own.workspaces = own.results = None
+
+    def _gradient(self, shape: tuple[int, int]) -> Array:
+        """Memory of a gradient of A or B."""
+        own, size = self._own, 4 * shape[0] * shape[1]
+        if own.results is None or own.used + size > own.results.nbytes:
+            return self.empty(shape)
+        first, own.used = own.used, own.used + -(-size // 256) * 256
+        return own.results[first : first + size].view(F32).reshape(shape)
+
+    def repeated(self) -> Repeated:
+        from pylora.backends.cuda_steps import CudaSteps
+
+        return CudaSteps(self)
 
     # ---- arrays -------------------------------------------------------------------------------
 
@@ -130,6 +156,7 @@ class CudaBackend(DeviceArrays):
     def allow_tf32(self, allow: bool) -> None:
         """Lets float32 products round their factors to TF32 (10 bits); off unless asked for."""
         self.cuda.check(self.lib.pylora_cuda_set_tf32(self.context, allow), "set_tf32")
+        self.tf32 = allow
 
     # ---- precision ----------------------------------------------------------------------------
 
@@ -304,10 +331,10 @@ class CudaBackend(DeviceArrays):
             h = dA = dB = None
             if p.lora is not None:
                 ranks += p.lora.rank
-                dA = self.empty((p.lora.rank, k)) if need_dA else None
+                dA = self._gradient((p.lora.rank, k)) if need_dA else None
                 if need_dB:
                     h = to.read("h", p.h, m, p.lora.rank)
-                    dB = self.empty((d, p.lora.rank))
+                    dB = self._gradient((d, p.lora.rank))
             if need_dx:
                 if packed(p.W).shape != (d, k):
                     raise ShapeError(f"W must be [{d}, {k}], got {list(p.W.shape)}")
@@ -523,6 +550,8 @@ class CudaBackend(DeviceArrays):
 
     def _seqs(self, seqs: Seqs, q_rows: int, k_rows: int) -> tuple[Any, Any]:
         """(pylora_cuda_seqs, what must stay alive), copied to the device."""
+        if isinstance(seqs, PlacedSeqs) and int(seqs.q_start[-1]) <= min(q_rows, k_rows):
+            return seqs.struct, seqs
         check_seqs(seqs, q_rows, k_rows)
         parts = [np.asarray(a, np.int64) for a in (seqs.q_start, seqs.k_start, seqs.k_len)]
         ints = self.xp.asarray(np.concatenate(parts))

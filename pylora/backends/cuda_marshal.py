@@ -7,6 +7,7 @@ that uses it is queued.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,14 @@ class Packed:
     def __init__(self, shape: tuple[int, int], precision: str, data: Array, struct: Any) -> None:
         self.shape, self.precision, self.data, self.struct = shape, precision, data, struct
         self.dtype, self.nbytes = F32, int(data.nbytes)
+
+
+@dataclass(frozen=True, eq=False)
+class PlacedSeqs(Seqs):
+    """Sequences that are checked and on the device, too."""
+
+    struct: Any  # pylora_cuda_seqs
+    ints: Array  # what it points to
 
 
 class Marshal:

@@ -92,6 +92,17 @@ class Stream:
         return self in capturing
 
 
+def clear(a: np.ndarray) -> None:
+    """Zeros, as CuPy makes them: a memset of the current stream, which can be captured."""
+    stream = get_current_stream()
+    if stream not in capturing:
+        a.reshape(-1).view(np.uint8)[...] = 0
+        return
+    assert emulated is not None
+    p, n = ctypes.c_void_p(a.__array_interface__["data"][0]), ctypes.c_size_t(a.nbytes)
+    _check(emulated.cudaMemsetAsync(p, 0, n, ctypes.c_void_p(stream.ptr)), "memset")
+
+
 class Event:
     def record(self, stream: Any = None) -> None:
         pass
@@ -130,7 +141,7 @@ class Device:
 
 
 class MemoryPool:
-    def __init__(self) -> None:
+    def __init__(self, allocator: Any = None) -> None:
         self.kept: list[np.ndarray] = []  # memory that goes back to nobody
 
     def malloc(self, size: int) -> Any:
