@@ -354,7 +354,7 @@ class Llama:
         arrays = ids, positions(seqs), rows, labels[rows], weight[rows]
 
         def work(arrays: Sequence[Array], seqs: Seqs) -> dict[Any, Array]:
-            return self._loss(*arrays, seqs, drop, grads, recompute)
+            return self._loss(arrays, seqs, drop, grads, recompute)
 
         key = self._repeats(rows.size, drop, recompute) if grads else None
         found = self._steps.run(key, arrays, seqs, work)
@@ -363,7 +363,7 @@ class Llama:
             return nll, None
         out: Grads = {}
         for path in dict.fromkeys(path for path, _ in found):
-            out[path] = LoRAGrad(*(found.get((path, name)) for name in _ARRAYS))  # type: ignore[arg-type]
+            out[path] = LoRAGrad(*(found.get((path, name)) for name in _ARRAYS))
         return nll, out
 
     def _repeats(self, n: int, drop: DropKey | None, recompute: bool) -> Hashable:
@@ -381,21 +381,18 @@ class Llama:
 
     def _loss(
         self,
-        ids: Array,
-        position: Array,
-        rows: Array,
-        labels: Array,
-        weight: Array,
+        arrays: Sequence[Array],
         seqs: Seqs,
         drop: DropKey | None,
         grads: bool,
         recompute: bool,
     ) -> dict[Any, Array]:
-        """ "nll" [m] and the gradients by (path, name), of arrays where the backend computes.
+        """The nll [m] by the name "nll", and gradients by (path, name).
 
-        rows, labels and weight [n] are of the rows that count, ascending. Of those arrays nothing
+        `arrays`: ids and position [m]; rows, labels and weight [n], of the rows that count. Nothing
         is known here but their shapes, so that a GPU can record what is done and repeat it.
         """
+        ids, position, rows, labels, weight = arrays
         ops, m, n, step = self.ops, ids.size, rows.size, self.ops.head_rows
         lowest = self._lowest() if grads else len(self.blocks)
         x, trunk = self._trunk(ids, seqs, position, drop, lowest, recompute)

@@ -145,7 +145,8 @@ def test_the_adapter_is_read_as_it_is(gpu: Any, monkeypatch: pytest.MonkeyPatch)
     steps(3)
     assert model._steps.replays == 2
     for lora in model.placed.values():
-        lora.A += 0.25
+        A = lora.A
+        A += 0.25
     steps(2)
     assert model._steps.replays == 4 and model._steps.captures == 1
     model.attach(an_adapter(model, seed=8))
@@ -220,17 +221,17 @@ def test_graphs_are_few(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model.attach(an_adapter(model))
     for n in (3, 4, 5):
         for seed in range(3):
-            model.loss(*a_batch(seed, [n]))
+            model.loss(*a_batch(seed, [n], 1))
     steps = model._steps
     assert (steps.captures, steps.replays, len(steps._graphs)) == (3, 6, 2)
-    model.loss(*a_batch(0, [4]))
+    model.loss(*a_batch(0, [4], 1))
     assert (steps.captures, steps.replays) == (3, 7)
-    model.loss(*a_batch(0, [3]))  # was dropped, and begins anew
+    model.loss(*a_batch(0, [3], 1))  # was dropped, and begins anew
     assert (steps.captures, steps.replays) == (3, 7)
     # Beyond half of the device's memory the graphs of other shapes are given up.
     monkeypatch.setattr(gpu.xp.cuda.runtime, "memGetInfo", lambda: (1, steps.nbytes))
-    model.loss(*a_batch(0, [3]))
-    assert len(steps._graphs) == 1
+    model.loss(*a_batch(0, [3], 1))
+    assert len(steps._graphs) == 1 and steps.replays == 8
 
 
 def test_out_of_memory(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:

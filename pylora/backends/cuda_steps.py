@@ -1,4 +1,4 @@
-"""A model's training step as a CUDA graph: recorded the second time its shapes are met, then replayed.
+"""A model's training step as a CUDA graph, recorded the second time its shapes are met.
 
 What changes between two steps of the same shapes is the numbers in one array, which goes to the
 device in one copy. Results are copied out of the graph's memory, the gradients in one piece, so a
@@ -136,7 +136,7 @@ class CudaSteps:
     def _first(
         self, key: Hashable, arrays: Sequence[np.ndarray], seqs: Seqs, work: Work
     ) -> Results:
-        """Runs what was not met before. Kernels are compiled and tables made now, not in a graph."""
+        """Runs what was not met before: kernels are compiled and tables made now."""
         refused = key in self._met
         results = self._direct(arrays, seqs, work)
         if not refused:
