@@ -23,17 +23,20 @@ from pylora.model import IGNORE
 from pylora.train import TrainConfig, train
 from pylora.types import LoRA, Seqs
 
-pytestmark = pytest.mark.skipif(
-    "cuda" not in os.environ.get("PYLORA_TEST_BACKENDS", "").split(","),
-    reason="PYLORA_TEST_BACKENDS does not name cuda",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        "cuda" not in os.environ.get("PYLORA_TEST_BACKENDS", "").split(","),
+        reason="PYLORA_TEST_BACKENDS does not name cuda",
+    ),
+    pytest.mark.filterwarnings("error::RuntimeWarning"),  # that a step cannot be captured
+]
 
 CONFIG = pylora.LlamaConfig.tiny()
 
 
-@pytest.fixture
-def gpu() -> Any:
-    return backends.exactly("cuda")
+@pytest.fixture(params=["cuda"])  # in the test's name, by which `make gputest` finds it
+def gpu(request: pytest.FixtureRequest) -> Any:
+    return backends.exactly(request.param)
 
 
 def a_model(gpu: Any, precision: str = "fp32", **over: Any) -> Any:

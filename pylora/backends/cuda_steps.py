@@ -217,7 +217,7 @@ class CudaSteps:
 
     def _allocator(self, stream: Any) -> Any:
         """Memory of CuPy's own pool, of the stream whose steps have used it before."""
-        pool, held = self.ops.xp.cuda.get_default_memory_pool(), self._held
+        pool, held = self.ops.xp.get_default_memory_pool(), self._held
 
         def malloc(size: int) -> Any:
             with stream:
