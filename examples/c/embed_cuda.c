@@ -28,10 +28,17 @@ static void cuda(cudaError_t error, const char *what) {
   exit(1);
 }
 
+static void *taken[32]; /* all that was allocated on the device */
+static int count;
+
+static void *allocate(size_t bytes) {
+  cuda(cudaMalloc(&taken[count], bytes ? bytes : 1), "cudaMalloc");
+  return taken[count++];
+}
+
 /* n floats of the device, from the host's or zeros. */
 static float *device(const float *from, size_t n) {
-  void *p = NULL;
-  cuda(cudaMalloc(&p, n * sizeof(float)), "cudaMalloc");
+  void *p = allocate(n * sizeof(float));
   if (from)
     cuda(cudaMemcpy(p, from, n * sizeof(float), cudaMemcpyHostToDevice), "cudaMemcpy");
   else
@@ -85,8 +92,7 @@ int main(void) {
   pylora_packed P;
   must(pylora_cuda_pack(g, NULL, PYLORA_F32, &Wm, dW, &P), "pack");
   const size_t ws_bytes = pylora_cuda_linear_workspace(g, M, 1, D, K, R, 1);
-  void *ws = NULL;
-  cuda(cudaMalloc(&ws, ws_bytes), "cudaMalloc");
+  void *ws = allocate(ws_bytes);
 
   const pylora_lora lora = {R, d_A, K, d_B, R, 2.0f, NULL, NULL};
   const pylora_lora *const adapters[1] = {&lora};
@@ -135,5 +141,6 @@ int main(void) {
          same ? "bit for bit the base" : "NOT the base");
   must(pylora_cuda_check(g, NULL), "check");
   pylora_cuda_close(g);
-  return same && loss < first ? 0 : 1; /* the process's end frees the rest */
+  while (count > 0) cudaFree(taken[--count]);
+  return same && loss < first ? 0 : 1;
 }
