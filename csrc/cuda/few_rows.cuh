@@ -21,7 +21,7 @@ struct FewProjection {
 struct FewRows {
   View x;       /* any type */
   int64_t jobs; /* of a projection, by rows */
-  int32_t n, vec_x, vec_W, dtype;
+  int32_t n, vec_x, vec_W;
   FewProjection p[FEW_PROJECTIONS];
 };
 

@@ -162,7 +162,7 @@ int input_gradient(const Backward &b, const LowJobs &jobs, bool low, Arena ws) {
     if (casts(b, dy)) row_bytes += (dy.cols * size + 255) / 256 * 256;
   }
   char *buffer = NULL;
-  const int64_t most = cast_rows(b.m, row_bytes);
+  const int64_t most = cast_rows(b.g, b.m, row_bytes);
   if (row_bytes && !(buffer = (char *)ws.take((size_t)(most * row_bytes))))
     return PYLORA_E_WORKSPACE;
   const Tiling t = tiling(b.g, b.m, b.k, row_bytes);

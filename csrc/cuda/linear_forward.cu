@@ -102,7 +102,7 @@ int few(const Forward &f, const LowJobs &jobs, bool low) {
   for (int64_t i = 0; i < f.n;) {
     FewRows r;
     memset((void *)&r, 0, sizeof r);
-    r.x = f.xv, r.vec_x = eights_fit(f.xv), r.vec_W = 1, r.dtype = f.dtype;
+    r.x = f.xv, r.vec_x = eights_fit(f.xv), r.vec_W = 1;
     r.jobs = low ? f.runs : 0;
     int64_t blocks = 0;
     for (; i < f.n && r.n < FEW_PROJECTIONS; i++) {
@@ -159,7 +159,7 @@ int many(const Forward &f, const LowJobs &jobs, bool low, Arena ws) {
   const int64_t row_bytes = f.k * (int64_t)bytes_of(f.dtype);
   const bool cast = f.xv.dtype != f.dtype || !lies_well(f.xv);
   if (cast && f.k) {
-    casts.most = cast_rows(f.m, row_bytes);
+    casts.most = cast_rows(f.g, f.m, row_bytes);
     casts.buffer = ws.take((size_t)(casts.most * row_bytes));
     if (!casts.buffer) return PYLORA_E_WORKSPACE;
   }

@@ -122,10 +122,11 @@ int low_up(void *stream, bool strict, bool of_A, LowUp t, const LowJobs &jobs) {
 /* ---- sizes ------------------------------------------------------------------------------- */
 
 enum {
-  BLOCKS_EACH = 4,
+  BLOCKS_EACH = 4, /* blocks of 128 threads for a multiprocessor */
   MOST_SPLITS = 64,
-  FEW = 16
-}; /* blocks of 128 threads for a multiprocessor */
+  FEW = 16,
+  LEAST_COLUMNS = 256, /* of a tile that is not all columns */
+};
 
 /* Few rows: by the number of terms alone, so that a row's bits do not depend on the others. */
 int64_t low_down_splits(const pylora_cuda *g, int64_t m, int64_t terms, int64_t blocks) {
@@ -151,7 +152,8 @@ double low_outer_floats(const pylora_cuda *g, int64_t m, double r, double column
 
 /* Two thirds of L2: the tile is written by cuBLAS and read right after. */
 int64_t tile_bytes(const pylora_cuda *g) {
-  return min64((int64_t)64 << 20, max64((int64_t)16 << 20, g->l2_bytes / 3 * 2));
+  const int64_t l2 = g->l2_bytes ? g->l2_bytes : (int64_t)24 << 20;
+  return min64((int64_t)64 << 20, max64(LOW_ROWS * LEAST_COLUMNS * 4, l2 / 3 * 2));
 }
 
 /* A cut costs what its last blocks leave idle (blocks of 128 x 256 on all multiprocessors at once, which is about what
@@ -162,14 +164,16 @@ Tiling tiling(const pylora_cuda *g, int64_t m, int64_t n, int64_t row_bytes) {
     return (double)ceil_div(ceil_div(rows, 128) * ceil_div(cols, 256),
                             max64(1, g->multiprocessors));
   };
-  Tiling best = {min64(m, LOW_ROWS), min64(n, 1024)};
+  Tiling best = {min64(m, LOW_ROWS), min64(n, LEAST_COLUMNS)};
   double least = 0;
-  for (int64_t across = 1; across == 1 || ceil_div(n, across) > 1024; across++) {
-    const int64_t cols = across == 1 ? n : ceil_div(ceil_div(n, across), 256) * 256;
+  for (int64_t across = 1; across <= ceil_div(n, LEAST_COLUMNS); across++) {
+    const int64_t cols =
+        across == 1 ? n : ceil_div(ceil_div(n, across), LEAST_COLUMNS) * LEAST_COLUMNS;
+    if (least > 0 && cols <= 2048) break; /* it only gets worse */
     /* A grid has at most 65535 blocks in its second dimension: low_up. */
     int64_t rows = min64(most / max64(1, cols), (int64_t)65535 * UP_ROWS) / LOW_ROWS * LOW_ROWS;
     if (rows == 0) continue;
-    if (row_bytes) rows = min64(rows, cast_rows(m, row_bytes));
+    if (row_bytes) rows = min64(rows, cast_rows(g, m, row_bytes));
     const int64_t down = ceil_div(m, rows);
     rows = min64(m, ceil_div(ceil_div(m, down), LOW_ROWS) * LOW_ROWS);
     const int64_t whole = n / cols, rest = n % cols, full = m / rows, last = m % rows;
@@ -196,14 +200,12 @@ size_t pylora_cuda_linear_workspace(pylora_cuda *g, int64_t m, int64_t n, int64_
       d > most || k > most || r > most || segments > most)
     return 0;
   const double M = (double)m, R = (double)r + 8 * (double)n, S = (double)max64(1, segments);
-  const auto cast =
-      [&](double columns) { /* a factor in another type, at most some rows at a time */
-                            const double rows = M < (double)LOW_ROWS ? M : (double)LOW_ROWS;
-                            const double all = M * columns * 4, piece = rows * columns * 4;
-                            return all<(double)CAST_BYTES ? all : piece>(double) CAST_BYTES
-                                       ? piece
-                                       : (double)CAST_BYTES;
-      };
+  /* A factor in another type, some rows of it at a time. */
+  const double some = (double)cast_bytes(g);
+  const auto cast = [M, some](double columns) {
+    const double all = M * columns * 4, piece = min64((int64_t)M, LOW_ROWS) * columns * 4;
+    return all < some ? all : piece > some ? piece : some;
+  };
   const double sums = M * (double)max64(d, k) * 4;
   /* Jobs and groups: forward's are those of each segment; backward has two sets of both, by type. */
   const double jobs = (double)n * (S + 2), groups = (S + 8) * (R / 16 + 2 * (double)n + 2);

@@ -95,12 +95,12 @@ struct Tiling {
   int64_t rows, cols;
 };
 int64_t tile_bytes(const pylora_cuda *g);
-/* row_bytes: of the factor's rows where it has to be cast, for which CAST_BYTES are there; 0: not cast. */
+/* row_bytes: of the factor's rows where it has to be cast, some at a time; 0: not cast. */
 Tiling tiling(const pylora_cuda *g, int64_t m, int64_t n, int64_t row_bytes);
-#define CAST_BYTES ((int64_t)128 << 20)
-/* Rows that are cast at a time: at least 128. */
-static inline int64_t cast_rows(int64_t m, int64_t row_bytes) {
-  return min64(m, max64(LOW_ROWS, CAST_BYTES / max64(1, row_bytes) / LOW_ROWS * LOW_ROWS));
+/* For rows that are cast, and how many at a time: at least 128. */
+static inline int64_t cast_bytes(const pylora_cuda *g) { return 4 * tile_bytes(g); }
+static inline int64_t cast_rows(const pylora_cuda *g, int64_t m, int64_t row_bytes) {
+  return min64(m, max64(LOW_ROWS, cast_bytes(g) / max64(1, row_bytes) / LOW_ROWS * LOW_ROWS));
 }
 
 static inline bool aligned16(const void *p, int64_t ld, size_t size) {

@@ -68,7 +68,9 @@ int pylora_cuda_pack(pylora_cuda *g, void *stream, int32_t dtype, const pylora_m
 size_t pylora_cuda_linear_workspace(pylora_cuda *g, int64_t m, int64_t n, int64_t d, int64_t k,
                                     int64_t r, int64_t segments);
 /* pylora_linear_forward; adapters need not be packed, and `packed` is not read.  Segments may have any rank.
- * Where B is all zeros the low-rank term adds nothing to any bit. */
+ * A row of h or of B that is all zeros adds nothing to any bit of y, also where the other factor is not finite: B = 0
+ * is the base model bit for bit.  Otherwise an infinity in h may become NaN.  A row's bits do not depend on the
+ * number of rows as long as these are at most 16. */
 int pylora_cuda_linear_forward(pylora_cuda *g, void *stream, const pylora_mat *x, int64_t n,
                                const pylora_linear *linear, int64_t segments,
                                const int64_t *seg_start, void *ws, size_t ws_bytes);

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 
+#include "host.h"
+
 static pylora_packed packed(const Matrix &W, std::vector<char> *buffer) {
   pylora_packed P = {};
   buffer->resize(pylora_cuda_pack_bytes(W.dtype, W.rows, W.cols) + 256);
@@ -92,6 +94,10 @@ static double share(int T, double terms) {
   return (T == PYLORA_F32 ? 0 : 2.02 * roundoff(T)) + 4 * (terms + 8) * 0x1p-24;
 }
 
+static int other_than(int type) { return type == PYLORA_BF16 ? (int)PYLORA_F16 : (int)PYLORA_BF16; }
+static bool wide_outputs;
+static int64_t outputs(void) { return wide_outputs ? 290 : pick({1, 3, 16, 40, 130}); }
+
 static void forward_case(int T, int xtype, int64_t m, int64_t n, int64_t k, int64_t segments,
                          bool dropout) {
   std::vector<int64_t> start(1, 0);
@@ -106,8 +112,7 @@ static void forward_case(int T, int xtype, int64_t m, int64_t n, int64_t k, int6
   for (int64_t i = 0; i < n; i++) {
     std::vector<int64_t> r;
     for (int64_t s = 0; s < segments; s++) r.push_back(pick({0, 1, 4, 7, 8, 16, 30, 70}));
-    p.emplace_back(T, below(2) ? (int)PYLORA_F32 : any_type(), m, pick({1, 3, 16, 40, 130}), k, r,
-                   dropout);
+    p.emplace_back(T, below(2) ? (int)PYLORA_F32 : any_type(), m, outputs(), k, r, dropout);
     l.push_back(p.back().linear());
     all += p.back().d, ranks += p.back().r;
   }
@@ -172,10 +177,13 @@ static void backward_case(int T, int64_t m, int64_t n, int64_t k, bool dropout) 
   int64_t all = 0, ranks = 0;
   for (int64_t i = 0; i < n; i++) {
     const int64_t r = pick({0, 1, 5, 8, 16, 36, 70});
-    p.emplace_back(T, (int)PYLORA_F32, m, pick({0, 1, 3, 16, 40, 130}), k, std::vector<int64_t>{r},
+    p.emplace_back(T, (int)PYLORA_F32, m, below(8) ? outputs() : 0, k, std::vector<int64_t>{r},
                    dropout);
     const Projection &q = p.back();
-    dy.emplace_back(below(2) ? T : any_type(), m, q.d, 1.0f);
+    dy.emplace_back(wide_outputs && i == 0 ? other_than(T)
+                    : below(2)             ? T
+                                           : any_type(),
+                    m, q.d, 1.0f);
     h.emplace_back(PYLORA_F32, m, r, 1.0f);
     dA.emplace_back(PYLORA_F32, r, k, 1.0f);
     dB.emplace_back(PYLORA_F32, q.d, r, 1.0f);
@@ -215,6 +223,31 @@ static void backward_case(int T, int64_t m, int64_t n, int64_t k, bool dropout) 
       expect_within("dB", dB[(size_t)i], wantB, sizeB, share(PYLORA_F32, (double)m));
   }
   if (with_dx) expect_within("dx", dx, want, size, share(T, (double)(all + ranks)));
+}
+
+/* With next to no L2 products are cut into many tiles, and a factor is cast some rows at a time. */
+static void tiles(void) {
+  const int64_t l2 = device_0()->l2_bytes;
+  device_0()->l2_bytes = 1;
+  for (int i = 0; i < 3; i++) {
+    const int T = i < 2 ? (int)PYLORA_F32 : any_type();
+    const int64_t m = i == 0 ? 700 : 200, k = 270;
+    context = "tiles, type " + std::to_string(T);
+    wide_outputs = true;
+    forward_case(T, T == PYLORA_F32 ? (int)PYLORA_BF16 : any_type(), m, 2, k, i % 2 ? 3 : 1, false);
+    backward_case(T, m, 2, k, i % 2);
+    wide_outputs = false;
+  }
+  device_0()->l2_bytes = l2;
+}
+
+/* More adapters than fit the arguments of one kernel. */
+static void many_adapters(void) {
+  context = "many adapters";
+  forward_case(PYLORA_BF16, PYLORA_BF16, 150, 3, 40, 50, false);
+  forward_case(PYLORA_F32, PYLORA_F32, 150, 10, 9, 1, false);
+  forward_case(PYLORA_F32, PYLORA_F32, 3, 10, 9, 1, false);
+  backward_case(PYLORA_BF16, 70, 7, 40, false);
 }
 
 static void backward(void) {
@@ -386,6 +419,8 @@ static void errors(void) {
 int main(void) {
   forward();
   backward();
+  tiles();
+  many_adapters();
   zero_adapter();
   mixed_rows();
   errors();
