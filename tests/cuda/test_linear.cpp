@@ -177,8 +177,8 @@ static void backward_case(int T, int64_t m, int64_t n, int64_t k, bool dropout) 
   int64_t all = 0, ranks = 0;
   for (int64_t i = 0; i < n; i++) {
     const int64_t r = pick({0, 1, 5, 8, 16, 36, 70});
-    p.emplace_back(T, (int)PYLORA_F32, m, below(8) ? outputs() : 0, k, std::vector<int64_t>{r},
-                   dropout);
+    p.emplace_back(T, (int)PYLORA_F32, m, wide_outputs || below(8) ? outputs() : 0, k,
+                   std::vector<int64_t>{r}, dropout);
     const Projection &q = p.back();
     dy.emplace_back(wide_outputs && i == 0 ? other_than(T)
                     : below(2)             ? T
@@ -191,7 +191,7 @@ static void backward_case(int T, int64_t m, int64_t n, int64_t k, bool dropout) 
                  below(4) ? &dB.back().mat : NULL});
     all += q.d, ranks += r;
   }
-  const bool add = below(2), with_dx = below(4) != 0;
+  const bool add = below(2), with_dx = wide_outputs || below(4);
   Matrix dx(add ? (int)PYLORA_F32 : any_type(), m, k, 1);
   const Matrix before = dx.wide();
   Workspace ws(m, n, all, k, ranks, 1);
