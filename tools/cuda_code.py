@@ -7,7 +7,7 @@
 memory (a spill, or an array that is indexed at run time) unless EXCEPTIONS says why; the kernels
 that are made for tensor cores use them, with asynchronous copies and matrix loads. A table of
 registers and shared memory is printed.
-`nvrtc`: the one source of all kernels compiles as CuPy compiles it, with nothing of the system.
+`nvrtc`: the kernels of the cupy backend compile as CuPy compiles them, with nothing of the system.
 The tools are NVIDIA's, of a CUDA toolkit or of PyPI: nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm,
 nvidia-cuda-nvrtc.
 """
@@ -175,8 +175,10 @@ def check_nvrtc(source: Path, nvrtc: ctypes.CDLL) -> int:
         )
         if status:
             raise SystemExit(f"nvrtcCreateProgram failed ({status})")
-        # 177: a function of device.cuh that no kernel happens to use.
-        flags = [b"-std=c++17", f"--gpu-architecture={target}".encode(), b"-diag-suppress=177"]
+        # The options of pylora/backends/cupy_kernels.py: the kernels that CuPy compiles. 177: a
+        # function of device.cuh that no kernel happens to use.
+        flags = [b"-std=c++17", b"-DPYLORA_SMALL_KERNELS", b"-diag-suppress=177"]
+        flags.append(f"--gpu-architecture={target}".encode())
         status = nvrtc.nvrtcCompileProgram(
             program, len(flags), (ctypes.c_char_p * len(flags))(*flags)
         )
