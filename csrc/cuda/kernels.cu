@@ -1,5 +1,5 @@
-/* kernels.cu - all kernels in one source: what CuPy's NVRTC compiles where there is no compiled library, and
- * what the emulation of the tests runs.  The library compiles each group beside its host functions. */
+/* kernels.cu - all kernels in one source, for the tests' emulation; and, with PYLORA_SMALL_KERNELS, those that CuPy's
+ * NVRTC compiles for the cupy backend.  The library compiles each group beside its host functions. */
 #include "device.cuh"
 /* Order does not matter: a group uses device.cuh alone. */
 #include "random.cuh"
