@@ -414,18 +414,9 @@ class Reference(Plain):
             self.xp.sqrt(v_hat) + f(o.eps)
         )
 
-    def adamw_steps(self, updates: Sequence[tuple[Array, Array, Array, Array, AdamW]]) -> None:
-        """`adamw_step` of each (param, grad, m, v, settings); a backend may do them together."""
-        for update in updates:
-            self.adamw_step(*update)
-
     def sum_squares(self, x: Array) -> float:
         """The sum of x², in float64."""
         return float((x.astype(np.float64) ** 2).sum())
-
-    def total_squares(self, arrays: Sequence[Array]) -> float:
-        """The sums of squares of the arrays, added up in order in float64."""
-        return sum(self.sum_squares(x) for x in arrays)
 
     # ---- random numbers -----------------------------------------------------------------------
 

@@ -624,13 +624,6 @@ class CBackend(Plain):
         p, m_, v_ = (at(a) for a in state)
         check(lib.pylora_adamw_step(n, p, at(grad), m_, v_, setting), "adamw_step")
 
-    def adamw_steps(self, updates: Sequence[tuple[Array, Array, Array, Array, AdamW]]) -> None:
-        for update in updates:
-            self.adamw_step(*update)
-
-    def total_squares(self, arrays: Sequence[Array]) -> float:
-        return sum(self.sum_squares(x) for x in arrays)
-
     def sum_squares(self, x: Array) -> float:
         x, out = np.ascontiguousarray(x), ffi.new("double *")
         x = read("x", x.reshape(-1), None)

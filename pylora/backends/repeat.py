@@ -1,7 +1,8 @@
-"""Work that comes again with other numbers, such as a training step, and rows by their numbers.
+"""What a backend makes of its single operations: work that comes again, rows, many arrays at once.
 
-`Backend.repeated()` gives an object with the methods of `Repeated`, for one model. `Direct` is its
-reference: it runs what it is given. A GPU's backend may record the work and replay it (cuda_steps).
+`Backend.repeated()` gives an object with the methods of `Repeated`, for one model: it runs work that
+comes again with other numbers, such as a training step. `Direct` is its reference: it runs what it
+is given. A GPU's backend may record the work and replay it (cuda_steps).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pylora.types import Array, Seqs
+from pylora.types import AdamW, Array, Seqs
 
 Results = dict[Any, Array]  # by any name
 Work = Callable[[Sequence[Array], Seqs], Results]
@@ -46,8 +47,27 @@ class Direct:
         pass
 
 
+class _Single(Protocol):
+    """What the operations on many arrays are made of."""
+
+    def adamw_step(self, param: Array, grad: Array, m: Array, v: Array, o: AdamW) -> None: ...
+
+    def sum_squares(self, x: Array) -> float: ...
+
+
 class Plain:
-    """The operations of this file for a backend that has no better."""
+    """For a backend that has no better: the operations of this file, and those on many arrays."""
+
+    def adamw_steps(
+        self: _Single, updates: Sequence[tuple[Array, Array, Array, Array, AdamW]]
+    ) -> None:
+        """`adamw_step` of each (param, grad, m, v, settings); a backend may do them together."""
+        for update in updates:
+            self.adamw_step(*update)
+
+    def total_squares(self: _Single, arrays: Sequence[Array]) -> float:
+        """The sums of squares of the arrays, added up in order in float64."""
+        return sum(self.sum_squares(x) for x in arrays)
 
     def repeated(self) -> Repeated:
         return Direct(self)
