@@ -108,7 +108,7 @@ void pylora_put_scaled(const pylora_kernels *K, int64_t D, const float *x, float
 
 /* Sequences of one query. (attention_decode.c) */
 void pylora_attention_alone(call *f, int64_t pieces);
-enum { ALONE_KEYS = 256 }; /* keys of a piece */
+enum { ALONE_KEYS = 32 }; /* keys of a piece: few, so that a short context is shared out, too */
 
 /* Parts of a sequence's queries whose dk and dv are summed apart; the number depends on nothing but the
  * sequence's own length. (attention_backward.c) */
