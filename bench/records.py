@@ -62,11 +62,14 @@ def flops(r: Record) -> float:
     return tokens(r) * work.forward_flops(2 * k.get("prompt", 0))
 
 
+MERGING = ("merge", "exact merge", "unmerge")
+
+
 def bytes_moved(r: Record) -> float:
     """Bytes of weights from memory of one sample that it cannot do without."""
     k, part = r["key"], r["part"]
     precision = {"Q4_1": "int4"}.get(r["precision"], r["precision"])
-    if part in ("merge", "unmerge"):
+    if part in MERGING:
         return 2.0 * k["d"] ** 2 * work.BYTES[precision]  # read and written
     if part == "decode" or part.endswith(("distinct", "one")):
         rows = int(part.split()[0]) if part != "decode" else 1
@@ -107,9 +110,9 @@ def share(r: Record, ceilings: dict[str, Any]) -> tuple[float, str]:
     The least time is that of the operations at their ceiling or of the bytes at theirs, whichever
     is longer: where the roofline is above the point.
     """
-    moved = "memory change in place" if r["part"] in ("merge", "unmerge") else "memory read"
+    moved = "memory change in place" if r["part"] in MERGING else "memory read"
     limits = [(bytes_moved(r) / (ceilings[moved]["best"] * 1e9), moved)]
-    if r["part"] not in ("merge", "unmerge"):
+    if r["part"] not in MERGING:
         name, most = ceiling_of(r, ceilings)
         limits.append((flops(r) / most, name))
     least, name = max(limits)

@@ -6,17 +6,9 @@
 #include "internal.h"
 #include "number.h"
 
-enum {
-  COLS = 256, /* columns of delta at a time, on the stack */
-  TILE = 4,   /* rows per task of merge and unmerge: they share what is read of A */
-  ROWS = 64,  /* rows per task where the residue is collected */
-};
-
-/* ---- rows ---- */
-
 typedef struct job {
   const pylora_kernels *K;
-  int dtype, subtract;
+  int dtype, mode;
   int64_t d, k, ldw, ldm;
   const char *W;
   char *merged;
@@ -25,47 +17,49 @@ typedef struct job {
   uint32_t *bits;
 } job;
 
-/* t[j] = s * sum_i B[row,i] A[i,j0+j], in double */
-static void delta(const pylora_lora *l, int64_t row, int64_t j0, int64_t n, double *t) {
-  for (int64_t j = 0; j < n; j++) t[j] = 0;
-  for (int64_t i = 0; i < l->r; i++) {
-    const double b = (double)l->B[row * l->ldb + i];
-    const float *A = l->A + i * l->lda + j0;
-    for (int64_t j = 0; j < n; j++) t[j] += b * (double)A[j];
-  }
-  for (int64_t j = 0; j < n; j++) t[j] *= (double)l->s;
+static int64_t width(int dtype) { return dtype == PYLORA_F32 ? 4 : 2; }
+
+/* Rows [first, first + m) and columns from j on. */
+static void run(const job *q, int64_t first, int m, int64_t j, int mode, uint16_t *lossy) {
+  const pylora_lora *l = q->l;
+  const merge_job f = {.m = m,
+                       .n = (int)min64(MERGE_COLS, q->k - j),
+                       .r = l->r,
+                       .lda = l->lda,
+                       .ldb = l->ldb,
+                       .ldw = q->ldw,
+                       .ldo = q->ldm,
+                       .A = l->r ? l->A + j : NULL,
+                       .B = l->r ? l->B + first * l->ldb : NULL,
+                       .s = (double)l->s,
+                       .w = q->W + (first * q->ldw + j) * width(q->dtype),
+                       .out = q->merged + (first * q->ldm + j) * width(q->dtype),
+                       .lossy = lossy};
+  q->K->merge_rows(q->dtype, mode, &f);
 }
 
-static size_t width(int dtype) { return dtype == PYLORA_F32 ? 4 : 2; }
-static const void *row_of(const void *p, int dtype, int64_t i, int64_t ld) {
-  return (const char *)p + i * ld * (int64_t)width(dtype);
+static int ones(unsigned x) { /* of 16 bits */
+  x -= x >> 1 & 0x5555u;
+  x = (x & 0x3333u) + (x >> 2 & 0x3333u);
+  x = (x + (x >> 4)) & 0x0f0fu;
+  return (int)((x + (x >> 8)) & 0x1fu);
 }
 
-/* Does round(merged - t) give back the bits of w?  (As a value, so that a NaN never does.) */
-static int restores(int dtype, const void *merged, int64_t j, double t, uint32_t w) {
-  return encode(dtype, decode(dtype, get_bits(dtype, merged, j)) - t) == w;
-}
-
-/* TILE rows of out = round(W + t), or W - t. */
-static void merge_tile(void *ctx, int64_t task, int thread) {
+/* MERGE_ROWS rows of out = round(W + t), or W - t. */
+static void merge_task(void *ctx, int64_t task, int thread) {
   (void)thread;
   const job *q = ctx;
-  const pylora_lora *l = q->l;
-  const int64_t first = task * TILE, size = (int64_t)width(q->dtype);
-  const int m = (int)min64(TILE, q->d - first);
-  double t[TILE * COLS];
-  int64_t lossy[TILE] = {0};
-  for (int64_t j = 0; j < q->k; j += COLS) {
-    const int n = (int)min64(COLS, q->k - j);
-    q->K->merge_delta(m, n, l->r, l->r ? l->A + j : NULL, l->lda,
-                      l->r ? l->B + first * l->ldb : NULL, l->ldb, t, COLS);
-    for (int i = 0; i < m; i++)
-      lossy[i] += q->K->merge_row(q->dtype, q->subtract, q->row_lossy != NULL, n, t + i * COLS,
-                                  (double)l->s, q->W + ((first + i) * q->ldw + j) * size,
-                                  q->merged + ((first + i) * q->ldm + j) * size);
+  const int64_t first = task * MERGE_ROWS;
+  const int m = (int)min64(MERGE_ROWS, q->d - first);
+  uint16_t lossy[MERGE_ROWS * MERGE_WORDS];
+  int64_t lost[MERGE_ROWS] = {0};
+  for (int64_t j = 0; j < q->k; j += MERGE_COLS) {
+    run(q, first, m, j, q->mode, q->row_lossy ? lossy : NULL);
+    const int words = (int)ceil_div(min64(MERGE_COLS, q->k - j), 16);
+    for (int i = 0; i < m && q->row_lossy; i++)
+      for (int c = 0; c < words; c++) lost[i] += ones(lossy[i * MERGE_WORDS + c]);
   }
-  if (q->row_lossy)
-    for (int i = 0; i < m; i++) q->row_lossy[first + i] = lossy[i];
+  if (q->row_lossy) memcpy(q->row_lossy + first, lost, (size_t)m * sizeof *lost);
 }
 
 static int check(int dtype, int64_t d, int64_t k, const void *W, const void *out,
@@ -92,35 +86,40 @@ int pylora_merge(int dtype, int64_t d, int64_t k, const void *W, int64_t ldw,
            .merged = out,
            .l = lora,
            .row_lossy = row_lossy};
-  pylora_parallel(merge_tile, &q, ceil_div(d, TILE), pylora_num_threads());
+  pylora_parallel(merge_task, &q, ceil_div(d, MERGE_ROWS), pylora_num_threads());
   return PYLORA_OK;
 }
 
-static int64_t residue_row(const job *q, int64_t i, int64_t at) {
-  if (!q->row_lossy[i]) return at;
-  const void *W = row_of(q->W, q->dtype, i, q->ldw),
-             *merged = row_of(q->merged, q->dtype, i, q->ldm);
-  const int64_t end = at + q->row_lossy[i];
-  double t[COLS];
-  for (int64_t j = 0; j < q->k && at < end; j += COLS) {
-    int64_t n = min64(COLS, q->k - j);
-    delta(q->l, i, j, n, t);
-    for (int64_t c = 0; c < n && at < end; c++) {
-      uint32_t w = get_bits(q->dtype, W, j + c);
-      if (restores(q->dtype, merged, j + c, t[c], w)) continue;
-      q->position[at] = i * q->k + j + c;
-      q->bits[at++] = w;
+/* Elements of m rows that do not come back: those of row i go to at[i] .. end[i] - 1. */
+static void residue_tile(const job *q, int64_t first, int m, int64_t *at, const int64_t *end) {
+  uint16_t lossy[MERGE_ROWS * MERGE_WORDS];
+  for (int64_t j = 0; j < q->k; j += MERGE_COLS) {
+    run(q, first, m, j, MERGE_FIND, lossy);
+    const int words = (int)ceil_div(min64(MERGE_COLS, q->k - j), 16);
+    for (int i = 0; i < m; i++) {
+      const char *W = q->W + (first + i) * q->ldw * width(q->dtype);
+      for (int c = 0; c < words; c++) {
+        int64_t column = j + 16 * c;
+        for (unsigned x = lossy[i * MERGE_WORDS + c]; x; x >>= 1, column++) {
+          if (!(x & 1) || at[i] == end[i]) continue;
+          q->position[at[i]] = (first + i) * q->k + column;
+          q->bits[at[i]++] = get_bits(q->dtype, W, column);
+        }
+      }
     }
   }
-  return end;
 }
 
-static void residue_rows(void *ctx, int64_t task, int thread) {
+static void residue_task(void *ctx, int64_t task, int thread) {
   (void)thread;
   const job *q = ctx;
-  int64_t at = 0, first = task * ROWS;
-  for (int64_t p = 0; p < first; p++) at += q->row_lossy[p];
-  for (int64_t i = first; i < min64(q->d, first + ROWS); i++) at = residue_row(q, i, at);
+  const int64_t first = task * MERGE_ROWS;
+  const int m = (int)min64(MERGE_ROWS, q->d - first);
+  int64_t at[MERGE_ROWS], end[MERGE_ROWS], next = 0;
+  for (int64_t i = 0; i < first; i++) next += q->row_lossy[i];
+  const int64_t begin = next;
+  for (int i = 0; i < m; i++) at[i] = next, end[i] = next += q->row_lossy[first + i];
+  if (next > begin) residue_tile(q, first, m, at, end);
 }
 
 int pylora_merge_residue(int dtype, int64_t d, int64_t k, const void *W, int64_t ldw,
@@ -140,7 +139,7 @@ int pylora_merge_residue(int dtype, int64_t d, int64_t k, const void *W, int64_t
            .row_lossy = (int64_t *)(uintptr_t)row_lossy,
            .position = position,
            .bits = bits};
-  pylora_parallel(residue_rows, &q, ceil_div(d, ROWS), pylora_num_threads());
+  pylora_parallel(residue_task, &q, ceil_div(d, MERGE_ROWS), pylora_num_threads());
   return PYLORA_OK;
 }
 
@@ -154,7 +153,7 @@ int pylora_unmerge(int dtype, int64_t d, int64_t k, const void *merged, int64_t 
     if (position[i] < 0 || k == 0 || position[i] / k >= d) return PYLORA_E_INDEX;
   job q = {.K = pylora_table(),
            .dtype = dtype,
-           .subtract = 1,
+           .mode = MERGE_TAKE,
            .d = d,
            .k = k,
            .ldw = ldm,
@@ -162,9 +161,9 @@ int pylora_unmerge(int dtype, int64_t d, int64_t k, const void *merged, int64_t 
            .W = merged,
            .merged = out,
            .l = lora};
-  pylora_parallel(merge_tile, &q, ceil_div(d, TILE), pylora_num_threads());
+  pylora_parallel(merge_task, &q, ceil_div(d, MERGE_ROWS), pylora_num_threads());
   for (int64_t i = 0; i < n; i++) {
-    char *row = (char *)out + position[i] / k * ldo * (int64_t)width(dtype);
+    char *row = (char *)out + position[i] / k * ldo * width(dtype);
     set_bits(dtype, row, position[i] % k, bits[i]);
   }
   return PYLORA_OK;

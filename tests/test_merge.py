@@ -101,6 +101,31 @@ def test_a_residue_beyond_the_weight_is_refused(ops: Any, position: int) -> None
         unmerge_weight(ops, W, lora, outside)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 5, 2), (70, 300, 40), (129, 144, 8), (1, 1, 0)])
+def test_merging_in_place_gives_the_same_weight(
+    ops: Any, shape: tuple[int, int, int], dtype: str
+) -> None:
+    W, lora = case(5, *shape, 1e-3, dtype, "linear")
+    merged, lost = merge_weight(ops, W, lora, dtype)
+    before = W.tobytes()
+    assert unmerge_weight(ops, merged, lora, lost, dtype).tobytes() == before
+    spaced = np.zeros((W.shape[0], 2 * W.shape[1]), W.dtype)[:, ::2]
+    spaced[...] = W
+    for weight in (W, spaced):
+        ops.merge_in_place(weight, lora, dtype)
+        assert np.ascontiguousarray(weight).tobytes() == merged.tobytes()
+
+
+def test_a_read_only_weight_is_not_merged_into(ops: Any) -> None:
+    W, lora = case(0, 4, 8, 2, 1e-3, "f32", "linear")
+    W.setflags(write=False)
+    before = W.tobytes()
+    with pytest.raises(ValueError, match="read-only"):
+        ops.merge_in_place(W, lora)
+    assert W.tobytes() == before
+
+
 def test_a_small_delta_leaves_a_small_residue(ops: Any) -> None:
     W, lora = case(0, 64, 256, 4, 1e-5, "f32", "linear")
     merged, lost = merge_weight(ops, W, lora)

@@ -28,6 +28,27 @@ typedef struct pylora_vec {
   uint16_t *b; /* bfloat16 */
 } pylora_vec;
 
+/* Some rows and columns of a weight, and the adapter's part for them. */
+enum {
+  MERGE_ROWS = 64,  /* rows at most; so many share what is read of A */
+  MERGE_COLS = 128, /* columns at most */
+  MERGE_WORDS = MERGE_COLS / 16,
+  MERGE_ADD = 0,
+  MERGE_TAKE,
+  MERGE_FIND,
+};
+typedef struct merge_job {
+  int m, n; /* rows, columns */
+  int64_t r, lda, ldb, ldw, ldo;
+  const float *A, *B; /* [r,n] and [m,r] */
+  double s;
+  const void *w;
+  void *out;
+  /* [m][MERGE_WORDS]: bit c of word i is column 16 i + c, set if it does not come back. NULL: not asked;
+   * MERGE_TAKE does not look. */
+  uint16_t *lossy;
+} merge_job;
+
 typedef struct pylora_kernels {
   const char *name;
   int (*supported)(void); /* can this CPU run the table? */
@@ -115,14 +136,10 @@ typedef struct pylora_kernels {
   void (*drop)(int64_t n, const uint32_t *word, uint32_t threshold, const float *x, float scale,
                float *y);
 
-  /* t[i*ldt + j] = sum_q B[i*ldb + q] A[q*lda + j] in double, q upwards, for m <= 4 rows and n columns;
-   * t has room for n rounded up to 8 in each row. (merge.inc) */
-  void (*merge_delta)(int m, int n, int64_t r, const float *A, int64_t lda, const float *B,
-                      int64_t ldb, double *t, int64_t ldt);
-  /* out = round(w + s t), or w - s t, for n numbers of `dtype`; out may be w.  Returns, if `count`, how
-   * many elements of w the way back from out does not restore.  The same bits from every table. */
-  int64_t (*merge_row)(int dtype, int subtract, int count, int64_t n, const double *t, double s,
-                       const void *w, void *out);
+  /* out = round(w + t) or w - t for the rows of a merge_job, t = s B A in double with the ranks upwards;
+   * out may be w.  MERGE_FIND only reads, and looks what the way back from out does not restore.  The
+   * same bits from every table. (merge.inc) */
+  void (*merge_rows)(int dtype, int mode, const merge_job *f);
 } pylora_kernels;
 
 extern const pylora_kernels pylora_kernels_portable;

@@ -395,7 +395,7 @@ class CBackend(Plain):
         code, W = stored("W", W, dtype)
         d, k = W.shape
         low, A, B, _ = lora_struct(lora, None, d, k)
-        out, lossy = np.empty_like(W), np.zeros(d, np.int64)
+        out, lossy = self.empty(W.shape, W.dtype), np.zeros(d, np.int64)
         void, ld = "void *", W.shape[1]
         rows = at(lossy, "int64_t *")
         status = lib.pylora_merge(code, d, k, at(W, void), ld, low, at(out, void), ld, rows)
@@ -410,6 +410,17 @@ class CBackend(Plain):
             check(status, "merge")
         return out, Residue(position, bits)
 
+    def merge_in_place(self, W: Array, lora: LoRA, dtype: str = "f32") -> None:
+        code, own = stored("W", W, dtype)
+        if not W.flags.writeable:
+            raise ShapeError("W is merged into in place, but the array is read-only")
+        d, k = own.shape
+        low, A, B, _ = lora_struct(lora, None, d, k)
+        to = at(own, "void *")
+        check(lib.pylora_merge(code, d, k, to, k, low, to, k, ffi.NULL), "merge_in_place")
+        if own is not W:  # it is not contiguous
+            W[...] = own
+
     def unmerge(
         self, merged: Array, lora: LoRA, residue: Residue, dtype: str = "f32"
     ) -> np.ndarray:
@@ -419,7 +430,7 @@ class CBackend(Plain):
         position = ints("residue.position", residue.position)
         bits = np.ascontiguousarray(residue.bits, np.uint32)
         want("residue.bits", bits, position.shape)
-        out: np.ndarray = np.empty_like(merged)
+        out = self.empty(merged.shape, merged.dtype)
         status = lib.pylora_unmerge(
             code, d, k, at(merged, "void *"), k, low, position.size,
             at(position, "int64_t *"), at(bits, "uint32_t *"), at(out, "void *"), k,

@@ -377,6 +377,15 @@ class CudaBackend(DeviceArrays):
             )  # fmt: skip
         return back(out), Residue(back(position), back(bits))
 
+    def merge_in_place(self, W: Array, lora: LoRA, dtype: str = "f32") -> None:
+        code, on_device, back = self._stored("W", W, dtype)
+        (d, k), to = on_device.shape, self.to
+        low, keep = to.lora(self._placed(lora), None, d, k)
+        weight = to.at(on_device, "void *")
+        self.call("merge", code, d, k, weight, k, low, weight, k, to.null)
+        if on_device is not W:
+            W[...] = back(on_device)
+
     def unmerge(self, merged: Array, lora: LoRA, residue: Residue, dtype: str = "f32") -> Array:
         code, on_device, back = self._stored("merged", merged, dtype)
         (d, k), to = on_device.shape, self.to

@@ -1,8 +1,8 @@
 """What a backend makes of its single operations: work that comes again, rows, many arrays at once.
 
-`Backend.repeated()` gives an object with the methods of `Repeated`, for one model: it runs work that
-comes again with other numbers, such as a training step. `Direct` is its reference: it runs what it
-is given. A GPU's backend may record the work and replay it (cuda_steps).
+`Backend.repeated()` gives an object with the methods of `Repeated`, for one model: it runs work
+that comes again with other numbers, such as a training step. `Direct` is its reference: it runs
+what it is given. A GPU's backend may record the work and replay it (cuda_steps).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pylora.types import AdamW, Array, Seqs
+from pylora.types import AdamW, Array, LoRA, Residue, Seqs
 
 Results = dict[Any, Array]  # by any name
 Work = Callable[[Sequence[Array], Seqs], Results]
@@ -48,15 +48,22 @@ class Direct:
 
 
 class _Single(Protocol):
-    """What the operations on many arrays are made of."""
+    """What the operations of `Plain` are made of."""
 
     def adamw_step(self, param: Array, grad: Array, m: Array, v: Array, o: AdamW) -> None: ...
 
     def sum_squares(self, x: Array) -> float: ...
 
+    def merge(self, W: Array, lora: LoRA, dtype: str = "f32") -> tuple[Array, Residue]: ...
+
 
 class Plain:
-    """For a backend that has no better: the operations of this file, and those on many arrays."""
+    """Operations that are made of others, for a backend that has no better."""
+
+    def merge_in_place(self: _Single, W: Array, lora: LoRA, dtype: str = "f32") -> None:
+        """W becomes the weight that `merge` gives. What rounding loses is not kept, so that no
+        `unmerge` of it is exact."""
+        W[...], _ = self.merge(W, lora, dtype)
 
     def adamw_steps(
         self: _Single, updates: Sequence[tuple[Array, Array, Array, Array, AdamW]]

@@ -4,7 +4,7 @@
 static void merge(void) {
   for (int c = 0; c < 12; c++)
     for (int dtype = 0; dtype < 3; dtype++) {
-      const int64_t d = PICK(0, 1, 7, 70), k = PICK(1, 5, 33, 300), r = PICK(0, 1, 4, 9);
+      const int64_t d = PICK(0, 1, 7, 70), k = PICK(1, 5, 33, 300), r = PICK(0, 1, 9, 40);
       const int64_t ldw = k + PICK(0, 3), ldo = k + PICK(0, 2);
       const size_t size = dtype == PYLORA_F32 ? 4 : 2;
       const pylora_mat A = matrix(r, k, 1), B = matrix(d, r, PICK(0, 1) ? 1 : 1e-4f);
