@@ -35,6 +35,7 @@ size_t pylora_lora_workspace(int64_t m, int64_t d, int64_t k, int64_t r) {
 typedef struct projection {
   const pylora_linear *l;
   const low_pack *own; /* packed here (one segment), or NULL */
+  int up_later;        /* own has no Bt: each task packs the panel that it alone needs */
   float *h;            /* [m, ldh]; NULL: no adapters */
   int64_t ldh;
   int64_t panels, groups; /* of y */
@@ -127,7 +128,7 @@ static void y_block(void *ctx, int64_t task, int thread) {
   const projection *p = f->p;
   while (g >= p->groups) g -= (p++)->groups;
   const pylora_linear *l = p->l;
-  float *tile = f->tiles + (int64_t)thread * PYLORA_TILE;
+  float *tile = f->tiles + (int64_t)thread * PYLORA_TILE, *up = tile + PYLORA_MAX_ROWS * PANEL;
   const size_t panel_bytes = f->F->panel_bytes(f->k);
   for (int64_t q = g * f->per_group; q < min64(p->panels, (g + 1) * f->per_group); q++) {
     f->F->product(f->K, n, f->k, (const char *)f->rows + (size_t)i * f->stride, f->stride,
@@ -140,9 +141,14 @@ static void y_block(void *ctx, int64_t task, int thread) {
     for (int64_t s = 0; p->h && s < f->segments; s++) {
       const int64_t a = max64(i, f->start[s]), b = min64(i + n, f->start[s + 1]);
       const low_pack *P = a < b ? adapter(p, s) : NULL;
-      if (P && P->active)
-        f->K->gemm(b - a, PANEL, P->r, p->h + a * p->ldh, p->ldh, 1, low_bt(P, q), PANEL,
-                   tile + (a - i) * PANEL, PANEL, GEMM_ADD);
+      if (!P || !P->active) continue;
+      const float *bt = low_bt(P, q);
+      if (p->up_later) {
+        pylora_pack_up(f->K, l->lora[0], l->W->d, q, up);
+        bt = up;
+      }
+      f->K->gemm(b - a, PANEL, P->r, p->h + a * p->ldh, p->ldh, 1, bt, PANEL,
+                 tile + (a - i) * PANEL, PANEL, GEMM_ADD);
     }
     store_tile(f, l, i, n, q * PANEL, tile);
   }
@@ -220,6 +226,9 @@ int pylora_linear_forward(const pylora_mat *x, int64_t n, const pylora_linear *l
     pylora_parallel(prepare_rows, &f, ceil_div(m, H_ROWS), threads);
   }
 
+  const int64_t bytes = max64(1, (int64_t)f.F->row_bytes(k));
+  f.block = min64(PYLORA_MAX_ROWS, max64(48, BLOCK_BYTES / bytes / 12 * 12));
+  const int64_t blocks = ceil_div(m, f.block);
   int64_t outputs = 0, ranks = 0;
   int late = 0; /* adapters whose h is still to be computed, all at once */
   const int pairs = dtype == PYLORA_BF16;
@@ -249,7 +258,9 @@ int pylora_linear_forward(const pylora_mat *x, int64_t n, const pylora_linear *l
     if (one && !one->packed) {
       void *buffer = arena_bytes(&a, pylora_lora_pack_bytes(dtype, l->W->d, k, r));
       if (!buffer) return PYLORA_E_WORKSPACE;
-      TRY(pylora_lora_pack(dtype, l->W->d, k, one, buffer));
+      /* One block of rows: a panel of Bt is read once, in the cache of the thread that packed it. */
+      p[i].up_later = blocks == 1 && r <= PYLORA_CHUNK_D;
+      TRY((p[i].up_later ? pylora_pack_down : pylora_lora_pack)(dtype, l->W->d, k, one, buffer));
       p[i].own = buffer;
     } else if (one) {
       p[i].own = one->packed;
@@ -302,9 +313,6 @@ int pylora_linear_forward(const pylora_mat *x, int64_t n, const pylora_linear *l
                     pylora_threads_for(2.0 * (double)m * (double)k * (double)ranks, threads));
   if (!outputs) return PYLORA_OK;
 
-  const int64_t bytes = max64(1, (int64_t)f.F->row_bytes(k));
-  f.block = min64(PYLORA_MAX_ROWS, max64(48, BLOCK_BYTES / bytes / 12 * 12));
-  const int64_t blocks = ceil_div(m, f.block);
   f.per_group = min64(GROUP, max64(1, outputs * blocks / (4 * threads)));
   for (int64_t i = 0; i < n; i++) f.all_groups += p[i].groups = ceil_div(p[i].panels, f.per_group);
   pylora_parallel(y_block, &f, blocks * f.all_groups, threads);

@@ -1,7 +1,7 @@
 /* low_rank.c - A and B of an adapter in the order the kernels read them, and h = x Aᵀ. */
 #include "low_rank.h"
 
-enum { PANEL = PYLORA_PANEL };
+enum { PANEL = PYLORA_PANEL, FEW = 8 };
 
 int pylora_check_lora(const pylora_lora *l, int64_t d, int64_t k) {
   if (l->r < 0) return PYLORA_E_SHAPE;
@@ -22,9 +22,11 @@ int pylora_any_nonzero(const float *B, int64_t rows, int64_t cols, int64_t ld) {
   return 0;
 }
 
-/* n <= 32 words; the usual sizes are known to the compiler, which makes them a few moves. */
+/* n <= 32 words, of any type; the usual sizes are known to the compiler, which makes them a few moves. */
 static inline void copy_words(float *to, const float *from, int64_t n) {
-  if (n == 8)
+  if (n == 1)
+    memcpy(to, from, sizeof(float));
+  else if (n == 8)
     memcpy(to, from, 8 * sizeof(float));
   else if (n == 16)
     memcpy(to, from, 16 * sizeof(float));
@@ -34,9 +36,15 @@ static inline void copy_words(float *to, const float *from, int64_t n) {
     memcpy(to, from, (size_t)n * sizeof(float));
 }
 
-/* M [rows, cols] of 32-bit words -> out [cols, rows], its rows `ldo` apart: through tiles of 32 x 32. */
+/* M [rows, cols] of 32-bit words -> out [cols, rows], its rows `ldo` apart: through tiles of 32 x 32,
+ * but for the few rows or columns of a small rank, which cost less than filling tiles with them. */
 static void transpose(const pylora_kernels *K, const float *M, int64_t rows, int64_t cols,
                       int64_t ld, float *out, int64_t ldo) {
+  if (rows <= FEW || cols <= FEW) {
+    for (int64_t j = 0; j < cols; j++)
+      for (int64_t i = 0; i < rows; i++) copy_words(out + j * ldo + i, M + i * ld + j, 1);
+    return;
+  }
   float tile[PANEL * PANEL], turned[PANEL * PANEL];
   memset(tile, 0, sizeof tile);
   for (int64_t i = 0; i < rows; i += PANEL)
@@ -69,20 +77,28 @@ void pylora_pack_pairs(const pylora_kernels *K, const float *M, int64_t rows, in
   float words[PANEL * PANEL]; /* a pair of columns is a 32-bit word, and words are transposed */
   const int64_t pairs = ceil_div(cols, 2);
   for (int64_t p = 0; p < rows; p += PANEL, out += pairs * PANEL * 2) {
-    const int64_t w = min64(PANEL, rows - p);
-    for (int64_t t = 0; t < cols; t += 2 * PANEL) {
-      const int64_t n = min64(2 * PANEL, cols - t);
+    const int64_t w = min64(PANEL, rows - p), room = PANEL * PANEL / w;
+    for (int64_t t = 0; t < cols; t += 2 * room) {
+      const int64_t n = min64(2 * room, cols - t);
       for (int64_t j = 0; j < w; j++) {
-        uint16_t *row = (uint16_t *)(void *)(words + j * PANEL);
+        uint16_t *row = (uint16_t *)(void *)(words + j * room);
         K->to_bf16(n, M + (p + j) * ld + t, row);
         if (n % 2) row[n] = 0;
       }
-      transpose(K, words, w, ceil_div(n, 2), PANEL, (float *)(void *)(out + t * w), w);
+      transpose(K, words, w, ceil_div(n, 2), room, (float *)(void *)(out + t * w), w);
     }
   }
 }
 
-int pylora_lora_pack(int dtype, int64_t d, int64_t k, const pylora_lora *l, void *buffer) {
+void pylora_pack_up(const pylora_kernels *K, const pylora_lora *l, int64_t d, int64_t panel,
+                    float *out) {
+  const int64_t i = panel * PANEL, n = min64(PANEL, d - i);
+  if (n < PANEL) memset(out, 0, (size_t)(l->r * PANEL) * sizeof(float));
+  transpose(K, l->B + i * l->ldb, n, l->r, l->ldb, out, PANEL);
+  K->scale(l->r * PANEL, out, l->s, out);
+}
+
+int pylora_pack_down(int dtype, int64_t d, int64_t k, const pylora_lora *l, void *buffer) {
   if (!l || !buffer) return PYLORA_E_NULL;
   if (l->packed) return PYLORA_E_VALUE;
   if (!pylora_lora_pack_bytes(dtype, d, k, l->r)) return PYLORA_E_SHAPE;
@@ -101,13 +117,14 @@ int pylora_lora_pack(int dtype, int64_t d, int64_t k, const pylora_lora *l, void
       transpose(K, l->A + p * l->lda, w, k, l->lda, out, w);
     }
   }
-  float *out = (float *)(void *)((char *)buffer + bt);
-  for (int64_t p = 0; p < d && r; p += PANEL, out += r * PANEL) {
-    const int64_t n = min64(PANEL, d - p);
-    if (n < PANEL) memset(out, 0, (size_t)(r * PANEL) * sizeof(float));
-    transpose(K, l->B + p * l->ldb, n, r, l->ldb, out, PANEL);
-    K->scale(r * PANEL, out, l->s, out);
-  }
+  return PYLORA_OK;
+}
+
+int pylora_lora_pack(int dtype, int64_t d, int64_t k, const pylora_lora *l, void *buffer) {
+  TRY(pylora_pack_down(dtype, d, k, l, buffer));
+  float *out = (float *)(void *)((char *)buffer + ((low_pack *)buffer)->bt);
+  for (int64_t q = 0; q * PANEL < d && l->r; q++)
+    pylora_pack_up(pylora_table(), l, d, q, out + q * l->r * PANEL);
   return PYLORA_OK;
 }
 

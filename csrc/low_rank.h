@@ -29,6 +29,11 @@ int pylora_any_nonzero(const float *B, int64_t rows, int64_t cols, int64_t ld);
 void pylora_pack_pairs(const pylora_kernels *K, const float *M, int64_t rows, int64_t cols,
                        int64_t ld, uint16_t *out);
 
+/* The two parts of pylora_lora_pack: all but Bt, and one panel of Bt, [r][32]. */
+int pylora_pack_down(int dtype, int64_t d, int64_t k, const pylora_lora *l, void *buffer);
+void pylora_pack_up(const pylora_kernels *K, const pylora_lora *l, int64_t d, int64_t panel,
+                    float *out);
+
 /* out [m,r] = rows Aᵀ: rows float32 with any stride, or bfloat16 where P was packed for it. */
 void pylora_down(const pylora_kernels *K, const low_pack *P, int64_t m, const void *rows,
                  int64_t stride, float *out, int64_t ld);

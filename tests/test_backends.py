@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
+import weakref
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from pylora.errors import BackendError, ConfigError, DtypeError, ShapeError
 from pylora.model import Llama
 from pylora.precision import BF16, Stored, from_bf16, to_bf16
 from pylora.reference import Reference
-from pylora.types import Attn, Seqs
+from pylora.types import Attn, Drop, LoRA, Seqs
 
 
 @pytest.fixture
@@ -171,7 +173,7 @@ def test_the_number_of_threads_may_change_under_an_operation(
     def at_least(nbytes: int) -> Any:
         asked.append(nbytes)
         ops.set_num_threads(64)
-        ops._scratch.buffer = np.empty(0, np.uint8)  # so that no earlier one suffices
+        ops._scratch.nbytes = 0  # so that no earlier one suffices
         return right(nbytes)
 
     monkeypatch.setattr(ops._scratch, "at_least", at_least)
@@ -181,6 +183,36 @@ def test_the_number_of_threads_may_change_under_an_operation(
     finally:
         ops.set_num_threads(before)
     assert len(asked) == 2 and asked[0] < asked[1]
+
+
+def test_a_remembered_adapter(rng: np.random.Generator) -> None:
+    """A packed weight keeps the struct of its latest adapter: pointers to arrays, not numbers."""
+    if "c" not in backends.available():
+        pytest.skip("the C core is not built")
+    ops: Any = backends.get("c")
+    W, x = ops.pack(np.zeros((5, 6), np.float32)), np.ones((2, 6), np.float32)
+
+    def y(lora: LoRA, drop: Drop | None = None) -> np.ndarray:
+        out, h = ops.lora_forward(x, W, None, lora, drop)
+        assert h.shape == (2, lora.rank)
+        return np.asarray(out)
+
+    A, B = np.ones((2, 6), np.float32), np.ones((5, 2), np.float32)
+    plain, strided = LoRA(A, B, 1.0), LoRA(A.T.copy().T, np.repeat(B, 2, axis=1)[:, ::2], 1.0)
+    for lora in (plain, strided, plain, strided):  # those of `strided` are read from copies
+        for number in (1.0, 2.0):
+            lora.A[...] = number
+            assert (y(lora) == 12 * number).all()
+    assert (y(plain, Drop(0.999, 0, 0)) != y(plain)).any()
+    for array in (A, B):
+        with pytest.raises(ValueError, match="resize"):  # the struct would point to freed memory
+            array.resize(1, refcheck=False)
+    held = weakref.ref(plain)
+    del plain, lora
+    assert held() is None
+    assert (y(LoRA(A * 0, B, 1.0)) == 0).all()  # whatever its id is
+    with pytest.raises(ShapeError, match=re.escape("A must have the shape [any, 6], got [2, 5]")):
+        y(LoRA(A[:, :5], B, 1.0))
 
 
 @pytest.mark.parametrize("name", ["numpy", "c"])

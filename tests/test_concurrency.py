@@ -17,6 +17,7 @@ from pylora.loraconfig import LoraConfig
 from pylora.model import Llama
 from pylora.plan import resolve
 from pylora.rope import Rope
+from pylora.types import LoRA
 
 
 class Hooked:
@@ -72,6 +73,36 @@ def test_threads_that_share_a_model_get_the_bits_that_each_gets_alone() -> None:
         for thread in threads:
             thread.join()
         assert together == alone
+
+
+def test_threads_that_share_a_weight_each_get_their_own_adapter(rng: np.random.Generator) -> None:
+    if "c" not in backends.available():
+        pytest.skip("the C core is not built")
+    ops: Any = backends.get("c")
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape, np.float32)
+
+    W = ops.pack(normal(40, 24))
+    calls = [
+        (normal(m, 24), LoRA(normal(r, 24), normal(40, r), 0.5)) for m in (1, 3) for r in (2, 4)
+    ]
+
+    def run(x: np.ndarray, lora: LoRA) -> tuple[bytes, bytes]:
+        y, h = ops.lora_forward(x, W, None, lora)
+        return y.tobytes(), h.tobytes()
+
+    alone, wrong = [run(*call) for call in calls], []
+
+    def work(i: int) -> None:
+        wrong.extend(j for j in range(300) if run(*calls[i]) != alone[i])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")

@@ -20,6 +20,7 @@ from pylora.backends.marshal import (
     F32,
     Packed,
     Scratch,
+    adapter_of,
     at,
     attention_structs,
     check,
@@ -63,6 +64,7 @@ _STORES = {  # what a precision makes of a float source
     "int4": lib.PYLORA_Q4_1,
 }
 _BLOCKS = {"q8_0": lib.PYLORA_Q8_0, "q4_0": lib.PYLORA_Q4_0, "q4_1": lib.PYLORA_Q4_1}
+_LINEARS = ffi.typeof("pylora_linear[]")
 _ATTEMPTS = 8  # at a workspace, should another thread change the number of threads meanwhile
 
 
@@ -142,7 +144,7 @@ class CBackend(Plain):
         a[...] = values
 
     def empty(self, shape: int | tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
-        return self._pool.empty((shape,) if isinstance(shape, int) else tuple(shape), dtype)
+        return self._pool.empty((shape,) if isinstance(shape, int) else shape, dtype)
 
     def zeros(self, shape: int | tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
         a = self.empty(shape, dtype)
@@ -248,37 +250,29 @@ class CBackend(Plain):
         n = len(projections)
         if n > 1 and len({shape_of(p.W) and p.W.struct.dtype for p in projections}) > 1:
             return [self.linear_forward(x, [p])[0] for p in projections]  # a file may mix formats
-        k = shape_of(projections[0].W)[1] if n else None
-        x = read_any("x", x, None, k)
-        m, outputs, ranks = x.shape[0], 0, 0
-        rows, keep, results = ffi.new("pylora_linear[]", n), [x], []
-        for row, p in zip(rows, projections):
-            d, _ = want_inputs(p.W, x.shape[1])
-            y, h = self.empty((m, d), F32 if p.dtype is None else p.dtype), None
-            low, *alive = lora_struct(p.lora, p.drop, d, x.shape[1])
+        x = read_any("x", x, None, shape_of(projections[0].W)[1] if n else None)
+        (m, k), empty = x.shape, self._pool.empty
+        rows, results, outputs, ranks = [], [], 0, 0
+        keep: list[Any] = []
+        for p in projections:
+            d, _ = want_inputs(p.W, k)
+            y, h = empty((m, d), F32 if p.dtype is None else p.dtype), None
+            lora, alive = ffi.NULL, None
             if p.lora is not None:
-                h = self.empty((m, p.lora.rank))
-                ranks += p.lora.rank
-                row.lora = one = ffi.new("pylora_lora *[1]", [low])
-                alive.append(one)
-            if p.bias is not None:
-                bias = np.ascontiguousarray(read("bias", p.bias, d))
-                row.bias = at(bias)
-                alive.append(bias)
-            if p.residual is not None:
-                residual = read("residual", p.residual, m, d)
-                row.residual = res = mat(residual)
-                alive += [residual, res]
-            row.W, row.y, row.h = p.W.struct, (cy := mat(y)), (ch := mat(h))
-            keep += [low, alive, cy, ch]
+                lora, alive = adapter_of(p.W, p.lora, p.drop)
+                h = empty((m, rank := p.lora.rank), F32)
+                ranks += rank
+            bias = None if p.bias is None else np.ascontiguousarray(read("bias", p.bias, d))
+            residual = None if p.residual is None else read("residual", p.residual, m, d)
+            rows.append((p.W.struct, at(bias), lora, mat(residual), mat(y), mat(h)))
+            keep += alive, bias, residual
             outputs += d
             results.append((y, h))
-        cx = mat(x)
         self._in_scratch(
             "linear_forward",
-            lambda: lib.pylora_linear_workspace(m, n, outputs, x.shape[1], ranks),
-            lambda ws, size: lib.pylora_linear_forward(cx, n, rows, 1, ffi.NULL, ws, size),
-        )
+            lib.pylora_linear_workspace, (m, n, outputs, k, ranks),
+            lib.pylora_linear_forward, (mat(x), n, ffi.new(_LINEARS, rows), 1, ffi.NULL),
+        )  # fmt: skip
         return results
 
     def lora_backward(
@@ -367,26 +361,27 @@ class CBackend(Plain):
             dx = owned("add", add, m, k)
         elif need_dx:
             dx = self.empty((m, k), F32 if dtype is None else dtype)
-        cx, cdx = mat(x), mat(dx)
         self._in_scratch(
             op,
-            lambda: lib.pylora_linear_workspace(m, n, outputs, k, ranks),
-            lambda ws, size: lib.pylora_linear_backward(
-                cx, n, rows, cdx, add is not None, ws, size
-            ),
-        )
+            lib.pylora_linear_workspace, (m, n, outputs, k, ranks),
+            lib.pylora_linear_backward, (mat(x), n, rows, mat(dx), add is not None),
+        )  # fmt: skip
         return dx, results
 
     def _in_scratch(
-        self, op: str, needed: Callable[[], int], run: Callable[[Any, int], int]
+        self,
+        op: str,
+        needed: Callable[..., int],
+        sizes: tuple[Any, ...],
+        run: Callable[..., int],
+        args: tuple[Any, ...],
     ) -> None:
         """Runs an operation in the workspace it needs. That depends on the number of threads, which
         another Python thread may change in between: then it is asked for again."""
-        status = lib.PYLORA_E_WORKSPACE
         for _ in range(_ATTEMPTS):
+            status = run(*args, *self._scratch.at_least(needed(*sizes)))
             if status != lib.PYLORA_E_WORKSPACE:
                 break
-            status = run(*self._scratch.at_least(needed()))
         check(status, op)
 
     # ---- merge --------------------------------------------------------------------------------
@@ -513,9 +508,9 @@ class CBackend(Plain):
         inputs, outputs = (mat(q), mat(k), mat(v), s, spec), (mat(o), mat(lse))
         self._in_scratch(
             "attention_forward",
-            lambda: lib.pylora_attention_workspace(s, spec),
-            lambda *ws: lib.pylora_attention_forward(*inputs, *outputs, *ws),
-        )
+            lib.pylora_attention_workspace, (s, spec),
+            lib.pylora_attention_forward, (*inputs, *outputs),
+        )  # fmt: skip
         return o, lse
 
     def attention_backward(
@@ -541,9 +536,9 @@ class CBackend(Plain):
         outputs = mat(dq), mat(dk), mat(dv)
         self._in_scratch(
             "attention_backward",
-            lambda: lib.pylora_attention_workspace(s, spec),
-            lambda *ws: lib.pylora_attention_backward(*inputs, *outputs, *ws),
-        )
+            lib.pylora_attention_workspace, (s, spec),
+            lib.pylora_attention_backward, (*inputs, *outputs),
+        )  # fmt: skip
         return dq, dk, dv
 
     def swiglu_forward(self, gate: Array, up: Array, dtype: Any = None) -> np.ndarray:

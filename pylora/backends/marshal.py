@@ -7,6 +7,7 @@ call has returned. Nothing here computes.
 from __future__ import annotations
 
 import threading
+import weakref
 from typing import Any, NoReturn
 
 import numpy as np
@@ -17,6 +18,9 @@ from pylora.precision import BF16
 from pylora.types import Array, Attn, Drop, LoRA, Seqs
 
 F32 = np.dtype(np.float32)
+_MAT = ffi.typeof("pylora_mat *")
+_LORA, _LORAS = ffi.typeof("pylora_lora *"), ffi.typeof("pylora_lora *[1]")
+_FLOAT, _BITS, _VOID = ffi.typeof("float *"), ffi.typeof("uint16_t *"), ffi.typeof("void *")
 _DTYPES = {"f32": (0, np.float32), "bf16": (1, np.uint16), "f16": (2, np.float16)}
 
 
@@ -31,6 +35,7 @@ class Packed:
         self.nbytes = data.nbytes
         self._data = data
         self.struct = struct
+        self.latest: tuple[Any, ...] | None = None  # see adapter_of
 
 
 def check(status: int, op: str) -> None:
@@ -63,17 +68,25 @@ def _refuse(name: str, a: Any) -> NoReturn:
 
 def _readable(name: str, a: np.ndarray, shape: tuple[int | None, ...]) -> np.ndarray:
     want(name, a, shape)
+    flags = a.flags
+    if flags.c_contiguous and flags.aligned:
+        return a
     size, strides = a.itemsize, a.strides
-    if a.flags.aligned and strides and strides[-1] == size:
+    if flags.aligned and strides and strides[-1] == size:
         if a.ndim == 1 or strides[0] % size == 0:
             return a
     return np.ascontiguousarray(a)
 
 
 def want(name: str, a: Array, shape: tuple[int | None, ...]) -> None:
-    if a.ndim != len(shape) or any(w is not None and w != g for w, g in zip(shape, a.shape)):
+    got = a.shape
+    fits = len(got) == len(shape)
+    for w, g in zip(shape, got):  # not any(...), whose generator costs more than the comparisons
+        if w is not None and w != g:
+            fits = False
+    if not fits:
         expected = ", ".join("any" if w is None else str(w) for w in shape)
-        raise ShapeError(f"{name} must have the shape [{expected}], got {list(a.shape)}")
+        raise ShapeError(f"{name} must have the shape [{expected}], got {list(got)}")
 
 
 def ints(name: str, a: Any, n: int | None = None) -> np.ndarray:
@@ -84,21 +97,24 @@ def ints(name: str, a: Any, n: int | None = None) -> np.ndarray:
     return v.astype(np.int64, copy=False)
 
 
-def at(a: np.ndarray | None, ctype: str = "float *") -> Any:
+def at(a: np.ndarray | None, ctype: Any = _FLOAT) -> Any:
     """Pointer to the first element. The caller keeps the array alive."""
-    return ffi.NULL if a is None else ffi.cast(ctype, a.__array_interface__["data"][0])
+    if a is None:
+        return ffi.NULL
+    # A tenth of what __array_interface__ costs. Only a contiguous array is such a buffer; of any
+    # other that `read` lets through the first row is one, and begins where the array begins.
+    return ffi.from_buffer(ctype, a if a.flags.c_contiguous else a[:1])
 
 
 def mat(a: np.ndarray | None) -> Any:
     """A pylora_mat over a checked array. The caller keeps the array alive."""
     if a is None:
         return ffi.NULL
-    address, (rows, cols) = a.__array_interface__["data"][0], a.shape
-    if a.dtype == BF16:
-        b = ffi.cast("uint16_t *", address)
-        return ffi.new("pylora_mat *", (ffi.NULL, rows, cols, a.strides[0] // 2, b))
-    p = ffi.cast("float *", address)
-    return ffi.new("pylora_mat *", (p, rows, cols, a.strides[0] // 4, ffi.NULL))
+    rows, cols = a.shape
+    first, ld = (a, cols) if a.flags.c_contiguous else (a[:1], a.strides[0] // a.itemsize)
+    if a.itemsize == 2:
+        return ffi.new(_MAT, (ffi.NULL, rows, cols, ld, ffi.from_buffer(_BITS, first)))
+    return ffi.new(_MAT, (ffi.from_buffer(_FLOAT, first), rows, cols, ld))
 
 
 def writable(name: str, a: Array, n: int) -> np.ndarray:
@@ -115,12 +131,13 @@ class Scratch(threading.local):
     """One workspace per Python thread, grown when an operation needs more."""
 
     def __init__(self) -> None:
-        self.buffer = np.empty(0, np.uint8)
+        self.pointer, self.nbytes = ffi.NULL, 0
 
     def at_least(self, nbytes: int) -> tuple[Any, int]:
-        if self.buffer.nbytes < nbytes:
-            self.buffer = np.empty(nbytes, np.uint8)
-        return at(self.buffer, "void *"), self.buffer.nbytes
+        if self.nbytes < nbytes:
+            # the pointer keeps the array alive
+            self.pointer, self.nbytes = at(np.empty(nbytes, np.uint8), _VOID), nbytes
+        return self.pointer, self.nbytes
 
 
 def shape_of(W: Packed | None) -> tuple[int, int]:
@@ -161,7 +178,24 @@ def lora_struct(lora: LoRA | None, drop: Drop | None, d: int, k: int) -> tuple[A
     low = (
         A.shape[0], at(A), A.strides[0] // 4, at(B), B.strides[0] // 4, lora.scale, cdrop, ffi.NULL,
     )  # fmt: skip
-    return ffi.new("pylora_lora *", low), A, B, cdrop
+    return ffi.new(_LORA, low), A, B, cdrop
+
+
+def adapter_of(W: Packed, lora: LoRA, drop: Drop | None) -> tuple[Any, Any]:
+    """(pylora_lora *[1] of an adapter of W, what must stay alive).
+
+    W remembers the latest one without dropout, for as long as that lives: checking A and B costs as
+    much as multiplying a row by them. Its numbers may change, its arrays not: a LoRA is frozen, and
+    NumPy resizes no array that has weak references."""
+    latest = W.latest  # read once: another thread may put its own there
+    plain = drop is None or drop.p == 0
+    if plain and latest is not None and latest[0]() is lora:
+        return latest[1], latest
+    low, A, B, cdrop = lora_struct(lora, drop, *W.shape)
+    one = ffi.new(_LORAS, [low])
+    if plain and A is lora.A and B is lora.B:  # no copies, whose numbers would stay
+        W.latest = weakref.ref(lora), one, low, weakref.ref(A), weakref.ref(B)
+    return one, (low, A, B, cdrop)
 
 
 def read_qkv(q: Array, k: Array, v: Array, attn: Attn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
