@@ -122,7 +122,7 @@ def linear(o: Options) -> Iterator[Record]:
             if backward:
                 some = [*o.ours("fp32", "bf16"), *peers]
             yield from team.measure(
-                "linear", "linear", some, key, reps=o.reps(11, 5), at_least=0.02
+                "linear", "linear", some, key, reps=o.reps(11, 5), at_least=0.1
             )
 
 

@@ -382,7 +382,7 @@ class CudaBackend(DeviceArrays):
         (d, k), to = on_device.shape, self.to
         low, keep = to.lora(self._placed(lora), None, d, k)
         weight = to.at(on_device, "void *")
-        self.call("merge", code, d, k, weight, k, low, weight, k, to.null)
+        self.call("merge", code, d, k, weight, k, low, weight, k, self.ffi.NULL)
         if on_device is not W:
             W[...] = back(on_device)
 
