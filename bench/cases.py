@@ -121,9 +121,7 @@ def linear(o: Options) -> Iterator[Record]:
             some = [*o.ours("fp32", "bf16", "int8", "int4"), *peers]
             if backward:
                 some = [*o.ours("fp32", "bf16"), *peers]
-            yield from team.measure(
-                "linear", "linear", some, key, reps=o.reps(11, 5), at_least=0.1
-            )
+            yield from team.measure("linear", "linear", some, key, reps=o.reps(11, 5), at_least=0.1)
 
 
 def merge(o: Options) -> Iterator[Record]:

@@ -36,12 +36,21 @@ def markdown_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def _moved(before: dict[str, Any], after: dict[str, Any] | None) -> str:
+    """What the ceiling was at the end of the run, where neighbours on the machine changed it."""
+    if not after or abs(after["best"] / before["best"] - 1) < 0.1:
+        return ""
+    return f" ({after['best']:.0f} after the run)"
+
+
 def setting(document: dict[str, Any]) -> str:
     """One paragraph: on what, when, by which command, against what."""
     m, versions = document["machine"], document["versions"]
     names = ", ".join(f"{k} {v}" for k, v in sorted(versions.items()))
+    after = document.get("ceilings_after", {})
     ceilings = ", ".join(
-        f"{name} {row['best']:.0f} {row['unit']}" for name, row in document["ceilings"].items()
+        f"{name} {row['best']:.0f} {row['unit']}" + _moved(row, after.get(name))
+        for name, row in document["ceilings"].items()
     )
     lines = [
         f"{m['processor']}, {m['cores']} cores, {m['threads']} threads, kernels `{m['isa']}`, "

@@ -16,6 +16,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 FIGURES = "<!-- figures: tools/readme_figures.py -->", "<!-- end of figures -->"
+OTHERS = {  # bars of bench/bars.py beside the training step, in words
+    "decode, one sequence, bf16": "generates one sequence {} as fast in bfloat16",
+    "decode, one sequence, int4": "{} with 4-bit weights",
+    "decode, 32 distinct adapters of 100": "32 sequences with an adapter each {}",
+    "merge 4096², fp32": "merges {} as fast",
+    "decode, int4, the GGUF file, no adapter": "generates from a GGUF file {} as fast as llama.cpp",
+}
 SPEED = "<!-- speed: tools/readme_figures.py --speed -->", "<!-- end of speed -->"
 PICTURE = "docs/img/versus.png"
 
@@ -69,11 +76,18 @@ def speed(document: dict[str, Any]) -> str:
         if row.bar.what == "training step, bf16"
     ]
     memory = [row.text for row in rows if row.bar.what == "peak memory of the bf16 step"]
+    others = [
+        words.format(row.text)
+        for what, words in OTHERS.items()
+        for row in rows
+        if row.bar.what == what
+    ]
     m = document["machine"]
     lines = [
         f"A training step of that model (4 × 256 tokens, bfloat16) is {', '.join(step)} as fast as "
         f"with PyTorch + PEFT on the same {m['cores']} cores ({m['processor']}, "
-        f"{document['date']}), in {', '.join(memory)} the memory."
+        f"{document['date']}), in {', '.join(memory)} the memory. "
+        + (f"pylora {', '.join(others)}." if others else "")
     ]
     if (ROOT / PICTURE).exists():
         lines += ["", f"![How many times as fast as its peers pylora is]({PICTURE})"]
