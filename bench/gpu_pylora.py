@@ -62,7 +62,8 @@ class Engine:
         A, B = self._normal(rank, width, scale=width**-0.5), self._normal(width, rank, scale=0.01)
         lora = LoRA(A, B, 2.0)
         if part == "merge":
-            return lambda: ops.merge(W, lora, dtype)
+            changed = W.copy()  # in place, as PEFT does it
+            return lambda: ops.merge_in_place(changed, lora, dtype)
         merged, residue = ops.merge(W, lora, dtype)
         return lambda: ops.unmerge(merged, lora, residue, dtype)
 

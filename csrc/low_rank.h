@@ -6,7 +6,8 @@
 
 enum {
   PYLORA_MAX_ROWS = 1024, /* rows of a tile at most; sizes the scratch tile */
-  PYLORA_CHUNK_D = 512,   /* backward: rows of W transposed at a time (64 KiB) */
+  PYLORA_CHUNK_D =
+      512, /* backward: rows of W transposed at a time (64 KiB); forward: ranks of a panel of B */
   PYLORA_TILE = (PYLORA_MAX_ROWS + PYLORA_CHUNK_D) *
       PYLORA_PANEL, /* floats of scratch per thread */
 };

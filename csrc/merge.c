@@ -17,10 +17,8 @@ typedef struct job {
   uint32_t *bits;
 } job;
 
-static int64_t width(int dtype) { return dtype == PYLORA_F32 ? 4 : 2; }
-
 /* Rows [first, first + m) and columns from j on. */
-static void run(const job *q, int64_t first, int m, int64_t j, int mode, uint16_t *lossy) {
+static void run(const job *q, int64_t first, int m, int64_t j, uint16_t *lossy) {
   const pylora_lora *l = q->l;
   const merge_job f = {.m = m,
                        .n = (int)min64(MERGE_COLS, q->k - j),
@@ -32,10 +30,10 @@ static void run(const job *q, int64_t first, int m, int64_t j, int mode, uint16_
                        .A = l->r ? l->A + j : NULL,
                        .B = l->r ? l->B + first * l->ldb : NULL,
                        .s = (double)l->s,
-                       .w = q->W + (first * q->ldw + j) * width(q->dtype),
-                       .out = q->merged + (first * q->ldm + j) * width(q->dtype),
+                       .w = q->W + (first * q->ldw + j) * width_of(q->dtype),
+                       .out = q->merged + (first * q->ldm + j) * width_of(q->dtype),
                        .lossy = lossy};
-  q->K->merge_rows(q->dtype, mode, &f);
+  q->K->merge_rows(q->dtype, q->mode, &f);
 }
 
 static int ones(unsigned x) { /* of 16 bits */
@@ -54,7 +52,7 @@ static void merge_task(void *ctx, int64_t task, int thread) {
   uint16_t lossy[MERGE_ROWS * MERGE_WORDS];
   int64_t lost[MERGE_ROWS] = {0};
   for (int64_t j = 0; j < q->k; j += MERGE_COLS) {
-    run(q, first, m, j, q->mode, q->row_lossy ? lossy : NULL);
+    run(q, first, m, j, q->row_lossy ? lossy : NULL);
     const int words = (int)ceil_div(min64(MERGE_COLS, q->k - j), 16);
     for (int i = 0; i < m && q->row_lossy; i++)
       for (int c = 0; c < words; c++) lost[i] += ones(lossy[i * MERGE_WORDS + c]);
@@ -94,14 +92,14 @@ int pylora_merge(int dtype, int64_t d, int64_t k, const void *W, int64_t ldw,
 static void residue_tile(const job *q, int64_t first, int m, int64_t *at, const int64_t *end) {
   uint16_t lossy[MERGE_ROWS * MERGE_WORDS];
   for (int64_t j = 0; j < q->k; j += MERGE_COLS) {
-    run(q, first, m, j, MERGE_FIND, lossy);
+    run(q, first, m, j, lossy);
     const int words = (int)ceil_div(min64(MERGE_COLS, q->k - j), 16);
     for (int i = 0; i < m; i++) {
-      const char *W = q->W + (first + i) * q->ldw * width(q->dtype);
+      const char *W = q->W + (first + i) * q->ldw * width_of(q->dtype);
       for (int c = 0; c < words; c++) {
         int64_t column = j + 16 * c;
         for (unsigned x = lossy[i * MERGE_WORDS + c]; x; x >>= 1, column++) {
-          if (!(x & 1) || at[i] == end[i]) continue;
+          if (!(x & 1) || at[i] >= end[i]) continue;
           q->position[at[i]] = (first + i) * q->k + column;
           q->bits[at[i]++] = get_bits(q->dtype, W, column);
         }
@@ -129,6 +127,7 @@ int pylora_merge_residue(int dtype, int64_t d, int64_t k, const void *W, int64_t
   if (!row_lossy || !position || !bits) return d ? PYLORA_E_NULL : PYLORA_OK;
   job q = {.K = pylora_table(),
            .dtype = dtype,
+           .mode = MERGE_FIND,
            .d = d,
            .k = k,
            .ldw = ldw,
@@ -163,7 +162,7 @@ int pylora_unmerge(int dtype, int64_t d, int64_t k, const void *merged, int64_t 
            .l = lora};
   pylora_parallel(merge_task, &q, ceil_div(d, MERGE_ROWS), pylora_num_threads());
   for (int64_t i = 0; i < n; i++) {
-    char *row = (char *)out + position[i] / k * ldo * width(dtype);
+    char *row = (char *)out + position[i] / k * ldo * width_of(dtype);
     set_bits(dtype, row, position[i] % k, bits[i]);
   }
   return PYLORA_OK;

@@ -67,6 +67,16 @@ static inline uint32_t encode(int dtype, double t) {
                                 : narrow_f16(t);
 }
 
+/* x + t, but a NaN stays itself: which of two NaN a sum has differs from one compiler to the next. */
+static inline double moved(double x, double t) {
+  uint64_t u;
+  memcpy(&u, &x, sizeof u); /* by its bits: a compiler takes one NaN for another */
+  return (u << 1) > (uint64_t)0x7ff << 53 ? x : x + t;
+}
+
+/* Bytes of an element. */
+static inline int64_t width_of(int dtype) { return dtype == PYLORA_F32 ? 4 : 2; }
+
 /* Element i of a row of `dtype`. Rows are floats to one place and bits to another, so that they are
  * read and written as bytes: a compiler may take a float and an integer to lie apart. */
 static inline uint32_t get_bits(int dtype, const void *row, int64_t i) {

@@ -169,8 +169,8 @@ class Reference(Plain):
         `dtype` is "f32", "f16" or "bf16"; a bf16 array is given as its uint16 bits.
         """
         t = self._delta(lora)
-        merged = self._narrow(self._wide(W, dtype) + t, dtype)
-        back = self._narrow(self._wide(merged, dtype) - t, dtype)
+        merged = self._narrow(self._moved(self._wide(W, dtype), t), dtype)
+        back = self._narrow(self._moved(self._wide(merged, dtype), -t), dtype)
         bits = self._bits(W)
         position = self.xp.flatnonzero(self._bits(back) != bits)
         return merged, Residue(
@@ -179,11 +179,15 @@ class Reference(Plain):
 
     def unmerge(self, merged: Array, lora: LoRA, residue: Residue, dtype: str = "f32") -> Array:
         """The W that merge was given, bit for bit (same adapter, same residue)."""
-        W = self._narrow(self._wide(merged, dtype) - self._delta(lora), dtype)
+        W = self._narrow(self._moved(self._wide(merged, dtype), -self._delta(lora)), dtype)
         flat = self._bits(W).reshape(-1)
         _in_range("residue position", residue.position, flat.size)
         flat[residue.position] = residue.bits.astype(flat.dtype)
         return flat.view(W.dtype).reshape(W.shape)
+
+    def _moved(self, x: Array, t: Array) -> Array:
+        """x + t, but a NaN stays itself: which of two NaN a sum has differs between machines."""
+        return self.xp.where(x != x, x, x + t)
 
     def _wide(self, W: Array, dtype: str) -> Array:
         if dtype == "bf16":

@@ -209,6 +209,15 @@ def test_merging_is_exact(gpu: Any, rng: np.random.Generator, dtype: str) -> Non
     assert residue.position.tolist() == lost.position.tolist()
     assert residue.bits.tolist() == lost.bits.tolist()
     assert gpu.unmerge(merged, lora, residue, dtype).tobytes() == W.tobytes()
+    spaced = np.zeros((9, 24), W.dtype)[:, ::2]
+    spaced[...] = W
+    there = gpu.xp.asarray(W)
+    for weight in (W, spaced, there):
+        gpu.merge_in_place(weight, lora, dtype)
+        assert np.ascontiguousarray(gpu.xp.asnumpy(weight)).tobytes() == want.tobytes()
+    W.setflags(write=False)
+    with pytest.raises(ValueError, match="read-only"):
+        gpu.merge_in_place(W, lora, dtype)
 
 
 def test_check_holds(gpu: Any, tmp_path: Path) -> None:

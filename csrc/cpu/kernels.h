@@ -30,7 +30,7 @@ typedef struct pylora_vec {
 
 /* Some rows and columns of a weight, and the adapter's part for them. */
 enum {
-  MERGE_ROWS = 64,  /* rows at most; so many share what is read of A */
+  MERGE_ROWS = 64,  /* rows at most; up to 32 ranks of A are widened once for them */
   MERGE_COLS = 128, /* columns at most */
   MERGE_WORDS = MERGE_COLS / 16,
   MERGE_ADD = 0,

@@ -378,6 +378,8 @@ class CudaBackend(DeviceArrays):
         return back(out), Residue(back(position), back(bits))
 
     def merge_in_place(self, W: Array, lora: LoRA, dtype: str = "f32") -> None:
+        if isinstance(W, np.ndarray) and not W.flags.writeable:
+            raise ShapeError("W is merged into in place, but the array is read-only")
         code, on_device, back = self._stored("W", W, dtype)
         (d, k), to = on_device.shape, self.to
         low, keep = to.lora(self._placed(lora), None, d, k)

@@ -262,6 +262,12 @@ class CupyBackend(DeviceArrays, Reference):
         merged, residue = _merging().merge(self._stored(W), self._on_host(lora), dtype)
         return merged, residue
 
+    def merge_in_place(self, W: Array, lora: LoRA, dtype: str = "f32") -> None:
+        if isinstance(W, np.ndarray):
+            super().merge_in_place(W, lora, dtype)
+        else:
+            W[...] = self.xp.asarray(self.merge(W, lora, dtype)[0])
+
     def unmerge(self, merged: Array, lora: LoRA, residue: Residue, dtype: str = "f32") -> Array:
         lora = self._on_host(lora)
         return _merging().unmerge(self._stored(merged), lora, residue, dtype)

@@ -75,7 +75,7 @@ def _readable(name: str, a: np.ndarray, shape: tuple[int | None, ...]) -> np.nda
     if flags.aligned and strides and strides[-1] == size:
         if a.ndim == 1 or strides[0] % size == 0:
             return a
-    return np.ascontiguousarray(a)
+    return np.require(a, requirements="CA")
 
 
 def want(name: str, a: Array, shape: tuple[int | None, ...]) -> None:
@@ -98,7 +98,7 @@ def ints(name: str, a: Any, n: int | None = None) -> np.ndarray:
 
 
 def at(a: np.ndarray | None, ctype: Any = _FLOAT) -> Any:
-    """Pointer to the first element. The caller keeps the array alive."""
+    """Pointer to the first element. It holds the array; a struct that it is put into does not."""
     if a is None:
         return ffi.NULL
     # A tenth of what __array_interface__ costs. Only a contiguous array is such a buffer; of any
@@ -135,7 +135,7 @@ class Scratch(threading.local):
 
     def at_least(self, nbytes: int) -> tuple[Any, int]:
         if self.nbytes < nbytes:
-            # the pointer keeps the array alive
+            # from_buffer's pointer keeps the array alive, unlike one in a struct
             self.pointer, self.nbytes = at(np.empty(nbytes, np.uint8), _VOID), nbytes
         return self.pointer, self.nbytes
 
@@ -190,7 +190,7 @@ def adapter_of(W: Packed, lora: LoRA, drop: Drop | None) -> tuple[Any, Any]:
     latest = W.latest  # read once: another thread may put its own there
     plain = drop is None or drop.p == 0
     if plain and latest is not None and latest[0]() is lora:
-        return latest[1], latest
+        return latest[1], (latest, lora)
     low, A, B, cdrop = lora_struct(lora, drop, *W.shape)
     one = ffi.new(_LORAS, [low])
     if plain and A is lora.A and B is lora.B:  # no copies, whose numbers would stay

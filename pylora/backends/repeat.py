@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pylora.errors import DtypeError, ShapeError
 from pylora.types import AdamW, Array, LoRA, Residue, Seqs
 
 Results = dict[Any, Array]  # by any name
@@ -63,7 +64,12 @@ class Plain:
     def merge_in_place(self: _Single, W: Array, lora: LoRA, dtype: str = "f32") -> None:
         """W becomes the weight that `merge` gives. What rounding loses is not kept, so that no
         `unmerge` of it is exact."""
-        W[...], _ = self.merge(W, lora, dtype)
+        if not W.flags.writeable:
+            raise ShapeError("W is merged into in place, but the array is read-only")
+        merged, _ = self.merge(W, lora, dtype)
+        if merged.dtype != W.dtype:
+            raise DtypeError(f"W: stored as {dtype} must be an array of {merged.dtype}")
+        W[...] = merged
 
     def adamw_steps(
         self: _Single, updates: Sequence[tuple[Array, Array, Array, Array, AdamW]]
