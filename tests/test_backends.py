@@ -292,3 +292,15 @@ def test_build_info_says_what_computes() -> None:
     assert info["pylora"] == pylora.__version__ == "0.1.0"
     assert info["backend"] in info["backends"]
     assert ("isa" in info) == ("c" in info["backends"])
+
+
+def test_a_misaligned_array_is_copied_before_the_core_reads_it() -> None:
+    from pylora.backends.marshal import read
+
+    bytes_ = np.zeros(4 * 6 + 1, np.uint8)[1:]
+    odd = bytes_.view(np.float32).reshape(2, 3)
+    odd[...] = np.arange(6).reshape(2, 3)
+    assert not odd.flags.aligned
+    taken = read("x", odd, 2, 3)
+    assert taken.flags.aligned and taken.flags.c_contiguous
+    assert taken.tolist() == odd.tolist()

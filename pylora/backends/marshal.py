@@ -75,7 +75,7 @@ def _readable(name: str, a: np.ndarray, shape: tuple[int | None, ...]) -> np.nda
     if flags.aligned and strides and strides[-1] == size:
         if a.ndim == 1 or strides[0] % size == 0:
             return a
-    return np.require(a, requirements="CA")
+    return np.require(a, requirements=["C", "A"])
 
 
 def want(name: str, a: Array, shape: tuple[int | None, ...]) -> None:
