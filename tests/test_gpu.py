@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from small_models import write_hf
+from training import interrupt_after
 
 import pylora
 from pylora import backends
@@ -142,13 +143,9 @@ def test_a_run_is_resumed(gpu: Any, rng: np.random.Generator, tmp_path: Path) ->
     whole = an_adapter(rng)
     train(net, whole, examples, settings, out_dir=tmp_path / "whole")
 
-    def stop(info: Any) -> None:
-        if info.step == 2:
-            raise KeyboardInterrupt
-
     part = an_adapter(rng)
     with pytest.raises(KeyboardInterrupt):
-        train(net, part, examples, settings, out_dir=tmp_path / "part", on_step=stop)
+        train(net, part, examples, settings, out_dir=tmp_path / "part", on_step=interrupt_after(2))
     again = an_adapter(rng)
     train(net, again, examples, settings, out_dir=tmp_path / "part", resume=True)
     assert again.digest() == whole.digest()

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from training import interrupt_after
 
 import pylora
 from pylora import backends
@@ -288,13 +289,11 @@ def test_training_and_resuming(gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_pa
         assert train(model, plain, examples, settings).losses == losses
     assert plain.digest() == whole.digest()
 
-    def stop(info: Any) -> None:
-        if info.step == 3:
-            raise KeyboardInterrupt
-
     part = an_adapter(model)
     with pytest.raises(KeyboardInterrupt):
-        train(model, part, examples, settings, out_dir=tmp_path / "part", on_step=stop)
+        train(
+            model, part, examples, settings, out_dir=tmp_path / "part", on_step=interrupt_after(3)
+        )
     again, before = an_adapter(model), model._steps.replays
     train(model, again, examples, settings, out_dir=tmp_path / "part", resume=True)
     assert again.digest() == whole.digest()

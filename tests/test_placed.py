@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from training import bits, counting, problem
+from training import bits, counting, interrupt_after, problem
 
 from pylora.adapter import Adapter, parameters
 from pylora.backends.numpy import NumpyBackend
@@ -49,13 +49,8 @@ def test_attached_arrays_are_copies_until_they_are_collected() -> None:
 def test_a_run_that_was_cut_is_resumed_bit_for_bit(tmp_path: Path) -> None:
     whole = trained(Elsewhere())
     model, adapter = problem(Elsewhere())
-
-    def stop(info: object) -> None:
-        if getattr(info, "step", 0) == 2:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        train(model, adapter, counting(), CONFIG, tmp_path, on_step=stop)
+        train(model, adapter, counting(), CONFIG, tmp_path, on_step=interrupt_after(2))
     assert any(lora.B.any() for lora in adapter.values())  # as far as it came
     model, again = problem(Elsewhere())
     train(model, again, counting(), CONFIG, tmp_path, resume=True)

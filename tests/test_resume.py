@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training import bits, counting, problem
+from training import bits, counting, interrupt_after, problem
 
 from pylora import checkpoint
 from pylora.errors import ConfigError, FileFormatError, PlanError
@@ -31,14 +31,6 @@ CONFIG = TrainConfig(
     eval_every=2,
 )
 TIMES = ("tokens_per_second", "seconds")
-
-
-def interrupt_after(step: int) -> Any:
-    def on_step(info: StepInfo) -> None:
-        if info.step == step:
-            raise KeyboardInterrupt
-
-    return on_step
 
 
 def run(ops: Any, out: Path, config: TrainConfig = CONFIG, **options: Any) -> TrainResult:

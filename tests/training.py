@@ -10,6 +10,7 @@ from pylora.examples import Example
 from pylora.loraconfig import LoraConfig
 from pylora.model import Llama
 from pylora.plan import resolve
+from pylora.train import StepInfo
 
 VOCAB = LlamaConfig.tiny().vocab_size
 
@@ -30,6 +31,16 @@ def problem(ops: Any, *, seed: int = 0, **lora: Any) -> tuple[Llama, Adapter]:
     config = LoraConfig(**{**settings, **lora})
     model = Llama.random(LlamaConfig.tiny(), seed=seed, backend=ops)
     return model, Adapter.init(resolve(config, model.config.modules()), config, seed=1)
+
+
+def interrupt_after(step: int) -> Any:
+    """An `on_step` that ends the run as Ctrl-C does."""
+
+    def on_step(info: StepInfo) -> None:
+        if info.step == step:
+            raise KeyboardInterrupt
+
+    return on_step
 
 
 def bits(arrays: Any) -> dict[str, bytes]:
