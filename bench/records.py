@@ -9,6 +9,7 @@ from typing import Any
 import work
 
 Record = dict[str, Any]
+MERGING = ("merge", "exact merge", "unmerge")  # parts of the case "merge"
 
 
 def find(
@@ -60,9 +61,6 @@ def flops(r: Record) -> float:
     if r["case"] == "linear":
         return work.linear_flops(k["d"], k["d"], k["tokens"], work.RANK, k["backward"])
     return tokens(r) * work.forward_flops(2 * k.get("prompt", 0))
-
-
-MERGING = ("merge", "exact merge", "unmerge")
 
 
 def bytes_moved(r: Record) -> float:

@@ -22,11 +22,9 @@ int pylora_any_nonzero(const float *B, int64_t rows, int64_t cols, int64_t ld) {
   return 0;
 }
 
-/* n <= 32 words, of any type; the usual sizes are known to the compiler, which makes them a few moves. */
+/* n <= 32 words; the usual sizes are known to the compiler, which makes them a few moves. */
 static inline void copy_words(float *to, const float *from, int64_t n) {
-  if (n == 1)
-    memcpy(to, from, sizeof(float));
-  else if (n == 8)
+  if (n == 8)
     memcpy(to, from, 8 * sizeof(float));
   else if (n == 16)
     memcpy(to, from, 16 * sizeof(float));
@@ -42,7 +40,7 @@ static void transpose(const pylora_kernels *K, const float *M, int64_t rows, int
                       int64_t ld, float *out, int64_t ldo) {
   if (rows <= FEW || cols <= FEW) {
     for (int64_t j = 0; j < cols; j++)
-      for (int64_t i = 0; i < rows; i++) copy_words(out + j * ldo + i, M + i * ld + j, 1);
+      for (int64_t i = 0; i < rows; i++) memcpy(out + j * ldo + i, M + i * ld + j, sizeof *M);
     return;
   }
   float tile[PANEL * PANEL], turned[PANEL * PANEL];
