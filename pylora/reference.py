@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from pylora.backends.llama import Composed, LlamaOp, LlamaWeights
-from pylora.backends.repeat import Plain
+from pylora.backends.plain import Plain
 from pylora.errors import BackendError, RangeError
 from pylora.precision import as_dtype
 from pylora.types import (

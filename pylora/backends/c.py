@@ -38,8 +38,8 @@ from pylora.backends.marshal import (
     want_inputs,
     writable,
 )
+from pylora.backends.plain import Plain, want_writable
 from pylora.backends.pool import Pool
-from pylora.backends.repeat import Plain
 from pylora.backends.slabs import Slabs
 from pylora.errors import BackendError, DtypeError, ShapeError, UnsupportedError
 from pylora.precision import BF16, PRECISIONS, Stored, as_dtype, check_precision, from_bf16
@@ -407,8 +407,7 @@ class CBackend(Plain):
 
     def merge_in_place(self, W: Array, lora: LoRA, dtype: str = "f32") -> None:
         code, own = stored("W", W, dtype)
-        if not W.flags.writeable:
-            raise ShapeError("W is merged into in place, but the array is read-only")
+        want_writable(W)
         d, k = own.shape
         low, A, B, _ = lora_struct(lora, None, d, k)
         to = at(own, "void *")

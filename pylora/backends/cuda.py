@@ -25,11 +25,14 @@ from pylora.backends.cuda_marshal import (
     Marshal,
     Packed,
     PlacedSeqs,
+    aligned,
     check_seqs,
+    longest,
     want,
 )
 from pylora.backends.device import DeviceArrays, open_cupy
 from pylora.backends.llama import LlamaOp, LlamaWeights
+from pylora.backends.plain import want_writable
 from pylora.backends.repeat import Repeated
 from pylora.errors import BackendError, DtypeError, ShapeError, UnsupportedError
 from pylora.precision import BF16, Stored, check_precision
@@ -129,7 +132,7 @@ class CudaBackend(DeviceArrays):
         own, size = self._own, 4 * shape[0] * shape[1]
         if own.results is None or own.used + size > own.results.nbytes:
             return self.empty(shape)
-        first, own.used = own.used, own.used + -(-size // 256) * 256
+        first, own.used = own.used, own.used + aligned(size)
         return own.results[first : first + size].view(F32).reshape(shape)
 
     def repeated(self) -> Repeated:
@@ -378,8 +381,7 @@ class CudaBackend(DeviceArrays):
         return back(out), Residue(back(position), back(bits))
 
     def merge_in_place(self, W: Array, lora: LoRA, dtype: str = "f32") -> None:
-        if isinstance(W, np.ndarray) and not W.flags.writeable:
-            raise ShapeError("W is merged into in place, but the array is read-only")
+        want_writable(W)
         code, on_device, back = self._stored("W", W, dtype)
         (d, k), to = on_device.shape, self.to
         low, keep = to.lora(self._placed(lora), None, d, k)
@@ -566,9 +568,7 @@ class CudaBackend(DeviceArrays):
         check_seqs(seqs, q_rows, k_rows)
         parts = [np.asarray(a, np.int64) for a in (seqs.q_start, seqs.k_start, seqs.k_len)]
         ints = self.xp.asarray(np.concatenate(parts))
-        max_q = int(np.diff(parts[0]).max(initial=0))
-        struct = self.to.seqs(parts[1].size, ints, max_q, int(parts[2].max(initial=0)))
-        return struct, ints
+        return self.to.seqs(parts[1].size, ints, *longest(seqs)), ints
 
     def swiglu_forward(self, gate: Array, up: Array, dtype: Any = None) -> Array:
         to = self.to

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from pylora.backends.cuda_marshal import check_seqs
+from pylora.backends.cuda_marshal import check_seqs, longest
 from pylora.backends.llama import (
     _NARROW,
     MODULES,
@@ -131,9 +131,8 @@ class CudaLlama:
         ):
             if a.size and (int(a.min()) < 0 or int(a.max()) >= n):
                 raise RangeError(f"a {what} is outside of 0 .. {n - 1}")
-        longest = int(step.seqs.k_len.max(initial=0))
-        max_k = 1 << max(longest - 1, 0).bit_length()
-        max_q = int(np.diff(step.seqs.q_start).max(initial=0))
+        max_q, most = longest(step.seqs)
+        max_k = 1 << max(most - 1, 0).bit_length()
         key = self._key(cache, step, max_q, max_k)
         if key is None:
             return self._run(cache, step, self._numbers(step, max_q, max_k))

@@ -19,6 +19,7 @@ from pylora.types import Array, Attn, Drop, LoRA, Seqs
 F32, F16 = np.dtype(np.float32), np.dtype(np.float16)
 CODES = {"fp32": 0, "bf16": 1, "fp16": 2}
 DTYPES = {"fp32": F32, "bf16": BITS, "fp16": F16}
+ALIGN = 256  # bytes: what CuPy and cudaMalloc align to
 
 
 class Packed:
@@ -126,6 +127,16 @@ def want(name: str, a: Array, shape: tuple[int | None, ...]) -> None:
     if a.ndim != len(shape) or any(w is not None and w != g for w, g in zip(shape, a.shape)):
         expected = ", ".join("any" if w is None else str(w) for w in shape)
         raise ShapeError(f"{name} must have the shape [{expected}], got {list(a.shape)}")
+
+
+def longest(seqs: Seqs) -> tuple[int, int]:
+    """The most queries and keys of a sequence."""
+    return int(np.diff(seqs.q_start).max(initial=0)), int(seqs.k_len.max(initial=0))
+
+
+def aligned(nbytes: int) -> int:
+    """What an array takes in memory that several share, one behind the other."""
+    return -(-int(nbytes) // ALIGN) * ALIGN
 
 
 def check_seqs(seqs: Seqs, q_rows: int, k_rows: int) -> None:

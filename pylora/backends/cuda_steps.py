@@ -21,13 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from pylora.backends.cuda_marshal import PlacedSeqs, check_seqs
+from pylora.backends.cuda_marshal import ALIGN, PlacedSeqs, aligned, check_seqs, longest
 from pylora.backends.repeat import Results, Work
 from pylora.types import Array, Seqs
 
 GRAPHS = 8  # that are kept for a model, the latest ones
 _MET = 256  # shapes that are remembered
-_ALIGN = 256
 
 
 class _Numbers:
@@ -44,8 +43,7 @@ class _Numbers:
         self._device = ops.xp.asarray(self._host)
         views = [self._device[a : a + p.nbytes].view(p.dtype) for a, p in zip(starts, parts)]
         self.arrays, ints = views[:-1], views[-1]
-        n, (max_q, max_k) = seqs.k_len.size, longest(seqs)
-        struct = ops.to.seqs(n, ints, max_q, max_k)
+        struct = ops.to.seqs(seqs.k_len.size, ints, *longest(seqs))
         self.seqs = PlacedSeqs(seqs.q_start, seqs.k_start, seqs.k_len, struct, ints)
 
     @staticmethod
@@ -205,7 +203,7 @@ class CudaSteps:
             self._pool = cuda.MemoryPool(self._allocator(cuda.get_current_stream()))
         numbers = _Numbers(self.ops, arrays, seqs)
         with cuda.using_allocator(self._pool.malloc), self._stream:
-            flat = self.ops.xp.empty(max(size, _ALIGN), np.uint8)
+            flat = self.ops.xp.empty(max(size, ALIGN), np.uint8)
             with self.ops.own_workspace(flat) as workspaces:
                 self._stream.begin_capture(cuda.runtime.streamCaptureModeRelaxed)
                 try:
@@ -225,12 +223,3 @@ class CudaSteps:
             return held[-1]
 
         return malloc
-
-
-def longest(seqs: Seqs) -> tuple[int, int]:
-    """The most queries and keys of a sequence."""
-    return int(np.diff(seqs.q_start).max(initial=0)), int(seqs.k_len.max(initial=0))
-
-
-def aligned(nbytes: int) -> int:
-    return -(-int(nbytes) // _ALIGN) * _ALIGN
