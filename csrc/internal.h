@@ -54,12 +54,26 @@ static inline uint16_t bf16_round(float x) {
   return (uint16_t)((u + 0x7fffu + (u >> 16 & 1)) >> 16);
 }
 
+static inline pylora_vec vec_at(pylora_vec r, int64_t j) {
+  pylora_vec at = {r.b ? NULL : r.p + j, r.b ? r.b + j : NULL};
+  return at;
+}
+
 /* A piece of row i, from column j on, for the kernels. */
 static inline pylora_vec row_at(const pylora_mat *a, int64_t i, int64_t j) {
   const int64_t at = i * a->ld + j;
   pylora_vec r = {a->b ? NULL : a->p + at, a->b ? a->b + at : NULL};
   return r;
 }
+
+/* Rows first .. end - 1 of the norm of x, and their rstd. (transformer.c) */
+void pylora_norm_rows(const pylora_kernels *K, const pylora_mat *x, const float *w, float eps,
+                      const pylora_mat *y, float *rstd, int64_t first, int64_t end);
+/* The heads of a row of `cols` numbers rotated by angles whose cosines and sines are c and s. */
+void pylora_rope_row(const pylora_kernels *K, pylora_vec x, int64_t cols, int64_t head_dim,
+                     int layout, int inverse, const float *c, const float *s, pylora_vec y);
+int pylora_check_rope(const pylora_mat *cosines, const pylora_mat *sines, const int64_t *position,
+                      int64_t m, int64_t cols, int64_t head_dim, int layout);
 
 /* A bump pointer over the caller's workspace; every piece is 64-byte aligned. */
 typedef struct arena {

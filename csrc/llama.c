@@ -14,8 +14,8 @@ enum { MODULES = PYLORA_LAYER_MODULES, SHARED = 3 /* projections of one x at mos
 
 /* Pieces of the workspace; what is left of it is the operations' own. */
 typedef struct buffers {
-  pylora_mat x, normed, raw_q, raw_k, q, k, v, gate, up, last, last_normed, lse;
-  float *rstd, *h;          /* h [m,r]: of the embedding's adapter */
+  pylora_mat x, raw_q, raw_k, q, k, v, o, gate, up, last, lse;
+  float *rstd, *h;          /* of heads; h [m,r]: of the embedding's adapter */
   const pylora_lora **lora; /* [SHARED * segments] */
   int64_t *head_start;      /* [segments + 1]: segments of the outputs */
 } buffers;
@@ -134,20 +134,21 @@ static void lay_out(run *f, pieces *a) {
       rank = max64(rank, adapter_of(f, i)->embedding->r);
   buffers *b = &f->b;
   b->x = new_mat(a, PYLORA_F32, m, f->hidden);
-  b->normed = new_mat(a, act, m, max64(f->hidden, f->q_size)); /* and the attention's result */
-  b->q = b->raw_q = new_mat(a, PYLORA_F32, m, f->q_size);
-  b->k = b->raw_k = new_mat(a, PYLORA_F32, m, f->kv_size);
-  if (act != PYLORA_F32) { /* rounded once, when they are rotated */
-    b->q = new_mat(a, act, m, f->q_size);
-    b->k = new_mat(a, act, m, f->kv_size);
+  b->q = b->raw_q = new_mat(a, act, m, f->q_size);
+  b->k = b->raw_k = new_mat(a, act, m, f->kv_size);
+  int normed = 0; /* heads: they are rounded once, when they are rotated */
+  for (int64_t i = 0; i < f->model->layers; i++) normed |= f->model->layer[i].q_norm != NULL;
+  if (normed && act != PYLORA_F32) {
+    b->raw_q = new_mat(a, PYLORA_F32, m, f->q_size);
+    b->raw_k = new_mat(a, PYLORA_F32, m, f->kv_size);
   }
   b->v = new_mat(a, act, m, f->kv_size);
+  b->o = new_mat(a, act, m, f->q_size);
   b->gate = new_mat(a, act, m, f->inner);
   b->up = new_mat(a, act, m, f->inner);
   b->last = new_mat(a, PYLORA_F32, n, f->hidden);
-  b->last_normed = new_mat(a, act, n, f->hidden);
   b->lse = new_mat(a, PYLORA_F32, m, heads);
-  b->rstd = piece(a, (double)max64(m * heads, n), sizeof(float));
+  b->rstd = piece(a, (double)m * (double)heads, sizeof(float));
   b->h = piece(a, (double)m * (double)rank, sizeof(float));
   b->lora = piece(a, SHARED * (double)f->segments, sizeof(const pylora_lora *));
   b->head_start = piece(a, (double)f->segments + 1, sizeof(int64_t));
@@ -215,52 +216,79 @@ static pylora_mat part(const pylora_mat *a, int64_t cols) {
   return (pylora_mat){a->p, a->rows, cols, cols, a->b, NULL};
 }
 
-/* One segment of some rows, each projection with the bias of that segment's adapter. */
-static int linear_alone(const run *f, const pylora_mat *x, int64_t module, int n,
-                        const pylora_linear *linear, int64_t segment, int64_t first, int64_t rows) {
+/* Projections module .. module + n - 1 of one x; `start` are its segments (NULL: one). */
+typedef struct group {
+  const pylora_mat *x;
+  const pylora_norm *norm; /* or NULL */
+  int64_t module;
+  int n;
+  pylora_linear *linear;
+  const pylora_finish *finish; /* or NULL */
+  const int64_t *start;
+} group;
+
+/* One segment of the projections j .. end - 1, each with the bias of that segment's adapter. */
+static int linear_alone(const run *f, const group *g, int j, int end, int64_t segment,
+                        int64_t first, int64_t rows) {
   const pylora_adapter *a = adapter_of(f, segment);
-  const pylora_mat some = rows_of(x, first, rows);
+  const pylora_mat some = rows_of(g->x, first, rows);
   pylora_linear own[SHARED];
-  pylora_mat y[SHARED], residual[SHARED];
-  for (int j = 0; j < n; j++) {
-    own[j] = linear[j];
-    y[j] = rows_of(linear[j].y, first, rows);
-    own[j].y = &y[j];
-    if (linear[j].residual) {
-      residual[j] = rows_of(linear[j].residual, first, rows);
-      own[j].residual = &residual[j];
+  pylora_finish finish[SHARED];
+  pylora_rotation rotation[SHARED];
+  pylora_mat y[SHARED], residual[SHARED], product[SHARED];
+  const int n = end - j;
+  for (int i = 0; i < n; i++) {
+    const pylora_linear *l = g->linear + j + i;
+    const int64_t module = g->module + j + i;
+    own[i] = *l;
+    y[i] = rows_of(l->y, first, rows);
+    own[i].y = &y[i];
+    if (l->residual) {
+      residual[i] = rows_of(l->residual, first, rows);
+      own[i].residual = &residual[i];
     }
-    if (linear[j].lora) own[j].lora = linear[j].lora + segment;
-    if (a && a->bias && a->bias[module + j]) own[j].bias = a->bias[module + j];
+    if (l->lora) own[i].lora = l->lora + segment;
+    if (a && a->bias && a->bias[module]) own[i].bias = a->bias[module];
+    if (!g->finish) continue;
+    finish[i] = g->finish[j + i];
+    if (finish[i].rotation) {
+      rotation[i] = *finish[i].rotation;
+      rotation[i].position += first;
+      finish[i].rotation = &rotation[i];
+    }
+    if (finish[i].product) {
+      product[i] = rows_of(finish[i].product, first, rows);
+      finish[i].product = &product[i];
+    }
   }
-  return pylora_linear_forward(&some, n, own, 1, NULL, f->ws, f->ws_bytes);
+  return pylora_fused_forward(&some, g->norm, n, own, g->finish ? finish : NULL, 1, NULL, f->ws,
+                              f->ws_bytes);
 }
 
-/* Projections module .. module + n - 1 of one x; `start` are its segments (NULL: one). */
-static int linears(const run *f, const pylora_mat *x, int64_t module, int n, pylora_linear *linear,
-                   const int64_t *start) {
+static int linears(const run *f, const group *g) {
   int own_bias = 0;
-  for (int j = 0; j < n; j++) {
+  for (int j = 0; j < g->n; j++) {
     const pylora_lora **table = f->b.lora + j * f->segments;
     int any = 0;
     for (int64_t i = 0; i < f->segments; i++) {
       const pylora_adapter *a = adapter_of(f, i);
-      any |= (table[i] = lora_of(a, module + j)) != NULL;
-      own_bias |= f->own_bias && a && a->bias && a->bias[module + j];
+      any |= (table[i] = lora_of(a, g->module + j)) != NULL;
+      own_bias |= f->own_bias && a && a->bias && a->bias[g->module + j];
     }
-    linear[j].lora = any ? table : NULL;
+    g->linear[j].lora = any ? table : NULL;
   }
-  for (int j = 0, end; j < n; j = end) { /* one call for those of one dtype */
-    for (end = j + 1; end < n && linear[end].W->dtype == linear[j].W->dtype;) end++;
+  const int64_t *start = g->start;
+  for (int j = 0, end; j < g->n; j = end) { /* one call for those of one dtype */
+    for (end = j + 1; end < g->n && g->linear[end].W->dtype == g->linear[j].W->dtype;) end++;
     if (!own_bias) {
-      TRY(pylora_linear_forward(x, end - j, linear + j, start ? f->segments : 1, start, f->ws,
-                                f->ws_bytes));
+      TRY(pylora_fused_forward(g->x, g->norm, end - j, g->linear + j,
+                               g->finish ? g->finish + j : NULL, start ? f->segments : 1, start,
+                               f->ws, f->ws_bytes));
       continue;
     }
     for (int64_t i = 0; i < f->segments; i++) {
-      const int64_t first = start ? start[i] : 0, last = start ? start[i + 1] : x->rows;
-      if (last > first)
-        TRY(linear_alone(f, x, module + j, end - j, linear + j, i, first, last - first));
+      const int64_t first = start ? start[i] : 0, last = start ? start[i + 1] : g->x->rows;
+      if (last > first) TRY(linear_alone(f, g, j, end, i, first, last - first));
     }
   }
   return PYLORA_OK;
@@ -290,16 +318,13 @@ static int embed(const run *f) {
   return PYLORA_OK;
 }
 
-/* q or k: normed per head where the model says so, in place, and rotated. */
-static int turn(const run *f, const pylora_mat *raw, const float *norm, const pylora_mat *y) {
-  const pylora_llama *g = f->model;
-  const int64_t D = g->attn.head_dim;
-  if (norm) {
-    const pylora_mat heads = {raw->p, raw->rows * (raw->cols / D), D, D, NULL, NULL};
-    TRY(pylora_rms_norm_forward(&heads, norm, g->eps, &heads, f->b.rstd));
-  }
-  return pylora_rope(raw, &g->cosines, &g->sines, f->step->position, (int32_t)D, g->rope_layout, 0,
-                     y);
+/* q or k: normed per head in place, and rotated. */
+static int turn(const run *f, const pylora_mat *raw, const float *norm, const pylora_rotation *r,
+                const pylora_mat *y) {
+  const int64_t D = r->head_dim;
+  const pylora_mat heads = {raw->p, raw->rows * (raw->cols / D), D, D, NULL, NULL};
+  TRY(pylora_rms_norm_forward(&heads, norm, f->model->eps, &heads, f->b.rstd));
+  return pylora_rope(raw, &r->cosines, &r->sines, r->position, r->head_dim, r->layout, 0, y);
 }
 
 static void store(const run *f, const pylora_mat *from, const pylora_mat *cache) {
@@ -315,46 +340,58 @@ static void store(const run *f, const pylora_mat *from, const pylora_mat *cache)
 }
 
 static int attention(const run *f, int64_t i, const pylora_kv *kv) {
-  const pylora_layer *l = &f->model->layer[i];
+  const pylora_llama *model = f->model;
+  const pylora_layer *l = &model->layer[i];
   const buffers *b = &f->b;
   const int64_t *start = f->step->seg_start;
-  const pylora_mat normed = part(&b->normed, f->hidden), o = part(&b->normed, f->q_size);
-  TRY(pylora_rms_norm_forward(&b->x, l->input_norm, f->model->eps, &normed, b->rstd));
+  const pylora_norm norm = {l->input_norm, model->eps, model->activations, NULL};
+  const pylora_rotation r = {model->cosines, model->sines, f->step->position, model->attn.head_dim,
+                             model->rope_layout};
+  const int later = l->q_norm != NULL; /* a norm comes before the rotation */
   pylora_linear qkv[] = {
-      {.W = l->W[PYLORA_Q], .bias = l->bias[PYLORA_Q], .y = &b->raw_q},
-      {.W = l->W[PYLORA_K], .bias = l->bias[PYLORA_K], .y = &b->raw_k},
+      {.W = l->W[PYLORA_Q], .bias = l->bias[PYLORA_Q], .y = later ? &b->raw_q : &b->q},
+      {.W = l->W[PYLORA_K], .bias = l->bias[PYLORA_K], .y = later ? &b->raw_k : &b->k},
       {.W = l->W[PYLORA_V], .bias = l->bias[PYLORA_V], .y = &b->v},
   };
-  TRY(linears(f, &normed, i * MODULES + PYLORA_Q, 3, qkv, start));
-  TRY(turn(f, &b->raw_q, l->q_norm, &b->q));
-  TRY(turn(f, &b->raw_k, l->k_norm, &b->k));
+  const pylora_finish turned[] = {{&r, NULL}, {&r, NULL}, {NULL, NULL}};
+  const group in = {&b->x, &norm, i * MODULES + PYLORA_Q, 3, qkv, later ? NULL : turned, start};
+  TRY(linears(f, &in));
+  if (later) {
+    TRY(turn(f, &b->raw_q, l->q_norm, &r, &b->q));
+    TRY(turn(f, &b->raw_k, l->k_norm, &r, &b->k));
+  }
   store(f, &b->k, &kv->k[i]);
   store(f, &b->v, &kv->v[i]);
-  pylora_attn a = f->model->attn;
+  pylora_attn a = model->attn;
   a.window = l->window;
-  TRY(pylora_attention_forward(&b->q, &kv->k[i], &kv->v[i], f->step->seqs, &a, &o, &b->lse, f->ws,
-                               f->ws_bytes));
-  pylora_linear out = {.W = l->W[PYLORA_O], .bias = l->bias[PYLORA_O], .y = &b->x};
-  out.residual = &b->x;
-  return linears(f, &o, i * MODULES + PYLORA_O, 1, &out, start);
+  TRY(pylora_attention_forward(&b->q, &kv->k[i], &kv->v[i], f->step->seqs, &a, &b->o, &b->lse,
+                               f->ws, f->ws_bytes));
+  pylora_linear o = {.W = l->W[PYLORA_O], .bias = l->bias[PYLORA_O], .y = &b->x};
+  o.residual = &b->x;
+  const group out = {&b->o, NULL, i * MODULES + PYLORA_O, 1, &o, NULL, start};
+  return linears(f, &out);
 }
 
 static int mlp(const run *f, int64_t i) {
   const pylora_layer *l = &f->model->layer[i];
   const buffers *b = &f->b;
   const int64_t *start = f->step->seg_start, inner = l->W[PYLORA_GATE]->d;
-  const pylora_mat normed = part(&b->normed, f->hidden);
+  const pylora_norm norm = {l->mid_norm, f->model->eps, f->model->activations, NULL};
   const pylora_mat gate = part(&b->gate, inner), up = part(&b->up, inner);
-  TRY(pylora_rms_norm_forward(&b->x, l->mid_norm, f->model->eps, &normed, b->rstd));
   pylora_linear both[] = {
       {.W = l->W[PYLORA_GATE], .bias = l->bias[PYLORA_GATE], .y = &gate},
       {.W = l->W[PYLORA_UP], .bias = l->bias[PYLORA_UP], .y = &up},
   };
-  TRY(linears(f, &normed, i * MODULES + PYLORA_GATE, 2, both, start));
-  TRY(pylora_swiglu_forward(&gate, &up, &gate));
+  const pylora_finish product[] = {{NULL, NULL}, {NULL, &gate}};
+  const int together = both[0].W->dtype == both[1].W->dtype; /* else in two calls */
+  const group in = {&b->x, &norm, i * MODULES + PYLORA_GATE, 2, both, together ? product : NULL,
+                    start};
+  TRY(linears(f, &in));
+  if (!together) TRY(pylora_swiglu_forward(&gate, &up, &gate));
   pylora_linear down = {.W = l->W[PYLORA_DOWN], .bias = l->bias[PYLORA_DOWN], .y = &b->x};
   down.residual = &b->x;
-  return linears(f, &gate, i * MODULES + PYLORA_DOWN, 1, &down, start);
+  const group out = {&gate, NULL, i * MODULES + PYLORA_DOWN, 1, &down, NULL, start};
+  return linears(f, &out);
 }
 
 static int head(const run *f, const pylora_mat *logits) {
@@ -363,14 +400,15 @@ static int head(const run *f, const pylora_mat *logits) {
   for (int64_t i = 0; i < s->outputs; i++)
     memcpy(b->last.p + i * f->hidden, b->x.p + s->output[i] * f->hidden,
            (size_t)f->hidden * sizeof(float));
-  TRY(pylora_rms_norm_forward(&b->last, f->model->norm, f->model->eps, &b->last_normed, b->rstd));
+  const pylora_norm norm = {f->model->norm, f->model->eps, f->model->activations, NULL};
   for (int64_t i = 0, t = 0; s->seg_start && i <= f->segments; i++) {
     while (t < s->outputs && s->output[t] < s->seg_start[i]) t++;
     b->head_start[i] = t;
   }
   pylora_linear out = {.W = f->model->head, .y = logits};
-  return linears(f, &b->last_normed, f->model->layers * (int64_t)MODULES, 1, &out,
-                 s->seg_start ? b->head_start : NULL);
+  const int64_t *start = s->seg_start ? b->head_start : NULL;
+  const group all = {&b->last, &norm, f->model->layers * (int64_t)MODULES, 1, &out, NULL, start};
+  return linears(f, &all);
 }
 
 static int check_cache(const run *f, const pylora_kv *kv) {

@@ -1,17 +1,13 @@
 /* lora_forward.c - projections of one x with their adapters: y = residual + x Wᵀ + bias + s h Bᵀ.
  *
- * x is put into the form that W's format multiplies (once for all projections), then h = x Aᵀ, then y.
- * One task of y = some panels of 32 outputs of a block of rows: the tile is summed over k, then over
- * the rank, in scratch that stays in L1, and is stored once with bias and residual.
- *
- * Every sum runs in one order (see cpu/kernels.h), whatever the blocks, segments and threads. */
-#include "low_rank.h"
+ * Looks at what the caller said, lays out the workspace, and runs the tasks of forward.h. */
+#include "forward.h"
 
 enum {
   PANEL = PYLORA_PANEL,
   BLOCK_BYTES = 384 * 1024, /* prepared rows per block: half of a usual L2 */
   GROUP = 4,                /* panels per task while there are many */
-  H_ROWS = 64,              /* rows of h per task */
+  ROWS = 64,                /* rows of x per task while there are many */
 };
 
 size_t pylora_linear_workspace(int64_t m, int64_t n, int64_t d, int64_t k, int64_t r) {
@@ -29,129 +25,6 @@ size_t pylora_linear_workspace(int64_t m, int64_t n, int64_t d, int64_t k, int64
 
 size_t pylora_lora_workspace(int64_t m, int64_t d, int64_t k, int64_t r) {
   return pylora_linear_workspace(m, 1, d, k, r);
-}
-
-/* One projection, looked at once before any work. */
-typedef struct projection {
-  const pylora_linear *l;
-  const low_pack *own; /* packed here (one segment), or NULL */
-  int up_later;        /* own has no Bt: each task packs the panel that it alone needs */
-  float *h;            /* [m, ldh]; NULL: no adapters */
-  int64_t ldh;
-  int64_t panels, groups; /* of y */
-  int done;               /* h is there already */
-} projection;
-
-typedef struct fwd {
-  const pylora_kernels *K;
-  const pylora_format *F;
-  const pylora_mat *x;
-  int64_t m, k, n;
-  const projection *p;
-  int64_t segments;
-  const int64_t *start;   /* [segments + 1] */
-  const int64_t *h_block; /* [segments + 1]: tasks of h before each segment */
-  const void *rows;       /* prepared x */
-  size_t stride;
-  const void *low_rows; /* what A is multiplied with: float32 or bfloat16 */
-  int64_t low_stride;   /* in elements */
-  void *out;            /* where prepare_rows writes */
-  const pylora_mat *from;
-  int64_t block, all_groups, per_group;
-  float *tiles;
-} fwd;
-
-static const low_pack *adapter(const projection *p, int64_t segment) {
-  if (p->own) return p->own;
-  const pylora_lora *l = p->l->lora ? p->l->lora[segment] : NULL;
-  return l && l->r ? l->packed : NULL;
-}
-
-static void prepare_rows(void *ctx, int64_t task, int thread) {
-  (void)thread;
-  const fwd *f = ctx;
-  const int64_t i = task * H_ROWS;
-  f->F->prepare(f->K, f->from, i, min64(H_ROWS, f->m - i), (char *)f->out + (size_t)i * f->stride);
-}
-
-static void widen_rows(void *ctx, int64_t task, int thread) {
-  (void)thread;
-  const fwd *f = ctx;
-  for (int64_t i = task * H_ROWS; i < min64(f->m, (task + 1) * H_ROWS); i++)
-    f->K->from_bf16(f->k, f->x->b + i * f->x->ld, (float *)f->out + i * f->k);
-}
-
-/* h for a block of rows of one segment, for one projection */
-static void h_block(void *ctx, int64_t task, int thread) {
-  (void)thread;
-  const fwd *f = ctx;
-  const int64_t blocks = f->h_block[f->segments], b = task % blocks;
-  const projection *p = f->p + task / blocks;
-  int64_t s = 0, top = f->segments - 1; /* the last segment with h_block[s] <= b */
-  while (s < top) {
-    const int64_t mid = (s + top + 1) / 2;
-    if (f->h_block[mid] <= b)
-      s = mid;
-    else
-      top = mid - 1;
-  }
-  const low_pack *P = p->h && !p->done ? adapter(p, s) : NULL;
-  if (!P) return;
-  const int64_t i = f->start[s] + (b - f->h_block[s]) * H_ROWS,
-                n = min64(H_ROWS, f->start[s + 1] - i);
-  const size_t size = P->dtype == PYLORA_BF16 ? sizeof(uint16_t) : sizeof(float);
-  pylora_down(f->K, P, n, (const char *)f->low_rows + i * f->low_stride * (int64_t)size,
-              f->low_stride, p->h + i * p->ldh, p->ldh);
-}
-
-static void store_tile(const fwd *f, const pylora_linear *l, int64_t i, int64_t n, int64_t j,
-                       float *tile) {
-  const int64_t cols = min64(PANEL, l->W->d - j);
-  for (int64_t t = 0; t < n; t++) {
-    float *c = tile + t * PANEL;
-    if (l->residual) {
-      const float *res = l->residual->p + (i + t) * l->residual->ld + j;
-      for (int64_t q = 0; q < cols; q++) c[q] = res[q] + c[q];
-    }
-    if (l->y->b)
-      f->K->to_bf16(cols, c, l->y->b + (i + t) * l->y->ld + j);
-    else
-      memcpy(l->y->p + (i + t) * l->y->ld + j, c, (size_t)cols * sizeof(float));
-  }
-}
-
-/* Some panels of one projection for a block of rows */
-static void y_block(void *ctx, int64_t task, int thread) {
-  const fwd *f = ctx;
-  const int64_t i = task / f->all_groups * f->block, n = min64(f->block, f->m - i);
-  int64_t g = task % f->all_groups;
-  const projection *p = f->p;
-  while (g >= p->groups) g -= (p++)->groups;
-  const pylora_linear *l = p->l;
-  float *tile = f->tiles + (int64_t)thread * PYLORA_TILE, *up = tile + PYLORA_MAX_ROWS * PANEL;
-  const size_t panel_bytes = f->F->panel_bytes(f->k);
-  for (int64_t q = g * f->per_group; q < min64(p->panels, (g + 1) * f->per_group); q++) {
-    f->F->product(f->K, n, f->k, (const char *)f->rows + (size_t)i * f->stride, f->stride,
-                  (const char *)l->W->data + (size_t)q * panel_bytes, tile);
-    if (l->bias) {
-      const int64_t cols = min64(PANEL, l->W->d - q * PANEL);
-      for (int64_t t = 0; t < n; t++)
-        for (int64_t c = 0; c < cols; c++) tile[t * PANEL + c] += l->bias[q * PANEL + c];
-    }
-    for (int64_t s = 0; p->h && s < f->segments; s++) {
-      const int64_t a = max64(i, f->start[s]), b = min64(i + n, f->start[s + 1]);
-      const low_pack *P = a < b ? adapter(p, s) : NULL;
-      if (!P || !P->active) continue;
-      const float *bt = low_bt(P, q);
-      if (p->up_later) {
-        pylora_pack_up(f->K, l->lora[0], l->W->d, q, up);
-        bt = up;
-      }
-      f->K->gemm(b - a, PANEL, P->r, p->h + a * p->ldh, p->ldh, 1, bt, PANEL,
-                 tile + (a - i) * PANEL, PANEL, GEMM_ADD);
-    }
-    store_tile(f, l, i, n, q * PANEL, tile);
-  }
 }
 
 static int check_linear(const pylora_linear *l, const pylora_mat *x, int64_t segments, int dtype) {
@@ -185,8 +58,116 @@ static int direct(const pylora_format *F, const pylora_mat *x) {
   return x->rows < 2 || (x->ld > 0 && (x->rows < 4 || x->ld * size % 2048 != 0));
 }
 
-int pylora_linear_forward(const pylora_mat *x, int64_t n, const pylora_linear *linear,
-                          int64_t segments, const int64_t *seg_start, void *ws, size_t ws_bytes) {
+/* Panels that make whole heads. */
+static int64_t unit_of(const pylora_finish *e) {
+  if (!e || !e->rotation) return 1;
+  int64_t a = e->rotation->head_dim, b = PANEL;
+  while (b) {
+    const int64_t rest = a % b;
+    a = b, b = rest;
+  }
+  return e->rotation->head_dim / a;
+}
+
+static int check_finish(const pylora_linear *l, const pylora_finish *e, int64_t i) {
+  const int64_t m = l->y->rows, d = l->W->d;
+  if (e->rotation) {
+    const pylora_rotation *r = e->rotation;
+    TRY(pylora_check_rope(&r->cosines, &r->sines, r->position, m, d, r->head_dim, r->layout));
+    if (unit_of(e) > PYLORA_CHUNK_D) return PYLORA_E_UNSUPPORTED;
+  }
+  if (e->product) {
+    if (i == 0 || e->rotation || e[-1].rotation || e[-1].product) return PYLORA_E_VALUE;
+    if (l[-1].W->d != d) return PYLORA_E_SHAPE;
+    TRY(check_mat16(e->product, m, d, 1));
+  }
+  return PYLORA_OK;
+}
+
+static int check_norm(const pylora_norm *norm, int64_t k) {
+  if (k == 0) return PYLORA_E_SHAPE; /* the mean of nothing */
+  if (norm->dtype != PYLORA_F32 && norm->dtype != PYLORA_BF16) return PYLORA_E_UNSUPPORTED;
+  return norm->w ? PYLORA_OK : PYLORA_E_NULL;
+}
+
+/* Where the norm of x goes: rows that W's format multiplies as they lie, if they are of its type. */
+static int normed(forward *f, arena *a, pylora_mat *x) {
+  const int half = f->norm->dtype == PYLORA_BF16, own = f->F->dtype == f->norm->dtype;
+  const size_t size = half ? sizeof(uint16_t) : sizeof(float),
+               bytes = own ? f->F->row_bytes(f->k) : round_up((size_t)f->k * size);
+  void *p = arena_bytes(a, (size_t)f->m * bytes);
+  f->rstd = f->norm->rstd ? f->norm->rstd : arena_floats(a, f->m);
+  if (!p || !f->rstd) return PYLORA_E_WORKSPACE;
+  *x = (pylora_mat){half ? NULL : p, f->m, f->k, (int64_t)(bytes / size), half ? p : NULL, NULL};
+  return PYLORA_OK;
+}
+
+/* Rows per task: all of them where the work is too small to be handed to another thread. */
+static void rows_of_task(forward *f, int64_t ranks, int *threads) {
+  const double each = 2.0 * (double)ranks + (f->raw ? 8 : 0) + (f->prepared || f->wide ? 4 : 0);
+  *threads = pylora_threads_for(each * (double)f->m * (double)f->k, *threads);
+  f->per_rows = *threads == 1 ? ROWS : max64(1, min64(ROWS, ceil_div(f->m, 2 * *threads)));
+}
+
+/* With dropout a projection has rows of its own, used for h and let go. */
+static int dropped_h(const forward *all, projection *p, arena a, int threads) {
+  const pylora_drop *drop = p->l->lora[0]->drop;
+  const pylora_mat *x = all->x;
+  const int64_t m = all->m, k = all->k;
+  const int pairs = all->F->dtype == PYLORA_BF16;
+  forward f = *all;
+  float *xa = arena_floats(&a, m * k);
+  if (!xa) return PYLORA_E_WORKSPACE;
+  const pylora_mat dropped = {xa, m, k, k, NULL, NULL};
+  pylora_mat wide = {(float *)(uintptr_t)f.low_rows, m, k, f.low_stride, NULL, NULL};
+  if (pairs) { /* the mask keeps or scales numbers of x, which are rounded after that */
+    if (x->b) TRY(pylora_cast(x, &dropped));
+    wide = x->b ? dropped : *x;
+  }
+  TRY(pylora_dropout(&wide, drop, &dropped));
+  f.n = 1, f.p = p, f.down = 1;
+  f.raw = NULL, f.wide = NULL, f.prepared = NULL;
+  f.low_rows = xa, f.low_stride = k;
+  if (pairs) {
+    f.x = &dropped;
+    f.stride = f.F->row_bytes(k);
+    f.low_rows = f.prepared = arena_bytes(&a, (size_t)m * f.stride);
+    if (!f.prepared) return PYLORA_E_WORKSPACE;
+    f.low_stride = (int64_t)f.stride / 2;
+  }
+  rows_of_task(&f, p->l->lora[0]->r, &threads);
+  pylora_parallel(pylora_rows_task, &f, ceil_div(m, f.per_rows), threads);
+  p->done = 1;
+  return PYLORA_OK;
+}
+
+/* The adapters of a projection: where h goes, and an unpacked one packed. */
+static int low_rank_of(const forward *f, projection *p, int64_t blocks, arena *a, int64_t *rank) {
+  const pylora_linear *l = p->l;
+  int64_t r = 0;
+  for (int64_t s = 0; l->lora && s < f->segments; s++)
+    if (l->lora[s]) r = max64(r, l->lora[s]->r);
+  *rank = r;
+  if (!r) return PYLORA_OK;
+  p->h = l->h ? l->h->p : arena_floats(a, f->m * r);
+  p->ldh = l->h ? l->h->ld : r;
+  if (!p->h) return PYLORA_E_WORKSPACE;
+  const pylora_lora *one = f->segments == 1 ? l->lora[0] : NULL;
+  if (!one) return PYLORA_OK;
+  p->own = one->packed;
+  if (p->own) return PYLORA_OK;
+  void *buffer = arena_bytes(a, pylora_lora_pack_bytes(f->F->dtype, l->W->d, f->k, r));
+  if (!buffer) return PYLORA_E_WORKSPACE;
+  /* One block of rows: a panel of Bt is read once, in the cache of the thread that packed it. */
+  p->up_later = blocks == 1 && r <= PYLORA_CHUNK_D;
+  TRY((p->up_later ? pylora_pack_down : pylora_lora_pack)(f->F->dtype, l->W->d, f->k, one, buffer));
+  p->own = buffer;
+  return PYLORA_OK;
+}
+
+int pylora_fused_forward(const pylora_mat *x, const pylora_norm *norm, int64_t n,
+                         const pylora_linear *linear, const pylora_finish *finish, int64_t segments,
+                         const int64_t *seg_start, void *ws, size_t ws_bytes) {
   if (!x || (n > 0 && !linear)) return PYLORA_E_NULL;
   if (n < 0 || (seg_start ? segments < 0 : segments != 1)) return PYLORA_E_SHAPE;
   if (n == 0) return PYLORA_OK;
@@ -194,6 +175,8 @@ int pylora_linear_forward(const pylora_mat *x, int64_t n, const pylora_linear *l
   const int dtype = linear[0].W->dtype, threads = pylora_num_threads();
   const int64_t m = x->rows, k = x->cols;
   for (int64_t i = 0; i < n; i++) TRY(check_linear(linear + i, x, segments, dtype));
+  for (int64_t i = 0; finish && i < n; i++) TRY(check_finish(linear + i, finish + i, i));
+  if (norm) TRY(check_norm(norm, k));
   const int64_t whole[2] = {0, m};
   const int64_t *start = seg_start ? seg_start : whole;
   for (int64_t s = 0; s < segments; s++)
@@ -201,122 +184,91 @@ int pylora_linear_forward(const pylora_mat *x, int64_t n, const pylora_linear *l
   if (segments ? start[0] != 0 || start[segments] != m : m != 0) return PYLORA_E_SHAPE;
 
   arena a = arena_of(ws, ws_bytes);
-  fwd f = {.K = pylora_table(), .F = pylora_format_of(dtype), .x = x, .m = m, .k = k, .n = n};
+  forward f = {.K = pylora_table(), .F = pylora_format_of(dtype), .m = m, .k = k, .n = n};
   f.segments = segments;
   f.start = start;
   projection *p = (projection *)(void *)arena_bytes(&a, (size_t)n * sizeof *p);
-  int64_t *h_start = (int64_t *)(void *)arena_bytes(&a, ((size_t)segments + 1) * sizeof *h_start);
   f.tiles = arena_floats(&a, (int64_t)threads * PYLORA_TILE);
-  if (!p || !h_start || !f.tiles) return PYLORA_E_WORKSPACE;
-  h_start[0] = 0;
-  for (int64_t s = 0; s < segments; s++)
-    h_start[s + 1] = h_start[s] + ceil_div(start[s + 1] - start[s], H_ROWS);
-  f.h_block = h_start;
+  if (!p || !f.tiles) return PYLORA_E_WORKSPACE;
   f.p = p;
   if (m == 0) return PYLORA_OK;
 
+  pylora_mat own;
+  f.x = x;
+  if (norm) {
+    f.norm = norm;
+    f.raw = x;
+    TRY(normed(&f, &a, &own));
+    f.x = x = &own;
+  }
   f.rows = x->b ? (const void *)x->b : (const void *)x->p;
   f.stride = m > 1 ? (size_t)x->ld * (x->b ? 2 : 4) : 0;
-  const int as_is = direct(f.F, x);
-  if (!as_is) {
+  if (!(norm ? f.F->dtype == norm->dtype : direct(f.F, x))) {
     f.stride = f.F->row_bytes(k);
-    f.from = x;
-    f.rows = f.out = arena_bytes(&a, (size_t)m * f.stride);
-    if (!f.out) return PYLORA_E_WORKSPACE;
-    pylora_parallel(prepare_rows, &f, ceil_div(m, H_ROWS), threads);
+    f.rows = f.prepared = arena_bytes(&a, (size_t)m * f.stride);
+    if (!f.prepared) return PYLORA_E_WORKSPACE;
   }
 
   const int64_t bytes = max64(1, (int64_t)f.F->row_bytes(k));
   f.block = min64(PYLORA_MAX_ROWS, max64(48, BLOCK_BYTES / bytes / 12 * 12));
+  for (int64_t i = 0; i < n; i++) {
+    p[i] = (projection){.l = linear + i, .panels = ceil_div(linear[i].W->d, PANEL), .pair = 1};
+    p[i].finish = finish ? finish + i : NULL;
+    p[i].unit = unit_of(p[i].finish);
+    if (p[i].finish && p[i].finish->product) p[i - 1].pair = 2;
+    f.block = min64(f.block, PYLORA_MAX_ROWS / p[i].unit);
+  }
   const int64_t blocks = ceil_div(m, f.block);
-  int64_t outputs = 0, ranks = 0;
-  int late = 0; /* adapters whose h is still to be computed, all at once */
-  const int pairs = dtype == PYLORA_BF16;
+
   /* What A is multiplied with: the rows of W's product where these are bfloat16 or float32, else x in
    * float32. */
+  const int pairs = dtype == PYLORA_BF16;
   f.low_rows = pairs || dtype == PYLORA_F32 ? f.rows : (const void *)x->p;
   f.low_stride = pairs                 ? (int64_t)f.stride / 2
                  : dtype == PYLORA_F32 ? (int64_t)f.stride / 4
                                        : x->ld;
-  for (int64_t i = 0; i < n; i++) {
-    const pylora_linear *l = linear + i;
-    int64_t r = 0;
-    for (int64_t s = 0; l->lora && s < segments; s++)
-      if (l->lora[s]) r = max64(r, l->lora[s]->r);
-    p[i] = (projection){.l = l, .panels = ceil_div(l->W->d, PANEL)};
+  int64_t outputs = 0, ranks = 0, dropped = 0;
+  for (int64_t i = 0, r; i < n; i++) {
     outputs += p[i].panels;
+    TRY(low_rank_of(&f, p + i, blocks, &a, &r));
     if (!r) continue;
-    ranks += r;
-    if (l->h) {
-      p[i].h = l->h->p;
-      p[i].ldh = l->h->ld;
-    } else {
-      p[i].ldh = r;
-      if (!(p[i].h = arena_floats(&a, m * r))) return PYLORA_E_WORKSPACE;
-    }
-    const pylora_lora *one = segments == 1 ? l->lora[0] : NULL;
-    if (one && !one->packed) {
-      void *buffer = arena_bytes(&a, pylora_lora_pack_bytes(dtype, l->W->d, k, r));
-      if (!buffer) return PYLORA_E_WORKSPACE;
-      /* One block of rows: a panel of Bt is read once, in the cache of the thread that packed it. */
-      p[i].up_later = blocks == 1 && r <= PYLORA_CHUNK_D;
-      TRY((p[i].up_later ? pylora_pack_down : pylora_lora_pack)(dtype, l->W->d, k, one, buffer));
-      p[i].own = buffer;
-    } else if (one) {
-      p[i].own = one->packed;
-    }
     if (!f.low_rows && k) { /* a quantized W and a bfloat16 x */
-      f.low_rows = f.out = arena_bytes(&a, (size_t)m * (size_t)k * sizeof(float));
-      if (!f.out) return PYLORA_E_WORKSPACE;
+      f.low_rows = f.wide = arena_floats(&a, m * k);
+      if (!f.wide) return PYLORA_E_WORKSPACE;
       f.low_stride = k;
-      pylora_parallel(widen_rows, &f, ceil_div(m, H_ROWS), threads);
     }
-    if (!one || !one->drop || one->drop->p == 0) {
-      late = 1;
-      continue;
-    }
-    /* With dropout each projection has rows of its own, used for h and let go. */
-    const arena mark = a;
-    fwd own = f;
-    own.n = 1;
-    own.p = p + i;
-    float *xa = arena_floats(&a, m * k);
-    if (!xa) return PYLORA_E_WORKSPACE;
-    pylora_mat dropped = {xa, m, k, k, NULL, NULL},
-               wide = {(float *)f.low_rows, m, k, f.low_stride, NULL, NULL};
-    if (pairs) { /* the mask keeps or scales numbers of x, which are rounded after that */
-      if (x->b) {
-        own.out = xa;
-        pylora_parallel(widen_rows, &own, ceil_div(m, H_ROWS), threads);
-        wide = dropped;
-      } else {
-        wide = *x;
-      }
-    }
-    TRY(pylora_dropout(&wide, one->drop, &dropped));
-    own.low_rows = xa;
-    own.low_stride = k;
-    if (pairs) {
-      own.from = &dropped;
-      own.stride = f.F->row_bytes(k);
-      own.low_rows = own.out = arena_bytes(&a, (size_t)m * own.stride);
-      if (!own.out) return PYLORA_E_WORKSPACE;
-      own.low_stride = (int64_t)own.stride / 2;
-      pylora_parallel(prepare_rows, &own, ceil_div(m, H_ROWS), threads);
-    }
-    pylora_parallel(h_block, &own, h_start[segments], threads);
-    p[i].done = 1;
-    a = mark;
+    const pylora_lora *one = segments == 1 ? linear[i].lora[0] : NULL;
+    const int drops = one && one->drop && one->drop->p > 0;
+    p[i].done = drops; /* not with the others */
+    dropped += drops;
+    if (!drops) ranks += r;
   }
-  if (late)
-    pylora_parallel(h_block, &f, n * h_start[segments],
-                    pylora_threads_for(2.0 * (double)m * (double)k * (double)ranks, threads));
+  f.down = ranks > 0;
+  if (f.raw || f.prepared || f.wide || f.down) {
+    int some = threads;
+    rows_of_task(&f, ranks, &some);
+    pylora_parallel(pylora_rows_task, &f, ceil_div(m, f.per_rows), some);
+  }
+  for (int64_t i = 0; dropped && i < n; i++) {
+    if (!p[i].done) continue;
+    p[i].done = 0;
+    TRY(dropped_h(&f, p + i, a, threads));
+  }
   if (!outputs) return PYLORA_OK;
 
-  f.per_group = min64(GROUP, max64(1, outputs * blocks / (4 * threads)));
-  for (int64_t i = 0; i < n; i++) f.all_groups += p[i].groups = ceil_div(p[i].panels, f.per_group);
-  pylora_parallel(y_block, &f, blocks * f.all_groups, threads);
+  const int64_t each = min64(GROUP, max64(1, outputs * blocks / (4 * threads)));
+  for (int64_t i = 0; i < n; i++) {
+    p[i].per_group = ceil_div(each, p[i].unit) * p[i].unit;
+    if (!finish || !finish[i].product) p[i].groups = ceil_div(p[i].panels, p[i].per_group);
+    f.all_groups += p[i].groups;
+  }
+  pylora_parallel(pylora_tiles_task, &f, blocks * f.all_groups, threads);
   return PYLORA_OK;
+}
+
+int pylora_linear_forward(const pylora_mat *x, int64_t n, const pylora_linear *linear,
+                          int64_t segments, const int64_t *seg_start, void *ws, size_t ws_bytes) {
+  return pylora_fused_forward(x, NULL, n, linear, NULL, segments, seg_start, ws, ws_bytes);
 }
 
 int pylora_lora_forward(const pylora_mat *x, const pylora_packed *W, const float *bias,

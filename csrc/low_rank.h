@@ -39,6 +39,10 @@ void pylora_pack_up(const pylora_kernels *K, const pylora_lora *l, int64_t d, in
 void pylora_down(const pylora_kernels *K, const low_pack *P, int64_t m, const void *rows,
                  int64_t stride, float *out, int64_t ld);
 
+/* The same of up to PYLORA_FEW single rows, each with an adapter of its own; all of one rank and dtype. */
+void pylora_down_few(const pylora_kernels *K, int n, const low_pack *const *P,
+                     const void *const *rows, float *const *out);
+
 static inline const float *low_bt(const low_pack *P, int64_t panel) {
   return (const float *)(const void *)((const char *)P + P->bt) + panel * P->r * PYLORA_PANEL;
 }

@@ -193,6 +193,32 @@ size_t pylora_linear_workspace(int64_t m, int64_t n, int64_t d, int64_t k, int64
 int pylora_linear_forward(const pylora_mat *x, int64_t n, const pylora_linear *linear,
                           int64_t segments, const int64_t *seg_start, void *ws, size_t ws_bytes);
 
+/* What stands before and after the projections of a block, done with them while the rows and tiles are in
+ * the cache.  The bits are those of the operations one after the other. */
+typedef struct pylora_norm { /* x is normed first, as by pylora_rms_norm_forward */
+  const float *w;            /* [k] */
+  float eps;
+  int32_t dtype; /* of the normed x: PYLORA_F32 or PYLORA_BF16 */
+  float *rstd;   /* [m], or NULL: not kept */
+} pylora_norm;
+typedef struct pylora_rotation { /* see pylora_rope */
+  pylora_mat cosines, sines;
+  const int64_t *position; /* [m] */
+  int32_t head_dim, layout;
+} pylora_rotation;
+typedef struct pylora_finish {
+  const pylora_rotation *rotation; /* or NULL; else y is rotated, float32 until then */
+  const pylora_mat
+      *product; /* or NULL; else silu(gate) up goes there, [m,d], bf16 too: gate and up are
+                                the y of the projection before this one and this one's; may be either */
+} pylora_finish;
+
+/* pylora_linear_forward with a norm (or NULL) and with finish [n] (or NULL), in the same workspace.  h is
+ * of the normed x.  PYLORA_E_UNSUPPORTED for heads that no tile holds (head_dim odd and above 512). */
+int pylora_fused_forward(const pylora_mat *x, const pylora_norm *norm, int64_t n,
+                         const pylora_linear *linear, const pylora_finish *finish, int64_t segments,
+                         const int64_t *seg_start, void *ws, size_t ws_bytes);
+
 /* One projection's part of backward; dA [r,k] and dB [d,r] may be NULL. */
 typedef struct pylora_linear_grad {
   const pylora_packed *W;  /* NULL without dx */

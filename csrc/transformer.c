@@ -75,34 +75,38 @@ typedef struct norm {
   float *dw;
 } norm;
 
-/* The same for rows in bfloat16, widened a piece at a time. */
-static void norm_rows16(const void *ctx, int64_t first, int64_t end) {
-  const norm *f = ctx;
-  const int64_t k = f->x->cols;
-  float piece[PIECE];
+/* Rows in bfloat16 are widened a piece at a time. */
+static void norm_row16(const pylora_kernels *K, int64_t k, const uint16_t *x, const float *w,
+                       float eps, pylora_vec y, float *rstd) {
+  float piece[PIECE], squares = 0;
+  for (int64_t j = 0; j < k; j += PIECE) {
+    K->from_bf16(min64(PIECE, k - j), x + j, piece);
+    squares += K->sum_squares(min64(PIECE, k - j), piece);
+  }
+  *rstd = 1.0f / sqrtf(squares / (float)k + eps);
+  for (int64_t j = 0; j < k; j += PIECE) {
+    K->from_bf16(min64(PIECE, k - j), x + j, piece);
+    K->rms_forward(min64(PIECE, k - j), piece, w + j, *rstd, vec_at(y, j));
+  }
+}
+
+void pylora_norm_rows(const pylora_kernels *K, const pylora_mat *x, const float *w, float eps,
+                      const pylora_mat *y, float *rstd, int64_t first, int64_t end) {
+  const int64_t k = x->cols;
   for (int64_t i = first; i < end; i++) {
-    const uint16_t *x = f->x->b + i * f->x->ld;
-    float squares = 0;
-    for (int64_t j = 0; j < k; j += PIECE) {
-      f->K->from_bf16(min64(PIECE, k - j), x + j, piece);
-      squares += f->K->sum_squares(min64(PIECE, k - j), piece);
+    const pylora_vec row = row_at(x, i, 0), out = row_at(y, i, 0);
+    if (row.b) {
+      norm_row16(K, k, row.b, w, eps, out, rstd + i);
+      continue;
     }
-    f->rstd[i] = 1.0f / sqrtf(squares / (float)k + f->eps);
-    for (int64_t j = 0; j < k; j += PIECE) {
-      f->K->from_bf16(min64(PIECE, k - j), x + j, piece);
-      f->K->rms_forward(min64(PIECE, k - j), piece, f->w + j, f->rstd[i], row_at(f->y, i, j));
-    }
+    rstd[i] = 1.0f / sqrtf(K->sum_squares(k, row.p) / (float)k + eps);
+    K->rms_forward(k, row.p, w, rstd[i], out);
   }
 }
 
 static void norm_rows(const void *ctx, int64_t first, int64_t end) {
   const norm *f = ctx;
-  const int64_t k = f->x->cols;
-  for (int64_t i = first; i < end; i++) {
-    const float *x = f->x->p + i * f->x->ld;
-    f->rstd[i] = 1.0f / sqrtf(f->K->sum_squares(k, x) / (float)k + f->eps);
-    f->K->rms_forward(k, x, f->w, f->rstd[i], row_at(f->y, i, 0));
-  }
+  pylora_norm_rows(f->K, f->x, f->w, f->eps, f->y, f->rstd, first, end);
 }
 
 int pylora_rms_norm_forward(const pylora_mat *x, const float *w, float eps, const pylora_mat *y,
@@ -115,7 +119,7 @@ int pylora_rms_norm_forward(const pylora_mat *x, const float *w, float eps, cons
   if (k == 0) return PYLORA_E_SHAPE; /* the mean of nothing */
   if (!w || !rstd) return PYLORA_E_NULL;
   const norm f = {.K = pylora_table(), .x = x, .y = y, .w = w, .eps = eps, .rstd = rstd};
-  each_row(x->b ? norm_rows16 : norm_rows, &f, m, k);
+  each_row(norm_rows, &f, m, k);
   return PYLORA_OK;
 }
 
@@ -175,40 +179,51 @@ static void put(pylora_vec r, int64_t j, float x) {
     r.p[j] = x;
 }
 
-static void rope_rows(const void *ctx, int64_t first, int64_t end) {
-  const rope *f = ctx;
-  const int64_t half = f->dim / 2;
-  for (int64_t i = first; i < end; i++) {
-    const float *c = f->c->p + f->position[i] * f->c->ld, *s = f->s->p + f->position[i] * f->s->ld;
-    for (int64_t h = 0; h < f->x->cols; h += f->dim) {
-      const pylora_vec x = row_at(f->x, i, h), y = row_at(f->y, i, h);
-      if (f->layout == PYLORA_ROPE_HALF) {
-        f->K->rotate(half, x, row_at(f->x, i, h + half), c, s, f->inverse, y,
-                     row_at(f->y, i, h + half));
-        continue;
-      }
-      for (int64_t j = 0; j < half; j++) {
-        const float a = get(x, 2 * j), b = get(x, 2 * j + 1), sin = f->inverse ? -s[j] : s[j];
-        put(y, 2 * j, a * c[j] - b * sin);
-        put(y, 2 * j + 1, b * c[j] + a * sin);
-      }
+void pylora_rope_row(const pylora_kernels *K, pylora_vec x, int64_t cols, int64_t head_dim,
+                     int layout, int inverse, const float *c, const float *s, pylora_vec y) {
+  const int64_t half = head_dim / 2;
+  for (int64_t h = 0; h < cols; h += head_dim) {
+    const pylora_vec from = vec_at(x, h), to = vec_at(y, h);
+    if (layout == PYLORA_ROPE_HALF) {
+      K->rotate(half, from, vec_at(from, half), c, s, inverse, to, vec_at(to, half));
+      continue;
+    }
+    for (int64_t j = 0; j < half; j++) {
+      const float a = get(from, 2 * j), b = get(from, 2 * j + 1), sin = inverse ? -s[j] : s[j];
+      put(to, 2 * j, a * c[j] - b * sin);
+      put(to, 2 * j + 1, b * c[j] + a * sin);
     }
   }
+}
+
+static void rope_rows(const void *ctx, int64_t first, int64_t end) {
+  const rope *f = ctx;
+  for (int64_t i = first; i < end; i++) {
+    const int64_t at = f->position[i];
+    pylora_rope_row(f->K, row_at(f->x, i, 0), f->x->cols, f->dim, f->layout, f->inverse,
+                    f->c->p + at * f->c->ld, f->s->p + at * f->s->ld, row_at(f->y, i, 0));
+  }
+}
+
+int pylora_check_rope(const pylora_mat *cosines, const pylora_mat *sines, const int64_t *position,
+                      int64_t m, int64_t cols, int64_t head_dim, int layout) {
+  if (head_dim < 2 || head_dim % 2 || cols % head_dim) return PYLORA_E_SHAPE;
+  if (layout != PYLORA_ROPE_HALF && layout != PYLORA_ROPE_INTERLEAVED) return PYLORA_E_VALUE;
+  TRY(check_mat(cosines, cosines->rows, head_dim / 2, 0));
+  TRY(check_mat(sines, cosines->rows, head_dim / 2, 0));
+  if (m && !position) return PYLORA_E_NULL;
+  for (int64_t i = 0; i < m; i++)
+    if (position[i] < 0 || position[i] >= cosines->rows) return PYLORA_E_INDEX;
+  return PYLORA_OK;
 }
 
 int pylora_rope(const pylora_mat *x, const pylora_mat *cosines, const pylora_mat *sines,
                 const int64_t *position, int32_t head_dim, int layout, int inverse,
                 const pylora_mat *y) {
   if (!x || !cosines || !sines || !y) return PYLORA_E_NULL;
-  if (head_dim < 2 || head_dim % 2 || x->cols % head_dim) return PYLORA_E_SHAPE;
-  if (layout != PYLORA_ROPE_HALF && layout != PYLORA_ROPE_INTERLEAVED) return PYLORA_E_VALUE;
   TRY(check_mat16(x, x->rows, x->cols, 0));
   TRY(check_mat16(y, x->rows, x->cols, 1));
-  TRY(check_mat(cosines, cosines->rows, head_dim / 2, 0));
-  TRY(check_mat(sines, cosines->rows, head_dim / 2, 0));
-  if (x->rows && !position) return PYLORA_E_NULL;
-  for (int64_t i = 0; i < x->rows; i++)
-    if (position[i] < 0 || position[i] >= cosines->rows) return PYLORA_E_INDEX;
+  TRY(pylora_check_rope(cosines, sines, position, x->rows, x->cols, head_dim, layout));
   const rope f = {pylora_table(), x, cosines, sines, y, position, head_dim, layout, inverse};
   each_row(rope_rows, &f, x->rows, x->cols);
   return PYLORA_OK;

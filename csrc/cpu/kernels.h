@@ -14,6 +14,7 @@
 #include <stdint.h>
 
 #define PYLORA_PHILOX_WORDS 64
+#define PYLORA_FEW 4
 
 /* What a product does with what is in c. */
 enum {
@@ -73,6 +74,15 @@ typedef struct pylora_kernels {
    * this order for a query alone. */
   void (*gemm_pairs)(int64_t m, int n, int64_t pairs, const uint16_t *a, int64_t lda,
                      const uint16_t *b, int64_t ldb, float *c, int64_t ldc, int mode);
+  /* Up to PYLORA_FEW single rows, each with a matrix of its own: gemm and gemm_bf16 of m = 1, n = w,
+   * lda = ldc = anything, ldb = w and 2 w.  A row alone is one chain that waits for each of its sums. */
+  void (*few_rows)(int jobs, int w, int64_t kk, const float *const *a, const float *const *b,
+                   float *const *c, int mode);
+  void (*few_rows_bf16)(int jobs, int w, int64_t pairs, const uint16_t *const *a,
+                        const uint16_t *const *b, float *const *c, int mode);
+  /* y = residual + tile, cols <= 32 of n rows; residual may be NULL, and y may be residual. */
+  void (*put_tile)(int64_t n, int cols, const float *tile, const float *residual, int64_t ldr,
+                   pylora_vec y, int64_t ldy);
   /* A tile of 32 outputs x 32 inputs, from pairs of inputs to pairs of outputs:
    * dst[(i/2)*64 + 2*j + i%2] = src[(j/2)*64 + 2*i + j%2]  for outputs i < 32, inputs j < 32. */
   void (*transpose32_bf16)(const uint16_t *src, uint16_t *dst);

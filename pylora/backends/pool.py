@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from pylora.backends.slabs import HUGE, Slabs
+
 SMALL = 1 << 16  # bytes; below this NumPy's own allocator is as good
 _SLACK = 1 << 25
 
@@ -25,6 +27,7 @@ class Pool:
 
     def __init__(self, ffi: Any) -> None:
         self._ffi = ffi
+        self._slabs = Slabs()  # blocks too small for huge pages share a large allocation
         self._free: dict[int, list[np.ndarray]] = {}
         self._lock = threading.RLock()  # a destructor may run inside another method of this thread
         self.free_bytes = self.used_bytes = self.peak_bytes = 0
@@ -45,7 +48,7 @@ class Pool:
             else:
                 slack = max(self.peak_bytes // 8, _SLACK)
                 self._trim(max(0, self.peak_bytes + slack - self.used_bytes - size))
-                block = np.empty(size + 64, np.uint8)
+                block = self._slabs.take(size) if size < HUGE else np.empty(size + 64, np.uint8)
                 self.misses += 1
             self.used_bytes += size
             self.peak_bytes = max(self.peak_bytes, self.used_bytes)

@@ -14,6 +14,7 @@ import weakref
 import numpy as np
 
 SLAB = 1 << 25  # bytes
+HUGE = 1 << 22  # from this size on NumPy asks for huge pages itself
 _SMALL = 1 << 14  # weights below this gain nothing
 _ALIGN = 64
 
