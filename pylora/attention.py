@@ -20,10 +20,11 @@ from pylora.linear import (
     LinearCache,
     LoRALinear,
     backward_together,
-    forward_together,
+    caches_of,
+    projections_of,
 )
 from pylora.rope import Rope
-from pylora.types import Array, Attn, Seqs
+from pylora.types import Array, Attn, Norm, Rotation, Seqs
 from pylora.weights import Weights, vector
 
 
@@ -59,6 +60,7 @@ class AttentionCache:
     seqs: Seqs
     position: np.ndarray
     projections: tuple[LinearCache, LinearCache, LinearCache, LinearCache]
+    rstd: Array | None  # [m], of the norm before
 
 
 class Attention:
@@ -149,6 +151,7 @@ class Attention:
         x: Array,
         seqs: Seqs,
         *,
+        norm: Norm | None = None,
         residual: Array | None = None,
         drop: DropKey | None = None,
         position: np.ndarray | None = None,
@@ -156,16 +159,25 @@ class Attention:
     ) -> tuple[Array, AttentionCache]:
         """x [m, hidden] -> residual + attention(x) [m, hidden], and the cache for backward.
 
+        With `norm` it is the attention of the normed x, and the cache's x has to be put there.
         `position` [m] defaults to what `seqs` says. With `past` the new keys and values are stored
         there and the keys that `seqs` names are read from there.
         """
         position = positions(seqs) if position is None else position
         # q and k are rounded once they are rotated, so not here.
-        (raw_q, raw_k, v), caches = forward_together(
+        projections = projections_of(
             self.linears[:3], x, drop=drop, dtypes=(None, None, self.dtype)
         )
-        q, _ = self._turn(raw_q, self.q_norm, seqs, position)
-        k, _ = self._turn(raw_k, self.k_norm, seqs, position)
+        rotation = None
+        if self.q_norm is None:  # nothing comes in between
+            tables = self.rope.tables(int(seqs.k_len.max(initial=0)))
+            rotation = Rotation(*tables, position, self.shape.head_dim)
+        results, rstd = self.ops.qkv_forward(x, projections, norm, rotation, self.dtype)
+        (raw_q, _), (raw_k, _), (v, _) = results
+        q, k = raw_q, raw_k
+        if rotation is None:
+            q, _ = self._turn(raw_q, self.q_norm, seqs, position)
+            k, _ = self._turn(raw_k, self.k_norm, seqs, position)
         keys, values = k, v
         if past is not None:
             rows = self.ops.xp.asarray(past.rows)
@@ -174,11 +186,10 @@ class Attention:
         o, lse = self.ops.attention_forward(q, keys, values, seqs, self.shape, self.dtype)
         y, o_cache = self.o_proj.forward(o, residual=residual, drop=drop)
         o_cache.x = None  # o is kept below
-        if self.q_norm is not None:
-            q, k = raw_q, raw_k
-        x = x if self.input_lora else None
-        projections = (caches[0], caches[1], caches[2], o_cache)
-        return y, AttentionCache(x, q, k, v, o, lse, seqs, position, projections)
+        kept = x if self.input_lora and norm is None else None
+        q_cache, k_cache, v_cache = caches_of(projections, results)
+        caches = q_cache, k_cache, v_cache, o_cache
+        return y, AttentionCache(kept, raw_q, raw_k, v, o, lse, seqs, position, caches, rstd)
 
     def backward(
         self, dy: Array, cache: AttentionCache, grads: Grads, *, need_dx: bool = True

@@ -17,17 +17,15 @@ from pylora.config import LlamaConfig
 from pylora.linear import DropKey, Grads, LoRALinear
 from pylora.mlp import MLP, MLPCache
 from pylora.rope import Rope
-from pylora.types import Array, Seqs
+from pylora.types import Array, Norm, Seqs
 from pylora.weights import Weights, vector
 
 
 @dataclass(eq=False)
 class BlockCache:
     x: Array  # [m, hidden], input of the first norm
-    x_rstd: Array
     attention: AttentionCache
     mid: Array  # [m, hidden], input of the second norm
-    mid_rstd: Array
     mlp: MLPCache
 
 
@@ -71,16 +69,13 @@ class Block:
     ) -> tuple[Array, BlockCache]:
         """x [m, hidden] -> y [m, hidden], and the cache for backward."""
         ops = self.ops
-        normed, x_rstd = ops.rms_norm_forward(x, self.input_norm, self.eps, self.dtype)
+        first, second = Norm(self.input_norm, self.eps), Norm(self.mid_norm, self.eps)
         mid, attention = self.attention.forward(
-            normed, seqs, residual=x, drop=drop, position=position, past=past
+            x, seqs, norm=first, residual=x, drop=drop, position=position, past=past
         )
-        attention.x = None
-        normed, mid_rstd = ops.rms_norm_forward(mid, self.mid_norm, self.eps, self.dtype)
-        y, mlp = self.mlp.forward(normed, residual=mid, drop=drop)
-        mlp.x = None
+        y, mlp = self.mlp.forward(mid, norm=second, residual=mid, drop=drop)
         kept = ops.cast(x, self.dtype), ops.cast(mid, self.dtype)
-        return y, BlockCache(kept[0], x_rstd, attention, kept[1], mid_rstd, mlp)
+        return y, BlockCache(kept[0], attention, kept[1], mlp)
 
     def backward(
         self, dy: Array, cache: BlockCache, grads: Grads, *, need_dx: bool = True
@@ -97,12 +92,12 @@ class Block:
         c.mlp.x = None
         if not need_mid:
             return None
-        dmid, _ = ops.rms_norm_backward(dn, c.mid, self.mid_norm, c.mid_rstd, add=dy)
+        dmid, _ = ops.rms_norm_backward(dn, c.mid, self.mid_norm, c.mlp.rstd, add=dy)
         if self.attention.input_lora:
             c.attention.x, _ = ops.rms_norm_forward(c.x, self.input_norm, self.eps, self.dtype)
         dn = self.attention.backward(dmid, c.attention, grads, need_dx=need_dx)
         c.attention.x = None
         if not need_dx:
             return None
-        dx, _ = ops.rms_norm_backward(dn, c.x, self.input_norm, c.x_rstd, add=dmid)
+        dx, _ = ops.rms_norm_backward(dn, c.x, self.input_norm, c.attention.rstd, add=dmid)
         return dx

@@ -174,18 +174,15 @@ class LoRALinear:
         dtype: Any = None,
     ) -> tuple[Array, LinearCache]:
         """x [m,k] -> y = residual + x Wᵀ + bias + LoRA [m,d], and the cache for backward."""
+        self.check_input(x)
         p = self.projection(drop, first_row, residual, dtype)
-        [(y, h)] = self._run(x, [self], [p])
+        [(y, h)] = self.ops.linear_forward(x, [p])
         return y, LinearCache(x if p.lora is not None else None, h, p.drop)
 
-    @staticmethod
-    def _run(
-        x: Array, layers: Sequence[LoRALinear], projections: Sequence[Projection]
-    ) -> list[tuple[Array, Array | None]]:
-        first = layers[0]
-        if x.ndim != 2 or x.shape[1] != first.k:
-            raise ShapeError(f"{first.path}: x has shape {x.shape}, expected [m, {first.k}]")
-        return first.ops.linear_forward(x, projections)
+    def check_input(self, x: Array) -> None:
+        """ShapeError unless x is [m, k]."""
+        if x.ndim != 2 or x.shape[1] != self.k:
+            raise ShapeError(f"{self.path}: x has shape {x.shape}, expected [m, {self.k}]")
 
     def backward(
         self,
@@ -206,19 +203,23 @@ class LoRALinear:
         )
 
 
-def forward_together(
+def projections_of(
     layers: Sequence[LoRALinear],
     x: Array,
     *,
     drop: DropKey | None = None,
     dtypes: Sequence[Any],
-) -> tuple[list[Array], list[LinearCache]]:
-    """Modules that read the same x [m,k], such as q, k and v, in one pass over it: each one's y, of
-    the dtype named for it, and each one's cache, without x."""
-    projections = [p.projection(drop, dtype=t) for p, t in zip(layers, dtypes, strict=True)]
-    results = LoRALinear._run(x, layers, projections)
-    caches = [LinearCache(None, h, p.drop) for p, (_, h) in zip(projections, results)]
-    return [y for y, _ in results], caches
+) -> list[Projection]:
+    """Modules that read the same x [m,k], such as q, k and v, for one pass over it; y's dtypes."""
+    layers[0].check_input(x)
+    return [p.projection(drop, dtype=t) for p, t in zip(layers, dtypes, strict=True)]
+
+
+def caches_of(
+    projections: Sequence[Projection], results: Sequence[tuple[Array, Array | None]]
+) -> list[LinearCache]:
+    """What backward of such modules needs, without x."""
+    return [LinearCache(None, h, p.drop) for p, (_, h) in zip(projections, results, strict=True)]
 
 
 def backward_together(
@@ -232,7 +233,7 @@ def backward_together(
     need_dx: bool = True,
     dtype: Any = None,
 ) -> Array | None:
-    """The backward of `forward_together`: dx = add + the sum of the modules'; None unless
+    """The backward of modules that read the same x: dx = add + the sum of the modules'; None unless
     `need_dx`. `x` is needed where a module has an adapter."""
     parts = [
         ProjectionGrad(dy, p.W if need_dx else None, c.h, p.lora, c.drop)

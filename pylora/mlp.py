@@ -17,9 +17,10 @@ from pylora.linear import (
     LinearCache,
     LoRALinear,
     backward_together,
-    forward_together,
+    caches_of,
+    projections_of,
 )
-from pylora.types import Array
+from pylora.types import Array, Norm
 from pylora.weights import Weights
 
 
@@ -29,6 +30,7 @@ class MLPCache:
     gate: Array  # [m, intermediate]
     up: Array
     projections: tuple[LinearCache, LinearCache, LinearCache]
+    rstd: Array | None  # [m], of the norm before
 
 
 class MLP:
@@ -68,17 +70,26 @@ class MLP:
         return self.input_lora or self.down_proj.lora is not None
 
     def forward(
-        self, x: Array, *, residual: Array | None = None, drop: DropKey | None = None
+        self,
+        x: Array,
+        *,
+        norm: Norm | None = None,
+        residual: Array | None = None,
+        drop: DropKey | None = None,
     ) -> tuple[Array, MLPCache]:
-        """x [m, hidden] -> residual + mlp(x) [m, hidden], and the cache for backward."""
-        (gate, up), (gate_cache, up_cache) = forward_together(
+        """x [m, hidden] -> residual + mlp(x) [m, hidden], and the cache for backward.
+
+        With `norm` it is the mlp of the normed x, and the cache's x has to be put there."""
+        projections = projections_of(
             self.linears[:2], x, drop=drop, dtypes=(self.dtype, self.dtype)
         )
-        product = self.ops.swiglu_forward(gate, up, self.dtype)
+        results, product, rstd = self.ops.gate_up_forward(x, projections, norm, self.dtype)
         y, down_cache = self.down_proj.forward(product, residual=residual, drop=drop)
         down_cache.x = None  # computed again
-        x = x if self.input_lora else None
-        return y, MLPCache(x, gate, up, (gate_cache, up_cache, down_cache))
+        kept = x if self.input_lora and norm is None else None
+        (gate, _), (up, _) = results
+        gate_cache, up_cache = caches_of(projections, results)
+        return y, MLPCache(kept, gate, up, (gate_cache, up_cache, down_cache), rstd)
 
     def backward(
         self, dy: Array, cache: MLPCache, grads: Grads, *, need_dx: bool = True

@@ -56,6 +56,24 @@ class Projection:
 
 
 @dataclass(frozen=True, eq=False)
+class Norm:
+    """The RMS norm before some projections: x rstd w."""
+
+    w: Array  # [k]
+    eps: float
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """The rotary embedding of q and k: see `rope`."""
+
+    cos: Array  # [positions, head_dim / 2]
+    sin: Array
+    position: np.ndarray  # int64 [m]
+    head_dim: int
+
+
+@dataclass(frozen=True, eq=False)
 class ProjectionGrad:
     """The same module's part of backward. Its adapter, if any, gets gradients of A and B."""
 

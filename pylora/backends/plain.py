@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from pylora.backends.repeat import Direct, Repeated
 from pylora.errors import DtypeError, ShapeError
-from pylora.types import AdamW, Array, LoRA, Residue
+from pylora.types import AdamW, Array, LoRA, Norm, Projection, Residue, Rotation
 
 
 def want_writable(W: Array) -> None:
@@ -26,6 +26,36 @@ class _Single(Protocol):
     def sum_squares(self, x: Array) -> float: ...
 
     def merge(self, W: Array, lora: LoRA, dtype: str = "f32") -> tuple[Array, Residue]: ...
+
+
+class _Block(Protocol):
+    """What those of a block are made of."""
+
+    def rms_norm_forward(
+        self, x: Array, w: Array, eps: float, dtype: Any = None
+    ) -> tuple[Array, Array]: ...
+
+    def linear_forward(
+        self, x: Array, projections: Sequence[Projection]
+    ) -> list[tuple[Array, Array | None]]: ...
+
+    def rope(
+        self,
+        x: Array,
+        cos: Array,
+        sin: Array,
+        position: Array,
+        head_dim: int,
+        layout: str = "half",
+        inverse: bool = False,
+        dtype: Any = None,
+    ) -> Array: ...
+
+    def swiglu_forward(self, gate: Array, up: Array, dtype: Any = None) -> Array: ...
+
+
+def _normed(ops: _Block, x: Array, norm: Norm | None, dtype: Any) -> tuple[Array, Array | None]:
+    return (x, None) if norm is None else ops.rms_norm_forward(x, norm.w, norm.eps, dtype)
 
 
 class Plain:
@@ -50,6 +80,41 @@ class Plain:
     def total_squares(self: _Single, arrays: Sequence[Array]) -> float:
         """The sums of squares of the arrays, added up in order in float64."""
         return sum(self.sum_squares(x) for x in arrays)
+
+    def qkv_forward(
+        self: _Block,
+        x: Array,
+        projections: Sequence[Projection],
+        norm: Norm | None = None,
+        rotation: Rotation | None = None,
+        dtype: Any = None,
+    ) -> tuple[list[tuple[Array, Array | None]], Array | None]:
+        """`linear_forward` of q, k and v, of the norm of x where there is one, and q and k rotated
+        where that is asked for. Returns ((y, h) of each, the norm's rstd).
+
+        The normed x and what is rotated are rounded to `dtype`; q and k to their own before, if
+        they have one. A backend may do it in one pass, with the same result."""
+        x, rstd = _normed(self, x, norm, dtype)
+        results = self.linear_forward(x, projections)
+        if rotation is not None:
+            r = rotation
+            for i, (y, h) in enumerate(results[:2]):
+                turned = self.rope(y, r.cos, r.sin, r.position, r.head_dim, dtype=dtype)
+                results[i] = turned, h
+        return results, rstd
+
+    def gate_up_forward(
+        self: _Block,
+        x: Array,
+        projections: Sequence[Projection],
+        norm: Norm | None = None,
+        dtype: Any = None,
+    ) -> tuple[list[tuple[Array, Array | None]], Array, Array | None]:
+        """`linear_forward` of gate and up, of the norm of x where there is one, and their product
+        silu(gate) up. Returns ((y, h) of both, the product, the norm's rstd)."""
+        x, rstd = _normed(self, x, norm, dtype)
+        results = self.linear_forward(x, projections)
+        return results, self.swiglu_forward(results[0][0], results[1][0], dtype), rstd
 
     def repeated(self) -> Repeated:
         return Direct(self)

@@ -18,9 +18,11 @@ from pylora.types import (
     Attn,
     Drop,
     LoRA,
+    Norm,
     Projection,
     ProjectionGrad,
     Residue,
+    Rotation,
     Seqs,
 )
 
@@ -137,6 +139,21 @@ class Backend(Protocol):
     def swiglu_backward(
         self, dy: Array, gate: Array, up: Array, dtype: Any = None
     ) -> tuple[Array, Array]: ...
+    def qkv_forward(
+        self,
+        x: Array,
+        projections: Sequence[Projection],
+        norm: Norm | None = None,
+        rotation: Rotation | None = None,
+        dtype: Any = None,
+    ) -> tuple[list[tuple[Array, Array | None]], Array | None]: ...
+    def gate_up_forward(
+        self,
+        x: Array,
+        projections: Sequence[Projection],
+        norm: Norm | None = None,
+        dtype: Any = None,
+    ) -> tuple[list[tuple[Array, Array | None]], Array, Array | None]: ...
     def embedding_forward(self, ids: Array, W: Packed) -> Array: ...
     def embedding_backward(self, ids: Array, dy: Array, rows: int) -> Array: ...
 
