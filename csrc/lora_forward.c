@@ -313,7 +313,7 @@ int pylora_linear_forward(const pylora_mat *x, int64_t n, const pylora_linear *l
                     pylora_threads_for(2.0 * (double)m * (double)k * (double)ranks, threads));
   if (!outputs) return PYLORA_OK;
 
-  f.per_group = min64(GROUP, max64(1, outputs * blocks / (4 * threads)));
+  f.per_group = min64(GROUP, max64(1, outputs * blocks / (8 * threads)));
   for (int64_t i = 0; i < n; i++) f.all_groups += p[i].groups = ceil_div(p[i].panels, f.per_group);
   pylora_parallel(y_block, &f, blocks * f.all_groups, threads);
   return PYLORA_OK;
