@@ -21,6 +21,7 @@ from pylora.backends.marshal import (
     Packed,
     Scratch,
     adapter_of,
+    adapter_or_struct,
     at,
     attention_structs,
     check,
@@ -363,7 +364,7 @@ class CBackend(Plain):
             d = shape_of(p.W)[0] if p.W is not None else None
             dy = read_any("dy", p.dy, m, d)
             d = dy.shape[1]
-            low, *alive = lora_struct(p.lora, p.drop, d, k)
+            low, *alive = adapter_or_struct(p.W, p.lora, p.drop, d, k)
             h = dA = dB = None
             if p.lora is not None:
                 ranks += p.lora.rank
@@ -404,12 +405,10 @@ class CBackend(Plain):
         """Runs an operation in this thread's workspace. One that is too small is refused before any
         output is written; then it grows to what is needed. That depends on the number of threads,
         which another Python thread may change in between: so perhaps not only once."""
-        room = self._scratch.room
-        for _ in range(_ATTEMPTS):
-            status = run(*args, *room)
-            if status != lib.PYLORA_E_WORKSPACE:
-                break
-            room = self._scratch.at_least(needed(*sizes))
+        status, left = run(*args, *self._scratch.room), _ATTEMPTS
+        while status == lib.PYLORA_E_WORKSPACE and left:
+            status = run(*args, *self._scratch.at_least(needed(*sizes)))
+            left -= 1
         check(status, op)
 
     # ---- merge --------------------------------------------------------------------------------

@@ -209,6 +209,16 @@ def adapter_of(W: Packed, lora: LoRA, drop: Drop | None) -> tuple[Any, Any]:
     return one, (low, A, B, cdrop)
 
 
+def adapter_or_struct(
+    W: Packed | None, lora: LoRA | None, drop: Drop | None, d: int, k: int
+) -> tuple[Any, ...]:
+    """(pylora_lora *, what must stay alive), for backward, which may have no W."""
+    if lora is None or W is None or W.shape != (d, k):
+        return lora_struct(lora, drop, d, k)
+    one, alive = adapter_of(W, lora, drop)
+    return one[0], alive
+
+
 def read_qkv(q: Array, k: Array, v: Array, attn: Attn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     k = read_any("k", k, None, attn.kv_heads * attn.head_dim)
     q = read_any("q", q, None, attn.heads * attn.head_dim)
