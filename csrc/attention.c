@@ -225,7 +225,7 @@ void pylora_transpose(const pylora_kernels *K, pylora_vec x, int64_t ld, int64_t
       else
         memcpy(tile + c * PANEL, x.p + c * ld + t, (size_t)n * sizeof(float));
     }
-    K->transpose32(tile, out);
+    K->transpose(PANEL, PANEL, tile, PANEL, out, PANEL);
   }
 }
 

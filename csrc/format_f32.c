@@ -60,7 +60,7 @@ static void transpose(const pylora_kernels *K, const void *panels, int64_t k, in
   for (int64_t q = 0; q < rows; q += PANEL) {
     const float *tile = (const float *)panels + (d0 + q) * k + j * PANEL;
     if (cols == PANEL) {
-      K->transpose32(tile, out + q * PANEL);
+      K->transpose(PANEL, PANEL, tile, PANEL, out + q * PANEL, PANEL);
     } else {
       for (int64_t a = 0; a < PANEL; a++)
         for (int64_t b = 0; b < PANEL; b++)

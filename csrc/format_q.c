@@ -217,7 +217,7 @@ static void transpose(int dtype, const pylora_kernels *K, const char *panels, in
   float values[GROUP * PANEL];
   for (int64_t q = 0; q < rows; q += PANEL, group += panel) {
     K->dequantize(dtype, group, values);
-    K->transpose32(values, chunk + q * PANEL);
+    K->transpose(PANEL, PANEL, values, PANEL, chunk + q * PANEL, PANEL);
   }
 }
 

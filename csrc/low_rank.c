@@ -1,7 +1,7 @@
 /* low_rank.c - A and B of an adapter in the order the kernels read them, and h = x Aᵀ. */
 #include "low_rank.h"
 
-enum { PANEL = PYLORA_PANEL, FEW = 8 };
+enum { PANEL = PYLORA_PANEL };
 
 int pylora_check_lora(const pylora_lora *l, int64_t d, int64_t k) {
   if (l->r < 0) return PYLORA_E_SHAPE;
@@ -20,38 +20,6 @@ int pylora_any_nonzero(const float *B, int64_t rows, int64_t cols, int64_t ld) {
     for (int64_t j = 0; j < cols; j++)
       if (B[i * ld + j] != 0) return 1; /* also NaN */
   return 0;
-}
-
-/* n <= 32 words; the usual sizes are known to the compiler, which makes them a few moves. */
-static inline void copy_words(float *to, const float *from, int64_t n) {
-  if (n == 8)
-    memcpy(to, from, 8 * sizeof(float));
-  else if (n == 16)
-    memcpy(to, from, 16 * sizeof(float));
-  else if (n == 32)
-    memcpy(to, from, 32 * sizeof(float));
-  else
-    memcpy(to, from, (size_t)n * sizeof(float));
-}
-
-/* M [rows, cols] of 32-bit words -> out [cols, rows], its rows `ldo` apart: through tiles of 32 x 32,
- * but for the few rows or columns of a small rank, which cost less than filling tiles with them. */
-static void transpose(const pylora_kernels *K, const float *M, int64_t rows, int64_t cols,
-                      int64_t ld, float *out, int64_t ldo) {
-  if (rows <= FEW || cols <= FEW) {
-    for (int64_t j = 0; j < cols; j++)
-      for (int64_t i = 0; i < rows; i++) memcpy(out + j * ldo + i, M + i * ld + j, sizeof *M);
-    return;
-  }
-  float tile[PANEL * PANEL], turned[PANEL * PANEL];
-  memset(tile, 0, sizeof tile);
-  for (int64_t i = 0; i < rows; i += PANEL)
-    for (int64_t j = 0; j < cols; j += PANEL) {
-      const int64_t m = min64(PANEL, rows - i), n = min64(PANEL, cols - j);
-      for (int64_t a = 0; a < m; a++) copy_words(tile + a * PANEL, M + (i + a) * ld + j, n);
-      K->transpose32(tile, turned);
-      for (int64_t b = 0; b < n; b++) copy_words(out + (j + b) * ldo + i, turned + b * PANEL, m);
-    }
 }
 
 static int in_pairs(int dtype) { return dtype == PYLORA_BF16; }
@@ -83,7 +51,7 @@ void pylora_pack_pairs(const pylora_kernels *K, const float *M, int64_t rows, in
         K->to_bf16(n, M + (p + j) * ld + t, row);
         if (n % 2) row[n] = 0;
       }
-      transpose(K, words, w, ceil_div(n, 2), room, (float *)(void *)(out + t * w), w);
+      K->transpose(w, ceil_div(n, 2), words, room, (float *)(void *)(out + t * w), w);
     }
   }
 }
@@ -92,7 +60,7 @@ void pylora_pack_up(const pylora_kernels *K, const pylora_lora *l, int64_t d, in
                     float *out) {
   const int64_t i = panel * PANEL, n = min64(PANEL, d - i);
   if (n < PANEL) memset(out, 0, (size_t)(l->r * PANEL) * sizeof(float));
-  transpose(K, l->B + i * l->ldb, n, l->r, l->ldb, out, PANEL);
+  K->transpose(n, l->r, l->B + i * l->ldb, l->ldb, out, PANEL);
   K->scale(l->r * PANEL, out, l->s, out);
 }
 
@@ -112,7 +80,7 @@ int pylora_pack_down(int dtype, int64_t d, int64_t k, const pylora_lora *l, void
     float *out = (float *)(void *)((char *)buffer + at);
     for (int64_t p = 0; p < r; p += PANEL, out += k * PANEL) {
       const int64_t w = min64(PANEL, r - p);
-      transpose(K, l->A + p * l->lda, w, k, l->lda, out, w);
+      K->transpose(w, k, l->A + p * l->lda, l->lda, out, w);
     }
   }
   return PYLORA_OK;

@@ -162,7 +162,9 @@ def test_the_number_of_threads_may_change_under_an_operation(
         pytest.skip("the C core is not built")
     ops: Any = backends.get("c")
     q, k, v = (rng.standard_normal((200, 64)).astype(np.float32) for _ in range(3))
-    before, asked = ops.num_threads, list[int]()
+    from pylora.backends.marshal import Scratch
+
+    before, asked, nothing = ops.num_threads, list[int](), Scratch().room
 
     def run() -> bytes:
         return bytes(ops.attention_forward(q, k, v, Seqs.of([200]), Attn(4, 4, 16, 0.25))[0])
@@ -173,24 +175,26 @@ def test_the_number_of_threads_may_change_under_an_operation(
     def at_least(nbytes: int) -> Any:
         asked.append(nbytes)
         ops.set_num_threads(64)
-        ops._scratch.nbytes = 0  # so that no earlier one suffices
+        ops._scratch.room = nothing  # so that no earlier one suffices
         return right(nbytes)
 
     monkeypatch.setattr(ops._scratch, "at_least", at_least)
     try:
         ops.set_num_threads(1)
+        ops._scratch.room = nothing
         assert run() == want
     finally:
         ops.set_num_threads(before)
     assert len(asked) == 2 and asked[0] < asked[1]
 
 
-def test_a_remembered_adapter(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_remembered_adapter(precision: str) -> None:
     """A packed weight keeps the struct of its latest adapter: pointers to arrays, not numbers."""
     if "c" not in backends.available():
         pytest.skip("the C core is not built")
     ops: Any = backends.get("c")
-    W, x = ops.pack(np.zeros((5, 6), np.float32)), np.ones((2, 6), np.float32)
+    W, x = ops.pack(np.zeros((5, 6), np.float32), precision), np.ones((2, 6), np.float32)
 
     def y(lora: LoRA, drop: Drop | None = None) -> np.ndarray:
         out, h = ops.lora_forward(x, W, None, lora, drop)

@@ -58,8 +58,8 @@ typedef struct pylora_kernels {
    * n <= PYLORA_PANEL; b and c are touched only at j < n. */
   void (*gemm)(int64_t m, int n, int64_t kk, const float *a, int64_t ars, int64_t acs,
                const float *b, int64_t ldb, float *c, int64_t ldc, int mode);
-  /* One 32 x 32 tile: dst[j*32 + i] = src[i*32 + j]. */
-  void (*transpose32)(const float *src, float *dst);
+  /* dst[j*ldd + i] = src[i*lds + j]  for i < m, j < n: any 32-bit words, whose bits stay. */
+  void (*transpose)(int64_t m, int64_t n, const float *src, int64_t lds, float *dst, int64_t ldd);
 
   /* bfloat16, where b holds pairs of terms: c[i,j] = sum_t  a[i*lda + 2t + 1] b[t*ldb + 2j + 1]
    *                                                       + a[i*lda + 2t] b[t*ldb + 2j],  t < pairs.

@@ -21,10 +21,12 @@ from pylora.backends.marshal import (
     Packed,
     Scratch,
     adapter_of,
+    adapter_or_struct,
     at,
     attention_structs,
     check,
     drop_struct,
+    fields,
     ints,
     lora_struct,
     mat,
@@ -242,12 +244,36 @@ class CBackend(Plain):
         residual: Array | None = None,
         dtype: Any = None,
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        return self.linear_forward(x, [Projection(W, bias, lora, drop, residual, dtype)])[0]
+        d, k = shape_of(W)
+        x = read_any("x", x, None, k)
+        m, rank, empty = x.shape[0], 0, self._pool.empty
+        y = empty((m, d), F32 if dtype is None else dtype)
+        h = alive = None
+        low = hs = bs = rs = ffi.NULL
+        if lora is not None:
+            one, alive = adapter_of(W, lora, drop)
+            low, rank = one[0], lora.A.shape[0]
+            h = empty((m, rank), F32)
+            hs = [fields(h)]
+        if bias is not None:
+            bs = at(np.ascontiguousarray(read("bias", bias, d)))  # such a pointer holds its array
+        if residual is not None:
+            residual = read("residual", residual, m, d)
+            rs = [fields(residual)]
+        self._in_scratch(
+            "linear_forward",
+            lib.pylora_lora_workspace, (m, d, k, rank),
+            lib.pylora_lora_forward, ([fields(x)], W.struct, bs, low, rs, [fields(y)], hs),
+        )  # fmt: skip
+        return y, h
 
     def linear_forward(
         self, x: Array, projections: Sequence[Projection]
     ) -> list[tuple[np.ndarray, np.ndarray | None]]:
         n = len(projections)
+        if n == 1:
+            p = projections[0]
+            return [self.lora_forward(x, p.W, p.bias, p.lora, p.drop, p.residual, p.dtype)]
         if n > 1 and len({shape_of(p.W) and p.W.struct.dtype for p in projections}) > 1:
             return [self.linear_forward(x, [p])[0] for p in projections]  # a file may mix formats
         x = read_any("x", x, None, shape_of(projections[0].W)[1] if n else None)
@@ -338,7 +364,7 @@ class CBackend(Plain):
             d = shape_of(p.W)[0] if p.W is not None else None
             dy = read_any("dy", p.dy, m, d)
             d = dy.shape[1]
-            low, *alive = lora_struct(p.lora, p.drop, d, k)
+            low, *alive = adapter_or_struct(p.W, p.lora, p.drop, d, k)
             h = dA = dB = None
             if p.lora is not None:
                 ranks += p.lora.rank
@@ -376,12 +402,13 @@ class CBackend(Plain):
         run: Callable[..., int],
         args: tuple[Any, ...],
     ) -> None:
-        """Runs an operation in the workspace it needs. That depends on the number of threads, which
-        another Python thread may change in between: then it is asked for again."""
-        for _ in range(_ATTEMPTS):
+        """Runs an operation in this thread's workspace. One that is too small is refused before any
+        output is written; then it grows to what is needed. That depends on the number of threads,
+        which another Python thread may change in between: so perhaps not only once."""
+        status, left = run(*args, *self._scratch.room), _ATTEMPTS
+        while status == lib.PYLORA_E_WORKSPACE and left:
             status = run(*args, *self._scratch.at_least(needed(*sizes)))
-            if status != lib.PYLORA_E_WORKSPACE:
-                break
+            left -= 1
         check(status, op)
 
     # ---- merge --------------------------------------------------------------------------------

@@ -18,9 +18,11 @@ from pylora.precision import BF16
 from pylora.types import Array, Attn, Drop, LoRA, Seqs
 
 F32 = np.dtype(np.float32)
+_FLOATS = BF16, F32
 _MAT = ffi.typeof("pylora_mat *")
 _LORA, _LORAS = ffi.typeof("pylora_lora *"), ffi.typeof("pylora_lora *[1]")
 _FLOAT, _BITS, _VOID = ffi.typeof("float *"), ffi.typeof("uint16_t *"), ffi.typeof("void *")
+_NULL, _from_buffer = ffi.NULL, ffi.from_buffer  # looked up once: each call takes several
 _DTYPES = {"f32": (0, np.float32), "bf16": (1, np.uint16), "f16": (2, np.float16)}
 
 
@@ -53,7 +55,7 @@ def read(name: str, a: Array, *shape: int | None) -> np.ndarray:
 
 def read_any(name: str, a: Array, *shape: int | None) -> np.ndarray:
     """The same of a float32 or BF16 array."""
-    if not isinstance(a, np.ndarray) or (a.dtype != F32 and a.dtype != BF16):
+    if not isinstance(a, np.ndarray) or a.dtype not in _FLOATS:
         _refuse(name, a)
     return _readable(name, a, shape)
 
@@ -80,6 +82,8 @@ def _readable(name: str, a: np.ndarray, shape: tuple[int | None, ...]) -> np.nda
 
 def want(name: str, a: Array, shape: tuple[int | None, ...]) -> None:
     got = a.shape
+    if got == shape or (got[1:] == shape[1:] and shape[0] is None and got):
+        return
     fits = len(got) == len(shape)
     for w, g in zip(shape, got):  # not any(...), whose generator costs more than the comparisons
         if w is not None and w != g:
@@ -108,13 +112,19 @@ def at(a: np.ndarray | None, ctype: Any = _FLOAT) -> Any:
 
 def mat(a: np.ndarray | None) -> Any:
     """A pylora_mat over a checked array. The caller keeps the array alive."""
-    if a is None:
-        return ffi.NULL
+    return ffi.NULL if a is None else ffi.new(_MAT, fields(a))
+
+
+def fields(a: np.ndarray) -> tuple[Any, ...]:
+    """Those of a pylora_mat. An argument of a call may be `[fields(a)]`: cffi then makes the struct
+    on the stack, in half the time of `mat`."""
     rows, cols = a.shape
-    first, ld = (a, cols) if a.flags.c_contiguous else (a[:1], a.strides[0] // a.itemsize)
+    ld = cols
+    if not a.flags.c_contiguous:
+        a, ld = a[:1], a.strides[0] // a.itemsize
     if a.itemsize == 2:
-        return ffi.new(_MAT, (ffi.NULL, rows, cols, ld, ffi.from_buffer(_BITS, first)))
-    return ffi.new(_MAT, (ffi.from_buffer(_FLOAT, first), rows, cols, ld))
+        return _NULL, rows, cols, ld, _from_buffer(_BITS, a)
+    return _from_buffer(_FLOAT, a), rows, cols, ld
 
 
 def writable(name: str, a: Array, n: int) -> np.ndarray:
@@ -131,13 +141,14 @@ class Scratch(threading.local):
     """One workspace per Python thread, grown when an operation needs more."""
 
     def __init__(self) -> None:
-        self.pointer, self.nbytes = ffi.NULL, 0
+        self.room: tuple[Any, int] = ffi.NULL, 0  # (pointer, bytes)
+        self.at_least(1)  # where there is none at all, the core sees a mistake of its caller
 
     def at_least(self, nbytes: int) -> tuple[Any, int]:
-        if self.nbytes < nbytes:
+        if self.room[1] < nbytes:
             # from_buffer's pointer keeps the array alive, unlike one in a struct
-            self.pointer, self.nbytes = at(np.empty(nbytes, np.uint8), _VOID), nbytes
-        return self.pointer, self.nbytes
+            self.room = at(np.empty(nbytes, np.uint8), _VOID), nbytes
+        return self.room
 
 
 def shape_of(W: Packed | None) -> tuple[int, int]:
@@ -196,6 +207,16 @@ def adapter_of(W: Packed, lora: LoRA, drop: Drop | None) -> tuple[Any, Any]:
     if plain and A is lora.A and B is lora.B:  # no copies, whose numbers would stay
         W.latest = weakref.ref(lora), one, low, weakref.ref(A), weakref.ref(B)
     return one, (low, A, B, cdrop)
+
+
+def adapter_or_struct(
+    W: Packed | None, lora: LoRA | None, drop: Drop | None, d: int, k: int
+) -> tuple[Any, ...]:
+    """(pylora_lora *, what must stay alive), for backward, which may have no W."""
+    if lora is None or W is None or W.shape != (d, k):
+        return lora_struct(lora, drop, d, k)
+    one, alive = adapter_of(W, lora, drop)
+    return one[0], alive
 
 
 def read_qkv(q: Array, k: Array, v: Array, attn: Attn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ import numpy as np
 from pylora.backends.slabs import HUGE, Slabs
 
 SMALL = 1 << 16  # bytes; below this NumPy's own allocator is as good
+_FEW = SMALL // 8  # numbers: no need to look at their size
 _SLACK = 1 << 25
 
 
@@ -35,8 +36,11 @@ class Pool:
 
     def empty(self, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
         """An uninitialised C-contiguous array, 64-byte aligned where it comes from the pool."""
+        count = math.prod(shape)
+        if count < _FEW:
+            return np.empty(shape, dtype)
         dt = np.dtype(dtype)
-        nbytes = math.prod(shape) * dt.itemsize
+        nbytes = count * dt.itemsize
         if nbytes < SMALL:
             return np.empty(shape, dt)
         size = _size_class(nbytes)

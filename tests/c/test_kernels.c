@@ -163,15 +163,31 @@ static void specials(void) {
 
 /* ---- transposed tiles ---- */
 
+/* Words of any bits, NaN among them; nothing beside the result is written to. */
+static void transposed_words(int64_t m, int64_t n) {
+  const int64_t lds = n + PICK(0, 1, 9), ldd = m + PICK(0, 1, 9), room = n * ldd + 1;
+  float *src = floats(m * lds + 1, 0), *dst = floats(room, 0), *want = floats(room, 0);
+  memset(dst, 0, (size_t)room * sizeof *dst); /* floats may give -0.0 */
+  memset(want, 0, (size_t)room * sizeof *want);
+  for (int64_t i = 0; i < m * lds; i++) {
+    const uint32_t word = (uint32_t)bits64();
+    memcpy(src + i, &word, sizeof word);
+  }
+  for (int64_t i = 0; i < m; i++)
+    for (int64_t j = 0; j < n; j++) memcpy(want + j * ldd + i, src + i * lds + j, sizeof *src);
+  K->transpose(m, n, src, lds, dst, ldd);
+  EXPECT(memcmp(dst, want, (size_t)room * sizeof *dst) == 0, "%d x %d", (int)m, (int)n);
+  release();
+}
+
 static void transposed(void) {
-  float *src = floats(32 * 32, 1), *dst = floats(32 * 32, 0);
-  K->transpose32(src, dst);
+  for (int64_t m = 0; m <= 40; m++)
+    for (int64_t n = 0; n <= 40; n++) transposed_words(m, n);
   uint16_t *pairs = halves(32 * 32, ordinary), *turned = halves(32 * 32, ordinary);
   for (int i = 0; i < 32 * 32; i++) pairs[i] = (uint16_t)i; /* each number once */
   K->transpose32_bf16(pairs, turned);
   for (int i = 0; i < 32; i++)
     for (int j = 0; j < 32; j++) {
-      EXPECT(dst[j * 32 + i] == src[i * 32 + j], "[%d,%d]", i, j);
       const uint16_t got = turned[i / 2 * 64 + 2 * j + i % 2],
                      want = pairs[j / 2 * 64 + 2 * i + j % 2];
       EXPECT(got == want, "output %d, input %d: %d, not %d", i, j, got, want);

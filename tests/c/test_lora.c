@@ -1,5 +1,6 @@
 /* LoRA linear: forward and backward against the reference, in every combination of what is optional. */
 #include "check.h"
+#include "low_rank.h"
 
 static void *ws;
 static size_t ws_bytes;
@@ -145,10 +146,46 @@ static void packing(void) {
   expect_same("unpacked W", &back, &W);
 }
 
+/* Every element of A and B lies where low_rank.h says. */
+static void packed_adapter(int dtype, int64_t r) {
+  const int64_t d = PICK(1, 31, 32, 33, 70), k = PICK(1, 2, 16, 31, 33, 77);
+  const pylora_mat A = matrix(r, k, 1), B = matrix(d, r, 1);
+  const pylora_lora l = {r, A.p, A.ld, B.p, B.ld, 0.7f, NULL, NULL};
+  const low_pack *P = bytes_of(pylora_lora_pack_bytes(dtype, d, k, r));
+  OK(pylora_lora_pack(dtype, d, k, &l, (void *)P));
+  const float *At = (const float *)(const void *)((const char *)P + P->at);
+  const uint16_t *pairs = (const uint16_t *)(const void *)At;
+  for (int64_t i = 0; i < r; i++) {
+    const int64_t p = i / PYLORA_PANEL * PYLORA_PANEL, j = i - p, w = min64(PYLORA_PANEL, r - p);
+    for (int64_t t = 0; t < k; t++) {
+      const float a = *el(&A, i, t);
+      if (dtype == PYLORA_BF16)
+        EXPECT(pairs[p * ceil_div(k, 2) * 2 + t / 2 * 2 * w + 2 * j + t % 2] == bf16_round(a),
+               "A[%d,%d] of rank %d", (int)i, (int)t, (int)r);
+      else
+        EXPECT(At[p * k + t * w + j] == a, "A[%d,%d] of rank %d", (int)i, (int)t, (int)r);
+    }
+    for (int64_t c = 0; c < pad_panel(d); c++) {
+      const float b = low_bt(P, c / PYLORA_PANEL)[i * PYLORA_PANEL + c % PYLORA_PANEL];
+      EXPECT(b == (c < d ? 0.7f * *el(&B, c, i) : 0), "B[%d,%d] of rank %d", (int)c, (int)i,
+             (int)r);
+    }
+  }
+  release();
+}
+
+static void packed_adapters(void) {
+  for (int64_t r = 1; r <= 33; r++) {
+    packed_adapter(PYLORA_F32, r);
+    packed_adapter(PYLORA_BF16, r);
+  }
+}
+
 int main(void) {
   each_setup(cases);
   each_setup(zero_init);
   each_setup(large);
   each_setup(packing);
+  each_setup(packed_adapters);
   return finish("test_lora");
 }
