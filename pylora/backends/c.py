@@ -51,9 +51,11 @@ from pylora.types import (
     Attn,
     Drop,
     LoRA,
+    Norm,
     Projection,
     ProjectionGrad,
     Residue,
+    Rotation,
     Seqs,
 )
 
@@ -67,7 +69,17 @@ _STORES = {  # what a precision makes of a float source
 }
 _BLOCKS = {"q8_0": lib.PYLORA_Q8_0, "q4_0": lib.PYLORA_Q4_0, "q4_1": lib.PYLORA_Q4_1}
 _LINEARS = ffi.typeof("pylora_linear[]")
+_INT64 = ffi.typeof("int64_t *")
 _ATTEMPTS = 8  # at a workspace, should another thread change the number of threads meanwhile
+
+
+def _kind(dtype: Any) -> int:
+    return int(lib.PYLORA_BF16 if dtype is not None and dtype == BF16 else lib.PYLORA_F32)
+
+
+def _mixed(projections: Sequence[Projection]) -> bool:
+    """Whether their weights have several formats, as those of a file may: one call takes one."""
+    return len({shape_of(p.W) and p.W.struct.dtype for p in projections}) > 1
 
 
 class CBackend(Plain):
@@ -274,15 +286,34 @@ class CBackend(Plain):
         if n == 1:
             p = projections[0]
             return [self.lora_forward(x, p.W, p.bias, p.lora, p.drop, p.residual, p.dtype)]
-        if n > 1 and len({shape_of(p.W) and p.W.struct.dtype for p in projections}) > 1:
-            return [self.linear_forward(x, [p])[0] for p in projections]  # a file may mix formats
+        if _mixed(projections):
+            return [self.linear_forward(x, [p])[0] for p in projections]
+        return self._together("linear_forward", x, projections, [p.dtype for p in projections])[0]
+
+    def _together(
+        self,
+        op: str,
+        x: Array,
+        projections: Sequence[Projection],
+        dtypes: Sequence[Any],
+        norm: Norm | None = None,
+        dtype: Any = None,
+        finish: Any = ffi.NULL,
+    ) -> tuple[list[tuple[np.ndarray, np.ndarray | None]], np.ndarray | None]:
+        """Projections of one x, whose y are of `dtypes`; and the rstd of the norm, of `dtype`."""
+        n = len(projections)
         x = read_any("x", x, None, shape_of(projections[0].W)[1] if n else None)
         (m, k), empty = x.shape, self._pool.empty
         rows, results, outputs, ranks = [], [], 0, 0
         keep: list[Any] = []
-        for p in projections:
+        first, rstd = ffi.NULL, None
+        if norm is not None:
+            w, rstd = np.ascontiguousarray(read("w", norm.w, k)), np.empty(m, np.float32)
+            first = ffi.new("pylora_norm *", (at(w), norm.eps, _kind(dtype), at(rstd)))
+            keep.append(w)
+        for p, kind in zip(projections, dtypes, strict=True):
             d, _ = want_inputs(p.W, k)
-            y, h = empty((m, d), F32 if p.dtype is None else p.dtype), None
+            y, h = empty((m, d), F32 if kind is None else kind), None
             lora, alive = ffi.NULL, None
             if p.lora is not None:
                 lora, alive = adapter_of(p.W, p.lora, p.drop)
@@ -295,11 +326,55 @@ class CBackend(Plain):
             outputs += d
             results.append((y, h))
         self._in_scratch(
-            "linear_forward",
+            op,
             lib.pylora_linear_workspace, (m, n, outputs, k, ranks),
-            lib.pylora_linear_forward, (mat(x), n, ffi.new(_LINEARS, rows), 1, ffi.NULL),
+            lib.pylora_fused_forward,
+            (mat(x), first, n, ffi.new(_LINEARS, rows), finish, 1, ffi.NULL),
         )  # fmt: skip
-        return results
+        return results, rstd
+
+    def qkv_forward(
+        self,
+        x: Array,
+        projections: Sequence[Projection],
+        norm: Norm | None = None,
+        rotation: Rotation | None = None,
+        dtype: Any = None,
+    ) -> tuple[list[tuple[np.ndarray, np.ndarray | None]], np.ndarray | None]:
+        q, k, v = projections
+        rounded = rotation is not None and (q.dtype is not None or k.dtype is not None)
+        if _mixed(projections) or rounded:
+            return super().qkv_forward(x, projections, norm, rotation, dtype)
+        op, dtypes = "qkv_forward", [q.dtype, k.dtype, v.dtype]
+        if rotation is None:
+            return self._together(op, x, projections, dtypes, norm, dtype)
+        half = rotation.head_dim // 2
+        cos = read("cos", rotation.cos, None, half)
+        sin = read("sin", rotation.sin, cos.shape[0], half)
+        position = ints("position", rotation.position, x.shape[0])
+        turn = ffi.new("pylora_rotation *")
+        turn.cosines, turn.sines, turn.position = mat(cos)[0], mat(sin)[0], at(position, _INT64)
+        turn.head_dim, turn.layout = rotation.head_dim, _LAYOUTS["half"]
+        finish = ffi.new("pylora_finish[3]", [(turn, ffi.NULL), (turn, ffi.NULL)])
+        return self._together(op, x, projections, [dtype, dtype, v.dtype], norm, dtype, finish)
+
+    def gate_up_forward(
+        self,
+        x: Array,
+        projections: Sequence[Projection],
+        norm: Norm | None = None,
+        dtype: Any = None,
+    ) -> tuple[list[tuple[np.ndarray, np.ndarray | None]], np.ndarray, np.ndarray | None]:
+        if _mixed(projections):
+            return super().gate_up_forward(x, projections, norm, dtype)
+        gate, up = projections
+        product = self.empty((x.shape[0], shape_of(up.W)[0]), F32 if dtype is None else dtype)
+        to = mat(product)
+        finish = ffi.new("pylora_finish[2]", [(ffi.NULL, ffi.NULL), (ffi.NULL, to)])
+        results, rstd = self._together(
+            "gate_up_forward", x, projections, [gate.dtype, up.dtype], norm, dtype, finish
+        )
+        return results, product, rstd
 
     def lora_backward(
         self,
