@@ -6,15 +6,31 @@
 
 enum { PANEL = PYLORA_PANEL };
 
+/* One row and some panels at once, so that no sum waits for itself alone. */
+static void one_row(const forward *f, const void *row, const char *panels, int n, float *tiles) {
+  const void *rows[PYLORA_FEW], *b[PYLORA_FEW];
+  float *out[PYLORA_FEW];
+  for (int u = 0; u < n; u++) {
+    rows[u] = row;
+    b[u] = panels + (size_t)u * f->F->panel_bytes(f->k);
+    out[u] = tiles + u * PANEL;
+  }
+  pylora_few_products(f->K, f->F->dtype, n, PANEL, f->k, rows, b, out);
+}
+
 /* Tiles [n][32] of panels q .. q + w - 1, n rows from i on. */
 static void sums(const forward *f, const projection *p, int64_t i, int64_t n, int64_t q, int64_t w,
                  float *tiles, float *up) {
   const pylora_linear *l = p->l;
   const size_t bytes = f->F->panel_bytes(f->k);
+  const char *rows = (const char *)f->rows + (size_t)i * f->stride,
+             *panels = (const char *)l->W->data + (size_t)q * bytes;
+  const int together = n == 1 && (f->F->dtype == PYLORA_F32 || f->F->dtype == PYLORA_BF16);
+  for (int64_t u = 0; together && u < w; u += PYLORA_FEW)
+    one_row(f, rows, panels + (size_t)u * bytes, (int)min64(PYLORA_FEW, w - u), tiles + u * PANEL);
   for (int64_t u = 0; u < w; u++) {
     float *tile = tiles + u * n * PANEL;
-    f->F->product(f->K, n, f->k, (const char *)f->rows + (size_t)i * f->stride, f->stride,
-                  (const char *)l->W->data + (size_t)(q + u) * bytes, tile);
+    if (!together) f->F->product(f->K, n, f->k, rows, f->stride, panels + (size_t)u * bytes, tile);
     if (!l->bias) continue;
     const float *bias = l->bias + (q + u) * PANEL;
     const int64_t cols = min64(PANEL, l->W->d - (q + u) * PANEL);

@@ -258,7 +258,8 @@ int pylora_fused_forward(const pylora_mat *x, const pylora_norm *norm, int64_t n
 
   /* Small tasks are shared out evenly; with many adapters each task better has a few panels of each. */
   const int64_t tasks = (segments > 1 ? 4 : 8) * threads;
-  const int64_t each = min64(GROUP, max64(1, outputs * blocks / tasks));
+  const int64_t least = m == 1 ? 2 : 1; /* sums of one row wait for each other less in two panels */
+  const int64_t each = min64(GROUP, max64(least, outputs * blocks / tasks));
   for (int64_t i = 0; i < n; i++) {
     p[i].per_group = ceil_div(each, p[i].unit) * p[i].unit;
     if (!finish || !finish[i].product) p[i].groups = ceil_div(p[i].panels, p[i].per_group);

@@ -39,7 +39,11 @@ void pylora_pack_up(const pylora_kernels *K, const pylora_lora *l, int64_t d, in
 void pylora_down(const pylora_kernels *K, const low_pack *P, int64_t m, const void *rows,
                  int64_t stride, float *out, int64_t ld);
 
-/* The same of up to PYLORA_FEW single rows, each with an adapter of its own; all of one rank and dtype. */
+/* Up to PYLORA_FEW rows, each with a matrix b [k][w] (in pairs for bfloat16) of its own: pylora_product
+ * and pylora_product_bf16 of one row. */
+void pylora_few_products(const pylora_kernels *K, int dtype, int n, int w, int64_t k,
+                         const void *const *rows, const void *const *b, float *const *out);
+/* pylora_down of up to PYLORA_FEW single rows, each with an adapter of its own; all of one rank and dtype. */
 void pylora_down_few(const pylora_kernels *K, int n, const low_pack *const *P,
                      const void *const *rows, float *const *out);
 
