@@ -17,11 +17,11 @@ typedef struct job {
   uint32_t *bits;
 } job;
 
-/* Rows [first, first + m) and columns from j on. */
-static void run(const job *q, int64_t first, int m, int64_t j, uint16_t *lossy) {
+/* Rows [first, first + m) and n columns from j on. */
+static void run(const job *q, int64_t first, int m, int64_t j, int64_t n, uint16_t *lossy) {
   const pylora_lora *l = q->l;
   const merge_job f = {.m = m,
-                       .n = (int)min64(MERGE_COLS, q->k - j),
+                       .n = n,
                        .r = l->r,
                        .lda = l->lda,
                        .ldb = l->ldb,
@@ -49,15 +49,19 @@ static void merge_task(void *ctx, int64_t task, int thread) {
   const job *q = ctx;
   const int64_t first = task * MERGE_ROWS;
   const int m = (int)min64(MERGE_ROWS, q->d - first);
+  if (!q->row_lossy) {
+    run(q, first, m, 0, q->k, NULL);
+    return;
+  }
   uint16_t lossy[MERGE_ROWS * MERGE_WORDS];
   int64_t lost[MERGE_ROWS] = {0};
   for (int64_t j = 0; j < q->k; j += MERGE_COLS) {
-    run(q, first, m, j, q->row_lossy ? lossy : NULL);
-    const int words = (int)ceil_div(min64(MERGE_COLS, q->k - j), 16);
-    for (int i = 0; i < m && q->row_lossy; i++)
-      for (int c = 0; c < words; c++) lost[i] += ones(lossy[i * MERGE_WORDS + c]);
+    const int64_t n = min64(MERGE_COLS, q->k - j);
+    run(q, first, m, j, n, lossy);
+    for (int i = 0; i < m; i++)
+      for (int c = 0; c < ceil_div(n, 16); c++) lost[i] += ones(lossy[i * MERGE_WORDS + c]);
   }
-  if (q->row_lossy) memcpy(q->row_lossy + first, lost, (size_t)m * sizeof *lost);
+  memcpy(q->row_lossy + first, lost, (size_t)m * sizeof *lost);
 }
 
 static int check(int dtype, int64_t d, int64_t k, const void *W, const void *out,
@@ -92,11 +96,11 @@ int pylora_merge(int dtype, int64_t d, int64_t k, const void *W, int64_t ldw,
 static void residue_tile(const job *q, int64_t first, int m, int64_t *at, const int64_t *end) {
   uint16_t lossy[MERGE_ROWS * MERGE_WORDS];
   for (int64_t j = 0; j < q->k; j += MERGE_COLS) {
-    run(q, first, m, j, lossy);
-    const int words = (int)ceil_div(min64(MERGE_COLS, q->k - j), 16);
+    const int64_t n = min64(MERGE_COLS, q->k - j);
+    run(q, first, m, j, n, lossy);
     for (int i = 0; i < m; i++) {
       const char *W = q->W + (first + i) * q->ldw * width_of(q->dtype);
-      for (int c = 0; c < words; c++) {
+      for (int c = 0; c < ceil_div(n, 16); c++) {
         int64_t column = j + 16 * c;
         for (unsigned x = lossy[i * MERGE_WORDS + c]; x; x >>= 1, column++) {
           if (!(x & 1) || at[i] >= end[i]) continue;

@@ -32,15 +32,15 @@ typedef struct pylora_vec {
 /* Some rows and columns of a weight, and the adapter's part for them. */
 enum {
   MERGE_ROWS = 64,  /* rows at most; up to 32 ranks of A are widened once for them */
-  MERGE_COLS = 128, /* columns at most */
+  MERGE_COLS = 128, /* columns at most, if `lossy` is asked for */
   MERGE_WORDS = MERGE_COLS / 16,
   MERGE_ADD = 0,
   MERGE_TAKE,
   MERGE_FIND,
 };
 typedef struct merge_job {
-  int m, n; /* rows, columns */
-  int64_t r, lda, ldb, ldw, ldo;
+  int m; /* rows */
+  int64_t n, r, lda, ldb, ldw, ldo;
   const float *A, *B; /* [r,n] and [m,r] */
   double s;
   const void *w;
