@@ -6,6 +6,7 @@ import json
 import math
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from training import bits, counting, problem
 
 from pylora import backends
+from pylora.backends.plain import Plain
 from pylora.batching import assemble, epoch_steps
 from pylora.checkpoint import checkpoints, fingerprint
 from pylora.errors import ConfigError, DataError, DtypeError, PlanError, TrainingError
@@ -54,6 +56,8 @@ class Spy:
             ops.dropout,
         )
         monkeypatch.setattr(ops, "linear_forward", self.on_forward)
+        for op in ("qkv_forward", "gate_up_forward"):  # through it, too
+            monkeypatch.setattr(ops, op, partial(getattr(Plain, op), ops))
         monkeypatch.setattr(ops, "linear_backward", self.on_backward)
 
     def on_forward(self, x: Any, projections: Any) -> Any:
