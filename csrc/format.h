@@ -35,6 +35,10 @@ typedef struct pylora_format {
   /* `stride` is the distance of prepared rows in bytes. Sums longer than PYLORA_CHUNK in pieces. */
   void (*product)(const pylora_kernels *K, int64_t n, int64_t k, const void *rows, size_t stride,
                   const void *panel, float *tile);
+  /* Up to PYLORA_FEW single rows, each with a panel of its own, or with a matrix of w <= 32 columns in the
+   * order of a panel.  NULL where a format has no such kernel. */
+  void (*few)(const pylora_kernels *K, int n, int w, int64_t k, const void *const *rows,
+              const void *const *panels, float *const *tiles);
 
   /* ---- backward: tile [n][32] += dy chunk ---- */
   int back; /* PYLORA_F32, PYLORA_BF16 or PYLORA_F32X3: of the rows of dy and of the chunk */

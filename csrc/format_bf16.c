@@ -64,6 +64,17 @@ static void product(const pylora_kernels *K, int64_t n, int64_t k, const void *r
                       tile, PANEL);
 }
 
+static void few(const pylora_kernels *K, int n, int w, int64_t k, const void *const *rows,
+                const void *const *panels, float *const *tiles) {
+  const int64_t pairs = ceil_div(k, 2), step = max64(1, ceil_div(pylora_piece(k), 2));
+  for (int64_t t = 0; t == 0 || t < pairs; t += step) {
+    const uint16_t *x[PYLORA_FEW], *b[PYLORA_FEW];
+    for (int i = 0; i < n; i++)
+      x[i] = (const uint16_t *)rows[i] + 2 * t, b[i] = (const uint16_t *)panels[i] + 2 * t * w;
+    K->few_rows_bf16(n, w, min64(step, pairs - t), x, b, tiles, t ? GEMM_ADD : GEMM_SET);
+  }
+}
+
 static void transpose(const pylora_kernels *K, const void *panels, int64_t k, int64_t d0,
                       int64_t rows, int64_t j, void *chunk) {
   uint16_t *out = chunk;
@@ -89,6 +100,7 @@ const pylora_format pylora_format_bf16 = {
     .row_bytes = row_bytes,
     .prepare = prepare,
     .product = product,
+    .few = few,
     .back = PYLORA_BF16,
     .transpose = transpose,
 };

@@ -53,6 +53,17 @@ static void product(const pylora_kernels *K, int64_t n, int64_t k, const void *r
                  PANEL);
 }
 
+static void few(const pylora_kernels *K, int n, int w, int64_t k, const void *const *rows,
+                const void *const *panels, float *const *tiles) {
+  const int64_t step = max64(1, pylora_piece(k));
+  for (int64_t t = 0; t == 0 || t < k; t += step) {
+    const float *x[PYLORA_FEW], *b[PYLORA_FEW];
+    for (int i = 0; i < n; i++)
+      x[i] = (const float *)rows[i] + t, b[i] = (const float *)panels[i] + t * w;
+    K->few_rows(n, w, min64(step, k - t), x, b, tiles, t ? GEMM_ADD : GEMM_SET);
+  }
+}
+
 static void transpose(const pylora_kernels *K, const void *panels, int64_t k, int64_t d0,
                       int64_t rows, int64_t j, void *chunk) {
   float *out = chunk;
@@ -78,6 +89,7 @@ const pylora_format pylora_format_f32 = {
     .row_bytes = row_bytes,
     .prepare = prepare,
     .product = product,
+    .few = few,
     .back = PYLORA_F32,
     .transpose = transpose,
 };

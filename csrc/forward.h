@@ -20,7 +20,7 @@ typedef struct projection {
   int64_t panels, groups;  /* of y; 0 groups: the projection before does this one, too */
   int64_t unit, per_group; /* panels that only go together; per task */
   int pair;                /* 2: with the one after it, for their product; else 1 */
-  int done;                /* h is there already */
+  int apart;               /* its h is not of x itself: made afterwards */
 } projection;
 
 typedef struct forward {

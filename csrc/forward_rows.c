@@ -20,7 +20,7 @@ static void down(const forward *f, int64_t i, int64_t end) {
     const int64_t a = max64(i, f->start[s]), n = min64(end, f->start[s + 1]) - a;
     if (n <= 0) continue;
     for (const projection *p = f->p; p < f->p + f->n; p++) {
-      const low_pack *P = p->h && !p->done ? adapter_in(p, s) : NULL;
+      const low_pack *P = p->h && !p->apart ? adapter_in(p, s) : NULL;
       if (!P) continue;
       const size_t size = P->dtype == PYLORA_BF16 ? sizeof(uint16_t) : sizeof(float);
       const void *rows = (const char *)f->low_rows + a * f->low_stride * (int64_t)size;
@@ -45,7 +45,7 @@ void pylora_rows_task(void *ctx, int64_t task, int thread) {
     pylora_norm_rows(f->K, f->raw, f->norm->w, f->norm->eps, x, f->rstd, i, end);
     for (int64_t t = i; x->b && f->k % 2 && t < end; t++) x->b[t * x->ld + f->k] = 0;
   }
-  if (f->prepared)
+  if (f->prepared && f->k)
     f->F->prepare(f->K, f->x, i, end - i, (char *)f->prepared + (size_t)i * f->stride);
   for (int64_t t = i; f->wide && t < end; t++)
     f->K->from_bf16(f->k, f->x->b + t * f->x->ld, f->wide + t * f->k);

@@ -15,7 +15,7 @@ static void one_row(const forward *f, const void *row, const char *panels, int n
     b[u] = panels + (size_t)u * f->F->panel_bytes(f->k);
     out[u] = tiles + u * PANEL;
   }
-  pylora_few_products(f->K, f->F->dtype, n, PANEL, f->k, rows, b, out);
+  f->F->few(f->K, n, PANEL, f->k, rows, b, out);
 }
 
 /* Tiles [n][32] of panels q .. q + w - 1, n rows from i on. */
@@ -25,7 +25,7 @@ static void sums(const forward *f, const projection *p, int64_t i, int64_t n, in
   const size_t bytes = f->F->panel_bytes(f->k);
   const char *rows = (const char *)f->rows + (size_t)i * f->stride,
              *panels = (const char *)l->W->data + (size_t)q * bytes;
-  const int together = n == 1 && (f->F->dtype == PYLORA_F32 || f->F->dtype == PYLORA_BF16);
+  const int together = n == 1 && f->F->few;
   for (int64_t u = 0; together && u < w; u += PYLORA_FEW)
     one_row(f, rows, panels + (size_t)u * bytes, (int)min64(PYLORA_FEW, w - u), tiles + u * PANEL);
   for (int64_t u = 0; u < w; u++) {

@@ -17,7 +17,7 @@ size_t pylora_linear_workspace(int64_t m, int64_t n, int64_t d, int64_t k, int64
     return 0;
   const double M = (double)m, N = (double)n, D = (double)d + 32 * N, k_ = (double)k + 64,
                R = (double)r + 32 * N;
-  /* In floats: x prepared, dropped and widened, twice over; dy; h and g; A, B and dB; scratch. */
+  /* In floats: x normed, prepared, dropped and prepared again, or widened; dy; h and g; A, B and dB; scratch. */
   double total = 4 * M * k_ + M * (D + 32 * N) + 3 * M * R + R * (2 * k_ + 3 * D) +
                  (double)pylora_num_threads() * PYLORA_TILE + 4096 * (N + 1) + M;
   return total > 1e15 ? 0 : (size_t)total * sizeof(float);
@@ -102,7 +102,7 @@ static int normed(forward *f, arena *a, pylora_mat *x) {
   return PYLORA_OK;
 }
 
-/* Rows per task: all of them where the work is too small to be handed to another thread. */
+/* Rows per task, on one thread where the work is too small to be handed to another. */
 static void rows_of_task(forward *f, int64_t ranks, int *threads) {
   const double each = 2.0 * (double)ranks + (f->raw ? 8 : 0) + (f->prepared || f->wide ? 4 : 0);
   *threads = pylora_threads_for(each * (double)f->m * (double)f->k, *threads);
@@ -125,6 +125,7 @@ static int dropped_h(const forward *all, projection *p, arena a, int threads) {
     wide = x->b ? dropped : *x;
   }
   TRY(pylora_dropout(&wide, drop, &dropped));
+  p->apart = 0;
   f.n = 1, f.p = p, f.down = 1;
   f.raw = NULL, f.wide = NULL, f.prepared = NULL;
   f.low_rows = xa, f.low_stride = k;
@@ -137,7 +138,6 @@ static int dropped_h(const forward *all, projection *p, arena a, int threads) {
   }
   rows_of_task(&f, p->l->lora[0]->r, &threads);
   pylora_parallel(pylora_rows_task, &f, ceil_div(m, f.per_rows), threads);
-  p->done = 1;
   return PYLORA_OK;
 }
 
@@ -176,7 +176,7 @@ int pylora_fused_forward(const pylora_mat *x, const pylora_norm *norm, int64_t n
   const int64_t m = x->rows, k = x->cols;
   for (int64_t i = 0; i < n; i++) TRY(check_linear(linear + i, x, segments, dtype));
   for (int64_t i = 0; finish && i < n; i++) TRY(check_finish(linear + i, finish + i, i));
-  if (norm) TRY(check_norm(norm, k));
+  if (norm && m) TRY(check_norm(norm, k));
   const int64_t whole[2] = {0, m};
   const int64_t *start = seg_start ? seg_start : whole;
   for (int64_t s = 0; s < segments; s++)
@@ -239,7 +239,7 @@ int pylora_fused_forward(const pylora_mat *x, const pylora_norm *norm, int64_t n
     }
     const pylora_lora *one = segments == 1 ? linear[i].lora[0] : NULL;
     const int drops = one && one->drop && one->drop->p > 0;
-    p[i].done = drops; /* not with the others */
+    p[i].apart = drops;
     dropped += drops;
     if (!drops) ranks += r;
   }
@@ -250,9 +250,7 @@ int pylora_fused_forward(const pylora_mat *x, const pylora_norm *norm, int64_t n
     pylora_parallel(pylora_rows_task, &f, ceil_div(m, f.per_rows), some);
   }
   for (int64_t i = 0; dropped && i < n; i++) {
-    if (!p[i].done) continue;
-    p[i].done = 0;
-    TRY(dropped_h(&f, p + i, a, threads));
+    if (p[i].apart) TRY(dropped_h(&f, p + i, a, threads));
   }
   if (!outputs) return PYLORA_OK;
 

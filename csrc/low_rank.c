@@ -109,41 +109,18 @@ void pylora_down(const pylora_kernels *K, const low_pack *P, int64_t m, const vo
   }
 }
 
-void pylora_few_products(const pylora_kernels *K, int dtype, int n, int w, int64_t k,
-                         const void *const *rows, const void *const *b, float *const *out) {
-  const int pairs = in_pairs(dtype);
-  const int64_t terms = pairs ? ceil_div(k, 2) : k,
-                step = pairs ? ceil_div(pylora_piece(k), 2) : pylora_piece(k);
-  for (int64_t t = 0; t == 0 || t < terms; t += step) {
-    const int mode = t ? GEMM_ADD : GEMM_SET;
-    const int64_t some = min64(step, terms - t);
-    const uint16_t *x16[PYLORA_FEW], *b16[PYLORA_FEW];
-    const float *x[PYLORA_FEW], *b32[PYLORA_FEW];
-    for (int i = 0; i < n; i++) {
-      if (pairs)
-        x16[i] = (const uint16_t *)rows[i] + 2 * t, b16[i] = (const uint16_t *)b[i] + 2 * t * w;
-      else
-        x[i] = (const float *)rows[i] + t, b32[i] = (const float *)b[i] + t * w;
-    }
-    if (pairs)
-      K->few_rows_bf16(n, w, some, x16, b16, out, mode);
-    else
-      K->few_rows(n, w, some, x, b32, out, mode);
-  }
-}
-
 void pylora_down_few(const pylora_kernels *K, int n, const low_pack *const *P,
                      const void *const *rows, float *const *out) {
   const int64_t r = P[0]->r, k = P[0]->k;
+  const int pairs = in_pairs(P[0]->dtype);
+  const pylora_format *F = pairs ? &pylora_format_bf16 : &pylora_format_f32;
   const void *at[PYLORA_FEW];
   float *to[PYLORA_FEW];
   for (int64_t p = 0; p < r; p += PANEL) {
     for (int i = 0; i < n; i++) {
-      const char *A = (const char *)P[i] + P[i]->at;
-      at[i] = A + (in_pairs(P[i]->dtype) ? p * ceil_div(k, 2) * 2 * (int64_t)sizeof(uint16_t)
-                                         : p * k * (int64_t)sizeof(float));
+      at[i] = (const char *)P[i] + P[i]->at + at_bytes(P[i]->dtype, k, p);
       to[i] = out[i] + p;
     }
-    pylora_few_products(K, P[0]->dtype, n, (int)min64(PANEL, r - p), k, rows, at, to);
+    F->few(K, n, (int)min64(PANEL, r - p), k, rows, at, to);
   }
 }

@@ -7,7 +7,8 @@
 enum {
   PYLORA_MAX_ROWS = 1024, /* rows of a tile at most; sizes the scratch tile */
   PYLORA_CHUNK_D =
-      512, /* backward: rows of W transposed at a time (64 KiB); forward: ranks of a panel of B */
+      512, /* backward: rows of W transposed at a time (64 KiB); forward: ranks of a panel of B,
+              or panels of heads that are rotated together */
   PYLORA_TILE = (PYLORA_MAX_ROWS + PYLORA_CHUNK_D) *
       PYLORA_PANEL, /* floats of scratch per thread */
 };
@@ -39,10 +40,6 @@ void pylora_pack_up(const pylora_kernels *K, const pylora_lora *l, int64_t d, in
 void pylora_down(const pylora_kernels *K, const low_pack *P, int64_t m, const void *rows,
                  int64_t stride, float *out, int64_t ld);
 
-/* Up to PYLORA_FEW rows, each with a matrix b [k][w] (in pairs for bfloat16) of its own: pylora_product
- * and pylora_product_bf16 of one row. */
-void pylora_few_products(const pylora_kernels *K, int dtype, int n, int w, int64_t k,
-                         const void *const *rows, const void *const *b, float *const *out);
 /* pylora_down of up to PYLORA_FEW single rows, each with an adapter of its own; all of one rank and dtype. */
 void pylora_down_few(const pylora_kernels *K, int n, const low_pack *const *P,
                      const void *const *rows, float *const *out);

@@ -207,14 +207,16 @@ typedef struct pylora_rotation { /* see pylora_rope */
   int32_t head_dim, layout;
 } pylora_rotation;
 typedef struct pylora_finish {
-  const pylora_rotation *rotation; /* or NULL; else y is rotated, float32 until then */
-  const pylora_mat
-      *product; /* or NULL; else silu(gate) up goes there, [m,d], bf16 too: gate and up are
-                                the y of the projection before this one and this one's; may be either */
+  /* y is rotated, float32 until then; or NULL */
+  const pylora_rotation *rotation;
+  /* silu(gate) up goes there [m,d], bf16 too: gate and up are the y of the projection before this one and
+   * this one's.  It may be either of them, the whole of it.  Or NULL */
+  const pylora_mat *product;
 } pylora_finish;
 
 /* pylora_linear_forward with a norm (or NULL) and with finish [n] (or NULL), in the same workspace.  h is
- * of the normed x.  PYLORA_E_UNSUPPORTED for heads that no tile holds (head_dim odd and above 512). */
+ * of the normed x.  PYLORA_E_UNSUPPORTED where whole heads in whole panels are more than 512 panels
+ * (an even head_dim above 1024). */
 int pylora_fused_forward(const pylora_mat *x, const pylora_norm *norm, int64_t n,
                          const pylora_linear *linear, const pylora_finish *finish, int64_t segments,
                          const int64_t *seg_start, void *ws, size_t ws_bytes);

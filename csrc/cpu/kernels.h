@@ -1,6 +1,6 @@
 /* cpu/kernels.h - the table of inner loops that each instruction set fills in.
  *
- * Everything above it (lora.c, transformer.c, ...) is plain C that knows tiles, threads and memory,
+ * Everything above it (lora_forward.c, transformer.c, ...) is plain C that knows tiles, threads and memory,
  * but no instruction set.  Everything below it (gemm.inc, rows.inc) is one source, compiled once per
  * instruction set with the vector type of vec.h.
  *

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-
-from pylora.backends.slabs import HUGE, Slabs
 
 SMALL = 1 << 16  # bytes; below this NumPy's own allocator is as good
 _FEW = SMALL // 8  # numbers: no need to look at their size
@@ -26,9 +25,10 @@ class Pool:
     above it, so that a step whose arrays are of many sizes finds a block of each again.
     """
 
-    def __init__(self, ffi: Any) -> None:
+    def __init__(self, ffi: Any, system: Callable[[int], np.ndarray] | None = None) -> None:
+        """`system` gives n bytes of fresh memory, uint8."""
         self._ffi = ffi
-        self._slabs = Slabs()  # blocks too small for huge pages share a large allocation
+        self._system = system or (lambda n: np.empty(n, np.uint8))
         self._free: dict[int, list[np.ndarray]] = {}
         self._lock = threading.RLock()  # a destructor may run inside another method of this thread
         self.free_bytes = self.used_bytes = self.peak_bytes = 0
@@ -52,7 +52,7 @@ class Pool:
             else:
                 slack = max(self.peak_bytes // 8, _SLACK)
                 self._trim(max(0, self.peak_bytes + slack - self.used_bytes - size))
-                block = self._slabs.take(size) if size < HUGE else np.empty(size + 64, np.uint8)
+                block = self._system(size + 64)
                 self.misses += 1
             self.used_bytes += size
             self.peak_bytes = max(self.peak_bytes, self.used_bytes)

@@ -1,9 +1,9 @@
-"""Memory for packed weights: many of them share one large allocation.
+"""Memory for packed weights and adapters: many of them share one large allocation.
 
 NumPy asks Linux for huge pages where an array has 4 MiB or more; a single weight of a small
 model has less. Reading the weights is what bounds decoding, and both the translation of addresses
 and the hardware's prefetching end at a page. A slab goes back to the system when the last weight
-in it dies.
+in it dies (or adapter: a pool hands their pieces out again meanwhile).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import weakref
 import numpy as np
 
 SLAB = 1 << 25  # bytes
-HUGE = 1 << 22  # from this size on NumPy asks for huge pages itself
 _SMALL = 1 << 14  # weights below this gain nothing
 _ALIGN = 64
 

@@ -98,6 +98,27 @@ static void mixed_once(void) {
   EXPECT_STATUS(PYLORA_E_VALUE, pylora_linear_forward(&x, 1, &l, S, start, ws, bytes));
 }
 
+/* No inputs: y is the residual and the bias, h is 0. */
+static void no_inputs(void) {
+  for (int64_t m = 1; m < 4; m++)
+    for (int i = 0; i < 2; i++) {
+      const int dtype = i ? PYLORA_BF16 : PYLORA_F32;
+      const pylora_mat x = matrix(m, 0, 1), W = matrix(40, 0, 1), A = matrix(8, 0, 1),
+                       B = matrix(40, 8, 1), y = matrix(m, 40, 1), h = matrix(m, 8, 1);
+      pylora_packed P;
+      OK(pylora_pack(dtype, &W, bytes_of(pylora_pack_bytes(dtype, 40, 0)), &P));
+      const pylora_lora lora = {8, A.p, A.ld, B.p, B.ld, 1, NULL, NULL};
+      const float *bias = floats(40, 1);
+      const size_t bytes = pylora_lora_workspace(m, 40, 0, 8);
+      OK(pylora_lora_forward(&x, &P, bias, &lora, NULL, &y, &h, bytes_of(bytes), bytes));
+      for (int64_t t = 0; t < m; t++) {
+        for (int64_t j = 0; j < 40; j++) EXPECT(*el(&y, t, j) == bias[j], "y without inputs");
+        for (int64_t j = 0; j < 8; j++) EXPECT(*el(&h, t, j) == 0, "h without inputs");
+      }
+      release();
+    }
+}
+
 static void several(void) {
   for (int i = 0; i < 20; i++) several_once(), release();
 }
@@ -108,5 +129,6 @@ static void mixed(void) {
 int main(void) {
   each_setup(several);
   each_setup(mixed);
+  each_setup(no_inputs);
   return finish("test_linear");
 }
