@@ -18,6 +18,22 @@ static void one_row(const forward *f, const void *row, const char *panels, int n
   f->F->few(f->K, n, PANEL, f->k, rows, b, out);
 }
 
+/* s h Bᵀ of rows that are alone in their segment, for w panels. */
+typedef struct few {
+  int n;
+  int64_t r;
+  const float *h[PYLORA_FEW], *bt[PYLORA_FEW];
+  float *tile[PYLORA_FEW]; /* of the first panel; the next one's is rows * 32 floats on */
+} few;
+
+static void add_few(const forward *f, few *one, int64_t rows, int64_t w) {
+  for (int64_t u = 0; u < w; u++) {
+    f->K->few_rows(one->n, PANEL, one->r, one->h, one->bt, one->tile, GEMM_ADD);
+    for (int i = 0; i < one->n; i++) one->bt[i] += one->r * PANEL, one->tile[i] += rows * PANEL;
+  }
+  one->n = 0;
+}
+
 /* Tiles [n][32] of panels q .. q + w - 1, n rows from i on. */
 static void sums(const forward *f, const projection *p, int64_t i, int64_t n, int64_t q, int64_t w,
                  float *tiles, float *up) {
@@ -38,10 +54,17 @@ static void sums(const forward *f, const projection *p, int64_t i, int64_t n, in
       for (int64_t c = 0; c < cols; c++) tile[t * PANEL + c] += bias[c];
   }
   if (!p->h) return;
+  few one = {0};
   for (int64_t s = segment_of(f, i); s < f->segments && f->start[s] < i + n; s++) {
     const int64_t a = max64(i, f->start[s]), rows = min64(i + n, f->start[s + 1]) - a;
     const low_pack *P = rows > 0 ? adapter_in(p, s) : NULL;
     if (!P || !P->active) continue;
+    if (rows == 1 && !p->up_later) {
+      if (one.n == PYLORA_FEW || (one.n && one.r != P->r)) add_few(f, &one, n, w);
+      one.h[one.n] = p->h + a * p->ldh, one.bt[one.n] = low_bt(P, q);
+      one.tile[one.n++] = tiles + (a - i) * PANEL, one.r = P->r;
+      continue;
+    }
     for (int64_t u = 0; u < w; u++) {
       const float *bt = low_bt(P, q + u);
       if (p->up_later) {
@@ -52,6 +75,7 @@ static void sums(const forward *f, const projection *p, int64_t i, int64_t n, in
                  tiles + (u * n + a - i) * PANEL, PANEL, GEMM_ADD);
     }
   }
+  if (one.n) add_few(f, &one, n, w);
 }
 
 static void put(const forward *f, const pylora_linear *l, int64_t i, int64_t n, int64_t j,
