@@ -32,7 +32,7 @@ from pylora.backends.cuda_marshal import (
 )
 from pylora.backends.device import DeviceArrays, open_cupy
 from pylora.backends.llama import LlamaOp, LlamaWeights
-from pylora.backends.plain import want_writable
+from pylora.backends.plain import Plain, want_writable
 from pylora.backends.repeat import Repeated
 from pylora.errors import BackendError, DtypeError, ShapeError, UnsupportedError
 from pylora.precision import BF16, Stored, check_precision
@@ -60,7 +60,7 @@ class _Own(threading.local):
     used = 0
 
 
-class CudaBackend(DeviceArrays):
+class CudaBackend(DeviceArrays, Plain):
     """The compiled CUDA library. `Reference`'s docstrings specify every operation."""
 
     name = "cuda"
