@@ -227,7 +227,7 @@ int pylora_fused_forward(const pylora_mat *x, const pylora_norm *norm, int64_t n
   f.low_stride = pairs                 ? (int64_t)f.stride / 2
                  : dtype == PYLORA_F32 ? (int64_t)f.stride / 4
                                        : x->ld;
-  int64_t outputs = 0, ranks = 0, dropped = 0;
+  int64_t outputs = 0, ranks = 0;
   for (int64_t i = 0, r; i < n; i++) {
     outputs += p[i].panels;
     TRY(low_rank_of(&f, p + i, blocks, &a, &r));
@@ -238,10 +238,8 @@ int pylora_fused_forward(const pylora_mat *x, const pylora_norm *norm, int64_t n
       f.low_stride = k;
     }
     const pylora_lora *one = segments == 1 ? linear[i].lora[0] : NULL;
-    const int drops = one && one->drop && one->drop->p > 0;
-    p[i].apart = drops;
-    dropped += drops;
-    if (!drops) ranks += r;
+    p[i].apart = one && one->drop && one->drop->p > 0;
+    if (!p[i].apart) ranks += r;
   }
   f.down = ranks > 0;
   if (f.raw || f.prepared || f.wide || f.down) {
@@ -249,9 +247,8 @@ int pylora_fused_forward(const pylora_mat *x, const pylora_norm *norm, int64_t n
     rows_of_task(&f, ranks, &some);
     pylora_parallel(pylora_rows_task, &f, ceil_div(m, f.per_rows), some);
   }
-  for (int64_t i = 0; dropped && i < n; i++) {
+  for (int64_t i = 0; i < n; i++)
     if (p[i].apart) TRY(dropped_h(&f, p + i, a, threads));
-  }
   if (!outputs) return PYLORA_OK;
 
   /* Small tasks are shared out evenly; with many adapters each task better has a few panels of each. */

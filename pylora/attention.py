@@ -173,11 +173,11 @@ class Attention:
             tables = self.rope.tables(int(seqs.k_len.max(initial=0)))
             rotation = Rotation(*tables, position, self.shape.head_dim)
         results, rstd = self.ops.qkv_forward(x, projections, norm, rotation, self.dtype)
-        (raw_q, _), (raw_k, _), (v, _) = results
-        q, k = raw_q, raw_k
+        (q, _), (k, _), (v, _) = results
+        kept = q, k
         if rotation is None:
-            q, _ = self._turn(raw_q, self.q_norm, seqs, position)
-            k, _ = self._turn(raw_k, self.k_norm, seqs, position)
+            q, _ = self._turn(q, self.q_norm, seqs, position)
+            k, _ = self._turn(k, self.k_norm, seqs, position)
         keys, values = k, v
         if past is not None:
             rows = self.ops.xp.asarray(past.rows)
@@ -186,10 +186,10 @@ class Attention:
         o, lse = self.ops.attention_forward(q, keys, values, seqs, self.shape, self.dtype)
         y, o_cache = self.o_proj.forward(o, residual=residual, drop=drop)
         o_cache.x = None  # o is kept below
-        kept = x if self.input_lora and norm is None else None
+        kept_x = x if self.input_lora and norm is None else None
         q_cache, k_cache, v_cache = caches_of(projections, results)
         caches = q_cache, k_cache, v_cache, o_cache
-        return y, AttentionCache(kept, raw_q, raw_k, v, o, lse, seqs, position, caches, rstd)
+        return y, AttentionCache(kept_x, *kept, v, o, lse, seqs, position, caches, rstd)
 
     def backward(
         self, dy: Array, cache: AttentionCache, grads: Grads, *, need_dx: bool = True

@@ -75,7 +75,7 @@ typedef struct pylora_kernels {
   void (*gemm_pairs)(int64_t m, int n, int64_t pairs, const uint16_t *a, int64_t lda,
                      const uint16_t *b, int64_t ldb, float *c, int64_t ldc, int mode);
   /* Up to PYLORA_FEW single rows, each with a matrix of its own: gemm and gemm_bf16 of m = 1, n = w,
-   * lda = ldc = anything, ldb = w and 2 w.  A row alone is one chain that waits for each of its sums. */
+   * lda = ldc = anything, ldb = w and 2 w, GEMM_SET or GEMM_ADD.  A row alone is one chain that waits for each of its sums. */
   void (*few_rows)(int jobs, int w, int64_t kk, const float *const *a, const float *const *b,
                    float *const *c, int mode);
   void (*few_rows_bf16)(int jobs, int w, int64_t pairs, const uint16_t *const *a,

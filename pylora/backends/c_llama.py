@@ -97,9 +97,8 @@ class CLlama:
             n = lib.pylora_lora_pack_bytes(W.struct.dtype, d, k, lora.rank) if lora.rank else 0
             entries.append((number, lora, W, sizes, bias_of(lora, own)))
             sizes += -(-n // _ALIGN) * _ALIGN
-        memory = self._ops.resident.empty(
-            (sizes + _ALIGN,), np.uint8
-        )  # one block for the whole adapter
+        # One block for the whole adapter.
+        memory = self._ops.resident.empty((sizes + _ALIGN,), np.uint8)
         first = memory.__array_interface__["data"][0]
         first += -first % _ALIGN
         structs = ffi.new("pylora_lora[]", max(len(entries), 1))

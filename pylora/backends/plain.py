@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from pylora.backends.protocol import Backend
 from pylora.backends.repeat import Direct, Repeated
 from pylora.errors import DtypeError, ShapeError
-from pylora.types import AdamW, Array, LoRA, Norm, Projection, Residue, Rotation
+from pylora.types import AdamW, Array, LoRA, Norm, Projection, Rotation
 
 
 def want_writable(W: Array) -> None:
@@ -18,50 +19,14 @@ def want_writable(W: Array) -> None:
         raise ShapeError("W is merged into in place, but the array is read-only")
 
 
-class _Single(Protocol):
-    """What the operations of `Plain` are made of."""
-
-    def adamw_step(self, param: Array, grad: Array, m: Array, v: Array, o: AdamW) -> None: ...
-
-    def sum_squares(self, x: Array) -> float: ...
-
-    def merge(self, W: Array, lora: LoRA, dtype: str = "f32") -> tuple[Array, Residue]: ...
-
-
-class _Block(Protocol):
-    """What those of a block are made of."""
-
-    def rms_norm_forward(
-        self, x: Array, w: Array, eps: float, dtype: Any = None
-    ) -> tuple[Array, Array]: ...
-
-    def linear_forward(
-        self, x: Array, projections: Sequence[Projection]
-    ) -> list[tuple[Array, Array | None]]: ...
-
-    def rope(
-        self,
-        x: Array,
-        cos: Array,
-        sin: Array,
-        position: Array,
-        head_dim: int,
-        layout: str = "half",
-        inverse: bool = False,
-        dtype: Any = None,
-    ) -> Array: ...
-
-    def swiglu_forward(self, gate: Array, up: Array, dtype: Any = None) -> Array: ...
-
-
-def _normed(ops: _Block, x: Array, norm: Norm | None, dtype: Any) -> tuple[Array, Array | None]:
+def _normed(ops: Backend, x: Array, norm: Norm | None, dtype: Any) -> tuple[Array, Array | None]:
     return (x, None) if norm is None else ops.rms_norm_forward(x, norm.w, norm.eps, dtype)
 
 
 class Plain:
     """Operations that are made of others, for a backend that has no better."""
 
-    def merge_in_place(self: _Single, W: Array, lora: LoRA, dtype: str = "f32") -> None:
+    def merge_in_place(self: Backend, W: Array, lora: LoRA, dtype: str = "f32") -> None:
         """W becomes the weight that `merge` gives. What rounding loses is not kept, so that no
         `unmerge` of it is exact."""
         want_writable(W)
@@ -71,18 +36,18 @@ class Plain:
         W[...] = merged
 
     def adamw_steps(
-        self: _Single, updates: Sequence[tuple[Array, Array, Array, Array, AdamW]]
+        self: Backend, updates: Sequence[tuple[Array, Array, Array, Array, AdamW]]
     ) -> None:
         """`adamw_step` of each (param, grad, m, v, settings); a backend may do them together."""
         for update in updates:
             self.adamw_step(*update)
 
-    def total_squares(self: _Single, arrays: Sequence[Array]) -> float:
+    def total_squares(self: Backend, arrays: Sequence[Array]) -> float:
         """The sums of squares of the arrays, added up in order in float64."""
         return sum(self.sum_squares(x) for x in arrays)
 
     def qkv_forward(
-        self: _Block,
+        self: Backend,
         x: Array,
         projections: Sequence[Projection],
         norm: Norm | None = None,
@@ -104,7 +69,7 @@ class Plain:
         return results, rstd
 
     def gate_up_forward(
-        self: _Block,
+        self: Backend,
         x: Array,
         projections: Sequence[Projection],
         norm: Norm | None = None,
