@@ -14,8 +14,8 @@ import bounds
 import numpy as np
 import pytest
 
-from pylora.adapters import adapter as ours
-from pylora.adapters.adapter import Adapter
+from pylora.adapters import peft as ours
+from pylora.adapters.adapter import Adapter, parameters
 from pylora.adapters.loraconfig import LoraConfig
 from pylora.adapters.plan import resolve
 from pylora.formats import open_checkpoint
@@ -254,7 +254,7 @@ def test_initial_values_have_pefts_distribution(init: bool | str) -> None:
     state = peft.get_peft_model(base, peft.LoraConfig(**fields)).state_dict()
     config = LoraConfig(**fields)
     modules = LlamaConfig.from_hf(base.config.to_dict()).modules()
-    for key, array in ours.parameters(Adapter.init(resolve(config, modules), config)).items():
+    for key, array in parameters(Adapter.init(resolve(config, modules), config)).items():
         stem = key.removesuffix(".weight")
         theirs = state[f"{stem}.default" + ".weight" * key.endswith(".weight")].numpy()
         assert array.shape == theirs.shape
