@@ -115,6 +115,14 @@ static inline uint64_t load64(const uint8_t *p) {
   return v;
 }
 
+/* The file's row of row i of d in Hugging Face's order: of each head of n rows llama.cpp's converter puts row
+ * j n/2 + i to 2 i + j, for the interleaved rotation. heads = 0: the rows are where they were. */
+static inline int64_t pylora_source_row(int64_t d, int64_t heads, int64_t i) {
+  if (!heads) return i;
+  const int64_t n = d / heads, in = i % n;
+  return i - in + in % (n / 2) * 2 + in / (n / 2);
+}
+
 /* rows * columns of a tensor: all axes but the last, and the last; a scalar is [1, 1]. */
 static inline int64_t pylora_columns(const pylora_tensor *t) {
   return t->dims ? t->shape[t->dims - 1] : 1;

@@ -46,13 +46,6 @@ typedef struct job {
   size_t panel, room; /* bytes of a panel, of a thread's scratch */
 } job;
 
-/* The file's row of output i: llama.cpp's converter puts row j n/2 + i of a head of n to 2 i + j. */
-static int64_t source(const job *j, int64_t i) {
-  if (!j->heads) return i;
-  const int64_t n = j->d / j->heads, in = i % n;
-  return i - in + (in % (n / 2)) * 2 + in / (n / 2);
-}
-
 static void panel(void *ctx, int64_t p, int thread) {
   const job *j = ctx;
   char *scratch = j->scratch + (size_t)thread * j->room, *to = j->out + (size_t)p * j->panel;
@@ -61,12 +54,14 @@ static void panel(void *ctx, int64_t p, int thread) {
     const size_t bytes = j->F->blocks_bytes(j->k);
     for (int64_t i = 0; i < n; i++)
       memcpy(scratch + (size_t)i * bytes,
-             (const char *)j->t->data + (size_t)source(j, first + i) * bytes, bytes);
+             (const char *)j->t->data +
+                 (size_t)pylora_source_row(j->d, j->heads, first + i) * bytes,
+             bytes);
     j->F->pack_blocks(scratch, (int64_t)bytes, n, j->k, 0, to);
     return;
   }
   for (int64_t i = 0; i < n; i++)
-    row(j->t, source(j, first + i), (float *)(void *)scratch + i * j->k);
+    row(j->t, pylora_source_row(j->d, j->heads, first + i), (float *)(void *)scratch + i * j->k);
   const pylora_mat W = {(float *)(void *)scratch, n, j->k, j->k, NULL, NULL};
   j->F->pack(j->K, &W, 0, to);
 }
