@@ -174,7 +174,7 @@ class C(_Backend):
     def forward_mixed(self, x: Any, W: Any, adapters: Any, rows: Any, bias: Any = None) -> Any:
         """One pass over W for all rows, sorted by adapter: pylora_linear_forward's segments."""
         from pylora.backends._core import ffi, lib
-        from pylora.backends.marshal import at, check, lora_struct, mat
+        from pylora.backends.c.marshal import at, check, lora_struct, mat
 
         rows = np.asarray(rows)
         if rows.size and not (-1 <= rows.min() and rows.max() < len(adapters)):

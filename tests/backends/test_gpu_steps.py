@@ -1,4 +1,4 @@
-"""Training steps as CUDA graphs (pylora/backends/cuda_steps.py): the same bits with and without
+"""Training steps as CUDA graphs (pylora/backends/cuda/steps.py): the same bits with and without
 them, replays that really happen, and what callers hold staying as it is.
 
 Runs where PYLORA_TEST_BACKENDS names cuda (tests/gpu.py). Over the stand-in for CuPy a step that
