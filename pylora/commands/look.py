@@ -218,7 +218,7 @@ def conformance(
     ] = False,
 ) -> None:
     """Test any implementation of LoRA against the laws; exit code 1 if one fails or breaks."""
-    from pylora.conformance import command
+    from pylora.conformance.running import command
 
     if implementation is not None and (mutants or as_list):
         flag = "--mutants" if mutants else "--list"

@@ -218,9 +218,9 @@ def test_no_label_counts(gpu: Any) -> None:
 
 
 def test_graphs_are_few(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pylora.backends import cuda_steps
+    from pylora.backends.cuda import steps
 
-    monkeypatch.setattr(cuda_steps, "GRAPHS", 2)
+    monkeypatch.setattr(steps, "GRAPHS", 2)
     model = a_model(gpu)
     model.attach(an_adapter(model))
     for n in (3, 4, 5):
