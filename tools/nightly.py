@@ -121,9 +121,8 @@ def table(found: Iterable[dict[str, Any]], examples: int) -> str:
         done = [r for r in by_law.values() if r["asked"] >= examples]
         absent = [r["law"] for r in by_law.values() if r["status"] == NOT_TESTED]
         bad = [f"{r['law']} {r['status']}" for r in done if r["status"] not in (PASSED, NOT_TESTED)]
-        missing = [
-            i for i in registry.LAWS if i not in absent and i not in {r["law"] for r in done}
-        ]
+        known = {*absent, *(r["law"] for r in done)}
+        missing = [i for i in registry.LAWS if i not in known]
         passed = sum(r["status"] == PASSED for r in done)
         minutes = sum(r["seconds"] for r in done) / 60
         cells = [

@@ -116,7 +116,7 @@ def check(
 ) -> None:
     """Prove gradients, merging and zero-init on a real model and adapter; exit code 1 if not."""
     from pylora.check.check import check_model
-    from pylora.files.files import atomic_write
+    from pylora.files.whole import atomic_write
 
     report = check_model(model, adapter, data=data, tokens=tokens, seed=seed)
     if as_json is not None:
