@@ -239,6 +239,56 @@ THINGS: dict[str, Thing] = {
             "dict": "modules as Llama.modules has them are layers; pass model.config.modules()",
         },
     ),
+    "LoRA": Thing(
+        "the A and B of one module (pylora.LoRA)",
+        _has("A", "B", "scale"),
+        {
+            "Adapter": "an adapter is of many modules: model.attach(adapter), or adapter[path]",
+            "dict": "a mapping is of many modules: model.attach(adapter), or adapter[path]",
+            "text": _LOAD,
+            "path": _LOAD,
+        },
+    ),
+    "array": Thing(
+        "an array",
+        _has("dtype", "shape"),
+        {
+            "list": "make one: numpy.asarray(values, numpy.float32)",
+            "ids": "make one: numpy.asarray(values, numpy.float32)",
+            "text": "text becomes ids, ids are embedded by the whole model: model.forward(ids)",
+        },
+    ),
+    "Seqs": Thing(
+        "where sequences begin (pylora.Seqs)",
+        _has("q_start", "k_start", "k_len"),
+        {"ids": "make it of lengths: Seqs.of(lengths)", "number": "make it: Seqs.of([length])"},
+    ),
+    "KV cache": Thing(
+        "a KV cache",
+        _has("place", "capacity", "length"),
+        {"NoneType": "make one: kv = model.kv_cache(slots, capacity)"},
+    ),
+    "forward's cache": Thing(
+        "the cache that forward returned",
+        _has("trunk", "head"),
+        {
+            "array": "forward gives both: logits, cache = model.forward(ids)",
+            "list": "forward gives both: logits, cache = model.forward(ids)",
+        },
+    ),
+    "backend": Thing(
+        "the name of a backend, or a backend",
+        lambda value: isinstance(value, str) or _has("pack", "name")(value),
+        {"path": "its name is a text such as 'c' or 'numpy'"},
+    ),
+    "messages": Thing(
+        "a list of messages {'role': ..., 'content': ...}",
+        lambda value: not isinstance(value, (str, bytes, Mapping)) and hasattr(value, "__len__"),
+        {
+            "text": "write [{'role': 'user', 'content': text}]",
+            "dict": "one message goes into a list too: [message]",
+        },
+    ),
     "model configuration": Thing(
         "the configuration of a model (pylora.LlamaConfig)",
         _has("num_hidden_layers", "hidden_size", "modules"),

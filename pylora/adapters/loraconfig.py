@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pylora.errors import ConfigError, UnsupportedError
+from pylora.errors import ConfigError, UnsupportedError, wrong_type
+from pylora.types import brief
 
 # These say where a file came from, how A and B were first filled (init_lora_weights itself is
 # checked; a file has them as trained), or are read only together with a field of _REFUSED.
@@ -56,6 +57,8 @@ class LoraConfig:
 
     Raises ConfigError for a value out of range, UnsupportedError for one not implemented.
     """
+
+    __repr__ = brief
 
     r: int = 8
     lora_alpha: float = 8
@@ -127,6 +130,13 @@ class LoraConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "adapter_config.json") -> LoraConfig:
         """A config from the fields of an adapter_config.json; `where` is named in errors."""
+        if not isinstance(values, Mapping):
+            wrong_type(
+                "LoraConfig.from_dict",
+                "the fields of an adapter_config.json as a dict",
+                values,
+                "of a folder: pylora.adapters.peft.read_config(directory)",
+            )
         known = {f.name for f in dataclasses.fields(cls)}
         try:
             _refuse_others(values, known)

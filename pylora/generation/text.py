@@ -49,6 +49,11 @@ class TextStream:
         self._window, self._before = self._tail([int(i) for i in prompt])
         self._new: list[int] = []
 
+    def __repr__(self) -> str:
+        return (
+            f"TextStream({len(self.ids)} tokens, {self.text[-40:]!r}{', stopped' * self.stopped})"
+        )
+
     def push(self, token: int) -> str:
         """The text that this token makes certain; "" while it has to wait."""
         if self.stopped:

@@ -69,6 +69,9 @@ class Example:
     def __len__(self) -> int:
         return int(self.ids.size)
 
+    def __repr__(self) -> str:
+        return f"Example({self.where}: {len(self)} tokens, {self.label_count} of them to learn)"
+
     @property
     def label_count(self) -> int:
         return int((self.labels != IGNORE).sum())
@@ -82,6 +85,11 @@ class Examples(Sequence[Example]):
 
     def __len__(self) -> int:
         return len(self._examples)
+
+    def __repr__(self) -> str:
+        cut = f", {self.truncated} of them cut" if self.truncated else ""
+        tokens = sum(map(len, self._examples))
+        return f"Examples({len(self)}{cut}, {tokens:,} tokens)"
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
