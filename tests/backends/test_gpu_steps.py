@@ -256,7 +256,7 @@ def test_out_of_memory(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         model.loss(*a_batch(0, [5]))
     assert steps.replays == 1 and steps.nbytes > 0
-    forward, left = type(model)._trunk, [1]
+    forward, left = type(model.trunk).forward, [1]
 
     def once(*args: Any) -> Any:
         if left:
@@ -264,7 +264,7 @@ def test_out_of_memory(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
             raise MemoryError
         return forward(*args)
 
-    monkeypatch.setattr(type(model), "_trunk", once)
+    monkeypatch.setattr(type(model.trunk), "forward", once)
     model.loss(*a_batch(0, [6]))
     assert steps.nbytes == 0 and not left
     left.append(1)
