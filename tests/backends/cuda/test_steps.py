@@ -1,8 +1,8 @@
 """Training steps as CUDA graphs (pylora/backends/cuda/steps.py): the same bits with and without
 them, replays that really happen, and what callers hold staying as it is.
 
-Runs where PYLORA_TEST_BACKENDS names cuda (tests/gpu.py). Over the stand-in for CuPy a step that
-computes with the array library while it is captured, or copies from the host, is an error.
+Runs where PYLORA_TEST_BACKENDS names cuda (tests/support/gpu.py). Over the stand-in for CuPy a step
+that computes with the array library while it is captured, or copies from the host, is an error.
 """
 
 from __future__ import annotations
