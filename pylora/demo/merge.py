@@ -85,6 +85,7 @@ def compare_merged(
         path = name.removesuffix(".weight")
         if path == name or path not in adapter:
             return W
+        merged: np.ndarray
         merged, residue = ops.merge(W, adapter[path])
         if _digest(ops.unmerge(merged, adapter[path], residue)) != _digest(W):
             raise PyloraError(f"{name}: unmerge did not give the original weight back")
