@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pylora.display.palette import BLUE, SKY, VERMILION, series
 from pylora.errors import ConfigError
 from pylora.extras import need
-from pylora.files.files import atomic_write
+from pylora.files.whole import atomic_write
 
 if TYPE_CHECKING:
     from pylora.adapters.inspect import ModuleStats
