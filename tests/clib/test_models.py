@@ -9,35 +9,15 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from clibrary import CError, CModel, needs_library, read_tensor
+from clibrary import CError, CModel, greedy, needs_library, python_model, read_tensor
 from small_models import CONFIG, weights, write_gguf, write_hf
 
 from pylora.errors import PyloraError
-from pylora.formats import open_checkpoint
 from pylora.model.config import LlamaConfig
-from pylora.model.kvcache import KVCache
-from pylora.model.llama import Llama
 
 pytestmark = needs_library
 IDS = [3, 17, 4, 29, 29]
 PRECISIONS = ("fp32", "bf16", "int8", "int4")
-
-
-def python_model(path: Path, precision: str) -> Llama:
-    with open_checkpoint(path) as checkpoint:
-        return Llama.from_checkpoint(checkpoint, "c", precision)
-
-
-def greedy(model: Llama, ids: list[int], count: int) -> tuple[list[int], np.ndarray]:
-    """Tokens and logits of the C backend under Python, step by step."""
-    kv: KVCache = model.kv_cache(1, len(ids) + count)
-    out: list[int] = []
-    logits = []
-    for i in range(count):
-        row = model.decode(out[-1:] if i else ids, kv, [1 if i else len(ids)])[0]
-        out.append(int(np.argmax(row)))
-        logits.append(np.array(row))
-    return out, np.stack(logits)
 
 
 def check_same(path: Path, precision: str) -> None:
@@ -144,7 +124,7 @@ def test_shards_and_dtypes(tmp_path: Path, dtype: str, precision: str) -> None:
     check_same(tmp_path / "m", precision)
 
 
-@pytest.mark.parametrize("kind", [k for k in gguf.quants._type_traits])
+@pytest.mark.parametrize("kind", list(gguf.quants._type_traits))
 def test_every_type_decodes_to_the_same_bits(
     tmp_path: Path, kind: gguf.GGMLQuantizationType
 ) -> None:
@@ -200,7 +180,10 @@ def set_u32(key: str, value: int) -> Any:
         ({"more": set_u32("llama.rope.dimension_count", 32)}, "rope.dimension_count"),
         ({"more": lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN)}, "yarn"),
         ({"more": lambda w: w.add_tensor("blk.0.extra.weight", np.ones(3, np.float32))}, "extra"),
-        ({"more": lambda w: w.add_tensor("rope_freqs.weight", np.ones(3, np.float32))}, "rope_freqs"),
+        (
+            {"more": lambda w: w.add_tensor("rope_freqs.weight", np.ones(3, np.float32))},
+            "rope_freqs",
+        ),
         ({"more": lambda w: w.add_array("llama.rope.scaling.factor", [1, 2])}, "scaling.factor"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",

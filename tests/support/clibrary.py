@@ -16,6 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pylora.formats import open_checkpoint
+from pylora.model.llama import Llama
+
 PREFIX = Path(os.environ.get("PYLORA_C_PREFIX", ""))
 needs_library = pytest.mark.skipif(
     not os.environ.get("PYLORA_C_PREFIX"), reason="needs PYLORA_C_PREFIX: run `make clib`"
@@ -78,7 +81,9 @@ class CError(Exception):
 @cache
 def library() -> ctypes.CDLL:
     folders = [PREFIX / "lib", *sorted((PREFIX / "lib").glob("*-linux-gnu")), PREFIX / "lib64"]
-    found = next(p for f in folders for p in (f / "libpylora.so", f / "libpylora.dylib") if p.exists())
+    found = next(
+        p for f in folders for p in (f / "libpylora.so", f / "libpylora.dylib") if p.exists()
+    )
     lib = ctypes.CDLL(str(found))
     lib.pylora_file_open.argtypes = [c_char_p, POINTER(c_void_p), c_char_p]
     lib.pylora_file_close.argtypes = [c_void_p]
@@ -98,7 +103,14 @@ def library() -> ctypes.CDLL:
     lib.pylora_adapter_entry.restype = POINTER(Entry)
     lib.pylora_session_open.argtypes = [c_void_p, c_int64, POINTER(c_void_p), c_char_p]
     lib.pylora_session_close.argtypes = [c_void_p]
-    lib.pylora_session_forward.argtypes = [c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_char_p]
+    lib.pylora_session_forward.argtypes = [
+        c_void_p,
+        c_void_p,
+        c_void_p,
+        c_int64,
+        c_void_p,
+        c_char_p,
+    ]
     lib.pylora_greedy.argtypes = [POINTER(c_float), c_int64, POINTER(c_int64)]
     return lib
 
@@ -116,9 +128,7 @@ class CModel:
 
     def __init__(self, path: Path, precision: str = "fp32") -> None:
         self._model, self._adapter = c_void_p(), c_void_p()
-        _call(
-            "pylora_model_open", os.fsencode(path), PRECISIONS[precision], byref(self._model)
-        )
+        _call("pylora_model_open", os.fsencode(path), PRECISIONS[precision], byref(self._model))
 
     @property
     def about(self) -> About:
@@ -143,7 +153,9 @@ class CModel:
     def rope(self, positions: int) -> tuple[np.ndarray, np.ndarray]:
         shape = positions, self.about.head_dim // 2
         cos, sin = np.empty(shape, np.float32), np.empty(shape, np.float32)
-        assert not library().pylora_model_rope(self._model, positions, cos.ctypes.data, sin.ctypes.data)
+        assert not library().pylora_model_rope(
+            self._model, positions, cos.ctypes.data, sin.ctypes.data
+        )
         return cos, sin
 
     def generate(self, ids: Sequence[int], count: int) -> tuple[list[int], np.ndarray]:
@@ -156,7 +168,12 @@ class CModel:
             new = np.array(latest, np.int64)
             row = np.empty(self.about.vocab, np.float32)
             _call(
-                "pylora_session_forward", session, adapter, new.ctypes.data, len(new), row.ctypes.data
+                "pylora_session_forward",
+                session,
+                adapter,
+                new.ctypes.data,
+                len(new),
+                row.ctypes.data,
             )
             token = c_int64()
             pointer = row.ctypes.data_as(POINTER(c_float))
@@ -189,3 +206,20 @@ def read_tensor(path: Path, name: str) -> np.ndarray:
     _call("pylora_tensor_read", tensor, 0, len(out), out.ctypes.data)
     library().pylora_file_close(file)
     return out
+
+
+def python_model(path: Path, precision: str) -> Llama:
+    with open_checkpoint(path) as checkpoint:
+        return Llama.from_checkpoint(checkpoint, "c", precision)
+
+
+def greedy(model: Llama, ids: list[int], count: int) -> tuple[list[int], np.ndarray]:
+    """Tokens and logits of the C backend under Python, step by step."""
+    kv = model.kv_cache(1, len(ids) + count)
+    out: list[int] = []
+    logits = []
+    for i in range(count):
+        row = model.decode(out[-1:] if i else ids, kv, [1 if i else len(ids)])[0]
+        out.append(int(np.argmax(row)))
+        logits.append(np.array(row))
+    return out, np.stack(logits)
