@@ -16,6 +16,7 @@
 #undef from_bf16
 
 static const pylora_kernels *K;
+static const pylora_kernels *plain; /* K's sums of bytes without tiles; NULL: those of this file */
 
 static int same(float a, float b) { return memcmp(&a, &b, 4) == 0 || (a != a && b != b); }
 
@@ -144,7 +145,7 @@ static void quantized(int dtype, int64_t m, int64_t groups, int mode) {
   for (int64_t i = 0; i < size; i++)
     if (i % ldc >= 32) c[i] = NAN;
   if (size) memcpy(want, c, (size_t)size * sizeof(float));
-  gemm_q(dtype, m, groups, rows, stride, panel, want, ldc, mode);
+  (plain ? plain->gemm_q : gemm_q)(dtype, m, groups, rows, stride, panel, want, ldc, mode);
   K->gemm_q(dtype, m, groups, rows, stride, panel, c, ldc, mode);
   EXPECT(!amx_configured, "tiles were not released");
   for (int64_t i = 0; i < size; i++)
@@ -186,6 +187,7 @@ int main(int argc, char **argv) {
 #if defined(PYLORA_AMX) && !defined(WITHOUT_HARDWARE)
   if (pylora_use_isa("amx") == PYLORA_OK) {
     K = pylora_table();
+    plain = &pylora_kernels_avx512vnni; /* this file may have been compiled without fused sums */
     sizes();
     numbers();
     quantized_sizes();
