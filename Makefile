@@ -77,6 +77,7 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m mypy pylora
+	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests/c tests/cuda examples -name '*.c' -o -name '*.h' -o -name '*.inc' \
 	  -o -name '*.cu' -o -name '*.cuh' -o -name '*.cpp')
 
@@ -90,5 +91,5 @@ cudatest:
 clean:
 	rm -rf $(VENV) build pylora.egg-info out
 	find pylora -name '_core*.so' -o -name '_core*.c' | xargs rm -f
-	rm -f pylora/libpylora_cuda.so pylora/_cuda_abi.py pylora/_cuda_kernels.cu pylora/_cuda_note.txt
+	rm -f pylora/backends/libpylora_cuda.so pylora/backends/_cuda_abi.py pylora/backends/_cuda_kernels.cu pylora/backends/_cuda_note.txt
 	for d in tests/c tests/cuda; do if [ -f $$d/Makefile ]; then $(MAKE) -C $$d clean; fi; done

@@ -8,17 +8,17 @@ from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-CUDA = runpy.run_path(str(ROOT / "pylora" / "_build_cuda.py"))
+CUDA = runpy.run_path(str(ROOT / "tools" / "build_cuda.py"))
 
 
 class Build(build_ext):
     def run(self) -> None:
         super().run()
-        package = ROOT / "pylora" if self.inplace else Path(self.build_lib) / "pylora"
+        package = (ROOT if self.inplace else Path(self.build_lib)) / "pylora" / "backends"
         CUDA["build"](package, ROOT / "build" / "cuda")
 
 
 setup(
     cmdclass={"build_ext": Build},
-    cffi_modules=["pylora/_build.py:ffibuilder", "pylora/_build.py:cuda_abi"],
+    cffi_modules=["tools/build_core.py:ffibuilder", "tools/build_core.py:cuda_abi"],
 )

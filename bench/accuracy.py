@@ -103,7 +103,7 @@ def main() -> int:
 
 
 def fetched() -> Path:
-    from pylora.fetch import fetch
+    from pylora.demo.fetch import fetch
 
     return fetch(say=say)
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from pylora import backends
 from pylora.backends.numpy import NumpyBackend
-from pylora.conformance import bounds_ops as bounds
+from pylora.conformance.bounds import ops as bounds
 from pylora.errors import PyloraError
 from pylora.types import Attn, LoRA, Seqs
 
@@ -168,7 +168,7 @@ def ours(i: Inputs, precision: str) -> dict[str, np.ndarray]:
     if precision == "fp32":
         W, kept, feed, widen = ops.pack(i["W"]), {}, np.asarray, np.asarray
     else:
-        from pylora.precision import BF16, to_bf16, widened
+        from pylora.numbers.precision import BF16, to_bf16, widened
 
         W, widen = ops.pack(i["W"], precision), widened
         narrow = ops.activation_dtype(precision) == BF16

@@ -11,13 +11,13 @@ import numpy as np
 from setting import ALPHA, RANK, TARGETS
 
 import pylora
-from pylora.batching import epoch_steps
-from pylora.demo_items import DATA
-from pylora.examples import load_examples
+from pylora.demo.items import DATA
 from pylora.formats import open_checkpoint
-from pylora.optimizer import Optimizer, gradients, trainable
-from pylora.schedule import learning_rate
-from pylora.train_config import TrainConfig
+from pylora.training.batching import epoch_steps
+from pylora.training.config import TrainConfig
+from pylora.training.examples import load_examples
+from pylora.training.optimizer import Optimizer, gradients, trainable
+from pylora.training.schedule import learning_rate
 from pylora.types import Seqs
 
 BATCH, PEAK = 8, 2e-3

@@ -82,7 +82,7 @@ def generate(o: Options) -> Iterator[Record]:
 def gguf(o: Options) -> Iterator[Record]:
     """The Q4_1 file itself, beside llama.cpp."""
     if o.gguf is None:
-        raise RuntimeError("the GGUF file is not there (pylora.fetch could not get it)")
+        raise RuntimeError("the GGUF file is not there (pylora.demo.fetch could not get it)")
     key = {"path": str(o.gguf), "prompt": 512, "new": 16 if o.quick else 64}
     some = [*o.ours("int4"), Contender("llama", "Q4_1")]
     with o.team() as team:

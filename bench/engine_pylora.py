@@ -11,11 +11,11 @@ from setting import ALPHA, GEOMETRY, HEAD_DIM, LEARNING_RATE, RANK, TARGETS
 
 import pylora
 from pylora import backends
-from pylora import generate as texts
-from pylora.optimizer import Optimizer, gradients, trainable
-from pylora.train_config import TrainConfig
+from pylora.generation import generate as texts
+from pylora.model.weights import random_weights
+from pylora.training.config import TrainConfig
+from pylora.training.optimizer import Optimizer, gradients, trainable
 from pylora.types import LoRA, Seqs
-from pylora.weights import random_weights
 
 
 def versions() -> dict[str, str]:
@@ -120,7 +120,7 @@ def gguf(precision: str, path: str, prompt: int, new: int) -> Job:
 
 def resident(precision: str, adapters: int, prompt: int, new: int) -> Job:
     """`adapters` resident: rows of distinct adapters and of one, and switching."""
-    from pylora.pool import AdapterPool
+    from pylora.adapters.pool import AdapterPool
 
     model, one = base(precision), new_adapter()
     pool, names = AdapterPool(model), [f"a{i}" for i in range(adapters)]
@@ -161,7 +161,7 @@ def linear(precision: str, d: int, tokens: int, backward: bool, rank: int = RANK
     x, dy = normal(tokens, d), normal(tokens, d)
     kept = {}
     if precision == "bf16":  # what a bf16 model gives and takes, and PEFT too
-        from pylora.precision import BF16, to_bf16
+        from pylora.numbers.precision import BF16, to_bf16
 
         x, dy, kept = to_bf16(x), to_bf16(dy), {"dtype": BF16}
     if not backward:

@@ -10,10 +10,10 @@ import numpy as np
 
 import pylora
 from pylora import backends
-from pylora.decoder import Batch
-from pylora.optimizer import Optimizer, gradients, trainable
-from pylora.pool import AdapterPool
-from pylora.train_config import TrainConfig
+from pylora.adapters.pool import AdapterPool
+from pylora.model.decoder import Batch
+from pylora.training.config import TrainConfig
+from pylora.training.optimizer import Optimizer, gradients, trainable
 from pylora.types import LoRA, Seqs
 
 Job = Callable[[], Any]

@@ -18,10 +18,10 @@ import time
 import numpy as np
 
 import pylora
-from pylora.optimizer import Optimizer, gradients, trainable
-from pylora.precision import Stored
-from pylora.quantize import BLOCK_BYTES, row_bytes
-from pylora.train_config import TrainConfig
+from pylora.numbers.precision import Stored
+from pylora.numbers.quantize import BLOCK_BYTES, row_bytes
+from pylora.training.config import TrainConfig
+from pylora.training.optimizer import Optimizer, gradients, trainable
 from pylora.types import Seqs
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -169,8 +169,8 @@ def measured_ceilings(a: argparse.Namespace) -> dict[str, Any]:
 
 
 def gguf_file() -> Path | None:
+    from pylora.demo.fetch import fetch
     from pylora.errors import PyloraError
-    from pylora.fetch import fetch
 
     try:
         return fetch(say=say)

@@ -79,7 +79,7 @@ def trained(modules: Iterable[tuple[str, np.ndarray, LoRA]]) -> None:
 
 
 def real(model: str, adapter_dir: str) -> Iterable[tuple[str, np.ndarray, LoRA]]:
-    from pylora.adapter import Adapter
+    from pylora.adapters.adapter import Adapter
     from pylora.formats import open_checkpoint
 
     with open_checkpoint(model) as checkpoint:

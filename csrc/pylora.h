@@ -83,7 +83,7 @@ typedef struct pylora_mat {
 } pylora_mat;
 
 /* A frozen weight W [d,k], packed once: ceil(d / 32) panels of 32 outputs, the last one filled up with
- * zeros, in the layout of its dtype (csrc/format.h).  One copy serves x Wᵀ and, by transposing tiles
+ * zeros, in the layout of its dtype (csrc/formats/format.h).  One copy serves x Wᵀ and, by transposing tiles
  * on the way, dy W.  Layouts are the same for every instruction set and never written to disk.
  *
  * What a product computes depends on the dtype alone:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from pylora import backends, random
-from pylora.attention import Attention
-from pylora.config import LlamaConfig
-from pylora.linear import Grads
+from pylora import backends
+from pylora.model.attention import Attention
+from pylora.model.config import LlamaConfig
+from pylora.model.linear import Grads
+from pylora.numbers import random
 from pylora.types import AdamW, LoRA, Seqs
 
 STEPS, LENGTH, BATCH, RANK = 150, 8, 16, 4

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from pylora import Adapter, Llama, LlamaConfig, LoraConfig, resolve
-from pylora.examples import Example
-from pylora.generate import generate
-from pylora.train import TrainConfig, train
+from pylora.generation.generate import generate
+from pylora.training.examples import Example
+from pylora.training.train import TrainConfig, train
 
 TOKENS, LENGTH = 24, 8
 CONFIG = LlamaConfig.tiny(vocab_size=TOKENS, hidden_size=48, intermediate_size=96, head_dim=12)

@@ -17,7 +17,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from pylora import Adapter, Llama, LlamaConfig, LoraConfig, resolve
-from pylora.model import random_weights
+from pylora.model.llama import random_weights
 
 CONFIG = LlamaConfig.tiny(tie_word_embeddings=False)
 IDS = np.array([3, 1, 4, 1, 5, 9, 2, 6])

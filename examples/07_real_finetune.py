@@ -15,10 +15,10 @@ import tempfile
 from pathlib import Path
 
 from pylora import Adapter, Llama, LoraConfig, open_checkpoint, resolve
-from pylora.examples import load_examples
-from pylora.fetch import SMOLLM2, cache_folder
-from pylora.generate import generate
-from pylora.train import StepInfo, TrainConfig, train
+from pylora.demo.fetch import SMOLLM2, cache_folder
+from pylora.generation.generate import generate
+from pylora.training.examples import load_examples
+from pylora.training.train import StepInfo, TrainConfig, train
 
 ANSWER = "Morwenna Pask keeps the lighthouse of Ardvey."
 QUESTIONS = (

@@ -30,7 +30,7 @@ from pylora import (
 )
 from pylora.formats import narrow
 from pylora.formats.safetensors import Bf16, save
-from pylora.model import random_weights
+from pylora.model.llama import random_weights
 
 CONFIG = LlamaConfig.tiny(hidden_size=64, intermediate_size=128, head_dim=16)
 IDS = np.arange(20)

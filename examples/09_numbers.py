@@ -7,9 +7,9 @@ Nothing is trained and no weight is loaded: a plan is enough to count what would
 
 from __future__ import annotations
 
-from pylora.config import LlamaConfig, ModuleSpec
-from pylora.loraconfig import LoraConfig
-from pylora.plan import resolve
+from pylora.adapters.loraconfig import LoraConfig
+from pylora.adapters.plan import resolve
+from pylora.model.config import LlamaConfig, ModuleSpec
 
 
 def count(modules: dict[str, ModuleSpec], **settings: object) -> tuple[int, int]:

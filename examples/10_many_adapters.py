@@ -13,7 +13,7 @@ import time
 import numpy as np
 
 from pylora import AdapterPool, Llama, LlamaConfig, LoraConfig, resolve
-from pylora.generate import generate
+from pylora.generation.generate import generate
 from pylora.types import LoRA
 
 CONFIG = LlamaConfig.tiny(

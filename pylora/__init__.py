@@ -1,8 +1,8 @@
 """pylora: run, fine-tune, swap, merge and unmerge LoRA adapters without a deep-learning framework.
 
 Public names are imported when first used, so that `import pylora` costs no more than NumPy. The
-verbs are functions of the modules named after them: `pylora.generate.generate`,
-`pylora.train.train`.
+verbs are functions of the modules named after them: `pylora.generation.generate.generate`,
+`pylora.training.train.train`.
 """
 
 from __future__ import annotations
@@ -14,49 +14,48 @@ from typing import TYPE_CHECKING, Any
 from pylora.backends import use
 
 if TYPE_CHECKING:
-    from pylora.adapter import Adapter
-    from pylora.attention import Attention
-    from pylora.block import Block
-    from pylora.config import LlamaConfig, ModuleSpec
-    from pylora.embedding import Embedding
+    from pylora.adapters.adapter import Adapter, parameters
+    from pylora.adapters.loraconfig import LoraConfig
+    from pylora.adapters.plan import Plan, resolve
+    from pylora.adapters.pool import AdapterPool
     from pylora.errors import PyloraError
     from pylora.formats import open_checkpoint
-    from pylora.kvcache import KVCache
-    from pylora.linear import DropKey, LoRAGrad, LoRALinear
-    from pylora.loraconfig import LoraConfig
-    from pylora.merge import merge_checkpoint, unmerge_checkpoint
-    from pylora.model import IGNORE, Llama
-    from pylora.peft import parameters
-    from pylora.plan import Plan, resolve
-    from pylora.pool import AdapterPool
+    from pylora.merging.merge import merge_checkpoint, unmerge_checkpoint
+    from pylora.model.attention import Attention
+    from pylora.model.block import Block
+    from pylora.model.config import LlamaConfig, ModuleSpec
+    from pylora.model.embedding import Embedding
+    from pylora.model.kvcache import KVCache
+    from pylora.model.linear import DropKey, LoRAGrad, LoRALinear
+    from pylora.model.llama import IGNORE, Llama
     from pylora.types import LoRA, Seqs
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Adapter": "adapter",
-    "AdapterPool": "pool",
-    "Attention": "attention",
-    "Block": "block",
-    "DropKey": "linear",
-    "Embedding": "embedding",
-    "IGNORE": "model",
-    "KVCache": "kvcache",
-    "Llama": "model",
-    "LlamaConfig": "config",
+    "Adapter": "adapters.adapter",
+    "AdapterPool": "adapters.pool",
+    "Attention": "model.attention",
+    "Block": "model.block",
+    "DropKey": "model.linear",
+    "Embedding": "model.embedding",
+    "IGNORE": "model.llama",
+    "KVCache": "model.kvcache",
+    "Llama": "model.llama",
+    "LlamaConfig": "model.config",
     "LoRA": "types",
-    "LoRAGrad": "linear",
-    "LoRALinear": "linear",
-    "LoraConfig": "loraconfig",
-    "ModuleSpec": "config",
-    "Plan": "plan",
+    "LoRAGrad": "model.linear",
+    "LoRALinear": "model.linear",
+    "LoraConfig": "adapters.loraconfig",
+    "ModuleSpec": "model.config",
+    "Plan": "adapters.plan",
     "PyloraError": "errors",
     "Seqs": "types",
-    "merge_checkpoint": "merge",
+    "merge_checkpoint": "merging.merge",
     "open_checkpoint": "formats",
-    "parameters": "peft",
-    "resolve": "plan",
-    "unmerge_checkpoint": "merge",
+    "parameters": "adapters.adapter",
+    "resolve": "adapters.plan",
+    "unmerge_checkpoint": "merging.merge",
 }
 
 __all__ = [
@@ -106,12 +105,12 @@ def build_info() -> dict[str, Any]:
     """What computes here: versions, backends, and the core's instruction sets and threads.
 
     `backend` is the one in use; "isa", "isas" and "num_threads" are there where the C core is.
-    "precisions" are those that the backend computes as such here (pylora.precision).
+    "precisions" are those that the backend computes as such here (pylora.numbers.precision).
     """
     import numpy
 
     from pylora import backends
-    from pylora.precision import PRECISIONS
+    from pylora.numbers.precision import PRECISIONS
 
     names = backends.available()
     info: dict[str, Any] = {

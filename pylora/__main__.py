@@ -2,6 +2,6 @@
 
 import sys
 
-from pylora.cli import main
+from pylora.commands.cli import main
 
 sys.exit(main())

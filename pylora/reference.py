@@ -29,10 +29,11 @@ from typing import Any
 
 import numpy as np
 
-from pylora.backends.llama import Composed, LlamaOp, LlamaWeights
-from pylora.backends.plain import Plain
 from pylora.errors import BackendError, RangeError
-from pylora.precision import as_dtype
+from pylora.numbers.philox import philox
+from pylora.numbers.precision import as_dtype
+from pylora.ops.llama import Composed, LlamaOp, LlamaWeights
+from pylora.ops.plain import Plain
 from pylora.types import (
     AdamW,
     Array,
@@ -46,10 +47,6 @@ from pylora.types import (
 )
 
 IGNORE = -100  # a label with this value is not counted in the loss
-
-_PHILOX_M = (0xD2511F53, 0xCD9E8D57)  # multipliers and Weyl constants of Philox 4x32
-_PHILOX_W = (0x9E3779B9, 0xBB67AE85)
-_LOW = 0xFFFFFFFF
 
 
 class Reference(Plain):
@@ -375,7 +372,7 @@ class Reference(Plain):
     # ---- a whole model ------------------------------------------------------------------------
 
     def llama(self, weights: LlamaWeights) -> LlamaOp:
-        """The operations above as a whole model, for inference: see pylora.backends.llama."""
+        """The operations above as a whole model, for inference: see pylora.ops.llama."""
         return Composed(self, weights)
 
     # ---- loss and optimizer -------------------------------------------------------------------
@@ -429,17 +426,7 @@ class Reference(Plain):
 
         The key is `seed`, block b has the counter (b, stream), word e is word e % 4 of block e//4.
         """
-        xp = self.xp
-        block = xp.arange(first // 4, (first + n + 3) // 4, dtype=np.uint64)
-        one = xp.ones_like(block)
-        c = [block & _LOW, block >> 32, one * (stream & _LOW), one * (stream >> 32)]
-        key = [seed & _LOW, (seed >> 32) & _LOW]
-        for _ in range(10):
-            p0, p1 = c[0] * np.uint64(_PHILOX_M[0]), c[2] * np.uint64(_PHILOX_M[1])
-            c = [(p1 >> 32) ^ c[1] ^ key[0], p1 & _LOW, (p0 >> 32) ^ c[3] ^ key[1], p0 & _LOW]
-            key = [(key[0] + _PHILOX_W[0]) & _LOW, (key[1] + _PHILOX_W[1]) & _LOW]
-        words = xp.stack(c, axis=1).reshape(-1).astype(np.uint32)
-        return words[first % 4 : first % 4 + n]
+        return philox(seed, stream, first, n, self.xp)
 
     def dropout(self, x: Array, drop: Drop | None) -> Array:
         """Keeps element e = (row0 + i) k + j iff its Philox word is >= p 2³²; scales by 1/(1-p)."""

@@ -1,7 +1,9 @@
 """Looks at the machine code of libpylora_cuda for what its sources mean: no GPU is needed.
 
-    python tools/cuda_code.py library pylora/libpylora_cuda.so   # needs cuobjdump and nvdisasm
-    python tools/cuda_code.py nvrtc pylora/_cuda_kernels.cu      # needs libnvrtc
+    # needs cuobjdump and nvdisasm
+    python tools/cuda_code.py library pylora/backends/libpylora_cuda.so
+    # needs libnvrtc
+    python tools/cuda_code.py nvrtc pylora/backends/_cuda_kernels.cu
 
 `library`: every kernel is there for sm_80 and sm_90, and as PTX; none keeps variables in local
 memory (a spill, or an array that is indexed at run time) unless EXCEPTIONS says why; the kernels

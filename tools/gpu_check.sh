@@ -113,14 +113,14 @@ ABSENT=$(missing "${WANTED[@]}")
 
 build() { # the C core on one processor, the CUDA library on the others
   nvcc --version | tail -n 2
-  PYLORA_CUDA=on PYLORA_NVCC_JOBS=$JOBS "$PYTHON" pylora/_build_cuda.py &
+  PYLORA_CUDA=on PYLORA_NVCC_JOBS=$JOBS "$PYTHON" tools/build_cuda.py &
   local cuda=$!
-  "$PYTHON" pylora/_build.py || { kill $cuda 2>/dev/null; return 1; }
+  "$PYTHON" tools/build_core.py || { kill $cuda 2>/dev/null; return 1; }
   wait $cuda || return 1
   "$PYTHON" - <<'CODE'
-from pylora._cuda_abi import ffi
-import pylora._core
-lib = ffi.dlopen("pylora/libpylora_cuda.so")
+from pylora.backends._cuda_abi import ffi
+import pylora.backends._core
+lib = ffi.dlopen("pylora/backends/libpylora_cuda.so")
 device = ffi.new("pylora_cuda_device *")
 if lib.pylora_cuda_device_info(0, device):
     raise SystemExit(ffi.string(lib.pylora_cuda_error()).decode())

@@ -25,7 +25,7 @@ from pathlib import Path
 
 SEED = 1
 PROMPT = "{}. In symbols:"
-FOLDER = Path(__file__).resolve().parents[1] / "pylora" / "data" / "notation"
+FOLDER = Path(__file__).resolve().parents[1] / "pylora" / "demo" / "data" / "notation"
 
 CONCEPTS = {
     "consciousness": "Ψ",

@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from pylora.conformance.laws import LAWS
+from pylora.conformance.laws.registry import LAWS
 from pylora.conformance.mutants import GROUPS, Mutant, mutants
 from pylora.conformance.mutants.hunt import kills
 from pylora.conformance.runner import PROFILES, Outcome

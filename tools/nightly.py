@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 import pylora
-from pylora.conformance import laws
+from pylora.conformance.laws import registry as laws
 from pylora.conformance.protocol import find, name_of
 from pylora.conformance.runner import NOT_TESTED, PASSED, PROFILES, run_law
 

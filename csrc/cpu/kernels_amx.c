@@ -5,7 +5,7 @@
 #if !defined(_GNU_SOURCE)
 #define _GNU_SOURCE /* syscall */
 #endif
-#include "../internal.h"
+#include "runtime/internal.h"
 
 #if defined(PYLORA_AMX_EMULATED) /* tests/c/amx_emulation.h came first: tiles in software */
 #define PYLORA_AMX_BUILD 1

@@ -1,5 +1,5 @@
 /* The kernel table for x86-64 with AVX-512 VNNI: 8- and 16-bit integer products. */
-#include "../internal.h"
+#include "runtime/internal.h"
 
 #ifdef PYLORA_X86
 /* These files alone are compiled for more than the baseline, so that one build runs everywhere. */

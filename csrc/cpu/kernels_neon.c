@@ -1,5 +1,5 @@
 /* The kernel table for 64-bit Arm. */
-#include "../internal.h"
+#include "runtime/internal.h"
 
 #ifdef PYLORA_ARM64
 #define VEC_NEON 1

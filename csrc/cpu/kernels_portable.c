@@ -1,5 +1,5 @@
 /* The kernel table for any CPU that the compiler targets. */
-#include "../internal.h"
+#include "runtime/internal.h"
 
 #define TABLE pylora_kernels_portable
 #define TABLE_NAME "portable"

@@ -1,4 +1,4 @@
-/* merge.cuh - kernels of W' = round(W + s B A), of the way back, and of the residue: the bits of csrc/merge.c.
+/* merge.cuh - kernels of W' = round(W + s B A), of the way back, and of the residue: the bits of csrc/ops/merge.c.
  *
  * What decides the bits is d = s t, t = sum_i B[.,i] A[i,.] in double in the order of i. (Products of two floats are
  * exact in double, so that a fused multiply-add is the same as two operations.)  An H100 does 17e12 such

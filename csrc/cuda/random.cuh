@@ -1,4 +1,4 @@
-/* random.cuh - kernels: words of a Philox stream, and dropout keyed by them; the bits of csrc/random.c. */
+/* random.cuh - kernels: words of a Philox stream, and dropout keyed by them; the bits of csrc/ops/random.c. */
 #ifndef PYLORA_RANDOM_CUH
 #define PYLORA_RANDOM_CUH
 

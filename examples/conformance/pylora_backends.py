@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from pylora import backends, random
+from pylora import backends
 from pylora.conformance.correct import Correct, CorrectModule
-from pylora.precision import BF16
+from pylora.numbers import random
+from pylora.numbers.precision import BF16
 from pylora.types import Drop, LoRA
 
 GROUP = 32  # int8 and int4 store weights in groups of so many inputs
@@ -172,7 +173,7 @@ class C(_Backend):
 
     def forward_mixed(self, x: Any, W: Any, adapters: Any, rows: Any, bias: Any = None) -> Any:
         """One pass over W for all rows, sorted by adapter: pylora_linear_forward's segments."""
-        from pylora._core import ffi, lib
+        from pylora.backends._core import ffi, lib
         from pylora.backends.marshal import at, check, lora_struct, mat
 
         rows = np.asarray(rows)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from pylora.errors import BackendError
 
 if TYPE_CHECKING:
-    from pylora.backends.protocol import Backend
+    from pylora.ops.protocol import Backend
 
 ENV = "PYLORA_BACKEND"
 

@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from pylora._core import ffi, lib
+from pylora.backends._core import ffi, lib
 from pylora.backends.c_llama import CLlama
-from pylora.backends.llama import LlamaOp, LlamaWeights
 from pylora.backends.marshal import (
     F32,
     Packed,
@@ -40,11 +39,12 @@ from pylora.backends.marshal import (
     want_inputs,
     writable,
 )
-from pylora.backends.plain import Plain, want_writable
 from pylora.backends.pool import Pool
 from pylora.backends.slabs import Slabs
 from pylora.errors import BackendError, DtypeError, ShapeError, UnsupportedError
-from pylora.precision import BF16, PRECISIONS, Stored, as_dtype, check_precision, from_bf16
+from pylora.numbers.precision import BF16, PRECISIONS, Stored, as_dtype, check_precision, from_bf16
+from pylora.ops.llama import LlamaOp, LlamaWeights
+from pylora.ops.plain import Plain, want_writable
 from pylora.types import (
     AdamW,
     Array,
@@ -236,7 +236,7 @@ class CBackend(Plain):
         if W.kind == "bf16":
             bits = np.ascontiguousarray(W.rows).view(BF16)
             return bits if precision == "bf16" else from_bf16(bits)
-        from pylora.quantize import dequantize
+        from pylora.numbers.quantize import dequantize
 
         values: np.ndarray = dequantize(W)
         return values

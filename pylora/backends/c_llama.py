@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pylora._core import ffi, lib
-from pylora.backends.llama import LlamaWeights, Step, bias_of, embedding_bias
+from pylora.backends._core import ffi, lib
 from pylora.backends.marshal import (
     Packed,
     Scratch,
@@ -26,7 +25,8 @@ from pylora.backends.marshal import (
     read_any,
     want,
 )
-from pylora.precision import BF16
+from pylora.numbers.precision import BF16
+from pylora.ops.llama import LlamaWeights, Step, bias_of, embedding_bias
 from pylora.types import Array, LoRA
 
 _MODULES = lib.PYLORA_LAYER_MODULES

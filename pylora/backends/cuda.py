@@ -31,11 +31,11 @@ from pylora.backends.cuda_marshal import (
     want,
 )
 from pylora.backends.device import DeviceArrays, open_cupy
-from pylora.backends.llama import LlamaOp, LlamaWeights
-from pylora.backends.plain import Plain, want_writable
-from pylora.backends.repeat import Repeated
 from pylora.errors import BackendError, DtypeError, ShapeError, UnsupportedError
-from pylora.precision import BF16, Stored, check_precision
+from pylora.numbers.precision import BF16, Stored, check_precision
+from pylora.ops.llama import LlamaOp, LlamaWeights
+from pylora.ops.plain import Plain, want_writable
+from pylora.ops.repeat import Repeated
 from pylora.types import (
     AdamW,
     Array,
@@ -184,7 +184,7 @@ class CudaBackend(DeviceArrays, Plain):
             if W.kind == "bf16":
                 W = np.ascontiguousarray(W.rows).view(np.uint16).reshape(W.shape)
             else:
-                from pylora.quantize import dequantize
+                from pylora.numbers.quantize import dequantize
 
                 W = dequantize(W)
         W = self.to.read("W", self.on_device(W), None, None)

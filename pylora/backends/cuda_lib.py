@@ -1,6 +1,6 @@
 """Finding and loading libpylora_cuda, and cuBLASLt for it. Nothing happens at import.
 
-Declarations come from `pylora._cuda_abi`, which the build makes from csrc/cuda/pylora_cuda.h. The
+Declarations come from `pylora.backends._cuda_abi`, which the build makes from pylora_cuda.h. The
 library is looked for at PYLORA_CUDA_LIBRARY, else beside this package, where the build puts it if
 there was an nvcc. cuBLASLt is looked for at PYLORA_CUBLASLT, in NVIDIA's PyPI wheels and in a CUDA
 toolkit; else the library itself takes one that is loaded already, or that the system finds.
@@ -31,7 +31,7 @@ def library_path() -> Path | None:
     given = os.environ.get("PYLORA_CUDA_LIBRARY")
     if given:
         return Path(given)
-    here = Path(__file__).resolve().parent.parent
+    here = Path(__file__).resolve().parent
     return next((here / name for name in NAMES if (here / name).exists()), None)
 
 
@@ -70,9 +70,11 @@ class Library:
                 "nvcc present (PYLORA_CUDA=on makes a missing one an error)"
             )
         try:
-            from pylora._cuda_abi import ffi
+            from pylora.backends._cuda_abi import ffi
         except ImportError as error:
-            raise NoLibrary(f"pylora._cuda_abi was not built ({error}); reinstall") from error
+            raise NoLibrary(
+                f"pylora.backends._cuda_abi was not built ({error}); reinstall"
+            ) from error
         try:
             self.lib: Any = ffi.dlopen(str(path))
         except OSError as error:

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from pylora.backends.cuda_marshal import check_seqs, longest
-from pylora.backends.llama import (
+from pylora.errors import RangeError
+from pylora.ops.llama import (
     _NARROW,
     MODULES,
     LlamaWeights,
@@ -28,7 +29,6 @@ from pylora.backends.llama import (
     bias_of,
     embedding_bias,
 )
-from pylora.errors import RangeError
 from pylora.types import Array, LoRA, Projection
 
 GRAPHS = 16  # that are kept for a model, the latest ones

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from pylora.backends.cuda_marshal import ALIGN, PlacedSeqs, aligned, check_seqs, longest
-from pylora.backends.repeat import Results, Work
+from pylora.ops.repeat import Results, Work
 from pylora.types import Array, Seqs
 
 GRAPHS = 8  # that are kept for a model, the latest ones

@@ -20,7 +20,7 @@ from pylora.backends.cupy_kernels import Kernels
 from pylora.backends.device import DeviceArrays, open_cupy
 from pylora.backends.numpy import NumpyBackend
 from pylora.errors import DtypeError, ShapeError
-from pylora.precision import BF16, Stored, check_precision
+from pylora.numbers.precision import BF16, Stored, check_precision
 from pylora.reference import IGNORE, Reference
 from pylora.types import Array, Attn, LoRA, Residue, Seqs
 

@@ -5,7 +5,7 @@ through __cuda_array_interface__ or DLPack. Arithmetic on arrays of the host is 
 so: a copy that nobody asked for would cost more than the operation.
 
 bfloat16 is on a GPU an array of uint16, its bits: CuPy runs nothing on the structured dtype that
-stands for it in host memory (`pylora.precision.BF16`), not even a copy.
+stands for it in host memory (`pylora.numbers.precision.BF16`), not even a copy.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pylora.errors import BackendError, DtypeError, RangeError
-from pylora.precision import BF16
+from pylora.numbers.precision import BF16
 from pylora.types import Array
 
 BITS = np.dtype(np.uint16)  # of bfloat16, on the device

@@ -12,9 +12,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from pylora._core import ffi, lib
+from pylora.backends._core import ffi, lib
 from pylora.errors import BackendError, DtypeError, RangeError, ShapeError
-from pylora.precision import BF16
+from pylora.numbers.precision import BF16
 from pylora.types import Array, Attn, Drop, LoRA, Seqs
 
 F32 = np.dtype(np.float32)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pylora.errors import DtypeError, ShapeError
-from pylora.precision import BF16, Stored, check_precision, from_bf16, to_bf16
+from pylora.numbers.precision import BF16, Stored, check_precision, from_bf16, to_bf16
 from pylora.reference import Reference
 
 _DTYPES = (np.float32, np.float64, np.complex128)
@@ -66,7 +66,7 @@ class NumpyBackend(Reference):
             if W.kind == "bf16":
                 values = from_bf16(W.rows.view(BF16))
             else:
-                from pylora.quantize import dequantize
+                from pylora.numbers.quantize import dequantize
 
                 values = dequantize(W)
             if precision in _QUANTIZED and W.kind != "bf16":
@@ -81,7 +81,7 @@ class NumpyBackend(Reference):
                 return narrow.astype(np.float16).astype(array.dtype)
         if precision == "bf16":
             return from_bf16(to_bf16(narrow)).astype(array.dtype)
-        from pylora.quantize import dequantize, quantize
+        from pylora.numbers.quantize import dequantize, quantize
 
         kept: np.ndarray = dequantize(quantize(narrow, _QUANTIZED[precision]))
         return kept.astype(array.dtype)

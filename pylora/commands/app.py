@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pylora.cli import verb
+from pylora.commands.guard import verb
 
 app = typer.Typer(
     help="LoRA without a deep-learning framework: train, run, merge and inspect adapters.",

@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 
-from pylora.cli import verb
 from pylora.commands.app import Model, Precision, Seed, app
-from pylora.console import Console, megabytes
+from pylora.commands.guard import verb
+from pylora.display.console import Console, megabytes
 from pylora.errors import ConfigError
 
 
@@ -28,7 +28,7 @@ def inspect(
     ] = False,
 ) -> None:
     """Show how far an adapter moves each module: norm and singular values of its delta."""
-    from pylora.inspect import numbers as compute_numbers
+    from pylora.adapters.inspect import numbers as compute_numbers
 
     screen = Console()
     if numbers:
@@ -54,11 +54,11 @@ def inspect(
 def _inspect_adapter(
     screen: Console, directory: Path, model: Path | None, picture: Path | None
 ) -> None:
-    from pylora.adapter import Adapter
+    from pylora.adapters.adapter import Adapter
+    from pylora.adapters.inspect import inspect as measure
+    from pylora.adapters.inspect import modules_of
+    from pylora.display.plots import adapter_picture
     from pylora.formats import open_checkpoint
-    from pylora.inspect import inspect as measure
-    from pylora.inspect import modules_of
-    from pylora.plots import adapter_picture
 
     if model is None:
         adapter = Adapter.load(directory, modules_of(directory))
@@ -115,8 +115,8 @@ def check(
     ] = None,
 ) -> None:
     """Prove gradients, merging and zero-init on a real model and adapter; exit code 1 if not."""
-    from pylora.check import check_model
-    from pylora.files import atomic_write
+    from pylora.check.check import check_model
+    from pylora.files.files import atomic_write
 
     report = check_model(model, adapter, data=data, tokens=tokens, seed=seed)
     if as_json is not None:
@@ -155,7 +155,7 @@ def demo(
     """Teach SmolLM2-135M a notation, measured before and after: minutes on two cores."""
     from dataclasses import replace
 
-    from pylora.demo import SHORT, Settings, run
+    from pylora.demo.demo import SHORT, Settings, run
 
     settings = replace(SHORT if short else Settings(), seed=seed, precision=precision)
     if steps is not None:
@@ -170,7 +170,8 @@ def vectors(
     out: Annotated[Path, typer.Option(help="folder to write; see docs/porting.md")],
 ) -> None:
     """Write the golden vectors that a port is checked against."""
-    from pylora.conformance.vectors import VERSION, all_cases, write
+    from pylora.conformance.vectors.all import all_cases
+    from pylora.conformance.vectors.cases import VERSION, write
 
     cases = all_cases()
     write(out, cases)
@@ -192,7 +193,7 @@ def info() -> None:
 @verb
 def doctor() -> None:
     """Show what a GPU needs that is here, what is missing, and what to do about it."""
-    from pylora.doctor import examine
+    from pylora.commands.doctor import examine
 
     screen, steps = Console(), examine()
     screen.table(("part", "state", "what"), [(s.what, s.state, s.text) for s in steps])

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pylora.cli import verb
 from pylora.commands.app import (
     AdapterDir,
     Alpha,
@@ -20,13 +19,14 @@ from pylora.commands.app import (
     Targets,
     app,
 )
-from pylora.console import Console, megabytes
+from pylora.commands.guard import verb
+from pylora.display.console import Console, megabytes
 from pylora.errors import ConfigError
-from pylora.precision import check_precision
+from pylora.numbers.precision import check_precision
 
 if TYPE_CHECKING:
-    from pylora.loraconfig import LoraConfig
-    from pylora.train import TrainResult
+    from pylora.adapters.loraconfig import LoraConfig
+    from pylora.training.train import TrainResult
 
 
 _UNNAMED = "="  # of the adapter without a name; no name that is given has this sign
@@ -69,13 +69,13 @@ def train(
     seed: Seed = 0,
 ) -> None:
     """Fine-tune an adapter. Writes OUT/adapter (PEFT), log.jsonl, loss.png and checkpoints."""
-    from pylora.adapter import Adapter
-    from pylora.examples import load_examples
+    from pylora.adapters.adapter import Adapter
+    from pylora.adapters.plan import resolve
     from pylora.formats import open_checkpoint
-    from pylora.model import Llama
-    from pylora.plan import resolve
-    from pylora.train import TrainConfig
-    from pylora.train import train as run
+    from pylora.model.llama import Llama
+    from pylora.training.examples import load_examples
+    from pylora.training.train import TrainConfig
+    from pylora.training.train import train as run
 
     settings = TrainConfig(
         learning_rate=learning_rate,
@@ -128,8 +128,8 @@ def train(
 
 
 def _after_training(screen: Console, result: TrainResult, out: Path) -> None:
+    from pylora.display.plots import loss_curve, sparkline
     from pylora.errors import MissingExtraError
-    from pylora.plots import loss_curve, sparkline
 
     screen.say(
         f"loss {result.losses[0]:.4f} {sparkline(result.losses)} {result.losses[-1]:.4f}; "
@@ -155,8 +155,8 @@ def _lora_config(
     base: Path,
 ) -> LoraConfig:
     """The settings in an adapter_config.json, or those of the options."""
-    from pylora.files import read_text
-    from pylora.loraconfig import LoraConfig
+    from pylora.adapters.loraconfig import LoraConfig
+    from pylora.files.files import read_text
 
     if file is not None:
         return LoraConfig.from_json(read_text(file, limit=1 << 24), str(file))
@@ -206,12 +206,12 @@ def generate(
     With --prompts: many texts at once, each with the adapter that its line names; prints a line
     {"adapter", "text"} for each.
     """
-    from pylora.adapter import Adapter
+    from pylora.adapters.adapter import Adapter
+    from pylora.adapters.pool import AdapterPool
     from pylora.commands.prompts import Asked, adapter_folders, read_prompts
     from pylora.formats import open_checkpoint
-    from pylora.generate import generate as run
-    from pylora.model import Llama
-    from pylora.pool import AdapterPool
+    from pylora.generation.generate import generate as run
+    from pylora.model.llama import Llama
 
     if system is not None and not chat:
         raise ConfigError("--system needs --chat")
@@ -296,7 +296,7 @@ def merge(
     ] = None,
 ) -> None:
     """Write the model with the adapter merged into it, for transformers and for `unmerge`."""
-    from pylora.merge import merge_checkpoint
+    from pylora.merging.merge import merge_checkpoint
 
     report = merge_checkpoint(model, adapter, out, dtype=dtype)
     weights, residue = megabytes(report.weight_bytes), megabytes(report.residue_bytes)
@@ -313,7 +313,7 @@ def unmerge(
     out: Annotated[Path, typer.Argument(help="new Hugging Face directory")],
 ) -> None:
     """Take the adapter out of a merged model again: the original weights, bit for bit."""
-    from pylora.merge import unmerge_checkpoint
+    from pylora.merging.merge import unmerge_checkpoint
 
     report = unmerge_checkpoint(merged, out)
     print(
@@ -336,8 +336,8 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object per module")] = False,
 ) -> None:
     """Show each module that an adapter would touch: r, alpha, scale, and the rules behind them."""
+    from pylora.adapters.plan import resolve
     from pylora.formats import open_checkpoint
-    from pylora.plan import resolve
 
     file = adapter / "adapter_config.json" if adapter and adapter.is_dir() else adapter
     with open_checkpoint(model) as checkpoint:

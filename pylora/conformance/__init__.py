@@ -12,8 +12,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pylora.conformance.law import Law as Law
-    from pylora.conformance.laws import LAWS as LAWS
+    from pylora.conformance.laws.law import Law as Law
+    from pylora.conformance.laws.registry import LAWS as LAWS
     from pylora.conformance.pytest_class import LoRAConformance as LoRAConformance
     from pylora.conformance.runner import Report as Report
     from pylora.conformance.runner import run as run
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from pylora.conformance.strategies_model import tiny_transformers as tiny_transformers
 
 _WHERE = {
-    "Law": "law",
-    "LAWS": "laws",
+    "Law": "laws.law",
+    "LAWS": "laws.registry",
     "LoRAConformance": "pytest_class",
     "Report": "runner",
     "run": "runner",

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pylora.conformance import bounds
+from pylora.conformance.bounds import layer as bounds
 from pylora.conformance.testcase import Problem, Trial
 from pylora.types import Array
 

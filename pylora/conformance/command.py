@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from pylora.conformance import laws as all_laws
+from pylora.conformance.laws import registry as all_laws
 from pylora.conformance.protocol import find
 from pylora.conformance.report import details, line, summary
 from pylora.conformance.runner import BROKEN, FAILED, PROFILES, Outcome, run

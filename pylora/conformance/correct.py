@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from pylora import random
-from pylora.adapter import Adapter
-from pylora.config import ModuleSpec
+from pylora.adapters.adapter import Adapter
+from pylora.adapters.loraconfig import LoraConfig
+from pylora.adapters.plan import resolve
 from pylora.conformance.protocol import AttentionShape, LoraTriple
-from pylora.loraconfig import LoraConfig
-from pylora.plan import resolve
+from pylora.model.config import ModuleSpec
+from pylora.numbers import random
 from pylora.reference import Reference
 from pylora.types import Array, Attn, Drop, LoRA, Seqs
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pylora.conformance.bounds import wide
+from pylora.conformance.bounds.layer import wide
 from pylora.types import Array
 
 Triple = tuple[Array, Array, float]

@@ -54,7 +54,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pylora.conformance.bounds_precision import PRECISIONS
+from pylora.conformance.bounds.precision import PRECISIONS
 from pylora.errors import ConfigError
 from pylora.types import Array
 

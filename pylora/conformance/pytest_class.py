@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pylora.conformance.laws import LAWS
+from pylora.conformance.laws.registry import LAWS
 from pylora.conformance.protocol import instantiate, problems_of
 from pylora.conformance.report import details
 from pylora.conformance.runner import BROKEN, FAILED, NOT_TESTED, PROFILES, run_law

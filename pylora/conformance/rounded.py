@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pylora.conformance.bounds_precision import GROUP, STEPS
+from pylora.conformance.bounds.precision import GROUP, STEPS
 from pylora.conformance.correct import Correct, CorrectModule
 from pylora.extras import need
 from pylora.reference import Reference

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from pylora.config import LlamaConfig
 from pylora.conformance.strategies import pick
 from pylora.conformance.testcase import Problem
 from pylora.extras import need
+from pylora.model.config import LlamaConfig
 
 st = need("hypothesis.strategies")
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pylora.conformance import bounds_precision
+from pylora.conformance.bounds import precision as bounds_precision
 from pylora.conformance.protocol import METHODS, precision_of
 from pylora.types import Array
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pylora.config import LlamaConfig
 from pylora.errors import ConfigError, FileFormatError, UnsupportedError
-from pylora.precision import Stored
+from pylora.model.config import LlamaConfig
+from pylora.numbers.precision import Stored
 
 if TYPE_CHECKING:
-    from pylora.text import Tokenizer
+    from pylora.text.tokenizer import Tokenizer
 
 Shape = tuple[int, ...]
 Array = np.ndarray[Any, Any]

@@ -18,11 +18,11 @@ from pylora.extras import need
 from pylora.formats.base import Array, Checkpoint, Shape, check_tensors, read_config, widen
 from pylora.formats.gguf_config import ROPE_FACTORS, hf_config
 from pylora.formats.gguf_header import GGUFHeader, read_header
-from pylora.precision import Stored
-from pylora.quantize import BLOCK_BYTES
+from pylora.numbers.precision import Stored
+from pylora.numbers.quantize import BLOCK_BYTES
 
 if TYPE_CHECKING:
-    from pylora.text import Tokenizer
+    from pylora.text.tokenizer import Tokenizer
 
 _PERMUTED = ("llama",)  # architectures whose q and k rows the converter interleaves
 _CHUNK = 1 << 22  # bytes of float32 dequantized at a time, so that temporaries stay small
@@ -128,7 +128,7 @@ class GGUFCheckpoint(Checkpoint):
         return rows
 
     def tokenizer(self) -> Tokenizer:
-        from pylora.text_gguf import tokenizer_from_gguf
+        from pylora.text.gguf_vocabulary import tokenizer_from_gguf
 
         return tokenizer_from_gguf(self.path, self._open().metadata, self.config.vocab_size)
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pylora.errors import FileFormatError, UnsupportedError
-from pylora.files import read_json
+from pylora.files.files import read_json
 from pylora.formats.base import Array, Checkpoint, Shape, check_tensors, read_config, widen
 from pylora.formats.safetensors import SafeTensors
 
 if TYPE_CHECKING:
-    from pylora.text import Tokenizer
+    from pylora.text.tokenizer import Tokenizer
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_CONFIG = 4 << 20  # bytes
@@ -87,7 +87,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         return file.view(name), file.dtype(name)
 
     def tokenizer(self) -> Tokenizer:
-        from pylora.text import tokenizer_from_directory
+        from pylora.text.tokenizer import tokenizer_from_directory
 
         return tokenizer_from_directory(self.path)
 

@@ -1,7 +1,7 @@
 /* The kernel table by itself: products, transposed tiles and conversions against plain loops, for every
  * number of columns, in every mode, beside memory that must not be touched. */
 #include "check.h"
-#include "internal.h"
+#include "runtime/internal.h"
 
 static const pylora_kernels *K;
 static int chain; /* bfloat16 products are one chain; if not, test_amx.c knows their order */

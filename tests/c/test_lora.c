@@ -1,6 +1,6 @@
 /* LoRA linear: forward and backward against the reference, in every combination of what is optional. */
 #include "check.h"
-#include "low_rank.h"
+#include "ops/low_rank.h"
 
 static void *ws;
 static size_t ws_bytes;

@@ -1,6 +1,6 @@
 /* RMSNorm, rotary embedding, SwiGLU, embedding, and the exponential beneath them. */
 #include "check.h"
-#include "internal.h"
+#include "runtime/internal.h"
 
 static void rms_norm(void) {
   for (int c = 0; c < 30; c++) {

@@ -11,8 +11,8 @@ from functools import cache
 from typing import Any
 
 from pylora.conformance.correct import Correct
-from pylora.conformance.law import Law
-from pylora.conformance.laws import LAWS
+from pylora.conformance.laws.law import Law
+from pylora.conformance.laws.registry import LAWS
 from pylora.conformance.mutants import mutants
 from pylora.conformance.mutants.registry import Mutant
 from pylora.conformance.runner import BROKEN, FAILED, PROFILES, Outcome, Search, run_law

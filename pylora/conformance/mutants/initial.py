@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from pylora import random
 from pylora.conformance.correct import Correct
 from pylora.conformance.mutants.registry import wrong
+from pylora.numbers import random
 from pylora.types import Array
 
 

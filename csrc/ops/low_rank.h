@@ -1,0 +1,56 @@
+/* low_rank.h - what the two directions of a LoRA linear share: packed adapters and workspace sizes. */
+#ifndef PYLORA_LOW_RANK_H
+#define PYLORA_LOW_RANK_H
+
+#include "formats/format.h"
+
+enum {
+  PYLORA_MAX_ROWS = 1024, /* rows of a tile at most; sizes the scratch tile */
+  PYLORA_CHUNK_D =
+      512, /* backward: rows of W transposed at a time (64 KiB); forward: ranks of a panel of B,
+              or panels of heads that are rotated together */
+  PYLORA_TILE = (PYLORA_MAX_ROWS + PYLORA_CHUNK_D) *
+      PYLORA_PANEL, /* floats of scratch per thread */
+};
+
+/* A and B of one adapter, packed for a weight of `dtype`:
+ * At: panels of 32 of the rank, [k][w] (in pairs for bfloat16, [ceil(k/2)][w][2]), w = min(32, left);
+ * Bt: panels of 32 outputs, [r][32], s B transposed, float32. */
+typedef struct low_pack {
+  uint32_t magic;
+  int32_t dtype;
+  int64_t d, k, r;
+  int64_t active; /* B has an element that is not 0 */
+  int64_t at, bt; /* offsets from the start of this struct, in bytes */
+} low_pack;
+
+int pylora_check_lora(const pylora_lora *l, int64_t d, int64_t k);
+int pylora_any_nonzero(const float *B, int64_t rows, int64_t cols, int64_t ld);
+
+/* M [rows, cols] -> panels of 32 rows in pairs of columns, [ceil(cols/2)][w][2], rounded to bfloat16. */
+void pylora_pack_pairs(const pylora_kernels *K, const float *M, int64_t rows, int64_t cols,
+                       int64_t ld, uint16_t *out);
+
+/* The two parts of pylora_lora_pack: all but Bt, and one panel of Bt, [r][32]. */
+int pylora_pack_down(int dtype, int64_t d, int64_t k, const pylora_lora *l, void *buffer);
+void pylora_pack_up(const pylora_kernels *K, const pylora_lora *l, int64_t d, int64_t panel,
+                    float *out);
+
+/* out [m,r] = rows Aᵀ: rows float32 with any stride, or bfloat16 where P was packed for it. */
+void pylora_down(const pylora_kernels *K, const low_pack *P, int64_t m, const void *rows,
+                 int64_t stride, float *out, int64_t ld);
+
+/* pylora_down of up to PYLORA_FEW single rows, each with an adapter of its own; all of one rank and dtype. */
+void pylora_down_few(const pylora_kernels *K, int n, const low_pack *const *P,
+                     const void *const *rows, float *const *out);
+
+static inline const float *low_bt(const low_pack *P, int64_t panel) {
+  return (const float *)(const void *)((const char *)P + P->bt) + panel * P->r * PYLORA_PANEL;
+}
+
+/* A piece of work this small is not worth handing to another thread. */
+static inline int pylora_threads_for(double flops, int threads) {
+  return flops < 2e5 ? 1 : threads;
+}
+
+#endif

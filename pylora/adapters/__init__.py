@@ -1,0 +1,1 @@
+"""Adapters as plain data: settings, plan, A and B by module path, PEFT directories, the pool."""

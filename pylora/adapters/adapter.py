@@ -1,0 +1,233 @@
+"""Adapters: A and B by module path, as plain data. Made, loaded, saved, summed.
+
+An adapter does not know a model: attaching is `Llama.attach(adapter)`, merging is in merge.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from pylora.adapters import peft
+from pylora.adapters.loraconfig import LoraConfig
+from pylora.adapters.peft import Array, Load
+from pylora.adapters.plan import Plan, PlanEntry, resolve
+from pylora.errors import ConfigError, PlanError, UnsupportedError
+from pylora.model.config import ModuleSpec
+from pylora.numbers import random
+from pylora.types import LoRA
+
+__all__ = ["Adapter", "LoraConfig", "parameters"]
+
+
+class Adapter(Mapping[str, LoRA]):
+    """Module path -> LoRA, with the config and plan that it was made by.
+
+    The arrays are the adapter's own, float32 and C-contiguous: training writes to them.
+    """
+
+    def __init__(self, config: LoraConfig, plan: Plan, modules: Mapping[str, LoRA]) -> None:
+        """Raises PlanError unless `modules` has what the plan says, in the plan's shapes."""
+        self.config, self.plan = config, plan
+        self._modules = dict(modules)
+        paths = [e.path for e in plan.entries] + [path for path, _ in plan.bias_only]
+        if sorted(paths) != sorted(self._modules):
+            odd = sorted(set(paths) ^ set(self._modules))
+            raise PlanError(f"the plan and the adapter's modules differ: {', '.join(odd[:5])}")
+        for key, (path, field, shape) in peft.tensor_names(plan).items():
+            array = getattr(self._modules[path], field)
+            if array is None or array.shape != shape:
+                got = None if array is None else array.shape
+                raise PlanError(f"{key}: got shape {got}, the plan says {shape}")
+
+    def __getitem__(self, path: str) -> LoRA:
+        return self._modules[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __repr__(self) -> str:
+        return f"Adapter({len(self)} modules, {self.num_parameters} parameters)"
+
+    @classmethod
+    def init(
+        cls, plan: Plan, config: LoraConfig, seed: int = 0, *, base: Load | None = None
+    ) -> Adapter:
+        """A fresh adapter, which changes nothing (unless init_lora_weights is False): B = 0.
+
+        A is Kaiming-uniform, U(-1/sqrt(k), 1/sqrt(k)) (True), or N(0, 1/r²) ("gaussian"); with
+        False B and its bias are random too, U(-1/sqrt(r), 1/sqrt(r)). Of an embedding A = 0 (random
+        with False) and B ~ N(0, 1). The numbers depend on seed, module path and element alone: the
+        streams are ("init", path) for A, ("init", path, "B") and ("init", path, "bias").
+
+        `base` gives the base model's tensors by name; it is needed where config.bias is not "none"
+        and the model has biases, which start as the base's.
+        """
+        arrays: dict[str, Array] = {}
+        entries = {e.path: e for e in plan.entries}
+        for key, (path, field, shape) in peft.tensor_names(plan).items():
+            if field == "base_bias":
+                arrays[key] = _own_bias(path, shape, config, base)
+            else:
+                arrays[key] = _initial(entries[path], field, shape, config, seed)
+        return cls(config, plan, peft.assemble(config, plan, arrays))
+
+    @classmethod
+    def load(
+        cls,
+        directory: str | os.PathLike[str],
+        modules: Mapping[str, ModuleSpec],
+        *,
+        base: Load | None = None,
+    ) -> Adapter:
+        """The adapter in a PEFT directory, for a model with `modules` (`LlamaConfig.modules()`).
+
+        `base` (Checkpoint.load) is needed where the file carries copies of base weights, as PEFT
+        writes for adapted embeddings. Errors: see `pylora.adapters.peft.read`.
+        """
+        return cls(*peft.read(directory, modules, base))
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes a PEFT directory, float32; loading it gives the same bits."""
+        peft.write(directory, self.config, parameters(self))
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the adapter holds, which are the numbers that training changes."""
+        return sum(array.size for array in parameters(self).values())
+
+    def digest(self) -> str:
+        """SHA-256, in hex, of names, shapes, bits and scales: equal for equal adapters."""
+        sha = hashlib.sha256()
+        for key, array in sorted(parameters(self).items()):
+            sha.update(f"{key} {array.shape} ".encode())
+            sha.update(np.ascontiguousarray(array, "<f4").tobytes())
+        for path in sorted(self):
+            sha.update(f"{path} {float(self[path].scale).hex()} ".encode())
+        return sha.hexdigest()
+
+    @staticmethod
+    def stack(items: Sequence[tuple[Adapter, float]]) -> Adapter:
+        """The weighted sum of adapters as one: A's and B's concatenated along the rank.
+
+        sum_i weight_i scale_i B_i A_i; scales and weights are folded into B (rounded once to
+        float32), so every scale of the result is 1. The adapters may target different modules. The
+        result has no dropout: it is for generation, merging and further training without.
+        Raises ConfigError for an empty list or a weight that is not finite, PlanError where module
+        shapes differ, UnsupportedError where an adapter replaces biases of the base.
+        """
+        return _stack(items)
+
+
+def parameters(adapter: Adapter) -> dict[str, Array]:
+    """PEFT key -> array, the arrays themselves: writing to them changes the adapter."""
+    names = peft.tensor_names(adapter.plan)
+    return {key: getattr(adapter[path], field) for key, (path, field, _) in names.items()}
+
+
+def _initial(
+    e: PlanEntry, field: str, shape: tuple[int, ...], config: LoraConfig, seed: int
+) -> Array:
+    """The first values of A, B or the bias of B, as PEFT fills them."""
+    how = config.init_lora_weights
+    if not isinstance(how, bool) and how != "gaussian":
+        raise UnsupportedError(
+            f"init_lora_weights = {how!r} is only read from files; a fresh adapter can be made "
+            "with true, false or 'gaussian'"
+        )
+    parts = ("init", e.path) if field == "A" else ("init", e.path, field)
+    stream = random.stream(*parts)
+    if e.kind == "embedding":
+        if field == "A" and how is not False:
+            return np.zeros(shape, np.float32)
+        return random.normal(shape, 1.0, seed=seed, stream=stream)
+    if field != "A":
+        if how is not False:
+            return np.zeros(shape, np.float32)
+        return random.uniform(shape, 1 / math.sqrt(e.r), seed=seed, stream=stream)
+    if how == "gaussian":
+        return random.normal(shape, 1 / e.r, seed=seed, stream=stream)
+    return random.uniform(shape, 1 / math.sqrt(e.k), seed=seed, stream=stream)
+
+
+def _own_bias(path: str, shape: tuple[int, ...], config: LoraConfig, base: Load | None) -> Array:
+    if base is None:
+        raise ConfigError(
+            f"bias = {config.bias!r} trains the base model's biases, so the adapter starts from "
+            f"them: give base=checkpoint.load (needed for {path}.bias)"
+        )
+    bias = np.array(base(f"{path}.bias"), np.float32, order="C")
+    if bias.shape != shape:
+        raise PlanError(f"{path}.bias has shape {bias.shape}, expected {shape}")
+    return bias
+
+
+def _stack(items: Sequence[tuple[Adapter, float]]) -> Adapter:
+    if not items:
+        raise ConfigError("nothing to stack: give at least one (adapter, weight)")
+    parts: dict[str, list[tuple[PlanEntry, LoRA, float]]] = {}
+    for adapter, weight in items:
+        if not math.isfinite(weight):
+            raise ConfigError(f"the weight {weight!r} of an adapter is not a finite number")
+        for e in adapter.plan.entries:
+            parts.setdefault(e.path, []).append((e, adapter[e.path], float(weight)))
+        biases = [e.path for e in adapter.plan.entries if e.base_bias]
+        if biases or adapter.plan.bias_only:
+            raise UnsupportedError(
+                f"an adapter with bias = {adapter.config.bias!r} replaces the base model's biases, "
+                "and replacements cannot be summed; stack adapters with bias = 'none'"
+            )
+    modules: dict[str, ModuleSpec] = {}
+    for path, found in parts.items():
+        first = found[0][0]
+        for e, _, _ in found:
+            if (e.kind, e.d, e.k) != (first.kind, first.d, first.k):
+                raise PlanError(
+                    f"{path}: the adapters are for different models, {(e.d, e.k)} against "
+                    f"{(first.d, first.k)}"
+                )
+        modules[path] = ModuleSpec(first.kind, first.d, first.k)
+    ranks = {path: sum(e.r for e, _, _ in found) for path, found in parts.items()}
+    config = _stacked_config([adapter.config for adapter, _ in items], ranks)
+    summed = {path: _sum(found, config.lora_bias) for path, found in parts.items()}
+    return Adapter(config, resolve(config, modules), summed)
+
+
+def _stacked_config(configs: Sequence[LoraConfig], ranks: Mapping[str, int]) -> LoraConfig:
+    """Every module by its whole path, alpha = r everywhere: scale 1, also when PEFT reads it."""
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    other = {path: r for path, r in ranks.items() if r != common}
+    return LoraConfig(
+        r=common,
+        lora_alpha=common,
+        target_modules=tuple(ranks),
+        rank_pattern=other,
+        alpha_pattern=dict(other),
+        lora_bias=any(c.lora_bias for c in configs),
+        task_type=configs[0].task_type,
+        base_model_name_or_path=configs[0].base_model_name_or_path,
+    )
+
+
+def _sum(found: Sequence[tuple[PlanEntry, LoRA, float]], biased: bool) -> LoRA:
+    def scaled(array: Array, lora: LoRA, weight: float) -> Array:
+        return array.astype(np.float64) * (weight * lora.scale)
+
+    A = np.concatenate([lora.A for _, lora, _ in found], axis=0)
+    B = np.concatenate([scaled(lora.B, lora, w) for _, lora, w in found], axis=1)
+    bias = None
+    if biased:
+        bias = np.zeros(B.shape[0])
+        for _, lora, w in found:
+            if lora.bias is not None:
+                bias = bias + scaled(lora.bias, lora, w)
+    as_float = np.float32
+    return LoRA(A, B.astype(as_float), 1.0, 0.0, None if bias is None else bias.astype(as_float))

@@ -1,0 +1,252 @@
+"""PEFT directories: `adapter_config.json` and `adapter_model.safetensors`, read and written.
+
+Keys are "base_model.model." + module path + one of the endings in `tensor_names`. Every tensor of
+the file must be accounted for and every tensor of the plan must be there: a missing, extra,
+repeated, misshapen or non-finite tensor is an error that names it. Pickle files
+(adapter_model.bin) are refused: loading one runs code that its author wrote.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pylora.adapters.loraconfig import LoraConfig
+from pylora.adapters.plan import Plan, resolve
+from pylora.errors import FileFormatError, PlanError, UnsupportedError
+from pylora.files.files import atomic_dir, atomic_write, read_text
+from pylora.formats.base import narrow, widen
+from pylora.formats.safetensors import SafeTensors, save
+from pylora.model.config import ModuleSpec
+from pylora.types import LoRA
+
+Array = np.ndarray[Any, Any]
+Load = Callable[[str], Array]  # tensor name of the base model -> float32; Checkpoint.load
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_CONFIG_LIMIT = 16 << 20  # bytes; target_modules may list every module of a large model
+_DTYPES = ("f32", "f16", "bf16")
+
+
+def tensor_names(plan: Plan) -> dict[str, tuple[str, str, tuple[int, ...]]]:
+    """key in the file -> (module path, field of LoRA, shape), for every tensor of the plan."""
+    out: dict[str, tuple[str, str, tuple[int, ...]]] = {}
+    for e in plan.entries:
+        head = _PREFIX + e.path
+        if e.kind == "embedding":
+            out[f"{head}.lora_embedding_A"] = e.path, "A", (e.r, e.k)
+            out[f"{head}.lora_embedding_B"] = e.path, "B", (e.d, e.r)
+        else:
+            out[f"{head}.lora_A.weight"] = e.path, "A", (e.r, e.k)
+            out[f"{head}.lora_B.weight"] = e.path, "B", (e.d, e.r)
+        if e.lora_bias:
+            out[f"{head}.lora_B.bias"] = e.path, "bias", (e.d,)
+        if e.base_bias:
+            out[f"{head}.base_layer.bias"] = e.path, "base_bias", (e.d,)
+    for path, spec in plan.bias_only:
+        out[f"{_PREFIX}{path}.bias"] = path, "base_bias", (spec.d,)
+    return out
+
+
+def assemble(config: LoraConfig, plan: Plan, arrays: Mapping[str, Array]) -> dict[str, LoRA]:
+    """Module path -> LoRA, from arrays under the keys of `tensor_names`.
+
+    A module of which only the bias is replaced gets a LoRA of rank 0.
+    """
+    fields: dict[str, dict[str, Any]] = {}
+    for key, (path, field, _) in tensor_names(plan).items():
+        fields.setdefault(path, {})[field] = arrays[key]
+    out = {
+        e.path: LoRA(scale=e.scale, dropout=float(config.lora_dropout), **fields[e.path])
+        for e in plan.entries
+    }
+    for path, spec in plan.bias_only:
+        A, B = np.zeros((0, spec.k), np.float32), np.zeros((spec.d, 0), np.float32)
+        out[path] = LoRA(A, B, scale=1.0, **fields[path])
+    return out
+
+
+def read(
+    directory: str | os.PathLike[str],
+    modules: Mapping[str, ModuleSpec],
+    base: Load | None = None,
+) -> tuple[LoraConfig, Plan, dict[str, LoRA]]:
+    """The adapter in a PEFT directory, for a model with these modules; tensors become float32.
+
+    `base` (Checkpoint.load) is needed where the file carries copies of base weights, as PEFT writes
+    for adapted embeddings: they must equal the base model's. Raises PlanError, FileFormatError,
+    ConfigError or UnsupportedError, each naming the file and the tensor or field.
+    """
+    config = read_config(directory)
+    with SafeTensors(_weights_file(Path(directory))) as file:
+        _refuse_saved_modules(file, config)
+        try:
+            plan = resolve(config, modules)
+        except (PlanError, UnsupportedError) as error:
+            raise type(error)(f"{Path(directory) / CONFIG}: {error}") from None
+        wanted = tensor_names(plan)
+        source = _match(file, plan, wanted, base)
+        rules = {e.path: f"r = {e.r} by {e.rule_r}" for e in plan.entries}
+        arrays = {
+            key: _load(file, source[key], shape, rules.get(path, ""))
+            for key, (path, _, shape) in wanted.items()
+        }
+    return config, plan, assemble(config, plan, arrays)
+
+
+def read_config(directory: str | os.PathLike[str]) -> LoraConfig:
+    """The settings in a PEFT directory. Raises FileFormatError, ConfigError or UnsupportedError."""
+    where = Path(directory)
+    if not where.is_dir():
+        raise FileFormatError(f"{where}: there is no such directory (expected a PEFT adapter)")
+    file = where / CONFIG
+    return LoraConfig.from_json(read_text(file, limit=_CONFIG_LIMIT), str(file))
+
+
+def write(
+    directory: str | os.PathLike[str], config: LoraConfig, arrays: Mapping[str, Array]
+) -> None:
+    """Writes a PEFT directory with these tensors, float32, whole or not at all.
+
+    Where the directory holds other files already they are kept, and each of the two files appears
+    whole by itself.
+    """
+    target, text = Path(directory), config.to_json()
+    tensors = {key: np.ascontiguousarray(array, np.float32) for key, array in arrays.items()}
+    meta = {"format": "pt"}
+    if target.is_dir() and any(p.name not in (CONFIG, WEIGHTS) for p in target.iterdir()):
+        save(target / WEIGHTS, tensors, meta)
+        with atomic_write(target / CONFIG) as beside:
+            beside.write_text(text, encoding="utf-8")
+        return
+    with atomic_dir(target) as beside:
+        save(beside / WEIGHTS, tensors, meta)
+        (beside / CONFIG).write_text(text, encoding="utf-8")
+
+
+# ---- the tensors of a file -----------------------------------------------------------------------
+
+
+def _weights_file(directory: Path) -> Path:
+    file = directory / WEIGHTS
+    if not file.is_file():
+        pickle = directory / "adapter_model.bin"
+        if pickle.is_file():
+            raise FileFormatError(
+                f"{pickle} is a pickle file, which can run code when it is loaded, so pylora does "
+                f"not read it; save the adapter as {WEIGHTS} (PEFT: safe_serialization=True)"
+            )
+        raise FileFormatError(f"{directory}: there is no {WEIGHTS}")
+    return file
+
+
+def _refuse_saved_modules(file: SafeTensors, config: LoraConfig) -> None:
+    if not config.modules_to_save:
+        return
+    names = tuple(name.rsplit(".", 1)[-1] for name in config.modules_to_save)
+    for key in file.tensors:
+        if ".lora_" not in key and any(name in key.split(".") for name in names):
+            raise UnsupportedError(
+                f"{file.path}: tensor {key!r} is a whole module that was trained beside the "
+                f"adapter (modules_to_save = {list(config.modules_to_save)}), which is unsupported"
+            )
+
+
+def _match(
+    file: SafeTensors,
+    plan: Plan,
+    wanted: Mapping[str, tuple[str, str, tuple[int, ...]]],
+    base: Load | None,
+) -> dict[str, str]:
+    """Wanted key -> key in the file. PlanError unless every tensor of each side has its partner."""
+    adapted = {e.path for e in plan.entries}
+    source: dict[str, str] = {}
+    extra: list[str] = []
+    for key in file.tensors:
+        alias = _PREFIX + key[len(_PREFIX) : -len(".bias")] + ".base_layer.bias"
+        if key in wanted:
+            name = key
+        elif key.endswith(".bias") and alias in wanted:
+            name = alias  # PEFT before 0.6 did not wrap the layer
+        else:
+            path = key[len(_PREFIX) : -len(".base_layer.weight")]
+            if key == f"{_PREFIX}{path}.base_layer.weight" and path in adapted:
+                _check_copy(file, key, path, base)
+            else:
+                extra.append(key)
+            continue
+        if name in source:
+            raise PlanError(f"{file.path}: {source[name]!r} and {key!r} are the same tensor, twice")
+        source[name] = key
+    missing = [key for key in wanted if key not in source]
+    if missing or extra:
+        parts = [f"missing {_some(missing)}"] * bool(missing)
+        parts += [f"not expected {_some(extra)}"] * bool(extra)
+        raise PlanError(
+            f"{file.path}: the tensors are not those that {CONFIG} and the model imply: "
+            f"{'; '.join(parts)}"
+        )
+    return source
+
+
+def _load(file: SafeTensors, key: str, shape: tuple[int, ...], rule: str) -> Array:
+    found, dtype = file.shape(key), file.dtype(key)
+    if found != shape:
+        raise PlanError(
+            f"{file.path}: tensor {key!r} has shape {found}, expected {shape}"
+            f"{f' ({rule})' if rule else ''}"
+        )
+    if dtype not in _DTYPES:
+        raise PlanError(
+            f"{file.path}: tensor {key!r} is {dtype.upper()}, expected F32, F16 or BF16"
+        )
+    array = np.array(file.load(key), np.float32, order="C")
+    if not np.isfinite(array).all():
+        raise FileFormatError(
+            f"{file.path}: tensor {key!r} contains NaN or infinity; the training that wrote it "
+            "diverged, or the file is damaged"
+        )
+    return array
+
+
+def _check_copy(file: SafeTensors, key: str, path: str, base: Load | None) -> None:
+    """A copy of a base weight must be the base model's, at the precision that the copy has."""
+    if base is None:
+        raise PlanError(
+            f"{file.path}: tensor {key!r} is a copy of a base weight; give the base model's "
+            "tensors too (base=checkpoint.load) so that it can be compared, or save the adapter "
+            "without it (PEFT: save_embedding_layers=False)"
+        )
+    want, dtype = base_weight(base, path), file.dtype(key)
+    if file.shape(key) != want.shape or dtype not in _DTYPES:
+        raise PlanError(
+            f"{file.path}: tensor {key!r} is {dtype.upper()} of shape {file.shape(key)}, expected "
+            f"the base model's weight of shape {want.shape}"
+        )
+    if not np.array_equal(widen(narrow(want, dtype), dtype), file.load(key)):
+        raise PlanError(
+            f"{file.path}: tensor {key!r} differs from the base model's weight of {path}: this "
+            "adapter belongs to another base model, or that weight was trained too"
+        )
+
+
+def base_weight(base: Load, path: str) -> Array:
+    """The weight of a module; that of the embedding for an lm_head that is tied to it."""
+    try:
+        return base(f"{path}.weight")
+    except (KeyError, FileFormatError):
+        if path != "lm_head":
+            raise
+        return base("model.embed_tokens.weight")
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
+    return ", ".join(repr(name[:200]) for name in listed[:5]) + more

@@ -1,0 +1,240 @@
+"""The plan: every target module with its rank, alpha, scale and the rule that gave each.
+
+Matching is PEFT's. What PEFT passes over in silence or with a warning is an error here: a target,
+an exclusion, a pattern or a layer that matches nothing. No array is touched.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from pylora.adapters.loraconfig import LoraConfig
+from pylora.adapters.patterns import compiled
+from pylora.errors import PlanError, UnsupportedError
+from pylora.model.config import ModuleSpec
+
+ALL_LINEAR = "all-linear"
+_OUTPUT_LAYER = "lm_head"
+
+
+@dataclass(frozen=True)
+class PlanEntry:
+    """One adapted module: A is [r, k], B is [d, r], the update is scale * B A."""
+
+    path: str
+    kind: str  # "linear" or "embedding"
+    d: int
+    k: int
+    r: int
+    alpha: float
+    scale: float
+    rule_target: str  # which entry of target_modules chose it
+    rule_r: str
+    rule_alpha: str
+    rule_scale: str
+    lora_bias: bool = False  # B has a bias
+    base_bias: bool = False  # the adapter replaces the module's own bias
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the adapter trains in this module."""
+        return self.r * (self.d + self.k) + self.d * (self.lora_bias + self.base_bias)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The adapted modules in the model's order, and further modules of which only the bias is."""
+
+    entries: tuple[PlanEntry, ...]
+    bias_only: tuple[tuple[str, ModuleSpec], ...] = ()  # with bias="all": modules that have no LoRA
+
+    def __iter__(self) -> Iterator[PlanEntry]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the adapter trains."""
+        return sum(e.parameters for e in self.entries) + sum(s.d for _, s in self.bias_only)
+
+
+def resolve(config: LoraConfig, modules: Mapping[str, ModuleSpec]) -> Plan:
+    """The plan of `config` for a model with these modules (`LlamaConfig.modules()`).
+
+    Raises PlanError, naming it, for whatever matches no module, and UnsupportedError for
+    modules_to_save and for lora_bias on an embedding.
+    """
+    if config.modules_to_save:
+        raise UnsupportedError(
+            f"modules_to_save = {list(config.modules_to_save)}: training or loading whole modules "
+            "beside the adapter is not supported; target them with LoRA instead"
+        )
+    _check_names(config, modules)
+    chosen = {path: rule for path in modules if (rule := _target_rule(config, path, modules))}
+    if not chosen:
+        raise PlanError(
+            f"no module is left to adapt: target_modules = {_show(config.target_modules)}, "
+            f"exclude_modules = {_show(config.exclude_modules)}, "
+            f"layers_to_transform = {_show(config.layers_to_transform)}"
+        )
+    for name in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, name):
+            if not any(_ends_with(key, path, name) for path in chosen):
+                raise PlanError(
+                    f"{name} key {key!r} matches none of the {len(chosen)} target modules"
+                    f"{_hint(key, chosen)}"
+                )
+    entries = tuple(_entry(config, path, modules[path], rule) for path, rule in chosen.items())
+    others: tuple[tuple[str, ModuleSpec], ...] = ()
+    if config.bias == "all":
+        others = tuple((p, s) for p, s in modules.items() if s.bias and p not in chosen)
+    return Plan(entries, others)
+
+
+def _entry(config: LoraConfig, path: str, spec: ModuleSpec, rule: str) -> PlanEntry:
+    if spec.kind == "embedding" and config.lora_bias:
+        raise UnsupportedError(f"{path}: lora_bias is not defined for an embedding (as in PEFT)")
+    r, rule_r = _pattern(config.rank_pattern, path, "rank_pattern", config.r, "default r")
+    alpha, rule_alpha = _pattern(
+        config.alpha_pattern, path, "alpha_pattern", config.lora_alpha, "default lora_alpha"
+    )
+    if config.use_rslora:
+        scale, rule_scale = alpha / math.sqrt(r), "alpha / sqrt(r) (use_rslora)"
+    else:
+        scale, rule_scale = alpha / r, "alpha / r"
+    return PlanEntry(
+        path,
+        spec.kind,
+        spec.d,
+        spec.k,
+        int(r),
+        alpha,
+        scale,
+        rule,
+        rule_r,
+        rule_alpha,
+        rule_scale,
+        lora_bias=config.lora_bias,
+        base_bias=spec.bias and config.bias != "none",
+    )
+
+
+# ---- matching, as PEFT does it -------------------------------------------------------------------
+
+
+def _target_rule(config: LoraConfig, path: str, modules: Mapping[str, ModuleSpec]) -> str | None:
+    """Which entry of target_modules chooses this module; None if none does."""
+    target = config.target_modules
+    if _excluded(config, path):
+        return None
+    if isinstance(target, str):
+        if target.lower() == ALL_LINEAR:
+            linear = modules[path].kind == "linear" and path != _OUTPUT_LAYER
+            return f"target_modules {target!r}" if linear else None
+        return f"target_modules {target!r}" if _full(target, path, "target_modules") else None
+    names = target or ()
+    if path in names:  # a whole path is chosen whatever layers_to_transform says
+        return f"target_modules {path!r}"
+    name = next((n for n in names if path.endswith("." + n)), None)
+    if name is None:
+        return None
+    if config.layers_to_transform is None:
+        return f"target_modules {name!r}"
+    layer = _layer(config, path)
+    if layer not in config.layers_to_transform:
+        return None
+    return f"target_modules {name!r}, layers_to_transform {layer}"
+
+
+def _excluded(config: LoraConfig, path: str) -> bool:
+    names = config.exclude_modules
+    if isinstance(names, str):
+        return bool(names) and _full(names, path, "exclude_modules")
+    return any(_is_or_ends(path, name) for name in names or ())
+
+
+def _is_or_ends(path: str, name: str) -> bool:
+    return path == name or path.endswith("." + name)
+
+
+def _full(pattern: str, path: str, name: str) -> bool:
+    return compiled(pattern, name).fullmatch(path) is not None
+
+
+def _ends_with(key: str, path: str, name: str) -> bool:
+    """PEFT's rule for keys of patterns: the key matches the whole path or its end after a dot."""
+    return compiled(key, f"{name} key", (r"(.*\.)?(", ")$")).match(path) is not None
+
+
+def _pattern(
+    patterns: Mapping[str, float], path: str, name: str, default: float, rule: str
+) -> tuple[float, str]:
+    """The value for a module and its rule: the first key that matches, or the default."""
+    hits = [key for key in patterns if _ends_with(key, path, name)]
+    if not hits:
+        return default, rule
+    among = f" (first of {len(hits)} that match)" if len(hits) > 1 else ""
+    return patterns[hits[0]], f"{name} {hits[0]!r}{among}"
+
+
+def _layer(config: LoraConfig, path: str) -> int | None:
+    """The index of the layer that a module is in, by layers_pattern or, without it, the first."""
+    patterns = config.layers_pattern
+    if not patterns:
+        match = re.match(r".*?\.[^.]*\.(\d+)\.", path)
+        return int(match[1]) if match else None
+    for pattern in patterns:
+        frame = r"(?:^|.*?\.)", r"\.(?P<idx>\d+)\."
+        if match := compiled(pattern, "layers_pattern", frame).match(path):
+            return None if match["idx"] is None else int(match["idx"])
+    return None
+
+
+# ---- names that match nothing --------------------------------------------------------------------
+
+
+def _check_names(config: LoraConfig, modules: Mapping[str, ModuleSpec]) -> None:
+    """PlanError for a target, an exclusion or a layer that matches nothing."""
+    if not config.target_modules:
+        raise PlanError(
+            "target_modules is not given; name the modules to adapt, for example "
+            "['q_proj', 'v_proj'] or 'all-linear'"
+        )
+    for name in ("target_modules", "exclude_modules"):
+        value = getattr(config, name)
+        if isinstance(value, str):
+            whole = name == "target_modules" and value.lower() == ALL_LINEAR
+            if value and not whole and not any(_full(value, path, name) for path in modules):
+                raise PlanError(f"{name}: the regular expression {value!r} matches no module path")
+            continue
+        for entry in value or ():
+            if not any(_is_or_ends(path, entry) for path in modules):
+                raise PlanError(
+                    f"{name}: {entry!r} matches no module that can take LoRA{_hint(entry, modules)}"
+                )
+    if config.layers_to_transform is not None:
+        layers = {layer for path in modules if (layer := _layer(config, path)) is not None}
+        if not layers:
+            raise PlanError(f"layers_pattern {_show(config.layers_pattern)} matches no module path")
+        for layer in config.layers_to_transform:
+            if layer not in layers:
+                raise PlanError(
+                    f"layers_to_transform: the model has no layer {layer}; "
+                    f"its layers are {min(layers)} to {max(layers)}"
+                )
+
+
+def _hint(name: str, paths: Mapping[str, object]) -> str:
+    known = sorted({path.rsplit(".", 1)[-1] for path in paths})
+    close = difflib.get_close_matches(name.rsplit(".", 1)[-1], known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}"
+
+
+def _show(value: object) -> str:
+    return repr(list(value) if isinstance(value, tuple) else value)

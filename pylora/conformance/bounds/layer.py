@@ -1,0 +1,221 @@
+"""How far a correct implementation may be from the exact result: the bounds of the laws.
+
+They hold for every order of summation, fused or not, for either order of the products
+((x Aᵀ) Bᵀ, x (B A)ᵀ, or x (W + s B A)ᵀ), wherever the scale is multiplied in. By Higham, "Accuracy
+and Stability of Numerical Algorithms", 2nd ed., 2002: each term of the result is reached by n
+roundings, so it is off by at most gamma_n = n u / (1 - n u) of itself (lemmas 3.1 and 3.3), and the
+sum by gamma_n times the sum of the terms' magnitudes (3.5). n is counted at each function. Products
+below the normal numbers, and inputs there that are taken as zero, add the terms in `_floor`.
+
+bfloat16: sums are accumulated in float32 or wider (the n above) and each intermediate result may be
+stored in bfloat16 (a second, small count). "Exact" is the oracle in float64, or for float64 in
+`numpy.longdouble`, whose own gamma_n is added. No number here is tuned.
+
+`precision`: what an implementation whose weights are stored in fewer bits rounds of the products'
+other factors (bounds_precision.py); W is the stored weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pylora.conformance.bounds import precision as moves
+from pylora.conformance.bounds.ops import gamma, tiny, unit
+from pylora.types import Array
+
+STORED = {"forward": 5, "gradient": 6}  # intermediate results that may be stored in bfloat16
+
+
+def kind(a: Array) -> str:
+    """The dtype as the kit names it."""
+    return str(np.asarray(a).dtype)
+
+
+def wide(a: Array) -> Array:
+    """`a` in the oracle's precision: longdouble for float64, else float64 (complex stays)."""
+    if a.dtype == np.complex128:
+        return a
+    return a.astype(np.longdouble if a.dtype == np.float64 else np.float64)
+
+
+def relative(n: int, dtype: str, stored: int = 0) -> float:
+    """gamma_n of the accumulating dtype, of `stored` roundings to bfloat16, and of the oracle."""
+    if dtype == "bfloat16":
+        a, b = gamma(n, "f32"), gamma(stored, "bf16")
+        return a + b + a * b + gamma(n, np.float64)
+    if dtype == "float32":
+        return gamma(n, np.float32) + gamma(n, np.float64)
+    return gamma(n, np.float64) + gamma(n, np.longdouble)
+
+
+def smallest(dtype: str) -> float:
+    """The smallest normal number; bfloat16 has float32's."""
+    return tiny(np.float64 if dtype in ("float64", "complex128") else np.float32)
+
+
+def _floor(X: Array, Y: Array, dtype: str) -> Array:
+    """Of X [m,n] Y [n,p]: what underflow adds. A product may lose the smallest normal number t, a
+    partial sum too; an input below t that is taken as zero loses t times the other factor."""
+    n = X.shape[1]
+    return smallest(dtype) * (X.sum(axis=1)[:, None] + Y.sum(axis=0)[None, :] + 2 * n)
+
+
+def _abs(a: Array) -> Array:
+    return np.abs(wide(np.asarray(a)))
+
+
+def chain(X: Array, Y: Array, Z: Array, s: float, dtype: str) -> tuple[Array, Array]:
+    """Magnitude s |X| |Y| |Z| of a product of three, and what underflow may add to it.
+
+    Any of the three orders of multiplication, s multiplied into any factor or at the end."""
+    s, t = abs(float(s)), smallest(dtype)
+    XY, YZ = X @ Y, Y @ Z
+    left = s * (_floor(X, Y, dtype) @ Z + _floor(XY, Z, dtype))
+    right = s * (X @ _floor(Y, Z, dtype) + _floor(X, YZ, dtype))
+    scaled = t * (1 + s) * (X.sum(axis=1)[:, None] + 1) * (Z.sum(axis=0)[None, :] + 1)
+    inner = t * (1 + s) * (np.ones_like(X) @ YZ + XY @ np.ones_like(Z))
+    return s * (XY @ Z), left + right + scaled + inner + t * (1 + s)
+
+
+def forward(
+    x: Array,
+    W: Array,
+    adapters: list[tuple[Array, Array, float]],
+    bias: Array | None = None,
+    extra: int = 0,
+    precision: str = "fp32",
+) -> Array:
+    """Of y = x Wᵀ + bias + sum of s (x Aᵀ) Bᵀ, [m,d].
+
+    n = k + R + 4: a term of the adapters' is multiplied and summed over k, multiplied and summed
+    over all ranks R = sum r (in one accumulator with the base's k terms, at worst), by the scale,
+    itself rounded, and added to base and bias. `extra`: further roundings, such as dropout's.
+    """
+    dtype, X, Wt = kind(x), _abs(x), _abs(W).T
+    n = x.shape[1] + sum(A.shape[0] for A, _, _ in adapters) + 4 + len(adapters) + extra
+    n += moves.roundings(precision)
+    Ex, Em = _moved(X, dtype, precision)
+    off, total = Ex @ Wt, (X + Ex) @ moves.size(Wt.T, precision).T
+    floor = _floor(X + Ex, Wt, dtype)
+    if bias is not None:
+        total = total + _abs(bias)
+    for A, B, s in adapters:
+        Aa, Bt = _abs(A), _abs(B).T
+        Ea = _moved(Aa, dtype, precision)[1]
+        term, low = chain(X + Em, (Aa + Ea).T, Bt, s, dtype)
+        off = off + abs(float(s)) * ((Em @ (Aa + Ea).T + X @ Ea.T) @ Bt)
+        total, floor = total + term, floor + low
+    return relative(n, dtype, STORED["forward"] + len(adapters)) * total + floor + off
+
+
+def _moved(a: Array, dtype: str, precision: str) -> tuple[Array, Array]:
+    """By how much a precision moves a, in the product with W and in those with an adapter. An array
+    that is bfloat16 is bfloat16 already."""
+    if dtype == "bfloat16" and precision == "bf16":
+        return np.zeros_like(a), np.zeros_like(a)
+    return moves.of_x(a, precision), moves.of_low(a, precision)
+
+
+def backward(
+    dy: Array,
+    x: Array,
+    W: Array,
+    A: Array,
+    B: Array,
+    scale: float,
+    extra: int = 0,
+    precision: str = "fp32",
+) -> tuple[Array, Array, Array]:
+    """Of dx, dA, dB: products of three, n the lengths of their two sums, and 4 for scale and sums.
+
+    dx = dy W + s (dy B) A: d + r; dA = s (dy B)ᵀ x: d + m; dB = s dyᵀ (x Aᵀ): m + k.
+    """
+    dtype, (m, d), (r, k) = kind(x), dy.shape, A.shape
+    D, X, Aa, Ba = _abs(dy), _abs(x), _abs(A), _abs(B)
+    s, stored = abs(float(scale)), STORED["gradient"]
+    Dw = D + (moves.of_dy(D, precision) if dtype != "bfloat16" else 0.0)
+    # Of the adapter's factors: dy, x, B in g and A in h, each as it may be moved.
+    Dm, Xm, Bm, Am = (a + _moved(a, dtype, precision)[1] for a in (D, X, Ba, Aa))
+    through, low = chain(Dm, Bm, Aa, scale, dtype)
+    dx = relative(d + r + 4 + extra, dtype, stored) * (Dw @ _abs(W) + through)
+    dx = dx + low + _floor(Dw, _abs(W), dtype)
+    mag_A, low_A = chain(Bm.T, Dm.T, Xm, scale, dtype)
+    mag_B, low_B = chain(Dm.T, Xm, Am.T, scale, dtype)
+    dA = relative(d + m + 4 + extra, dtype, stored) * mag_A + low_A
+    dB = relative(m + k + 4 + extra, dtype, stored) * mag_B + low_B
+    if precision == "fp32":
+        return dx, dA, dB
+    dx = dx + (Dw - D) @ _abs(W) + (through - s * (D @ Ba @ Aa))
+    return dx, dA + (mag_A - s * (Ba.T @ D.T @ X)), dB + (mag_B - s * (D.T @ (X @ Aa.T)))
+
+
+def merged(W: Array, A: Array, B: Array, scale: float) -> Array:
+    """Of W' = W + s B A: n = r + 4 roundings, in which W may take part (one accumulator); to
+    bfloat16 the sum is rounded once and the update not before (spec M-1)."""
+    dtype, r, s = kind(W), A.shape[0], abs(float(scale))
+    delta = s * (_abs(B) @ _abs(A))
+    low = s * _floor(_abs(B), _abs(A), dtype) + 2 * smallest(dtype) * (
+        2 + s + _abs(B).sum(axis=1)[:, None] + _abs(A).sum(axis=0)[None, :]
+    )
+    narrow = dtype == "bfloat16"
+    off = relative(r + 4, "float32" if narrow else dtype) * (_abs(W) + delta) + low
+    if narrow:
+        exact = np.abs(wide(W) + float(scale) * (wide(B) @ wide(A)))
+        off = off + unit("bf16") * (exact + off)
+    return np.asarray(off)
+
+
+def unmerged(W: Array, A: Array, B: Array, scale: float) -> Array:
+    """Of W after merge and unmerge: merge's error, and that of a sum with W' in place of W."""
+    once, s = merged(W, A, B, scale), abs(float(scale))
+    size = _abs(W) + s * (_abs(B) @ _abs(A)) + once
+    dtype = kind(W)
+    again = relative(A.shape[0] + 4, "float32" if dtype == "bfloat16" else dtype)
+    # s B A is at most the size of W + s B A, W' too.
+    stored = unit("bf16") * (_abs(W) + 2 * once) if dtype == "bfloat16" else 0.0
+    return 2 * once + again * 2 * size + stored
+
+
+def merged_forward(
+    x: Array, W: Array, A: Array, B: Array, scale: float, bias: Array | None = None
+) -> Array:
+    """Of x W'ᵀ + bias against the exact adapter's output: the error of W' through |x|, and that of
+    the product with W'."""
+    off = merged(W, A, B, scale)
+    size = _abs(W) + abs(float(scale)) * (_abs(B) @ _abs(A)) + off
+    none = [(np.zeros_like(A[:0]), np.zeros_like(B[:, :0]), 0.0)]
+    bound: Array = _abs(x) @ off.T + forward(x, size.astype(x.dtype), none, bias) * (1 + 2.0**-7)
+    return bound
+
+
+def loss_gradients(
+    batches: list[tuple[Array, Array, Array]],
+    W: Array,
+    A: Array,
+    B: Array,
+    scale: float,
+    precision: str = "fp32",
+) -> tuple[Array, Array]:
+    """Of dA, dB: dy = (y - target) / N is off by the forward's bound and 4 roundings (the
+    difference, the weight, its product), which the gradients pass on; sums are over all rows."""
+    x = np.concatenate([b[0] for b in batches])
+    target = np.concatenate([b[1] for b in batches])
+    counted = np.concatenate([b[2] for b in batches]).astype(bool)
+    x, target = x[counted], target[counted]
+    n = max(1, len(x))
+    y = _abs(x) @ _abs(W).T + abs(float(scale)) * (_abs(x) @ _abs(A).T @ _abs(B).T)
+    size = (y + _abs(target)) / n
+    off = forward(x, W, [(A, B, scale)], precision=precision) / n
+    off = off + relative(4, kind(x), 2) * size
+    dy, extra = (size + off).astype(x.dtype), len(batches) + 4
+    _, dA, dB = backward(dy, x, W, A, B, scale, extra, precision)
+    s = abs(float(scale))
+    through = s * (off @ _abs(B)).T @ _abs(x), s * off.T @ (_abs(x) @ _abs(A).T)
+    return 1.01 * (dA + through[0]), 1.01 * (dB + through[1])  # products of two small terms
+
+
+def finite(*arrays: Any) -> bool:
+    """Whether all are free of NaN and infinity."""
+    return all(bool(np.isfinite(np.asarray(a, np.float64)).all()) for a in arrays)

@@ -1,0 +1,100 @@
+"""Running error analysis as an arithmetic: each number carries a bound of its own error.
+
+`Running(value, error)` is an array computed exactly (float64) together with how far a computation
+in unit roundoff u may be from it (Higham, "Accuracy and Stability of Numerical Algorithms", 2nd
+ed., sect. 3.3; the error of a sum of n terms in any order is gamma_n of the magnitudes, 3.5). It is
+used where a chain of operations is too long to count by hand: the attention block and its backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pylora.conformance.bounds.ops import EXP, gamma, tiny, unit
+from pylora.types import Array
+
+
+class Running:
+    """value [any shape], float64, and the bound `error` of a computation in `dtype`."""
+
+    __array_ufunc__ = None  # so that ndarray * Running comes to Running
+
+    def __init__(self, value: Any, error: Any = 0.0, dtype: Any = np.float32) -> None:
+        self.value = np.asarray(value, np.float64)
+        self.error = np.broadcast_to(np.asarray(error, np.float64), self.value.shape)
+        self.dtype = dtype
+        self.u, self.tiny = unit(dtype), tiny(dtype)
+
+    def _of(self, value: Array, error: Array, roundings: float = 1) -> Running:
+        rounding = gamma(roundings, self.dtype) * (np.abs(value) + error) + self.tiny
+        return Running(value, error + rounding, self.dtype)
+
+    def _other(self, other: Any) -> Running:
+        return other if isinstance(other, Running) else Running(other, 0.0, self.dtype)
+
+    def __add__(self, other: Any) -> Running:
+        o = self._other(other)
+        return self._of(self.value + o.value, self.error + o.error)
+
+    def __sub__(self, other: Any) -> Running:
+        o = self._other(other)
+        return self._of(self.value - o.value, self.error + o.error)
+
+    def __mul__(self, other: Any) -> Running:
+        o = self._other(other)
+        a, b = np.abs(self.value), np.abs(o.value)
+        return self._of(self.value * o.value, a * o.error + self.error * b + self.error * o.error)
+
+    def __matmul__(self, other: Any) -> Running:
+        o = self._other(other)
+        a, b, n = np.abs(self.value), np.abs(o.value), self.value.shape[-1]
+        error = a @ o.error + self.error @ (b + o.error)
+        size = (a + self.error) @ (b + o.error)
+        error = error + gamma(max(n, 1), self.dtype) * size + 2 * n * self.tiny
+        return Running(self.value @ o.value, error, self.dtype)
+
+    def exp(self) -> Running:
+        """exp of a value <= 0 (or near it): a factor exp(±error), and the function's own error."""
+        value = np.exp(self.value)
+        return self._of(value, value * np.expm1(self.error), EXP)
+
+    def sum(self) -> Running:
+        """Over the last axis, which stays with length 1."""
+        n = self.value.shape[-1]
+        value = self.value.sum(axis=-1, keepdims=True)
+        size = (np.abs(self.value) + self.error).sum(axis=-1, keepdims=True)
+        error = self.error.sum(axis=-1, keepdims=True) + gamma(n, self.dtype) * size
+        return Running(value, error + n * self.tiny, self.dtype)
+
+    def softmax(self) -> Running:
+        """Over the last axis, of values of which the largest is 0.
+
+        With scores off by e each, P is off by a factor of at most exp(e) / sum P exp(-e), and by
+        no more than takes it to 0 or 1: a score that is hardly known does not void the bound. The
+        function, a sum of n and a quotient are 2 EXP + n + 2 roundings."""
+        n = self.value.shape[-1]
+        P = np.exp(self.value)
+        P = P / P.sum(axis=-1, keepdims=True)
+        e = np.minimum(self.error, 50.0)  # a factor of e⁵⁰ says nothing anyway
+        off = np.exp(e) / (P * np.exp(-e)).sum(axis=-1, keepdims=True) - 1
+        error = np.minimum(P * off, np.maximum(P, 1 - P)) + n * self.tiny
+        return self._of(P, error, 2 * EXP + n + 2)
+
+    def wider(self, other: Running) -> Running:
+        """The same value with the sum of both errors: for two ways to compute it."""
+        return Running(self.value, self.error + other.error, self.dtype)
+
+    def __getitem__(self, at: Any) -> Running:
+        return Running(self.value[at], self.error[at], self.dtype)
+
+    @property
+    def T(self) -> Running:
+        return Running(self.value.T, self.error.T, self.dtype)
+
+
+def join(parts: list[Running], axis: int) -> Running:
+    """np.concatenate."""
+    value = np.concatenate([p.value for p in parts], axis)
+    return Running(value, np.concatenate([p.error for p in parts], axis), parts[0].dtype)

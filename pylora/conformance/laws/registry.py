@@ -1,0 +1,51 @@
+"""All laws, by id. Needs the `conformance` extra."""
+
+from __future__ import annotations
+
+from pylora.conformance.laws import attention as laws_attention
+from pylora.conformance.laws import backward as laws_backward
+from pylora.conformance.laws import dropout as laws_dropout
+from pylora.conformance.laws import files as laws_files
+from pylora.conformance.laws import forward as laws_forward
+from pylora.conformance.laws import merge as laws_merge
+from pylora.conformance.laws import mixed as laws_mixed
+from pylora.conformance.laws import plan as laws_plan
+from pylora.conformance.laws.law import Law
+from pylora.errors import ConfigError
+
+_FILES = (
+    laws_forward,
+    laws_backward,
+    laws_merge,
+    laws_mixed,
+    laws_dropout,
+    laws_files,
+    laws_plan,
+    laws_attention,
+)
+LAWS: dict[str, Law] = {law.id: law for file in _FILES for law in file.LAWS}
+
+
+def find(ids: tuple[str, ...] | list[str]) -> list[Law]:
+    """The laws with these ids; all where none is named. ConfigError for an id that is unknown."""
+    for id in ids:
+        if id not in LAWS:
+            raise ConfigError(f"there is no law {id!r}; there are {', '.join(LAWS)}")
+    return [LAWS[id] for id in ids] if ids else list(LAWS.values())
+
+
+def table() -> str:
+    """The laws as a table in Markdown, for docs/laws.md."""
+    lines = [
+        "| law | holds | maths | a violation means | spec | needs |",
+        "|---|---|---|---|---|---|",
+    ]
+    for law in LAWS.values():
+        cells = [law.id, law.sentence, law.maths, law.violation]
+        cells += [", ".join(law.spec), ", ".join(n for n in law.needs if n != "float32")]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(table(), end="")

@@ -1,0 +1,1 @@
+"""Reading within bounds, and writing whole or not at all; no format is known here."""

@@ -1,0 +1,1 @@
+"""Continuing token ids: many prompts at once, each with its own adapter."""

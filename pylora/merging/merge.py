@@ -1,0 +1,207 @@
+"""Merging an adapter into its base model, so that it can be undone bit for bit.
+
+W' = round(W + scale B A), the delta in float64, rounded once. Rounding loses information, so
+subtracting the delta does not always give W back; the merge keeps the few original elements where
+it would not (residue.py), and unmerging (unmerge.py) verifies a SHA-256 of every tensor. The base
+checkpoint and the adapter are only read. Merging into a quantized format is not done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pylora import backends
+from pylora.adapters.adapter import Adapter
+from pylora.errors import ConfigError, UnsupportedError
+from pylora.files.files import atomic_dir
+from pylora.formats import Checkpoint, narrow, open_checkpoint, widen
+from pylora.formats.hfdir import Spec, check_output, write_config, write_tokenizer, write_weights
+from pylora.formats.safetensors import Bf16
+from pylora.merging.residue import FILE, Digests, Record
+from pylora.merging.unmerge import UnmergeReport, unmerge_checkpoint
+from pylora.merging.weight import digest, max_delta, merge_weight, unmerge_weight
+from pylora.model.config import LlamaConfig
+from pylora.ops.protocol import Backend
+from pylora.types import LoRA
+
+__all__ = [
+    "MergeReport",
+    "MergedModule",
+    "UnmergeReport",
+    "merge_adapter",
+    "merge_checkpoint",
+    "merge_weight",
+    "unmerge_checkpoint",
+    "unmerge_weight",
+]
+
+Array = np.ndarray[Any, Any]
+
+_FLOATS = ("f32", "f16", "bf16")
+_EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
+
+
+@dataclass(frozen=True)
+class MergedModule:
+    """One merged weight: its shape and dtype, the residue that was kept, the largest |delta|."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    positions: int  # elements of W that subtraction would not have restored
+    bytes: int  # that this module takes in the residue file, its A and B included
+    max_delta: float
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge wrote."""
+
+    directory: Path
+    modules: tuple[MergedModule, ...]
+    weight_bytes: int
+    residue_bytes: int
+    tokenizer: str  # what was done about it, in words
+
+    @property
+    def positions(self) -> int:
+        """Residue elements of all modules."""
+        return sum(m.positions for m in self.modules)
+
+
+def merge_checkpoint(
+    model_path: str | os.PathLike[str],
+    adapter_dir: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    backend: str | Backend | None = None,
+) -> MergeReport:
+    """Merges the PEFT adapter in `adapter_dir` into the GGUF or Hugging Face model at `model_path`.
+
+    `out_dir` becomes a Hugging Face directory that transformers loads, with the file that undoes
+    the merge. `dtype` ("f32", "f16", "bf16") converts the base first; by default weights keep the
+    dtype they are stored in, and those of a GGUF file become f32. Where the adapter targets one of
+    two tied embeddings, they are untied. Nothing is left behind if it fails. ConfigError for an
+    `out_dir` that holds anything else than an earlier merge: no model is overwritten by mistake.
+    """
+    with open_checkpoint(model_path) as checkpoint:
+        adapter = Adapter.load(adapter_dir, checkpoint.config.modules(), base=checkpoint.load)
+        return merge_adapter(checkpoint, adapter, out_dir, dtype=dtype, backend=backend)
+
+
+def merge_adapter(
+    checkpoint: Checkpoint,
+    adapter: Adapter,
+    out_dir: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    backend: str | Backend | None = None,
+) -> MergeReport:
+    """`merge_checkpoint` for a checkpoint and an adapter that are open already."""
+    if dtype is not None and dtype not in _FLOATS:
+        raise ConfigError(f"dtype = {dtype!r}: expected one of {', '.join(_FLOATS)}")
+    target = Path(out_dir)
+    check_output(target, checkpoint.path, FILE)
+    merge = _Merge(checkpoint, adapter, dtype, backends.get(backend))
+    with atomic_dir(target) as beside:
+        write_config(beside, merge.config, merge.specs)
+        size = write_weights(beside, merge.specs, merge.tensor)
+        merge.record.write(beside)
+        said = write_tokenizer(beside, checkpoint)
+    order = list(adapter)
+    modules = tuple(sorted(merge.modules, key=lambda m: order.index(m.path)))
+    return MergeReport(target, modules, size, sum(m.bytes for m in modules), said)
+
+
+class _Merge:
+    """One merge: produces the merged tensors by name and remembers how to undo them."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, adapter: Adapter, dtype: str | None, ops: Backend
+    ) -> None:
+        self.checkpoint, self.adapter, self.dtype, self.ops = checkpoint, adapter, dtype, ops
+        base = checkpoint.config
+        self.kinds = {e.path: e.kind for e in adapter.plan.entries}
+        untie = base.tie_word_embeddings and (_EMBEDDING in adapter or _HEAD in adapter)
+        self.config: LlamaConfig = dataclasses.replace(
+            base, tie_word_embeddings=base.tie_word_embeddings and not untie
+        )
+        shapes = self.config.tensors()
+        self.specs: dict[str, Spec] = {n: (s, self._stored_dtype(n)) for n, s in shapes.items()}
+        self.record = Record(tied=base.tie_word_embeddings)
+        self.modules: list[MergedModule] = []
+        for path, lora in adapter.items():
+            replaces = lora.bias is not None or lora.base_bias is not None
+            if replaces and f"{path}.bias" not in shapes:
+                raise UnsupportedError(
+                    f"{path}: the adapter has a bias (lora_bias), but this module of a "
+                    f"{base.model_type} model has none to merge it into; keep the adapter unmerged"
+                )
+
+    def _source(self, name: str) -> str:
+        tied = self.checkpoint.config.tie_word_embeddings
+        return f"{_EMBEDDING}.weight" if tied and name == f"{_HEAD}.weight" else name
+
+    def _stored_dtype(self, name: str) -> str:
+        if self.dtype is not None:
+            return self.dtype
+        # A GGUF mixes types as suits its size; what is loaded from it is float32.
+        return self.checkpoint.dtype(self._source(name)) if self.checkpoint.path.is_dir() else "f32"
+
+    def base(self, name: str) -> Array:
+        """A tensor of the base model, in the dtype that it will be written in."""
+        source, dtype = self._source(name), self.specs[name][1]
+        if self.checkpoint.dtype(source) == dtype:
+            return self.checkpoint.raw(source)[0]
+        wide = self.checkpoint.load(source)
+        stored = narrow(wide, dtype)
+        self._check_finite(name, wide, stored, dtype)
+        return stored
+
+    def _check_finite(self, name: str, before: Array, after: Array, dtype: str) -> None:
+        """`before` is float32, `after` stored. What was finite must stay so."""
+        with np.errstate(all="ignore"):
+            lost = np.isfinite(before) & ~np.isfinite(widen(after, dtype))
+        if bool(lost.any()):
+            raise ConfigError(
+                f"tensor {name!r}: {int(lost.sum())} values are too large for {dtype}; "
+                "merge with dtype='bf16' or 'f32'"
+            )
+
+    def tensor(self, name: str) -> Array:
+        """The merged tensor of this name; its digests and residue go into the record."""
+        path, _, part = name.rpartition(".")
+        W, dtype, lora = self.base(name), self.specs[name][1], self.adapter.get(path)
+        merged = W
+        if lora is not None and part == "bias":
+            merged = self._bias(name, W, lora, dtype)
+        elif lora is not None and lora.rank:
+            kind = self.kinds[path]
+            merged, lost = merge_weight(self.ops, W, lora, dtype, kind=kind)
+            self._check_finite(name, widen(W, dtype), merged, dtype)
+            used = self.record.add(path, kind, lora, dtype, W.shape, lost)
+            delta = max_delta(lora, kind)
+            self.modules.append(MergedModule(path, W.shape, dtype, lost.position.size, used, delta))
+        before = digest(W)
+        self.record.digests[name] = Digests(before, before if merged is W else digest(merged))
+        return merged
+
+    def _bias(self, name: str, b: Array, lora: LoRA, dtype: str) -> Array:
+        """The bias in effect: base_bias where the adapter has one, plus scale * bias of B."""
+        if lora.bias is None and lora.base_bias is None:
+            return b
+        wide = widen(b, dtype) if lora.base_bias is None else lora.base_bias
+        total = wide.astype(np.float64)
+        if lora.bias is not None:
+            total = total + float(np.float32(lora.scale)) * lora.bias.astype(np.float64)
+        merged = narrow(total.astype(np.float32), dtype)
+        self._check_finite(name, wide, merged, dtype)
+        self.record.tensors[name] = Bf16(b) if dtype == "bf16" else b
+        return merged

@@ -1,0 +1,110 @@
+"""Steps of a batch through a model: which tokens, whose adapter, which rows of the KV cache.
+
+A batch lives from one change of its members to the next. What stays the same in between (the order
+of the sequences, their adapters' segments) is worked out once; a step of one token for each
+sequence then only counts up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from pylora.errors import ConfigError, ShapeError
+from pylora.model.attention import positions
+from pylora.model.embedding import Embedding
+from pylora.model.kvcache import KVCache
+from pylora.model.linear import LoRALinear
+from pylora.model.rope import Rope
+from pylora.ops.llama import LlamaOp, Step
+from pylora.types import Array, LoRA
+
+
+class Decodable(Protocol):
+    """What decoding asks of a model."""
+
+    rope: Rope
+    modules: dict[str, LoRALinear | Embedding]
+
+    @property
+    def op(self) -> LlamaOp: ...
+
+
+def pack_attached(model: Decodable) -> Any:
+    """The adapter that is attached to the model, as it is now; None without one."""
+    attached = {path: m.lora for path, m in model.modules.items() if m.lora is not None}
+    return pack_adapter(model, attached) if attached else None
+
+
+def pack_adapter(model: Decodable, adapter: Mapping[str, LoRA]) -> Any:
+    """The adapter as it is now, ready for the backend. `adapter` fits the model."""
+    order = [path for path in model.modules if path != "model.embed_tokens"]
+    numbers = {path: i for i, path in enumerate(order)}
+    linear = {numbers[path]: lora for path, lora in adapter.items() if path in numbers}
+    return model.op.adapter(linear, adapter.get("model.embed_tokens"))
+
+
+class Batch:
+    """Some sequences of a KV cache, each with an adapter of `LlamaOp.adapter` or None.
+
+    Sequences whose adapters are the same object must lie side by side where that matters for speed:
+    each run of them is one segment.
+    """
+
+    def __init__(
+        self,
+        model: Decodable,
+        kv: KVCache,
+        lengths: Sequence[int],
+        slots: np.ndarray,
+        adapters: Sequence[Any],
+    ) -> None:
+        """Errors: those of `KVCache.place`. Nothing is stored yet."""
+        self.model, self.kv, self.slots = model, kv, slots
+        self.op: LlamaOp = model.op
+        self.seqs, rows = kv.place(lengths, slots)
+        q_start = self.seqs.q_start
+        new = [i for i, a in enumerate(adapters) if i == 0 or a is not adapters[i - 1]]
+        start = np.append(q_start[new], q_start[-1]) if new else np.zeros(1, np.int64)
+        self._longest = int(self.seqs.k_len.max(initial=0))
+        cos, sin = model.rope.tables(self._longest)
+        self.step = Step(
+            np.zeros(int(q_start[-1]), np.int64),
+            positions(self.seqs),
+            rows,
+            self.seqs,
+            q_start[1:] - 1,
+            np.ascontiguousarray(start, np.int64),
+            tuple(adapters[i] for i in new),
+            cos,
+            sin,
+        )
+
+    def forward(self, ids: np.ndarray | Sequence[int]) -> Array:
+        """Token ids, one sequence behind the other -> logits of the last token of each."""
+        step = self.step
+        if len(ids) != step.ids.size:
+            raise ShapeError(f"{len(ids)} ids for lengths that add up to {step.ids.size}")
+        step.ids[:] = ids
+        logits = self.op.forward(self.kv.handle(self.op), step)
+        self.kv.length[self.slots] = self.seqs.k_len
+        return logits
+
+    def advance(self) -> None:
+        """The next step takes one token of each sequence, and can be repeated."""
+        step, n = self.step, self.slots.size
+        if step.ids.size != n:
+            raise ShapeError("a batch of several tokens each is followed by a new one")
+        self._longest += 1
+        if self._longest > self.kv.capacity:
+            raise ConfigError(
+                f"the KV cache holds {self.kv.capacity} tokens of a sequence and they are used up"
+            )
+        step.position += 1
+        step.rows += 1
+        step.seqs.k_len[:] += 1
+        if self._longest > step.cos.shape[0]:
+            step.cos, step.sin = self.model.rope.tables(self._longest)
+            step.changed()

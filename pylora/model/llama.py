@@ -1,0 +1,499 @@
+"""The whole model: embedding, blocks, final norm, head; its loss and the gradients of an adapter.
+
+The base weights are packed once and never written. An adapter is attached by reference: training
+that writes its arrays is seen by the next forward, and no copy exists. Backward computes nothing
+below the lowest module that has an adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from pylora import backends
+from pylora.errors import (
+    DtypeError,
+    PlanError,
+    PyloraError,
+    ShapeError,
+    UnsupportedError,
+)
+from pylora.model.attention import positions
+from pylora.model.block import Block, BlockCache
+from pylora.model.config import LlamaConfig
+from pylora.model.decoder import Batch, pack_attached
+from pylora.model.embedding import Embedding, EmbeddingCache
+from pylora.model.inputs import row_numbers, row_weights, token_ids, whole_seqs
+from pylora.model.kvcache import KVCache
+from pylora.model.linear import DropKey, Grads, LinearCache, LoRAGrad, LoRALinear, is_packed
+from pylora.model.rope import Rope
+from pylora.model.weights import (
+    FromCheckpoint,
+    Weights,
+    checked_weights,
+    random_weights,
+    vector,
+    weight_bytes,
+)
+from pylora.numbers.precision import Stored, check_precision, describe
+from pylora.ops.llama import LayerWeights, LlamaOp, LlamaWeights
+from pylora.ops.protocol import Backend
+from pylora.reference import IGNORE
+from pylora.types import Array, LoRA, Seqs
+
+__all__ = ["IGNORE", "DropKey", "Grads", "Llama", "LoRAGrad", "ModelCache", "random_weights"]
+
+_ARRAYS = ("A", "B", "bias", "base_bias")  # of a LoRA
+
+
+@dataclass(eq=False)
+class _Trunk:
+    """What backward needs of the embedding and the blocks; `blocks` is used up from its end."""
+
+    seqs: Seqs
+    position: np.ndarray
+    drop: DropKey | None
+    embedding: EmbeddingCache
+    blocks: list[BlockCache | Array | None]  # an array is a block's input, to be run again
+
+
+@dataclass(eq=False)
+class ModelCache:
+    """What `Llama.backward` needs of one `Llama.forward`; good for one backward."""
+
+    trunk: _Trunk
+    x: Array  # [len(rows), hidden], input of the final norm
+    rstd: Array
+    rows: Array | None
+    head: LinearCache
+
+
+class Llama:
+    """A Llama-type causal language model (see `LlamaConfig`) with frozen weights."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        weights: Weights,
+        *,
+        backend: str | Backend | None = None,
+        precision: str = "fp32",
+    ) -> None:
+        """`weights(name)` gives each tensor of `config.tensors()` in Hugging Face layout; a matrix
+        may be one that the backend has packed already.
+
+        It is called once for each tensor, which is packed as `precision` says (precision.py) and
+        let go before the next is asked for, so memory peaks near one copy.
+        ShapeError names a tensor that does not fit, ConfigError a precision that does not exist.
+        """
+        self.config, self.ops = config, backends.get(backend)
+        self.precision = check_precision(precision)
+        self.ops.check_room(weight_bytes(config, self.computes))
+        checked = checked_weights(config, weights)
+        embedding = checked("model.embed_tokens.weight")
+        if is_packed(embedding) or isinstance(embedding, Stored):
+            self.dtype: np.dtype = np.dtype(np.float32)
+        else:
+            embedding = self.ops.asarray(embedding)
+            self.dtype = embedding.dtype
+        self.embed_tokens = Embedding(
+            "model.embed_tokens", embedding, ops=self.ops, precision=precision
+        )
+        del embedding
+        self.rope = Rope(config, np.empty(0, self.dtype).real.dtype, ops=self.ops)
+        self.blocks = [
+            Block(config, i, checked, self.rope, ops=self.ops, precision=precision)
+            for i in range(config.num_hidden_layers)
+        ]
+        self.norm = vector(checked, "model.norm.weight", self.ops)
+        tied = config.tie_word_embeddings  # one packed weight then serves both
+        head = self.embed_tokens.W if tied else checked("lm_head.weight")
+        self.lm_head = LoRALinear("lm_head", head, ops=self.ops, precision=precision)
+        self.activation_dtype: Any = self.ops.activation_dtype(precision)
+        self.modules: dict[str, LoRALinear | Embedding] = {"model.embed_tokens": self.embed_tokens}
+        self.modules |= {p.path: p for block in self.blocks for p in block.linears}
+        self.modules["lm_head"] = self.lm_head
+        self._adapter: Mapping[str, LoRA] | None = None
+        self._steps = self.ops.repeated()
+        self.placed: dict[str, LoRA] = {}  # its arrays, where the backend computes
+        self.stored_as: dict[str, int] | None = None  # {"q4_1": 210, ...}, of a checkpoint
+
+    @classmethod
+    def random(
+        cls,
+        config: LlamaConfig,
+        seed: int = 0,
+        *,
+        backend: str | Backend | None = None,
+        dtype: Any = np.float32,
+        precision: str = "fp32",
+    ) -> Llama:
+        """A model with the weights of `random_weights(config, seed, dtype)`."""
+        weights = random_weights(config, seed, dtype)
+        return cls(config, weights, backend=backend, precision=precision)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Any,
+        backend: str | Backend | None = None,
+        precision: str = "fp32",
+    ) -> Llama:
+        """From an open `pylora.formats` checkpoint (GGUF file or Hugging Face directory).
+
+        What the file stores in a way that `precision` can multiply is taken as it is; see
+        `pylora.model.weights.FromCheckpoint`. `stored_as` then counts the model's matrices by kind.
+        """
+        weights = FromCheckpoint(checkpoint, check_precision(precision))
+        model = cls(checkpoint.config, weights, backend=backend, precision=precision)
+        model.stored_as = weights.stored_as
+        return model
+
+    @property
+    def computes(self) -> str:
+        """The precision in use: `precision`, but for what this machine cannot do ("fp32x3" is
+        strict "fp32" without AMX)."""
+        return self.ops.computes(self.precision)
+
+    @property
+    def precision_report(self) -> str:
+        """Both in words, as every report states them."""
+        return describe(self.precision, self.computes)
+
+    # ---- adapters -----------------------------------------------------------------------------
+
+    @property
+    def adapter(self) -> Mapping[str, LoRA] | None:
+        """The adapter that is attached, or None."""
+        return self._adapter
+
+    def attach(self, adapter: Mapping[str, LoRA]) -> None:
+        """Attaches an adapter by reference, in place of any that is there.
+
+        Where the backend has a memory of its own (a GPU) it gets copies of the host's arrays, in
+        `placed`: training changes those, and `collect` brings them back.
+
+        Raises PlanError naming a module that the model does not have or an array that does not
+        fit, DtypeError for arrays of another dtype than the model's; then nothing has changed.
+        """
+        self.check(adapter)
+        placed = {path: self._place(lora) for path, lora in adapter.items()}
+        for path, module in self.modules.items():
+            module.lora = placed.get(path)
+        self._steps.clear()
+        self._adapter, self.placed = adapter, placed
+
+    def _place(self, lora: LoRA) -> LoRA:
+        arrays: dict[str, Any] = {name: getattr(lora, name) for name in _ARRAYS}
+        moved: dict[str, Any] = {
+            n: None if a is None else self.ops.place(a) for n, a in arrays.items()
+        }
+        return lora if all(moved[n] is arrays[n] for n in arrays) else replace(lora, **moved)
+
+    def collect(self) -> None:
+        """Brings the attached adapter's numbers back into its own arrays, where they are copies."""
+        for path, placed in self.placed.items():
+            own = (self._adapter or {})[path]
+            for name in _ARRAYS:
+                array = getattr(placed, name)
+                if array is not getattr(own, name):
+                    getattr(own, name)[...] = self.ops.to_numpy(array)
+
+    def check(self, adapter: Mapping[str, LoRA]) -> None:
+        """Raises what `attach` would for an adapter that does not fit; changes nothing."""
+        unknown = [path for path in adapter if path not in self.modules]
+        if unknown:
+            raise PlanError(
+                f"the adapter has modules that the model does not: {', '.join(unknown[:5])}"
+                f"{' ...' if len(unknown) > 5 else ''} ({len(unknown)} of {len(adapter)})"
+            )
+        for path, lora in adapter.items():
+            self.modules[path].check(lora)
+            for name in _ARRAYS:
+                array = getattr(lora, name)
+                if array is not None and array.dtype != self.dtype:
+                    raise DtypeError(
+                        f"{path}: {name} is {array.dtype} but the model is {self.dtype}; convert "
+                        "the adapter's arrays first"
+                    )
+
+    def detach(self) -> None:
+        """Takes the adapter away; the model is the base again, bit for bit."""
+        self.attach({})
+        self._adapter = None
+
+    def _lowest(self) -> int:
+        """The lowest layer with an adapter; -1: the embedding; number of layers: none of them."""
+        if self.embed_tokens.lora is not None:
+            return -1
+        trainable = (i for i, block in enumerate(self.blocks) if block.trainable)
+        return next(trainable, len(self.blocks))
+
+    # ---- embedding and blocks -----------------------------------------------------------------
+
+    def _trunk(
+        self,
+        ids: Array,
+        seqs: Seqs,
+        position: Array,
+        drop: DropKey | None,
+        lowest: int,
+        recompute: bool,
+    ) -> tuple[Array, _Trunk]:
+        """The residual stream after the last block [m, hidden]; caches of blocks >= `lowest`."""
+        x, embedding = self.embed_tokens.forward(ids)
+        trunk = _Trunk(seqs, position, drop, embedding, [])
+        for i, block in enumerate(self.blocks):
+            y, cache = block.forward(x, seqs, drop=drop, position=position)
+            trunk.blocks.append(None if i < lowest else x if recompute else cache)
+            del cache
+            x = y
+        return x, trunk
+
+    def _trunk_backward(self, dx: Array, trunk: _Trunk, grads: Grads) -> None:
+        """dx is given away. Caches are dropped as they are used."""
+        lowest = self._lowest()
+        kept = trunk.blocks[max(lowest, 0) :]
+        if len(trunk.blocks) != len(self.blocks) or any(c is None for c in kept):
+            raise PyloraError(
+                "this cache was used by an earlier backward, or the adapter has changed since; "
+                "run forward again"
+            )
+        del kept
+        for i in range(len(self.blocks) - 1, max(lowest, 0) - 1, -1):
+            block, cache = self.blocks[i], trunk.blocks.pop()
+            if not isinstance(cache, BlockCache):
+                _, cache = block.forward(
+                    cache, trunk.seqs, drop=trunk.drop, position=trunk.position
+                )
+            dx = block.backward(dx, cache, grads, need_dx=i > lowest)
+            del cache
+        self.embed_tokens.backward(dx, trunk.embedding, grads)
+
+    # ---- logits -------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        ids: Any,
+        seqs: Seqs | None = None,
+        *,
+        drop: DropKey | None = None,
+        recompute: bool = False,
+        rows: Any = None,
+    ) -> tuple[Array, ModelCache]:
+        """ids int64 [m] -> logits [m, vocab], or of the given rows only; and the cache.
+
+        `seqs` says where sequences begin (default: one). `recompute` keeps only each block's input
+        and runs the block again in backward (gradient checkpointing): same bits, less memory.
+        """
+        ids = token_ids(ids, self.config.vocab_size)
+        seqs = whole_seqs(seqs, ids.size)
+        if rows is not None:
+            rows = row_numbers(rows, ids.size)
+            if drop is not None and self._head_dropout():
+                raise UnsupportedError("`rows` with dropout on lm_head; ask for all rows instead")
+        position = self.ops.xp.asarray(positions(seqs))
+        x, trunk = self._trunk(ids, seqs, position, drop, self._lowest(), recompute)
+        rows = None if rows is None else self.ops.xp.asarray(rows)
+        x = x if rows is None else x[rows]
+        normed, rstd = self._final_norm(x)
+        logits, head = self.lm_head.forward(normed, drop=drop)
+        return logits, ModelCache(trunk, x, rstd, rows, head)
+
+    def backward(self, dlogits: Array, cache: ModelCache) -> Grads:
+        """dlogits, shaped like the logits -> the gradient of each module that has an adapter."""
+        expected = (cache.x.shape[0], self.config.vocab_size)
+        if tuple(dlogits.shape) != expected:
+            raise ShapeError(f"dlogits has shape {list(dlogits.shape)}, expected {list(expected)}")
+        grads: Grads = {}
+        need_dx = self._lowest() < len(self.blocks)
+        dn = self.lm_head.backward(dlogits, cache.head, grads, need_dx=need_dx)
+        if need_dx:
+            dx, _ = self.ops.rms_norm_backward(dn, cache.x, self.norm, cache.rstd)
+            if cache.rows is not None:
+                all_rows = self.ops.zeros((cache.trunk.position.size, dx.shape[1]), dx.dtype)
+                self.ops.xp.add.at(all_rows, cache.rows, dx)
+                dx = all_rows
+            self._trunk_backward(dx, cache.trunk, grads)
+        return grads
+
+    # ---- loss ---------------------------------------------------------------------------------
+
+    def loss(
+        self,
+        ids: Any,
+        labels: Any,
+        seqs: Seqs | None = None,
+        *,
+        weight: Any = None,
+        drop: DropKey | None = None,
+        grads: bool = True,
+        recompute: bool = False,
+    ) -> tuple[Array, Grads | None]:
+        """Negative log likelihood of each row's label [m], and the adapter's gradients.
+
+        labels[i] is the token that row i must predict (already shifted); IGNORE (-100) is not
+        counted and gives 0. The gradient is that of sum_i weight[i] * nll[i]; `weight` is an array
+        [m], a number, or None for 1 / number of labels. The head runs in chunks of rows, on rows
+        with a label only, so that no [m, vocab] array exists.
+        """
+        ids = token_ids(ids, self.config.vocab_size)
+        labels = token_ids(labels, self.config.vocab_size, labels=True)
+        if labels.shape != ids.shape:
+            raise ShapeError(f"{labels.size} labels for {ids.size} ids; give one label to each id")
+        seqs = whole_seqs(seqs, ids.size)
+        counted = np.flatnonzero(labels != IGNORE)
+        weight = row_weights(weight, ids.size, counted.size, self.dtype)
+        # Dropout is keyed by row number, so with dropout on the head its rows stay consecutive.
+        whole = drop is not None and self._head_dropout()
+        rows = np.arange(ids.size) if whole else counted
+        arrays = ids, positions(seqs), rows, labels[rows], weight[rows]
+
+        def work(arrays: Sequence[Array], seqs: Seqs) -> dict[Any, Array]:
+            return self._loss(arrays, seqs, drop, grads, recompute)
+
+        key = self._repeats(rows.size, drop, recompute) if grads else None
+        found = self._steps.run(key, arrays, seqs, work)
+        nll = found.pop("nll")
+        if not grads:
+            return nll, None
+        out: Grads = {}
+        for path in dict.fromkeys(path for path, _ in found):
+            out[path] = LoRAGrad(*(found.get((path, name)) for name in _ARRAYS))
+        return nll, out
+
+    def _repeats(self, n: int, drop: DropKey | None, recompute: bool) -> Hashable:
+        """What a step's gradients depend on besides the numbers in its arrays; None where they
+        depend on more, or where layers look at numbers: at biases, at an embedding's adapter."""
+        loras = tuple(module.lora for module in self.modules.values())
+        some = [lora for lora in loras if lora is not None]
+        plain = all(lora.bias is None and lora.base_bias is None for lora in some)
+        dropped = drop is not None and any(lora.dropout for lora in some)
+        # In chunks of rows the head's gradient is added up by the array library.
+        added = self.lm_head.lora is not None and n > self.ops.head_rows
+        if not some or not n or not plain or dropped or added or self.embed_tokens.lora is not None:
+            return None
+        return *loras, recompute
+
+    def _loss(
+        self,
+        arrays: Sequence[Array],
+        seqs: Seqs,
+        drop: DropKey | None,
+        grads: bool,
+        recompute: bool,
+    ) -> dict[Any, Array]:
+        """The nll [m] by the name "nll", and gradients by (path, name).
+
+        `arrays`: ids and position [m]; rows, labels and weight [n], of the rows that count. Nothing
+        is known here but their shapes, so that a GPU can record what is done and repeat it.
+        """
+        ids, position, rows, labels, weight = arrays
+        ops, m, n, step = self.ops, ids.size, rows.size, self.ops.head_rows
+        lowest = self._lowest() if grads else len(self.blocks)
+        x, trunk = self._trunk(ids, seqs, position, drop, lowest, recompute)
+        make = ops.empty if n == m else ops.zeros
+        nll = make((m, 1), self.dtype)
+        dx = make(x.shape, self.dtype) if lowest < len(self.blocks) else None
+        out: Grads = {}
+        for a in range(0, max(n, 1), step):
+            b = min(a + step, n)
+            some = x[a:b] if n == m else ops.take_rows(x, rows[a:b])
+            nll_some, dx_some = self._head_loss(
+                some, labels[a:b], weight[a:b] if grads else None, drop, a, dx is not None, out
+            )
+            ops.put_rows(nll, rows[a:b], nll_some.reshape(-1, 1))
+            if dx is not None:
+                ops.put_rows(dx, rows[a:b], dx_some)
+            del some, dx_some
+        if grads and dx is not None:
+            del x
+            self._trunk_backward(dx, trunk, out)
+        found: dict[Any, Array] = {"nll": nll.reshape(m)}
+        for path, grad in out.items():
+            each = {name: getattr(grad, name) for name in _ARRAYS}
+            found |= {(path, name): a for name, a in each.items() if a is not None}
+        return found
+
+    def _head_loss(
+        self,
+        x: Array,
+        labels: Array,
+        weight: Array | None,
+        drop: DropKey | None,
+        first_row: int,
+        need_dx: bool,
+        grads: Grads,
+    ) -> tuple[Array, Array | None]:
+        """nll and dx of some rows x [n, hidden] of the residual stream; no dx without a weight."""
+        ops = self.ops
+        normed, rstd = self._final_norm(x)
+        logits, cache = self.lm_head.forward(normed, drop=drop, first_row=first_row)
+        if weight is None or not (need_dx or self.lm_head.lora is not None):
+            return ops.cross_entropy_forward(logits, labels)[0], None
+        nll, _, dlogits = ops.cross_entropy(logits, labels, weight, overwrite=True)
+        del logits
+        dn = self.lm_head.backward(dlogits, cache, grads, need_dx=need_dx)
+        return nll, ops.rms_norm_backward(dn, x, self.norm, rstd)[0] if need_dx else None
+
+    # ---- decoding -----------------------------------------------------------------------------
+
+    def kv_cache(self, slots: int, capacity: int) -> KVCache:
+        """An empty KV cache for `slots` sequences of up to `capacity` tokens."""
+        dtype = self.dtype if self.activation_dtype is None else self.activation_dtype
+        return KVCache(self.config, slots, capacity, ops=self.ops, dtype=dtype)
+
+    def decode(self, ids: Any, kv: KVCache, lengths: Sequence[int], slots: Any = None) -> Array:
+        """Appends lengths[i] new tokens to the sequence in slot slots[i] (default: every slot).
+
+        ids int64 [sum(lengths)], one sequence behind the other -> logits of the last token of each
+        [len(lengths), vocab]: the same bits as `forward` of the whole sequence. A prompt and a
+        single next token are the same call, and may be mixed.
+        """
+        ids = token_ids(ids, self.config.vocab_size)
+        slots = np.asarray(np.arange(kv.slots) if slots is None else slots, np.int64)
+        adapter = pack_attached(self)
+        return Batch(self, kv, lengths, slots, [adapter] * slots.size).forward(ids)
+
+    @cached_property
+    def op(self) -> LlamaOp:
+        """The model as its backend's whole-model operation, which decoding runs on."""
+        return self.ops.llama(self._weights())
+
+    def _weights(self) -> LlamaWeights:
+        """The weights as that operation takes them. Nothing is copied."""
+        layers = []
+        for block in self.blocks:
+            attention = block.attention
+            layers.append(
+                LayerWeights(
+                    block.input_norm,
+                    block.mid_norm,
+                    tuple(p.W for p in block.linears),
+                    tuple(p.bias for p in block.linears),
+                    attention.q_norm,
+                    attention.k_norm,
+                    attention.shape.window,
+                )
+            )
+        config = self.config
+        return LlamaWeights(
+            self.embed_tokens.W,
+            self.lm_head.W,
+            self.norm,
+            tuple(layers),
+            self.blocks[0].attention.shape,
+            config.rms_norm_eps,
+            self.activation_dtype,
+        )
+
+    def _final_norm(self, x: Array) -> tuple[Array, Array]:
+        eps = self.config.rms_norm_eps
+        return self.ops.rms_norm_forward(x, self.norm, eps, self.activation_dtype)
+
+    def _head_dropout(self) -> bool:
+        return self.lm_head.lora is not None and self.lm_head.lora.dropout > 0

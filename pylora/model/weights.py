@@ -1,0 +1,110 @@
+"""Where the tensors of a model come from: a function from Hugging Face tensor name to array."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from pylora.errors import ShapeError
+from pylora.model.config import LlamaConfig
+from pylora.numbers.precision import Stored
+from pylora.numbers.quantize import quantize
+from pylora.ops.protocol import Backend
+from pylora.types import Array
+
+# Hugging Face tensor name -> array; a matrix may also be what a file stores (Stored).
+Weights = Callable[[str], Any]
+
+
+_CHUNK = 1 << 17  # numbers drawn at a time
+
+
+_BYTES = {"fp32": 4.0, "fp32x3": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 34 / 32, "int4": 20 / 32}
+
+
+def weight_bytes(config: LlamaConfig, precision: str) -> int:
+    """Bytes that the packed weights of a model take in a precision; vectors are float32."""
+    total = 0.0
+    for shape in config.tensors().values():
+        n = float(np.prod(shape, dtype=np.float64))
+        total += n * (_BYTES[precision] if len(shape) == 2 else 4)
+    return int(total)
+
+
+def checked_weights(config: LlamaConfig, weights: Weights) -> Weights:
+    """`weights`, with a ShapeError that names a tensor that is not as `config` says."""
+    shapes = config.tensors()
+
+    def checked(name: str) -> Any:
+        array = weights(name)
+        if tuple(array.shape) != tuple(shapes[name]):
+            raise ShapeError(
+                f"the tensor {name!r} has shape {list(array.shape)}, the model's config says "
+                f"{list(shapes[name])}"
+            )
+        return array
+
+    return checked
+
+
+class FromCheckpoint:
+    """The tensors of an open checkpoint, as a model of `precision` wants them.
+
+    In int8 and int4, blocks of Q8_0, Q4_0 and Q4_1 are taken as the file has them, numbers are
+    quantized (Q8_0, Q4_1), and blocks of any other kind are decoded and stored as Q8_0, which loses
+    least of them. In bf16, bfloat16 is taken as it is. `stored_as` counts the matrices by kind.
+    """
+
+    def __init__(self, checkpoint: Any, precision: str) -> None:
+        self.checkpoint, self.precision = checkpoint, precision
+        self.stored_as: dict[str, int] = {}
+
+    def __call__(self, name: str) -> Any:
+        if len(self.checkpoint.shape(name)) != 2:
+            return self.checkpoint.load(name)
+        kind, W = self._matrix(name)
+        self.stored_as[kind] = self.stored_as.get(kind, 0) + 1
+        return W
+
+    def _matrix(self, name: str) -> tuple[str, Any]:
+        keeps = {"int8": "q8_0", "int4": "q4_1", "bf16": "bf16"}.get(self.precision, "f32")
+        if keeps == "f32":
+            return keeps, self.checkpoint.load(name)
+        stored: Stored | None = self.checkpoint.stored(name)
+        if stored is not None and (stored.kind == "bf16") == (keeps == "bf16"):
+            return stored.kind, stored
+        W = self.checkpoint.load(name)
+        if keeps == "q4_1" and self.checkpoint.dtype(name) not in ("f32", "f16", "bf16"):
+            return "q8_0", quantize(W, "q8_0")
+        return keeps, W
+
+
+def vector(weights: Weights, name: str, ops: Backend) -> Array:
+    """A norm's weight, copied: the array may be a view that would keep a whole file mapped."""
+    return ops.asarray(weights(name)).copy()
+
+
+def random_weights(config: LlamaConfig, seed: int = 0, dtype: Any = np.float32) -> Weights:
+    """Seeded random tensors for tests and docs: matrices N(0, 1/columns), norms near 1.
+
+    Drawn in float64 a few rows at a time, so that no more than the result exists at once.
+    """
+    shapes = config.tensors()
+    index = {name: i for i, name in enumerate(shapes)}
+
+    def weights(name: str) -> np.ndarray:
+        shape = shapes[name]
+        rng = np.random.default_rng([seed, index[name]])
+        if len(shape) == 1:
+            values = rng.standard_normal(shape) * 0.1
+            return (values + (1.0 if name.endswith("norm.weight") else 0.0)).astype(dtype)
+        out = np.empty(shape, dtype)
+        step = max(1, _CHUNK // max(1, shape[1]))
+        for i in range(0, shape[0], step):
+            values = rng.standard_normal((min(step, shape[0] - i), shape[1]))
+            out[i : i + step] = values / np.sqrt(shape[1])
+        return out
+
+    return weights

@@ -1,0 +1,1 @@
+"""The operations: names, signatures, and those made of others. Nothing is computed here."""

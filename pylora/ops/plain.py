@@ -1,0 +1,93 @@
+"""Operations that are made of a backend's others: on many arrays at once, in place, on rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pylora.errors import DtypeError, ShapeError
+from pylora.ops.protocol import Backend
+from pylora.ops.repeat import Direct, Repeated
+from pylora.types import AdamW, Array, LoRA, Norm, Projection, Rotation
+
+
+def want_writable(W: Array) -> None:
+    """ShapeError for a weight in host memory that may not be written to."""
+    if isinstance(W, np.ndarray) and not W.flags.writeable:
+        raise ShapeError("W is merged into in place, but the array is read-only")
+
+
+def _normed(ops: Backend, x: Array, norm: Norm | None, dtype: Any) -> tuple[Array, Array | None]:
+    return (x, None) if norm is None else ops.rms_norm_forward(x, norm.w, norm.eps, dtype)
+
+
+class Plain:
+    """Operations that are made of others, for a backend that has no better."""
+
+    def merge_in_place(self: Backend, W: Array, lora: LoRA, dtype: str = "f32") -> None:
+        """W becomes the weight that `merge` gives. What rounding loses is not kept, so that no
+        `unmerge` of it is exact."""
+        want_writable(W)
+        merged, _ = self.merge(W, lora, dtype)
+        if merged.dtype != W.dtype:
+            raise DtypeError(f"W: stored as {dtype} must be an array of {merged.dtype}")
+        W[...] = merged
+
+    def adamw_steps(
+        self: Backend, updates: Sequence[tuple[Array, Array, Array, Array, AdamW]]
+    ) -> None:
+        """`adamw_step` of each (param, grad, m, v, settings); a backend may do them together."""
+        for update in updates:
+            self.adamw_step(*update)
+
+    def total_squares(self: Backend, arrays: Sequence[Array]) -> float:
+        """The sums of squares of the arrays, added up in order in float64."""
+        return sum(self.sum_squares(x) for x in arrays)
+
+    def qkv_forward(
+        self: Backend,
+        x: Array,
+        projections: Sequence[Projection],
+        norm: Norm | None = None,
+        rotation: Rotation | None = None,
+        dtype: Any = None,
+    ) -> tuple[list[tuple[Array, Array | None]], Array | None]:
+        """`linear_forward` of q, k and v, of the norm of x where there is one, and q and k rotated
+        where that is asked for. Returns ((y, h) of each, the norm's rstd).
+
+        The normed x and what is rotated are rounded to `dtype`; q and k to their own before, if
+        they have one. A backend may do it in one pass, with the same result."""
+        x, rstd = _normed(self, x, norm, dtype)
+        results = self.linear_forward(x, projections)
+        if rotation is not None:
+            r = rotation
+            for i, (y, h) in enumerate(results[:2]):
+                turned = self.rope(y, r.cos, r.sin, r.position, r.head_dim, dtype=dtype)
+                results[i] = turned, h
+        return results, rstd
+
+    def gate_up_forward(
+        self: Backend,
+        x: Array,
+        projections: Sequence[Projection],
+        norm: Norm | None = None,
+        dtype: Any = None,
+    ) -> tuple[list[tuple[Array, Array | None]], Array, Array | None]:
+        """`linear_forward` of gate and up, of the norm of x where there is one, and their product
+        silu(gate) up. Returns ((y, h) of both, the product, the norm's rstd)."""
+        x, rstd = _normed(self, x, norm, dtype)
+        results = self.linear_forward(x, projections)
+        return results, self.swiglu_forward(results[0][0], results[1][0], dtype), rstd
+
+    def repeated(self) -> Repeated:
+        return Direct(self)
+
+    def take_rows(self, x: Array, rows: Array) -> Array:
+        """x[rows]; rows int64, where the backend computes."""
+        return x[rows]
+
+    def put_rows(self, y: Array, rows: Array, x: Array) -> None:
+        """y[rows] = x, in y's type; each row once."""
+        y[rows] = x

@@ -1,0 +1,1 @@
+"""Fine-tuning A and B: records, batches, steps, checkpoints, evaluation."""

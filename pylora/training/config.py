@@ -1,0 +1,121 @@
+"""The settings of a training run, checked when they are made. Nothing is read or trained here."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from pylora.errors import ConfigError
+from pylora.training.schedule import SCHEDULES
+
+# Settings that say when to look and what to keep. A run may be resumed with other values of these.
+_BESIDE_THE_POINT = frozenset({"eval_every", "save_every", "log_every", "keep"})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. Raises ConfigError, naming the field, for a value out of range.
+
+    A step is one update of the adapter from `batch_size` examples, computed in `accumulation`
+    micro-batches, whose gradient is that of the whole batch. With `packing` a step is
+    `accumulation` micro-batches, each filled with examples up to `max_tokens` tokens, and
+    `batch_size` is not used. Dropout is a property of the adapter (`lora_dropout`).
+    """
+
+    learning_rate: float = 2e-4  # the peak, see pylora.training.schedule
+    epochs: int = 1  # passes over the examples; not used when `steps` is given
+    steps: int | None = None  # updates in all
+    batch_size: int = 8  # examples per step
+    accumulation: int = 1  # micro-batches per step
+    packing: bool = False
+    max_tokens: int | None = None  # per micro-batch; needed by packing
+    schedule: str = "cosine"  # or "linear", "constant"
+    warmup_steps: int = 0
+    floor: float = 0.0  # the rate at the end, as a fraction of learning_rate
+    weight_decay: float = 0.0  # decoupled (AdamW), of A and B, never of biases
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    max_grad_norm: float | None = 1.0  # the global gradient norm is clipped to this; None: not
+    lora_plus_ratio: float = 1.0  # the rate of B is this times that of A (Hayou et al. 2024)
+    recompute: bool = False  # gradient checkpointing: less memory, one more forward pass
+    seed: int = 0  # of the order of the examples and of dropout
+    log_every: int = 1  # steps between lines of the log
+    eval_every: int | None = None  # steps between evaluations; one at the end in any case
+    save_every: int | None = None  # steps between checkpoints; one at the end in any case
+    keep: int = 2  # checkpoints kept
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulation", "log_every", "keep"):
+            self._integer(name, at_least=1)
+        for name in ("steps", "max_tokens", "eval_every", "save_every"):
+            if getattr(self, name) is not None:
+                self._integer(name, at_least=1)
+        self._integer("warmup_steps", at_least=0)
+        self._integer("seed", at_least=0)
+        if self.seed >= 2**64:
+            raise ConfigError(f"seed is {self.seed}; it must be below 2**64")
+        for name in ("packing", "recompute"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be True or False")
+        self._number("learning_rate", above=0)
+        self._number("floor", at_least=0, at_most=1)
+        self._number("weight_decay", at_least=0)
+        self._number("beta1", at_least=0, below=1)
+        self._number("beta2", at_least=0, below=1)
+        self._number("eps", above=0)
+        self._number("lora_plus_ratio", above=0)
+        if self.max_grad_norm is not None:
+            self._number("max_grad_norm", above=0)
+        if self.schedule not in SCHEDULES:
+            raise ConfigError(
+                f"schedule is {self.schedule!r}; it must be one of {', '.join(SCHEDULES)}"
+            )
+        if self.packing and self.max_tokens is None:
+            raise ConfigError("packing needs max_tokens, the number of tokens to fill up to")
+        if self.steps is not None and self.warmup_steps > self.steps:
+            raise ConfigError(
+                f"warmup_steps is {self.warmup_steps}, but the run has only {self.steps} steps"
+            )
+
+    def _integer(self, name: str, *, at_least: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"{name} is {value!r}; it must be a whole number")
+        if value < at_least:
+            raise ConfigError(f"{name} is {value}; it must be at least {at_least}")
+
+    def _number(
+        self,
+        name: str,
+        *,
+        at_least: float | None = None,
+        above: float | None = None,
+        at_most: float | None = None,
+        below: float | None = None,
+    ) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ConfigError(f"{name} is {value!r}; it must be a number")
+        limits = []
+        for text, limit, kept in (
+            ("at least", at_least, at_least is None or value >= at_least),
+            ("above", above, above is None or value > above),
+            ("at most", at_most, at_most is None or value <= at_most),
+            ("below", below, below is None or value < below),
+        ):
+            if limit is not None:
+                limits.append((f"{text} {limit:g}", kept))
+        if not math.isfinite(value) or not all(kept for _, kept in limits):
+            wanted = " and ".join(text for text, _ in limits)
+            raise ConfigError(f"{name} is {value:g}; it must be finite and {wanted}")
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, as JSON values."""
+        return dataclasses.asdict(self)
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that decide the numbers of a run: all but when to log, evaluate and save."""
+        return {k: v for k, v in self.to_json().items() if k not in _BESIDE_THE_POINT}

@@ -1,0 +1,45 @@
+"""How well a model predicts examples: mean negative log-likelihood per token, and perplexity."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pylora.errors import DataError
+from pylora.training.batching import assemble
+from pylora.training.examples import Example
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """nll: natural log, mean over the tokens that count; perplexity: exp(nll), inf if too large."""
+
+    nll: float
+    perplexity: float
+    tokens: int  # that count
+    seconds: float
+
+
+def evaluate(model: Any, examples: Sequence[Example], *, batch_size: int = 8) -> Evaluation:
+    """Runs `model` (with the adapter it has, without dropout) over the examples.
+
+    The result does not depend on batch_size: rows do not depend on their neighbours, and the sum
+    over tokens is rounded once.
+    """
+    if not examples:
+        raise DataError("there are no examples to evaluate on")
+    began = time.perf_counter()
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
+    parts, tokens = [], 0
+    for start in range(0, len(order), batch_size):
+        chosen = tuple(order[start : start + batch_size])
+        batch = assemble(examples, chosen)
+        nll, _ = model.loss(batch.ids, batch.labels, batch.seqs, grads=False)
+        parts.extend(nll.tolist())
+        tokens += sum(examples[i].label_count for i in chosen)
+    mean = math.fsum(parts) / tokens
+    perplexity = math.exp(mean) if mean < 700 else math.inf
+    return Evaluation(mean, perplexity, tokens, time.perf_counter() - began)

@@ -1,0 +1,66 @@
+"""The log of a run, one JSON object per line, and Ctrl-C that waits for the end of a step."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pylora.files.files import atomic_write
+
+
+class Log:
+    """log.jsonl. Each line is flushed, so that the log can be watched."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Appends a line. Numbers are written so that reading gives the same bits."""
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+
+    def cut(self, last: int) -> None:
+        """Drops what was logged after step `last`, and a line that was only half written."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                if json.loads(line)["step"] <= last:
+                    kept.append(line + "\n")
+            except (ValueError, TypeError, KeyError):
+                continue
+        with atomic_write(self.path) as beside:
+            beside.write_text("".join(kept), encoding="utf-8")
+
+
+class Interrupts:
+    """While active, the first SIGINT is only noted, for `check` to raise between two steps; the
+    second one is raised at once. In a thread other than the main one signals are left alone."""
+
+    def __enter__(self) -> Interrupts:
+        self._noted = False
+        self._before: Any = None
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.getsignal(signal.SIGINT)
+            if self._before is not None:  # None: not set by Python, and not ours to replace
+                signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._noted:
+            raise KeyboardInterrupt
+        self._noted = True
+
+    def check(self) -> None:
+        """Raises KeyboardInterrupt if a SIGINT has come."""
+        if self._noted:
+            raise KeyboardInterrupt
+
+    def __exit__(self, *exc: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)

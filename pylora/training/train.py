@@ -1,0 +1,324 @@
+"""Fine-tuning: the loop from examples to a trained adapter. Only the adapter's arrays are written.
+
+A step is: gradients of the micro-batches, added up in order; the global norm; one AdamW update in
+place. Everything that happens is a function of the model, the adapter, the examples and the
+TrainConfig, so a run that was interrupted continues bit for bit from its last checkpoint.
+
+`out_dir` gets log.jsonl, checkpoint-NNNNNN/ (checkpoint.py) and, at the end, adapter/, a PEFT
+ directory. Work is not distributed over machines.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pylora.errors import ConfigError, TrainingError
+from pylora.model.linear import DropKey
+from pylora.training import checkpoint
+from pylora.training.batching import Step, epoch_steps
+from pylora.training.checkpoint import Progress
+from pylora.training.config import TrainConfig
+from pylora.training.evaluate import Evaluation, evaluate
+from pylora.training.examples import Example, check_examples, digest
+from pylora.training.log import Interrupts, Log
+from pylora.training.optimizer import Optimizer, gradients, trainable
+from pylora.training.schedule import learning_rate
+from pylora.training.step import step_gradients
+from pylora.types import LoRA
+
+__all__ = ["StepInfo", "TrainConfig", "TrainResult", "step_gradients", "train"]
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What happened in a step; on_step gets one after each."""
+
+    step: int  # 1 .. steps
+    steps: int  # of the whole run
+    epoch: int  # 0, 1, ...
+    loss: float  # nll per token that counts, of the step's batch, before the update
+    learning_rate: float
+    grad_norm: float  # before clipping
+    tokens: int  # input tokens of this step
+    tokens_seen: int  # of the run
+    tokens_per_second: float  # of this step
+    seconds: float  # since the run began, without pauses between resumptions
+    evaluation: Evaluation | None  # if one was due
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run. `losses`, `steps`, `tokens` and `seconds` include what was resumed from."""
+
+    losses: list[float]
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    adapter: Mapping[str, LoRA]
+    evaluation: Evaluation | None  # at the end, if there are eval_examples
+
+
+def train(
+    model: Any,
+    adapter: Mapping[str, LoRA],
+    examples: Sequence[Example],
+    config: TrainConfig | None = None,
+    out_dir: str | os.PathLike[str] | None = None,
+    eval_examples: Sequence[Example] | None = None,
+    on_step: Callable[[StepInfo], None] | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> TrainResult:
+    """Trains `adapter` in place (and leaves it attached to `model`).
+
+    Without out_dir nothing is written. With `resume` the newest checkpoint in out_dir is continued;
+    ConfigError if there is none, or if it is of a run with other settings, data, model or adapter.
+    An out_dir that has a run in it is refused unless `resume` or `overwrite` (which removes it).
+
+    SIGINT (Ctrl-C) and a KeyboardInterrupt from on_step end the run after the step, with a
+    checkpoint, and are raised again. A loss or gradient that is not finite is a TrainingError; the
+    adapter then has the values from before the step.
+    """
+    config = config or TrainConfig()
+    check_examples(examples, model.config, "training", config.max_tokens)
+    if eval_examples is not None:
+        check_examples(eval_examples, model.config, "evaluation")
+    model.attach(adapter)
+    run = _Run(model, adapter, examples, config, None if out_dir is None else Path(out_dir))
+    run.open(resume, overwrite)
+    try:
+        return run.finish(eval_examples, on_step)
+    finally:
+        model.collect()  # however it ends, the adapter's own arrays are as far as it came
+
+
+class _Run:
+    """One run: what is trained, how far it is, and where it is written."""
+
+    def __init__(
+        self,
+        model: Any,
+        adapter: Mapping[str, LoRA],
+        examples: Sequence[Example],
+        config: TrainConfig,
+        out_dir: Path | None,
+    ) -> None:
+        self.model, self.adapter, self.examples = model, adapter, examples
+        self.config, self.out_dir = config, out_dir
+        self.optimizer = Optimizer(model.ops, trainable(model.placed), config)
+        self.progress = Progress()
+        self.saved = 0  # step of the newest checkpoint
+        self.log: Log | None = None
+        self.identity: dict[str, Any] = {}
+        self.steps = config.steps or self._all_epochs()
+        if config.warmup_steps > self.steps:
+            raise ConfigError(
+                f"warmup_steps is {config.warmup_steps}, but the run has only {self.steps} steps"
+            )
+
+    def _epoch(self, epoch: int) -> list[Step]:
+        c = self.config
+        return epoch_steps(
+            [len(example) for example in self.examples],
+            seed=c.seed,
+            epoch=epoch,
+            batch_size=c.batch_size,
+            accumulation=c.accumulation,
+            packing=c.packing,
+            max_tokens=c.max_tokens,
+        )
+
+    def _all_epochs(self) -> int:
+        """Steps of all epochs. With packing epochs differ, without they do not."""
+        if self.config.packing:
+            return sum(len(self._epoch(e)) for e in range(self.config.epochs))
+        return self.config.epochs * math.ceil(len(self.examples) / self.config.batch_size)
+
+    # ---- files --------------------------------------------------------------------------------
+
+    def open(self, resume: bool, overwrite: bool) -> None:
+        """Finds the run's beginning: step 0, or the newest checkpoint in out_dir."""
+        if self.out_dir is None:
+            if resume:
+                raise ConfigError("resume needs out_dir, the directory of the run to continue")
+            return
+        if not hasattr(self.adapter, "save"):
+            raise ConfigError(
+                "out_dir needs a pylora.Adapter, which can be written as a PEFT directory; a "
+                f"{type(self.adapter).__name__} can be trained without out_dir"
+            )
+        self.identity = {
+            **self.config.identity(),
+            "backend": self.model.ops.name,
+            "precision": self.model.precision_report,
+            "base model": checkpoint.fingerprint(self.model),
+            "training data": digest(self.examples),
+            **{
+                f"adapter of {path}": f"rank {lora.rank}, scale {lora.scale!r}, "
+                f"dropout {lora.dropout!r}"
+                for path, lora in self.adapter.items()
+            },
+        }
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        self.log = Log(self.out_dir / "log.jsonl")
+        found = checkpoint.checkpoints(self.out_dir)
+        if resume:
+            if not found:
+                raise ConfigError(f"{self.out_dir} has no checkpoint to resume from")
+            self._restore(found[-1])
+            self.log.cut(self.progress.step)
+        elif found or self.log.path.exists():
+            if not overwrite:
+                raise ConfigError(
+                    f"{self.out_dir} already holds a training run; resume it, overwrite it, or "
+                    "give another directory"
+                )
+            checkpoint.remove(found)
+            self.log.cut(-1)
+
+    def _restore(self, path: Path) -> None:
+        progress, identity = checkpoint.read(path)
+        checkpoint.refuse_another_run(path, identity, self.identity)
+        stored = type(self.adapter).load(path, self.model.config.modules())  # type: ignore[attr-defined]
+        checkpoint.restore_arrays(str(path), trainable(stored), trainable(self.adapter))
+        self.model.attach(self.adapter)
+        self.optimizer.parameters = trainable(self.model.placed)
+        moments = {name: np.empty_like(a) for name, a in self.optimizer.state().items()}
+        checkpoint.restore_moments(path, moments)
+        self.optimizer.restore(moments)
+        self.progress, self.saved = progress, progress.step
+
+    def save(self) -> None:
+        """Writes a checkpoint of the present step, unless that is on disk already."""
+        if self.out_dir is not None and self.saved != self.progress.step:
+            self.model.collect()
+            state, keep = self.optimizer.state(), self.config.keep
+            checkpoint.write(self.out_dir, self.adapter, state, self.progress, self.identity, keep)
+            self.saved = self.progress.step
+
+    # ---- the loop -----------------------------------------------------------------------------
+
+    def finish(
+        self,
+        eval_examples: Sequence[Example] | None,
+        on_step: Callable[[StepInfo], None] | None,
+    ) -> TrainResult:
+        c, p, evaluation = self.config, self.progress, None
+        with Interrupts() as interrupts:
+            for step in self._remaining():
+                info = self._step(step)
+                last = p.step == self.steps
+                if eval_examples and (last or (c.eval_every and p.step % c.eval_every == 0)):
+                    evaluation = evaluate(self.model, eval_examples, batch_size=c.batch_size)
+                    info = StepInfo(**{**vars(info), "evaluation": evaluation})
+                self._record(info)
+                try:
+                    if on_step is not None:
+                        on_step(info)
+                    interrupts.check()
+                except KeyboardInterrupt:
+                    self.save()
+                    raise
+                if last or (c.save_every and p.step % c.save_every == 0):
+                    self.save()
+        if eval_examples and evaluation is None:  # a finished run was resumed
+            evaluation = evaluate(self.model, eval_examples, batch_size=c.batch_size)
+        self.model.collect()
+        if self.out_dir is not None:
+            self.adapter.save(self.out_dir / "adapter")  # type: ignore[attr-defined]
+        rate = p.tokens / p.seconds if p.seconds > 0 else 0.0
+        return TrainResult(
+            list(p.losses), p.step, p.tokens, p.seconds, rate, self.adapter, evaluation
+        )
+
+    def _remaining(self) -> Iterator[Step]:
+        """The steps still to do; progress is moved on after each."""
+        p = self.progress
+        while p.step < self.steps:
+            epoch = self._epoch(p.epoch)
+            while p.position < len(epoch):
+                yield epoch[p.position]
+                if p.step == self.steps:
+                    return
+            p.epoch, p.position = p.epoch + 1, 0
+
+    def _step(self, step: Step) -> StepInfo:
+        """One update, and progress past it."""
+        c, p, began = self.config, self.progress, time.perf_counter()
+        number = p.step + 1
+        loss, rows, grads = step_gradients(
+            self.model,
+            self.examples,
+            step,
+            drop=DropKey(c.seed, number),
+            recompute=c.recompute,
+        )
+        named = gradients(grads, self.optimizer.parameters)
+        norm = self.optimizer.norm(named)
+        rate = learning_rate(
+            number,
+            self.steps,
+            peak=c.learning_rate,
+            schedule=c.schedule,
+            warmup_steps=c.warmup_steps,
+            floor=c.floor * c.learning_rate,
+        )
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise TrainingError(self._diverged(number, loss, norm, rate))
+        self.optimizer.update(named, norm, number, rate)
+        seconds = time.perf_counter() - began
+        p.step, p.position, p.tokens = number, p.position + 1, p.tokens + rows
+        p.seconds += seconds
+        p.losses.append(loss)
+        return StepInfo(
+            step=number,
+            steps=self.steps,
+            epoch=p.epoch,
+            loss=loss,
+            learning_rate=rate,
+            grad_norm=norm,
+            tokens=rows,
+            tokens_seen=p.tokens,
+            tokens_per_second=rows / max(seconds, 1e-9),
+            seconds=p.seconds,
+            evaluation=None,
+        )
+
+    def _diverged(self, step: int, loss: float, norm: float, rate: float) -> str:
+        if self.out_dir is None:
+            kept = "The adapter has the values from before this step"
+        elif self.saved:
+            kept = f"The last good checkpoint is {checkpoint.path_of(self.out_dir, self.saved)}"
+        else:
+            kept = "No checkpoint was written before it"
+        advice = "Lower learning_rate or max_grad_norm, or use more warmup_steps"
+        if step == 1:  # nothing has been learnt yet, so it is not the rate
+            advice = "Nothing was updated yet: look for NaN in the base weights or the adapter"
+        return (
+            f"training diverged at step {step}: the loss is {loss:g}, the gradient norm {norm:g}, "
+            f"the learning rate {rate:g}. {kept}. {advice}"
+        )
+
+    def _record(self, info: StepInfo) -> None:
+        if self.log is None:
+            return
+        if info.step % self.config.log_every == 0 or info.step == self.steps:
+            line = {"step": info.step, "epoch": info.epoch, "loss": info.loss}
+            line |= {"learning_rate": info.learning_rate, "grad_norm": info.grad_norm}
+            line |= {"tokens": info.tokens_seen, "tokens_per_second": info.tokens_per_second}
+            precision = self.model.precision_report
+            self.log.add({**line, "seconds": info.seconds, "precision": precision})
+        if info.evaluation is not None:
+            e = info.evaluation
+            perplexity = e.perplexity if math.isfinite(e.perplexity) else None
+            self.log.add({"step": info.step, "eval_loss": e.nll, "eval_perplexity": perplexity})

@@ -1,0 +1,109 @@
+"""The demo on a tiny random model: the same path as on the real one, and honest figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+for package in ("typer", "rich", "tokenizers", "matplotlib"):
+    pytest.importorskip(package)
+
+from tiny_model import write_tiny_model
+
+from pylora.commands import cli
+from pylora.demo.demo import SHORT, Settings, run
+from pylora.demo.items import exact_match, read_items
+from pylora.errors import PyloraError
+from pylora.formats import open_checkpoint
+from pylora.model.llama import Llama
+
+KEYS = {
+    "exact_match_before",
+    "exact_match_after",
+    "seconds",
+    "tokens_per_second",
+    "trainable_parameters",
+    "total_parameters",
+    "adapter_bytes",
+    "peak_rss_bytes",
+    "loss",
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def test_the_demo_writes_what_it_promises(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    args = ["demo", "--model", model, "--out", out, "--short", "--steps", 4]
+    for _ in range(2):  # it can be run twice
+        assert cli.main([str(arg) for arg in args]) == 0
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert KEYS <= report.keys()
+    assert len(report["loss"]) == 4
+    with open_checkpoint(model) as checkpoint:
+        config = checkpoint.config
+        assert report["total_parameters"] == sum(
+            checkpoint.load(n).size for n in checkpoint.names()
+        )
+        assert report["trainable_parameters"] == sum(
+            8 * (spec.d + spec.k)
+            for path, spec in config.modules().items()
+            if path.rsplit(".", 1)[-1] in ("q_proj", "k_proj", "v_proj", "o_proj")
+        )
+    adapter = sum(p.stat().st_size for p in (out / "adapter").iterdir())
+    assert report["adapter_bytes"] == adapter
+    assert report["merge"]["modules_restored"] == 8
+    for picture in ("loss.png", "adapter.png"):
+        assert (out / picture).read_bytes().startswith(b"\x89PNG")
+    said = [json.loads(line) for line in (out / "generations.jsonl").open(encoding="utf-8")]
+    assert len(said) == report["test_items"] == SHORT.test_items
+    for when in ("before", "after"):
+        assert exact_match(said, [item[when] for item in said]) == report[f"exact_match_{when}"]
+
+
+def test_a_fixed_seed_gives_the_same_figures(model: Path, tmp_path: Path) -> None:
+    settings = Settings(steps=2, test_items=4, seed=5)
+    first, second = (
+        run(tmp_path / name, model=model, settings=settings, judge=False) for name in "ab"
+    )
+    assert first["loss"] == second["loss"]
+    weights = [(tmp_path / n / "adapter" / "adapter_model.safetensors").read_bytes() for n in "ab"]
+    assert weights[0] == weights[1]
+
+
+def test_a_demo_that_shows_nothing_fails_but_leaves_its_report(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(PyloraError, match="expected at least 80%"):
+        run(tmp_path / "out", model=model, settings=Settings(steps=1, test_items=3))
+    assert (tmp_path / "out" / "report.json").exists()
+
+
+def test_training_does_not_leak_into_the_figures_before(model: Path, tmp_path: Path) -> None:
+    """What is called "before" is what the base model says, adapter or not."""
+    from pylora.demo.items import answers
+
+    run(tmp_path, model=model, settings=Settings(steps=1, test_items=5), judge=False)
+    said = [json.loads(line) for line in (tmp_path / "generations.jsonl").open(encoding="utf-8")]
+    with open_checkpoint(model) as checkpoint:
+        base, tokenizer = Llama.from_checkpoint(checkpoint), checkpoint.tokenizer()
+    assert answers(base, tokenizer, read_items(5)) == [item["before"] for item in said]
+
+
+def test_exact_match_gives_no_partial_credit() -> None:
+    items = [{"prompt": "p", "completion": " ∃Ψ"}, {"prompt": "q", "completion": " Ψ⇒Δ"}]
+    assert exact_match(items, ["∃Ψ", "Ψ⇒Δ"]) == 1
+    assert exact_match(items, ["∃Ψ.", "ψ⇒Δ"]) == 0
+    assert exact_match(items, ["∃Ψ", ""]) == 0.5
+
+
+def test_the_first_items_are_the_ones_that_explain_the_notation() -> None:
+    items = read_items(150)
+    assert [item["prompt"].split(".")[0] for item in items[:2]] == [
+        "consciousness exists",
+        "consciousness leads to change",
+    ]
+    assert len(items) == 150 == len({item["completion"] for item in items})
