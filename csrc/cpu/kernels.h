@@ -50,8 +50,25 @@ typedef struct merge_job {
   uint16_t *lossy;
 } merge_job;
 
+/* Tiles of bfloat16 products: c [n][m][32] = (GEMM_SET) or += the rows of a times n panels of 32 outputs,
+ * [pairs][32][2].  With low_b, float32 in halves: the lower ones lie low_a and low_b elements after
+ * the upper ones, and a b is a1 b1 + a1 b2 + a2 b1. */
+typedef struct panels_job {
+  int64_t m;
+  int n;
+  int64_t pairs;
+  const uint16_t *a;
+  int64_t lda, low_a;
+  const uint16_t *b;
+  int64_t step, low_b; /* from a panel to the next one */
+  float *c;
+  int64_t step_c;
+  int mode;
+} panels_job;
+
 typedef struct pylora_kernels {
   const char *name;
+  int tiles; /* panels_bf16 multiplies matrices at once, and takes long sums in pieces by itself */
   int (*supported)(void); /* can this CPU run the table? */
 
   /* c[i,j] = sum_t a[i*ars + t*acs] * b[t*ldb + j]  for i < m, j < n, t < kk, as `mode` says.
@@ -64,16 +81,16 @@ typedef struct pylora_kernels {
   /* bfloat16, where b holds pairs of terms: c[i,j] = sum_t  a[i*lda + 2t + 1] b[t*ldb + 2j + 1]
    *                                                       + a[i*lda + 2t] b[t*ldb + 2j],  t < pairs.
    * Each element is one chain of fused multiply-adds in this order: t upwards, the odd term before the
-   * even one (what vdpbf16ps does); but for amx, whose order is in gemm_amx.inc and where a sum that is
-   * continued after a number of pairs that is no multiple of 256 is not as if both calls were one.
+   * even one (what vdpbf16ps does); but for amx, whose order is in gemm_amx.inc: there GEMM_ADD is
+   * GEMM_CONTINUE, and a sum that is continued after a number of pairs that is no multiple of 16 is not
+   * as if both calls were one.
    * Subnormal inputs and results may be taken as 0. n, modes as gemm.
    * lda, ldb in elements. */
   void (*gemm_bf16)(int64_t m, int n, int64_t pairs, const uint16_t *a, int64_t lda,
                     const uint16_t *b, int64_t ldb, float *c, int64_t ldc, int mode);
-  /* The same in that one chain on every table, amx too: attention's scores, which few_scores makes in
-   * this order for a query alone. */
-  void (*gemm_pairs)(int64_t m, int n, int64_t pairs, const uint16_t *a, int64_t lda,
-                     const uint16_t *b, int64_t ldb, float *c, int64_t ldc, int mode);
+  /* The same for panels, in the same order of sums; with low_b in any order that is the same for all m
+   * and n. */
+  void (*panels_bf16)(const panels_job *j);
   /* Up to PYLORA_FEW single rows, each with a matrix of its own: gemm and gemm_bf16 of m = 1, n = w,
    * lda = ldc = anything, ldb = w and 2 w, GEMM_SET or GEMM_ADD.  A row alone is one chain that waits for each of its sums. */
   void (*few_rows)(int jobs, int w, int64_t kk, const float *const *a, const float *const *b,
@@ -131,7 +148,7 @@ typedef struct pylora_kernels {
   void (*softmax_columns_backward)(int64_t n, int cols, float *s, float *dp, const float *lse,
                                    const float *delta, float scale);
   /* A few heads of one query, each with a row of s, where the above has columns; every sum in the same
-   * order.  s[h*lds + t] = q[h] k[t] for n keys: float32 terms, or pairs as in gemm_pairs if q is
+   * order.  s[h*lds + t] = q[h] k[t] for n keys: float32 terms, or pairs as in gemm_bf16 if q is
    * bfloat16 (then k is, too, and D is even).  q [heads][D]. */
   void (*few_scores)(int64_t n, int64_t D, int heads, pylora_vec q, pylora_vec k, int64_t ldk,
                      float *s, int64_t lds);

@@ -59,8 +59,7 @@ static void unpack(const void *panel, int64_t k, int row, float *out) {
 }
 
 static size_t row_bytes(int64_t k) {
-  const size_t n = (size_t)pylora_x3_low(k) * 2 * sizeof(uint16_t);
-  return n % 2048 ? n : n + PYLORA_ALIGN;
+  return (size_t)pylora_x3_low(k) * 2 * sizeof(uint16_t) + PYLORA_ALIGN; /* see format_bf16.c */
 }
 
 static void prepare(const pylora_kernels *K, const pylora_mat *x, int64_t first, int64_t n,
@@ -81,26 +80,24 @@ static void prepare(const pylora_kernels *K, const pylora_mat *x, int64_t first,
   }
 }
 
-void pylora_three_products(const pylora_kernels *K, int64_t n, int64_t kk, const uint16_t *x,
-                           int64_t ldx, int64_t low_x, const uint16_t *W, int64_t low_w,
-                           float *tile, int mode) {
-  const int64_t pairs = ceil_div(kk, 2), ldb = 2 * PANEL;
-  K->gemm_bf16(n, PANEL, pairs, x, ldx, W, ldb, tile, PANEL, mode);
-  K->gemm_bf16(n, PANEL, pairs, x, ldx, W + low_w, ldb, tile, PANEL, GEMM_ADD);
-  K->gemm_bf16(n, PANEL, pairs, x + low_x, ldx, W, ldb, tile, PANEL, GEMM_ADD);
+static void products(const pylora_kernels *K, int64_t n, int64_t w, int64_t k, const void *rows,
+                     size_t stride, const void *panels, float *tiles) {
+  const panels_job j = {.m = n,
+                        .n = (int)w,
+                        .a = rows,
+                        .lda = (int64_t)(stride / sizeof(uint16_t)),
+                        .low_a = pylora_x3_low(k),
+                        .b = panels,
+                        .step = 2 * low_panel(k),
+                        .low_b = low_panel(k),
+                        .c = tiles,
+                        .step_c = n * PANEL};
+  pylora_panels_bf16(K, j, k);
 }
 
 static void product(const pylora_kernels *K, int64_t n, int64_t k, const void *rows, size_t stride,
                     const void *panel, float *tile) {
-  const uint16_t *x = rows, *W = panel;
-  const int64_t step = max64(2, ceil_div(pylora_piece(k), 2) * 2);
-  int64_t t = 0;
-  do {
-    pylora_three_products(K, n, min64(step, k - t), x + t, (int64_t)(stride / sizeof(uint16_t)),
-                          pylora_x3_low(k), W + t * PANEL, low_panel(k), tile,
-                          t ? GEMM_ADD : GEMM_SET);
-    t += step;
-  } while (t < k);
+  products(K, n, 1, k, rows, stride, panel, tile);
 }
 
 static void transpose(const pylora_kernels *K, const void *panels, int64_t k, int64_t d0,
@@ -117,6 +114,7 @@ static void transpose(const pylora_kernels *K, const void *panels, int64_t k, in
         memcpy(edge, tile, (size_t)ceil_div(cols, 2) * PANEL * 2 * sizeof(uint16_t));
         tile = edge;
       }
+      if (K->tiles) pylora_prefetch(tile + PANEL * PANEL, PANEL * PANEL * sizeof(uint16_t));
       K->transpose32_bf16(tile, out + q * PANEL);
     }
   }
@@ -131,6 +129,7 @@ const pylora_format pylora_format_f32x3 = {
     .row_bytes = row_bytes,
     .prepare = prepare,
     .product = product,
+    .products = products,
     .back = PYLORA_F32X3,
     .transpose = transpose,
 };
