@@ -105,6 +105,9 @@ typedef struct pylora_kernels {
   void (*transpose32_bf16)(const uint16_t *src, uint16_t *dst);
   void (*to_bf16)(int64_t n, const float *x, uint16_t *y); /* to nearest even; NaN stays NaN */
   void (*from_bf16)(int64_t n, const uint16_t *x, float *y);
+  /* x in two halves: rounded, and what is left, rounded.  A number that is not finite is its upper half; the
+   * halves of one that would be rounded to infinity are cut off instead. */
+  void (*halves)(int64_t n, const float *x, uint16_t *high, uint16_t *low);
 
   /* Quantized weights; rows and panels lie as format_q.h says.
    * groups x 32 numbers of a row of x -> pylora_qrow [groups] */

@@ -9,27 +9,6 @@
 
 enum { PANEL = PYLORA_PANEL, SOME = 64 };
 
-/* n <= SOME numbers.  A number that is not finite is its upper half; the halves of one that would be
- * rounded to infinity are cut off instead. */
-static void split(const pylora_kernels *K, int64_t n, const float *v, uint16_t *high,
-                  uint16_t *low) {
-  float rest[SOME];
-  uint32_t u;
-  K->to_bf16(n, v, high);
-  for (int64_t i = 0; i < n; i++) {
-    memcpy(&u, v + i, sizeof u);
-    const int finite = (u & 0x7f800000u) != 0x7f800000u;
-    if (finite && (high[i] & 0x7f80) == 0x7f80) high[i] = (uint16_t)(u >> 16);
-    rest[i] = finite ? v[i] - bf16_widen(high[i]) : 0;
-  }
-  K->to_bf16(n, rest, low);
-  for (int64_t i = 0; i < n; i++)
-    if ((high[i] & 0x7fff) == 0x7f7f) { /* the largest */
-      memcpy(&u, rest + i, sizeof u);
-      low[i] = (uint16_t)(u >> 16);
-    }
-}
-
 static int64_t low_panel(int64_t k) { return ceil_div(k, 2) * PANEL * 2; }
 
 static size_t panel_bytes(int64_t k) { return (size_t)low_panel(k) * 2 * sizeof(uint16_t); }
@@ -41,7 +20,7 @@ static void pack(const pylora_kernels *K, const pylora_mat *W, int64_t first, vo
   for (int64_t t0 = 0; t0 < k; t0 += SOME)
     for (int64_t i = 0; i < n; i++) {
       const int64_t some = min64(SOME, k - t0);
-      split(K, some, W->p + (first + i) * W->ld + t0, high, low);
+      K->halves(some, W->p + (first + i) * W->ld + t0, high, low);
       for (int64_t t = 0; t < some; t++) {
         uint16_t *to = out + (t0 + t) / 2 * (PANEL * 2) + i * 2 + t % 2;
         to[0] = high[t];
@@ -73,8 +52,7 @@ static void prepare(const pylora_kernels *K, const pylora_mat *x, int64_t first,
       memcpy(to, x->b + at, (size_t)k * sizeof(uint16_t));
       memset(to + behind, 0, (size_t)k * sizeof(uint16_t));
     } else {
-      for (int64_t t = 0; t < k; t += SOME)
-        split(K, min64(SOME, k - t), x->p + at + t, to + t, to + behind + t);
+      K->halves(k, x->p + at, to, to + behind);
     }
     if (k % 2) to[k] = to[behind + k] = 0;
   }

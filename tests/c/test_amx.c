@@ -92,7 +92,8 @@ static void sizes(void) {
       once(PICK(1, 3, 16, 17, 32, 33, 49), n, PICK(1, 15, 16, 17, 33), mode, ordinary);
   for (int64_t pairs = 0; pairs <= 66; pairs++)
     once(PICK(1, 5, 17), PICK(1, 16, 20, 32), pairs, (int)(pairs % 3), ordinary);
-  static const int64_t longer[] = {100, 256, 272, 287, 288, 289, 304, 305, 511, 512, 575, 577, 600, 865};
+  static const int64_t longer[] = {100, 256, 272, 287, 288, 289, 304,
+                                   305, 511, 512, 575, 577, 600, 865};
   for (size_t i = 0; i < sizeof longer / sizeof *longer; i++)
     for (int mode = GEMM_SET; mode <= GEMM_ADD; mode++)
       once(PICK(1, 19, 35, 64, 97), PICK(1, 18, 32), longer[i], mode, ordinary);
