@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from pylora.errors import DataError, FileFormatError, expect
 from pylora.extras import need
-from pylora.files.files import read_json, read_text
+from pylora.files.bounded import read_json, read_text
 from pylora.text.chat import render_chat
 
 MAX_TOKENIZER = 256 << 20  # bytes of tokenizer.json
