@@ -32,7 +32,7 @@ _PLAIN = (str, int, float, bool, tuple, type(None))
 
 
 def _short(value: Any) -> str:
-    if hasattr(value, "dtype") and hasattr(value, "shape"):
+    if hasattr(value, "dtype") and isinstance(getattr(value, "shape", None), tuple):
         return f"{value.dtype}{list(value.shape)}"
     if isinstance(value, float):
         return f"{value:.6g}"

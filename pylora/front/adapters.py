@@ -180,7 +180,7 @@ class Adapters(Mapping[str, Adapter]):
         """Names and weights of a choice, checked."""
         if choice is None:
             return {}
-        if isinstance(choice, Mapping):
+        if isinstance(choice, Mapping) and not isinstance(choice, Adapter):
             found: dict[str, Any] = dict(choice)
         elif isinstance(choice, str):
             found = {choice: 1.0}

@@ -21,7 +21,15 @@ import numpy as np
 from pylora.adapters.adapter import Adapter
 from pylora.adapters.plan import Plan, resolve
 from pylora.adapters.pool import AdapterPool
-from pylora.errors import ConfigError, DataError, PyloraError, WrongTypeError, describe, expect
+from pylora.errors import (
+    ConfigError,
+    DataError,
+    PyloraError,
+    WrongTypeError,
+    describe,
+    expect,
+    kind_of,
+)
 from pylora.formats.base import Checkpoint
 from pylora.front import fit
 from pylora.front.adapters import ACTIVE, Active, Adapters, Choice
@@ -67,7 +75,7 @@ class Model:
         said = ", ".join(n if w == 1 else f"{w:g} {n}" for n, w in used.items())
         return (
             f"Model({self.checkpoint.path.name}: {c.model_type}, {c.num_hidden_layers} layers, "
-            f"{c.num_parameters / 1e6:.0f}M parameters in {self.llama.computes} on "
+            f"{c.num_parameters:,} parameters in {self.llama.computes} on "
             f"{self.llama.ops.name}, {f'adapter {said}' if said else 'no adapter in use'})"
         )
 
@@ -263,7 +271,7 @@ class Model:
         Of a list of texts, a list. Raises WrongTypeError for what is no text, DataError for a text
         without a token.
         """
-        if isinstance(text, (list, tuple)):
+        if isinstance(text, (list, tuple)) and kind_of(text) != "ids":
             return [self.score(one, adapter=adapter) for one in text]
         expect("text", text, "score")
         ids = self.tokenizer.encode(text, bos=self.tokenizer.add_bos)
