@@ -1,4 +1,4 @@
-"""The Python in README.md, CONTRIBUTING.md and docs/ runs as printed, and the files they point to exist."""
+"""The Python in README.md and docs/ runs as printed, and the files that pages point to exist."""
 
 from __future__ import annotations
 
