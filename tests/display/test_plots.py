@@ -28,6 +28,10 @@ def test_pictures(tmp_path: Path, rng: np.random.Generator) -> None:
     adapter_picture(tmp_path / "sub" / "adapter.png", stats)
     adapter_picture(tmp_path / "zero.png", inspect({"m": lora(rng, 3, 3, 1, 0.0)}))
     loss_curve(tmp_path / "loss.png", [3.0, 2.0, 1.0, 0.0])
+    bare = (tmp_path / "loss.png").read_bytes()
+    seen = [(0, 3.5), (2, 2.5), (3, math.inf), (4, 1.0)]
+    loss_curve(tmp_path / "loss.png", [3.0, 2.0, 1.0, 0.0], evaluations=seen)
+    assert (tmp_path / "loss.png").read_bytes() != bare, "evaluations are drawn"
     made = sorted(tmp_path.rglob("*"))
     assert [p.name for p in made] == ["loss.png", "sub", "adapter.png", "zero.png"]
     assert all(p.read_bytes().startswith(PNG) for p in made if p.is_file())
