@@ -4,6 +4,7 @@
  *
  * Everything runs on the best table of this machine, and says which one that was; with AMX it is on the
  * hardware that the last three can go wrong. */
+#define _DEFAULT_SOURCE /* sigaction, setitimer */
 #include "check.h"
 
 #include <pthread.h>
@@ -148,7 +149,7 @@ int main(void) {
   pthread_t early, late;
   pthread_mutex_lock(&gate);
   EXPECT(pthread_create(&early, NULL, work_later, NULL) == 0);
-  printf("tiles: %s\n", pylora_isa()); /* the permission is asked for here */
+  printf("the table is %s\n", pylora_isa()); /* the permission is asked for here */
 
   snprintf(context, sizeof context, "threads");
   OK(pylora_set_num_threads(1));
