@@ -23,10 +23,16 @@ from pylora.text.stream import TextStream
 
 MAX_TOKENIZER = 256 << 20  # bytes of tokenizer.json
 MAX_SMALL = 16 << 20  # bytes of the other files
-_ANCHORS = ("\n", ".", "a", "0", "-")  # what a continuation is put behind; see `encode_continuation`
+_ANCHORS = (
+    "\n",
+    ".",
+    "a",
+    "0",
+    "-",
+)  # what a continuation is put behind; see `encode_continuation`
 
 T = TypeVar("T")
-Spans = list[tuple[int, int]]
+Spans = list[tuple[int, int]]  # of characters: begin, end
 
 
 class Tokenizer:
@@ -61,11 +67,16 @@ class Tokenizer:
         bos_in_chat: bool = False,
         padded_size: int = 0,
         hidden: Mapping[int, str] | None = None,
+        encode: Callable[[str], tuple[list[int], Spans]] | None = None,
+        save: Callable[[], Any] | None = None,
         notes: Iterable[str] = (),
     ) -> None:
-        """backend: a tokenizers.Tokenizer. special_tokens: {"bos_token": "<s>", ...} for chat.
-        hidden: ids that the backend does not know, and the token that each stands for."""
+        """backend: a tokenizers.Tokenizer, which decodes. special_tokens: {"bos_token": "<s>", ...}
+        for chat. hidden: ids that the backend does not have or that have no text, and the token
+        that each stands for ("": none). encode: what encodes where the backend does not. save: the
+        backend that comes nearest to it."""
         self._backend = backend
+        self._encode, self._save = encode, save
         self.bos_id = bos_id
         self.start_ids = tuple(start_ids) or (() if bos_id is None else (bos_id,))
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(eos_ids))
@@ -110,8 +121,15 @@ class Tokenizer:
         return ids, spans
 
     def _split(self, text: str) -> tuple[list[int], Spans]:
+        if self._encode is not None:
+            return self._encode(text)
         encoding = self._backend.encode(text, add_special_tokens=False)
         return list(encoding.ids), list(encoding.offsets)
+
+    def backend_to_save(self) -> Any:
+        """A copy as a tokenizers.Tokenizer, to be written as tokenizer.json."""
+        backend = self._backend if self._save is None else self._save()
+        return need("tokenizers").Tokenizer.from_str(backend.to_str())
 
     def encode_continuation(self, text: str) -> list[int]:
         """Token ids of `text` as it stands behind other text: without the space that SentencePiece
@@ -154,9 +172,8 @@ class Tokenizer:
                     f"ids[{i}] is {token!r:.40}, which is no token of this tokenizer "
                     f"(it has ids 0 to {self.padded_size - 1})"
                 )
-            number = self._hidden.get(number, number)  # type: ignore[assignment]
-            if number is not None:
-                checked.append(number)
+            if (known := self._hidden.get(number, number)) is not None:
+                checked.append(known)
         text = guarded(
             lambda: self._backend.decode(checked, skip_special_tokens=skip_special_tokens),
             DataError,
