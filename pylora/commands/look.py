@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from pylora.commands.app import Model, Precision, Seed, app
+from pylora.commands.app import Model, Seed, app
 from pylora.commands.guard import verb
 from pylora.display.console import Console, megabytes
 from pylora.errors import ConfigError
@@ -116,7 +116,7 @@ def check(
 ) -> None:
     """Prove gradients, merging and zero-init on a real model and adapter; exit code 1 if not."""
     from pylora.check.check import check_model
-    from pylora.files.files import atomic_write
+    from pylora.files.whole import atomic_write
 
     report = check_model(model, adapter, data=data, tokens=tokens, seed=seed)
     if as_json is not None:
@@ -149,7 +149,9 @@ def demo(
     out: Annotated[Path, typer.Option(help="folder for everything it writes")] = Path("out/demo"),
     short: Annotated[bool, typer.Option("--short", help="fewer steps and items")] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="training steps")] = None,
-    precision: Precision = "fp32",
+    precision: Annotated[
+        str, typer.Option(help="auto: bf16 where the processor multiplies it, else fp32")
+    ] = "auto",
     seed: Seed = 0,
 ) -> None:
     """Teach SmolLM2-135M a notation, measured before and after: minutes on two cores."""
@@ -218,7 +220,7 @@ def conformance(
     ] = False,
 ) -> None:
     """Test any implementation of LoRA against the laws; exit code 1 if one fails or breaks."""
-    from pylora.conformance import command
+    from pylora.conformance.running import command
 
     if implementation is not None and (mutants or as_list):
         flag = "--mutants" if mutants else "--list"

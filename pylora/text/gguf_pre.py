@@ -78,7 +78,11 @@ _LETTERS = "A-Za-z" + _chars(
 )
 _STOPS = r" ?[^(\s|.,!?" + _chars("2026 3002 ff0c 3001 964 6d4 60c") + ")]+"
 
-_YOUTU_MARKS = "ff01 2026 201c 201d 2018 2019 2014 ff1a ff1b ff0c 3001-303f fe30-fe4f"
+_YOUTU = (
+    "ac00-d7a3 3131-318e",
+    "ff01 2026 201c 201d 2018 2019 2014 ff1a ff1b ff0c 3001-303f fe30-fe4f",
+    "3105-312f",
+)
 _SCRIPTS = (
     "4e00-9fff 3400-4dbf 8c48-faff 3040-30ff ff65-ff9f 2f00-2fdf e40-eff 1780-17ff 1000-109f "
     "aa60-aa7f a9e0-a9ff ac00-d7af 1100-11ff"
@@ -114,7 +118,7 @@ _PRES: dict[str, Pre] = {
     ),
     "youtu": Pre(
         (
-            f"[{_chars('ac00-d7a3 3131-318e')}]+|[{_chars(_YOUTU_MARKS)}]+|[{_chars('3105-312f')}]+|{_CJK}",
+            "|".join([*(f"[{_chars(r)}]+" for r in _YOUTU), _CJK]),
             rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+(?:{_ENDINGS})?|\p{{N}}|{_OTHER}[\r\n/]*"
             rf"|{_LINES}|{_SPACE}",
         ),

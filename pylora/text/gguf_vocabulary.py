@@ -233,7 +233,10 @@ def _scores(meta: _Metadata, tokens: list[str]) -> np.ndarray[Any, Any]:
     scores = meta.numbers("scores", len(tokens))
     if scores is None:
         raise FileFormatError(f"{meta.path}: the metadata lack {_KEY}scores")
-    return np.nan_to_num(scores.astype(np.float64), nan=-np.inf, posinf=np.inf, neginf=-np.inf)
+    numbers: np.ndarray[Any, Any] = np.nan_to_num(
+        scores.astype(np.float64), nan=-np.inf, posinf=np.inf, neginf=-np.inf
+    )
+    return numbers
 
 
 def _sentencepiece(

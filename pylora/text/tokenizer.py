@@ -12,17 +12,20 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pylora.errors import DataError, FileFormatError, UnsupportedError
+from pylora.errors import DataError, FileFormatError, UnsupportedError, expect
 from pylora.extras import need
-from pylora.files.files import read_json, read_text
+from pylora.files.bounded import read_json, read_text
 from pylora.text.chat import Rendered, render_marked
 from pylora.text.conversation import Conversation, conversation
 from pylora.text.declared import add_declared
 from pylora.text.ends import ending
-from pylora.text.stream import TextStream
 
 MAX_TOKENIZER = 256 << 20  # bytes of tokenizer.json
 MAX_SMALL = 16 << 20  # bytes of the other files
+_BESIDE = (
+    "tokenizer_config.json", "generation_config.json", "config.json", "special_tokens_map.json",
+    "added_tokens.json",
+)  # fmt: skip
 _ANCHORS = (
     "\n",
     ".",
@@ -91,6 +94,12 @@ class Tokenizer:
         self.vocab_size = 1 + max([*known.values(), *self._hidden], default=-1)
         self.padded_size = max(padded_size, self.vocab_size)
 
+    def __repr__(self) -> str:
+        chat = "a chat template" if self.chat_template else "no chat template"
+        ends = ", ".join(map(str, self.eos_ids)) or "none"
+        begin = f"{self.bos_id}{'' if self.add_bos else ' (not added)'}"
+        return f"Tokenizer({self.vocab_size} tokens, bos {begin}, eos {ends}, {chat})"
+
     def encode(self, text: str, *, bos: bool = False) -> list[int]:
         """Token ids of `text`; the names of special tokens in it become those tokens.
 
@@ -101,12 +110,12 @@ class Tokenizer:
         Characters that the vocabulary has neither tokens nor bytes for (SmolLM2: some control
         characters) are left out, as the model's own tokenizer does. Raises DataError.
         """
+        expect("text", text, "encode")
         return self.encode_spans(text, bos=bos)[0]
 
     def encode_spans(self, text: str, *, bos: bool = False) -> tuple[list[int], Spans]:
         """`encode`, and the characters (begin, end) of `text` that each token stands for."""
-        if not isinstance(text, str):
-            raise DataError(f"the text to encode must be a str, not {type(text).__name__}")
+        expect("text", text, "encode")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -164,6 +173,7 @@ class Tokenizer:
         Ids below `padded_size` that are no token stand for no text, as in transformers and
         llama.cpp: a model can choose them. Raises DataError naming an id that no model has.
         """
+        expect("ids", ids, "decode")
         checked: list[int] = []
         for i, token in enumerate(ids):
             number = int(token) if hasattr(token, "__index__") else -1
@@ -181,11 +191,6 @@ class Tokenizer:
         )
         return str(text)
 
-    def decode_continuation(self, before: Sequence[int], ids: Sequence[int]) -> str:
-        """The text that `ids` add behind `before`: decode(all) without decode(before)."""
-        stream = TextStream(self, before)
-        return "".join([*(stream.add(token) for token in ids), stream.end()])
-
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -201,6 +206,7 @@ class Tokenizer:
         add_generation_prompt: end with what opens the assistant's turn. arguments: variables of the
         template, over those in `self.arguments`. Raises DataError, also if there is no template.
         """
+        expect("messages", messages, "apply_chat")
         template = self.tool_template if tools and self.tool_template else self.chat_template
         if template is None:
             raise DataError(
@@ -276,16 +282,12 @@ def tokenizer_from_directory(directory: Path) -> Tokenizer:
         )
     backend.no_truncation()
     backend.no_padding()
-    read = lambda name: (
+    settings, generation, model, special_map, added = (
         read_json(directory / name, limit=MAX_SMALL) if (directory / name).is_file() else {}
-    )
-    settings, generation, model = map(
-        read, ("tokenizer_config.json", "generation_config.json", "config.json")
+        for name in _BESIDE
     )
     names, notes = guarded(
-        lambda: add_declared(
-            backend, settings, read("special_tokens_map.json"), read("added_tokens.json")
-        ),
+        lambda: add_declared(backend, settings, special_map, added),
         FileFormatError,
         f"{directory}: the special tokens cannot be added",
     )

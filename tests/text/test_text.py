@@ -11,7 +11,8 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from small_models import CONFIG, add_tokenizer, byte_alphabet, write_gguf
+from small_models import CONFIG, add_tokenizer, write_gguf
+from tokenizer_samples import WHERE, K, byte_level, sentencepiece
 
 from pylora.errors import DataError, FileFormatError, PyloraError, UnsupportedError
 from pylora.formats import open_checkpoint
@@ -19,32 +20,16 @@ from pylora.text.chat import render_chat
 from pylora.text.gguf_vocabulary import tokenizer_from_gguf
 from pylora.text.tokenizer import Tokenizer, tokenizer_from_directory
 
-K = "tokenizer.ggml."
-WHERE = Path("m.gguf")
 USER = [{"role": "user", "content": "hi"}]
-
-
-def byte_level(pre: str = "smollm", **over: Any) -> dict[str, Any]:
-    """The metadata of small_models.add_tokenizer, without a file."""
-    tokens = ["<|im_start|>", "<|im_end|>", "<think>", *byte_alphabet(), "he", "ll", "hell", "Ġhe"]
-    tokens += ["11", "Ġ1"]
-    metadata = {
-        "model": "gpt2",
-        "pre": pre,
-        "tokens": tokens,
-        "token_type": np.array([3, 3, 4] + [1] * (len(tokens) - 3), np.int32),
-        "merges": ["h e", "l l", "he ll", "Ġ he", "1 1", "Ġ 1"],
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-    }
-    return {K + key: value for key, value in (metadata | over).items() if value is not None}
 
 
 def pieces(k: Tokenizer, text: str) -> list[str]:
     return [k._backend.id_to_token(i) for i in k.encode(text)]
 
 
-@pytest.fixture(params=["default", "gpt-2", "llama-bpe", "qwen2", "smollm", "tekken", "deepseek-v3"])
+@pytest.fixture(
+    params=["default", "gpt-2", "llama-bpe", "qwen2", "smollm", "tekken", "deepseek-v3"]
+)
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     return tokenizer_from_gguf(WHERE, byte_level(request.param), 300)
 
@@ -134,23 +119,6 @@ def test_bad_metadata_is_named(case: str) -> None:
 def test_more_tokens_than_embeddings() -> None:
     with pytest.raises(FileFormatError, match="embeddings"):
         tokenizer_from_gguf(WHERE, byte_level(), 10)
-
-
-def sentencepiece(**over: Any) -> dict[str, Any]:
-    special = ["<unk>", "<s>", "</s>"]
-    by = [f"<0x{b:02X}>" for b in range(256)]
-    words = ["▁", "h", "e", "l", "o", "he", "ll", "hell", "▁hell", "▁hello", "ell", "ello", "▁h"]
-    scores = [0.0] * 259 + [-20.0] * 5 + [-3, -1, -2, -4, -9, -6, -5, -7]
-    metadata = {
-        "model": "llama",
-        "tokens": [*special, *by, *words],
-        "scores": np.array(scores, np.float32),
-        "token_type": np.array([2, 3, 3] + [6] * 256 + [1] * len(words), np.int32),
-        "unknown_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    return {K + key: value for key, value in (metadata | over).items() if value is not None}
 
 
 def greedy(metadata: dict[str, Any], text: str) -> list[str]:
