@@ -146,8 +146,10 @@ def test_every_type_decodes_to_the_same_bits(
     assert np.array_equal(got[number].view(np.uint32), want[number].view(np.uint32))
 
 
-def test_rope_tables(tmp_path: Path) -> None:
-    config = small(max_position_embeddings=5000, rope_theta=123456.0)
+@pytest.mark.parametrize("theta", [10000.0, 123456.0, 500000.0, 8e6])
+@pytest.mark.parametrize("head_dim", [64, 96])
+def test_rope_tables(tmp_path: Path, theta: float, head_dim: int) -> None:
+    config = small(max_position_embeddings=5000, rope_theta=theta, head_dim=head_dim)
     write_gguf(tmp_path / "m.gguf", config)
     tables = python_model(tmp_path / "m.gguf", "fp32").rope.tables(5000)
     with CModel(tmp_path / "m.gguf") as model:
