@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pylora.errors import ConfigError, FileFormatError, UnsupportedError
+from pylora.files.kinds import hint, what_is
 
 
 @contextmanager
@@ -35,8 +36,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield beside
         _flush(beside)
         os.replace(beside, target)
-    except BaseException:
+    except BaseException as error:
         beside.unlink(missing_ok=True)
+        _call_it(error, beside, target)
         raise
     _flush_directory(target.parent)
 
@@ -55,8 +57,8 @@ def atomic_dir(path: str | os.PathLike[str], *, replace: bool = False) -> Iterat
         raise ConfigError(f"cannot write the directory {target}: a file of that name is there")
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = _beside(target)
-    beside.mkdir()
     try:
+        beside.mkdir()
         yield beside
         for entry in beside.rglob("*"):
             _flush(entry) if entry.is_file() else _flush_directory(entry)
@@ -65,8 +67,9 @@ def atomic_dir(path: str | os.PathLike[str], *, replace: bool = False) -> Iterat
             _exchange(beside, target, replace)
         else:
             os.replace(beside, target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)
+        _call_it(error, beside, target)
         raise
     _flush_directory(target.parent)
 
@@ -76,13 +79,19 @@ def read_text(path: str | os.PathLike[str], *, limit: int) -> str:
     larger than `limit` bytes; the size is checked before anything is read."""
     file = Path(path)
     if not file.is_file():
-        raise FileFormatError(f"{file}: there is no such file")
+        where = "a folder, not a file" if file.is_dir() else "there is no such file"
+        raise FileFormatError(f"{file}: {where}")
     if (size := file.stat().st_size) > limit:
-        raise FileFormatError(f"{file}: {size} bytes, more than the {limit} that are plausible")
+        what = what_is(file) or f"{size:,} bytes long"
+        raise FileFormatError(
+            f"{file}: a text of at most {limit >> 20} MiB is expected here, and this is {what}"
+        )
     try:
         return file.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise FileFormatError(f"{file}: cannot be read as UTF-8 text ({error})") from error
+    except OSError as error:
+        raise FileFormatError(f"{file}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise FileFormatError(f"{file}: this is not UTF-8 text ({error}){hint(file)}") from error
 
 
 def read_json(path: str | os.PathLike[str], *, limit: int) -> dict[str, Any]:
@@ -93,7 +102,7 @@ def read_json(path: str | os.PathLike[str], *, limit: int) -> dict[str, Any]:
     except FileFormatError:
         raise
     except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{path}: this is not JSON ({error})") from error
+        raise FileFormatError(f"{path}: this is not JSON ({error}){hint(path, 'JSON')}") from error
     if not isinstance(value, dict):
         raise FileFormatError(f"{path}: this JSON is a {type(value).__name__}, not an object")
     return value
@@ -101,6 +110,18 @@ def read_json(path: str | os.PathLike[str], *, limit: int) -> dict[str, Any]:
 
 def _beside(target: Path) -> Path:
     return target.with_name(f".{target.stem}.{secrets.token_hex(6)}{target.suffix}")
+
+
+def _call_it(error: BaseException, beside: Path, target: Path) -> None:
+    """Lets an error of the system name the target: of the name beside it nobody knows."""
+    if isinstance(error, OSError):
+        if isinstance(error.filename, (str, os.PathLike)):
+            named = os.fspath(error.filename)
+            error.filename = named.replace(str(beside), str(target))
+        elif error.filename is None and error.errno is not None:  # written through a handle
+            error.filename = str(target)
+        if error.filename2 is not None:  # of a renaming: where it should have gone
+            error.filename, error.filename2 = str(target), None
 
 
 def _exchange(new: Path, target: Path, replace: bool) -> None:

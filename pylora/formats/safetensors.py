@@ -19,6 +19,7 @@ import numpy as np
 
 from pylora.errors import DtypeError, FileFormatError, UnsupportedError
 from pylora.files.files import atomic_write
+from pylora.files.kinds import hint
 from pylora.formats.base import Array, Shape, widen
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
@@ -62,12 +63,14 @@ class SafeTensors:
         if size < 8:
             raise FileFormatError(
                 f"{self.path}: {size} bytes are too few for a safetensors file; is it truncated?"
+                + hint(self.path)
             )
         length = int.from_bytes(self._data[:8].tobytes(), "little")
         if length > min(MAX_HEADER, size - 8):
             raise FileFormatError(
                 f"{self.path}: the header claims {length} bytes, but the file has {size} "
                 f"(and {MAX_HEADER} is the most allowed); it is truncated or no safetensors file"
+                + hint(self.path, "a safetensors")
             )
         self._start = 8 + length
         self.tensors, self.metadata = _parse(
@@ -122,7 +125,8 @@ class SafeTensors:
 def map_file(path: Path) -> Array:
     """The bytes of a file, uint8, memory-mapped read-only. Raises FileFormatError."""
     if not path.is_file():
-        raise FileFormatError(f"{path}: there is no such file")
+        where = "a folder, not a file" if path.is_dir() else "there is no such file"
+        raise FileFormatError(f"{path}: {where}")
     if path.stat().st_size == 0:
         raise FileFormatError(f"{path}: the file is empty")
     try:

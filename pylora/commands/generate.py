@@ -1,0 +1,167 @@
+"""`pylora generate`: continues one text, word by word, or many at once, each with its adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pylora.commands.app import MAKE, Model, Precision, command
+from pylora.commands.inputs import file_or_stdin, text_or_stdin
+from pylora.numbers.precision import check_precision
+
+_UNNAMED = "="  # of the adapter without a name; no name that is given has this sign
+_DRAW, _WHAT = "Drawing tokens", "What it is asked"
+
+
+@command(
+    MAKE,
+    'pylora generate SmolLM2.gguf "The sea is" -n 40',
+    'pylora generate SmolLM2.gguf "Who are you?" --chat --adapter runs/tone',
+    "echo 'The sea is' | pylora generate SmolLM2.gguf -",
+)
+def generate(
+    model: Model,
+    prompt: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="PROMPT",
+            help="text to continue, or with --chat a question; - reads standard input",
+        ),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter", "--adapter-path", "-a", metavar="DIR",
+            help="PEFT folder or run; or NAME=DIR, repeatedly, for the lines of --prompts",
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", rich_help_panel=_WHAT,
+            help='JSONL of {"prompt": text, "adapter": name}, in place of PROMPT; - reads it',
+        ),
+    ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat/--no-chat", rich_help_panel=_WHAT, help="through the model's chat template"
+        ),
+    ] = False,
+    system: Annotated[
+        str | None,
+        typer.Option(
+            "--system", "--system-prompt", metavar="TEXT", rich_help_panel=_WHAT,
+            help="system message, with --chat",
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int,
+        typer.Option(
+            "--max-new-tokens", "-n", "--max-tokens", "--n-predict", min=0, metavar="N",
+            help="most tokens to write",
+        ),
+    ] = 128,
+    temperature: Annotated[
+        float,
+        typer.Option(
+            "--temperature", "--temp", "-t", min=0.0, metavar="X", rich_help_panel=_DRAW,
+            help="0 takes the likeliest token, and draws none",
+        ),
+    ] = 0.0,
+    top_k: Annotated[
+        int,
+        typer.Option(min=0, metavar="N", rich_help_panel=_DRAW, help="of the N likeliest; 0: all"),
+    ] = 0,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            min=0.0, max=1.0, metavar="X", rich_help_panel=_DRAW,
+            help="of the likeliest that have this probability together",
+        ),
+    ] = 1.0,
+    seed: Annotated[
+        int, typer.Option(metavar="N", rich_help_panel=_DRAW, help="of the draws")
+    ] = 0,
+    precision: Precision = "fp32",
+) -> None:  # fmt: skip
+    """Continue a text, with or without an adapter; words appear as they come.
+
+    With --prompts: many texts at once, each with the adapter that its line names; prints a line
+    {"adapter", "text"} for each.
+    """
+    from pylora.adapters.adapter import Adapter
+    from pylora.adapters.pool import AdapterPool
+    from pylora.commands.prompts import adapter_folders, asked_of
+    from pylora.formats import open_checkpoint
+    from pylora.generation.generate import generate as run
+    from pylora.model.llama import Llama
+
+    check_precision(precision)
+    folders = adapter_folders(adapter or ())
+    asked = asked_of(
+        folders,
+        prompt=None if prompt is None else text_or_stdin(prompt),
+        prompts=file_or_stdin(prompts),
+    )
+    with open_checkpoint(model) as checkpoint:
+        tokenizer = checkpoint.tokenizer()
+        modules = checkpoint.config.modules()
+        loaded = {
+            name: Adapter.load(folder, modules, base=checkpoint.load)
+            for name, folder in folders.items()
+        }
+        llama = Llama.from_checkpoint(checkpoint, precision=precision)
+    pool = AdapterPool(llama)
+    for name, one in loaded.items():
+        pool.add(name or _UNNAMED, one)
+
+    def ids_of(text: str) -> list[int]:
+        if not chat:
+            return tokenizer.encode(text, bos=tokenizer.add_bos)
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        messages.append({"role": "user", "content": text})
+        return tokenizer.encode(tokenizer.apply_chat(messages, add_generation_prompt=True))
+
+    stream = _Stream(tokenizer) if prompts is None else None
+    answers = run(
+        llama,
+        [ids_of(a.text) for a in asked],
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        eos_ids=tokenizer.eos_ids,
+        on_token=stream,
+        pool=pool,
+        adapters=[_UNNAMED if a.adapter == "" else a.adapter for a in asked],
+    )
+    if stream is not None:
+        stream.end()
+        return
+    for a, answer in zip(asked, answers, strict=True):
+        name = str(folders[None]) if a.adapter == "" else a.adapter
+        print(json.dumps({"adapter": name, "text": tokenizer.decode(answer)}, ensure_ascii=False))
+
+
+class _Stream:
+    """Prints text as its tokens come; a character that is not whole yet waits for its rest."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.ids, self.shown = tokenizer, list[int](), 0
+
+    def __call__(self, row: int, token: int) -> None:
+        self.ids.append(token)
+        self._show(self.tokenizer.decode(self.ids).rstrip("�"))
+
+    def _show(self, text: str) -> None:
+        print(text[self.shown :], end="", flush=True)
+        self.shown = max(self.shown, len(text))
+
+    def end(self) -> None:
+        self._show(self.tokenizer.decode(self.ids))
+        print()
