@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NoReturn
+
 
 class PyloraError(Exception):
     """Base of every error that pylora raises on purpose."""
@@ -13,6 +15,13 @@ class ShapeError(PyloraError, ValueError):
 
 class DtypeError(PyloraError, TypeError):
     """An array has a dtype that the operation or backend does not take."""
+
+
+class WrongTypeError(PyloraError, TypeError):
+    """Something of another kind was passed: a path where a model belongs, text where ids belong.
+
+    The message says what was got, what is taken there, and what to pass.
+    """
 
 
 class RangeError(PyloraError, IndexError):
@@ -53,3 +62,28 @@ class MissingExtraError(PyloraError, ImportError):
 
 class FetchError(PyloraError, RuntimeError):
     """A download failed or did not hash to what is known."""
+
+
+def describe(value: Any) -> str:
+    """What a value is, in a few words of a sentence: "the text 'abc'", "a list of 3"."""
+    if value is None or isinstance(value, bool):
+        return repr(value)
+    if isinstance(value, str):
+        return f"the text {value[:60]!r}{'...' if len(value) > 60 else ''}"
+    if isinstance(value, (int, float)):
+        return f"the number {value!r:.40}"
+    if isinstance(value, type):
+        return f"the class {value.__name__} itself"
+    name = type(value).__name__
+    if hasattr(value, "__fspath__"):
+        return f"the path {str(value)[:200]!r}"
+    if isinstance(value, (list, tuple, set, frozenset, dict)):
+        return f"a {name} of {len(value)}"
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"an array of {value.dtype} {list(value.shape)}"
+    return f"{'an' if name[:1].lower() in 'aeio' else 'a'} {name}"
+
+
+def wrong_type(where: str, takes: str, got: Any, advice: str = "") -> NoReturn:
+    """Raises the WrongTypeError "`where` takes `takes`, got `got`; `advice`"."""
+    raise WrongTypeError(f"{where} takes {takes}, got {describe(got)}{advice and '; '}{advice}")

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from pylora.adapters.locate import find_adapter
 from pylora.adapters.peft import WEIGHTS
 from pylora.errors import PlanError
 from pylora.formats.safetensors import SafeTensors
@@ -65,7 +66,7 @@ def modules_of(directory: str | Path) -> dict[str, ModuleSpec]:
     in the adapter's config that match none of these are then an error that a model would not give.
     """
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-    with SafeTensors(Path(directory) / WEIGHTS) as file:
+    with SafeTensors(find_adapter(directory) / WEIGHTS) as file:
         for key in file.tensors:
             if found := _KEY.fullmatch(key):
                 shapes.setdefault(found["path"], {})[found["part"]] = file.shape(key)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from pylora.errors import FileFormatError
 from pylora.formats.base import Checkpoint, narrow, widen
+from pylora.formats.locate import find_model
 
 __all__ = ["Checkpoint", "narrow", "open_checkpoint", "widen"]
 
@@ -14,13 +14,12 @@ __all__ = ["Checkpoint", "narrow", "open_checkpoint", "widen"]
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Opens the base model at `path`: its configuration is read and every tensor's place checked.
 
-    `path` is a GGUF file, a directory with config.json and safetensors weights, or a directory
-    whose only model is one GGUF file. Raises FileFormatError for what is missing, damaged or
-    hostile, and UnsupportedError for models that pylora does not run.
+    `path` is a GGUF file, a directory with config.json and safetensors weights, a directory whose
+    only model is one GGUF file, or the id of a model in the Hugging Face Hub's cache
+    (`pylora.formats.locate.find_model`). Raises FileFormatError for what is missing, damaged or
+    hostile, UnsupportedError for models that pylora does not run, WrongTypeError for no path.
     """
-    where = Path(path)
-    if not where.exists():
-        raise FileFormatError(f"{where}: there is no such file or directory")
+    where = find_model(path)
     if where.is_dir():
         ggufs = sorted(where.glob("*.gguf"))
         if (where / "config.json").exists():
