@@ -5,10 +5,19 @@ verbs are functions of the modules named after them: `pylora.generation.generate
 `pylora.training.train.train`.
 """
 
-from __future__ import annotations
+import _signal
+import sys
+
+# A command that is interrupted while it still imports ends without a traceback: until it listens
+# (commands/signals.py), by the system's own rule. For those who import pylora nothing changes.
+# _signal is part of the interpreter; the module signal would take its own time to import.
+_argv = getattr(sys, "argv", None) or [""]
+_command = sys.orig_argv[-len(_argv) :][:1] if _argv[0] == "-m" else _argv[:1]
+if _command and _command[0].replace("\\", "/").rpartition("/")[2] in ("pylora", "pylora.exe"):
+    if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+        _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
 import importlib
-import platform
 from typing import TYPE_CHECKING, Any
 
 from pylora.backends import use
@@ -107,6 +116,8 @@ def build_info() -> dict[str, Any]:
     `backend` is the one in use; "isa", "isas" and "num_threads" are there where the C core is.
     "precisions" are those that the backend computes as such here (pylora.numbers.precision).
     """
+    import platform
+
     import numpy
 
     from pylora import backends
@@ -154,6 +165,8 @@ def _computes(ops: Any, precision: str) -> bool:
 
 def _processor() -> str:
     """What the machine calls its processor."""
+    import platform
+
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as info:
             models = (line for line in info if line.startswith("model name"))

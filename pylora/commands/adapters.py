@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING
 from pylora.commands.guard import warn
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from pylora.adapters.loraconfig import LoraConfig
     from pylora.adapters.plan import Plan
+    from pylora.model.config import ModuleSpec
 
 _CONFIG = "adapter_config.json"
+_OTHERS = ("a tokenizer", "settings of a", "an index", "the configuration", "records", "a JSON")
 
 
 def lora_config(
@@ -25,16 +29,17 @@ def lora_config(
     base: Path,
 ) -> LoraConfig:
     """The settings in an adapter_config.json (or in the folder that has one), or the options'."""
+    from pylora.adapters.locate import find_adapter
     from pylora.adapters.loraconfig import LoraConfig
-    from pylora.errors import ConfigError
+    from pylora.errors import ConfigError, FileFormatError
     from pylora.files.files import read_text
+    from pylora.files.kinds import what_is
 
     if file is not None:
-        if file.is_dir():
-            file = next(
-                (f for f in (file / _CONFIG, file / "adapter" / _CONFIG) if f.is_file()),
-                file / _CONFIG,
-            )
+        if not (file.is_file() and file.suffix == ".json"):
+            file = find_adapter(file) / _CONFIG
+        if (what := what_is(file)).startswith(_OTHERS):
+            raise FileFormatError(f"{file} is {what}, not an {_CONFIG}")
         return LoraConfig.from_json(read_text(file, limit=1 << 24), str(file))
     names = tuple(name.strip() for name in targets.split(",") if name.strip())
     if not names:
@@ -50,6 +55,38 @@ def lora_config(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base.name,
     )
+
+
+def refuse_other_base(adapter: Path, config: LoraConfig, modules: Mapping[str, ModuleSpec]) -> None:
+    """PlanError where the adapter has weights, and they are those of another base model."""
+    from pylora.adapters.fit import misfit
+    from pylora.adapters.locate import find_adapter
+    from pylora.adapters.peft import WEIGHTS
+    from pylora.errors import PlanError
+    from pylora.formats.safetensors import SafeTensors
+
+    file = find_adapter(adapter) / WEIGHTS
+    if not file.is_file():
+        return
+    with SafeTensors(file) as weights:
+        shapes = {key: weights.shape(key) for key in weights.tensors}
+    some, base = config.layers_to_transform is not None, config.base_model_name_or_path
+    if why := misfit(shapes, modules, some_layers=some, base=base):
+        raise PlanError(f"{file}: {why}")
+
+
+def refuse_too_large(plan: Plan, backend: str) -> None:
+    """ConfigError where the adapter alone needs more memory for training than there is."""
+    from pylora.check.sample import available_memory
+    from pylora.errors import ConfigError
+
+    needed, free = 16 * plan.num_parameters, available_memory()  # itself, gradient, two moments
+    if backend in ("c", "numpy") and needed > free:
+        raise ConfigError(
+            f"to train {plan.num_parameters:,} parameters takes {needed / 1e9:.1f} GB for them, "
+            f"their gradient and the optimizer, and {free / 1e9:.1f} GB are free; choose a lower "
+            "--rank or fewer --targets"
+        )
 
 
 def warn_about_size(plan: Plan, total: int) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from signal import SIGINT
 
 from pylora.commands.signals import Signals, Stopped, silence
 from pylora.errors import MissingExtraError
@@ -41,16 +42,18 @@ def _guarded(args: list[str], signals: Signals) -> int:
         _forget_output()
         _say(f"standard output cannot be written: {error.strerror or error}")
         return 1
-    except KeyboardInterrupt as error:
-        _say(str(error) or "interrupted")
-        return int(getattr(error, "code", 130))
+    except KeyboardInterrupt:
+        return _stopped(signals)
     except Exception:
         if not signals.number:
             raise
-        # An import that a signal ended may come out as any error.
-        stopped = Stopped(signals.number)
-        _say(str(stopped))
-        return stopped.code
+        return _stopped(signals)  # an import that a signal ended may come out as any error
+
+
+def _stopped(signals: Signals) -> int:
+    stopped = Stopped(signals.number or SIGINT)
+    _say(str(stopped))
+    return stopped.code
 
 
 def _run(args: list[str]) -> int:
@@ -61,9 +64,10 @@ def _run(args: list[str]) -> int:
         return 1
     _encoding()
     from pylora.commands import parse
+    from pylora.commands.verbs import app
 
     try:
-        code = parse.run(args)
+        code = parse.run(app, args)
     except SystemExit as done:
         code = done.code if isinstance(done.code, int) else int(done.code is not None)
     if sys.stdout is not None:
@@ -89,7 +93,7 @@ def _forget_output() -> None:
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except (OSError, ValueError):
-            sys.stdout = None  # type: ignore[assignment]
+            sys.stdout = None
 
 
 def _say(text: str) -> None:

@@ -104,7 +104,8 @@ def _left(param: Any) -> str:
     return names if param.is_flag else f"{names} {_value(param)}"
 
 
-_KINDS = {"int": "N", "float": "X", "Path": "FILE", "str": "TEXT"}
+_KINDS = {"int": "N", "Path": "FILE", "str": "TEXT"}
+_KINDS |= {"integer": "N", "path": "FILE", "file": "FILE", "text": "TEXT"}  # as click calls them
 
 
 def _value(param: Any) -> str:
@@ -115,7 +116,7 @@ def _value(param: Any) -> str:
     if kind is None:
         described = param.type_descriptor.annotation
         kind = getattr(described, "__name__", str(described))
-    return _KINDS.get(kind, {"integer": "N", "path": "FILE", "text": "TEXT"}.get(kind, "X"))
+    return _KINDS.get(str(kind), "X")
 
 
 def _help(param: Any) -> str:

@@ -17,7 +17,6 @@ from typer.core import TyperCommand, TyperGroup
 
 from pylora.commands import layout, rules
 from pylora.commands.foreign import HINTS
-from pylora.commands.signals import Stopped
 
 UsageError: Any = typer.BadParameter.__mro__[1]  # typer brings its own click, or uses click's
 ClickException: Any = UsageError.__mro__[1]
@@ -31,7 +30,11 @@ class Verb(TyperCommand):
         """Reads the arguments. Raises UsageError, with a sentence, for what is not right."""
         args = list(_spelled(args, _names(self)))
         _refuse_repeated(ctx, self, args)
-        rest: list[str] = super().parse_args(ctx, args)
+        try:
+            rest: list[str] = super().parse_args(ctx, list(args))  # it empties its list
+        except UsageError as error:
+            error.ctx = error.ctx or ctx
+            raise
         if ctx.resilient_parsing:  # completion
             return rest
         typed = {n for n in ctx.params if _source(ctx, n) in ("COMMANDLINE", "ENVIRONMENT")}
@@ -42,11 +45,12 @@ class Verb(TyperCommand):
             raise UsageError(wrong, ctx)
         above = ctx.parent
         given = {n for n in above.params if _source(above, n) == "COMMANDLINE"}
+        names = {"verb": f"`{self.name}`"}
         if wrong := rules.check(
             rules.ROOT,
             given,
             above.params | {"verb": self.name},
-            lambda n: called(above.command, n),
+            lambda n: names.get(n) or called(above.command, n),
         ):
             raise UsageError(wrong, ctx)
         return rest
@@ -75,8 +79,9 @@ class Verbs(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The verb. Raises UsageError naming those that are nearly so called."""
         if args and args[0] not in self.commands and not args[0].startswith("-"):
-            near = difflib.get_close_matches(args[0].lower(), self.commands, n=2, cutoff=0.5)
-            near = near or [v for v in self.commands if v in _SYNONYMS.get(args[0].lower(), ())]
+            near = _SYNONYMS.get(args[0].lower()) or difflib.get_close_matches(
+                args[0].lower(), self.commands, n=2, cutoff=0.6
+            )
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             listed = ", ".join(name for name, verb in self.commands.items() if not verb.hidden)
             raise UsageError(f"there is no verb {args[0]!r}{hint} (the verbs: {listed})", ctx)
@@ -91,14 +96,12 @@ _SYNONYMS = {
     "finetune": ("train",), "fine-tune": ("train",), "lora": ("train",), "sft": ("train",),
     "run": ("generate", "chat"), "infer": ("generate",), "complete": ("generate",),
     "fuse": ("merge",), "export": ("merge",), "show": ("inspect", "plan"), "test": ("check",),
-    "eval": ("check", "train"), "version": ("info",), "devices": ("doctor",), "gpu": ("doctor",),
+    "eval": ("train … --eval",), "version": ("--version",), "gpu": ("doctor",),
 }  # fmt: skip
 
 
-def run(args: Sequence[str]) -> int:
+def run(app: typer.Typer, args: Sequence[str]) -> int:
     """Runs a command line and returns its exit code; a wrong one is explained on stderr."""
-    from pylora.commands.verbs import app
-
     command: Any = typer.main.get_command(app)
     try:
         code = command.main(
@@ -110,7 +113,7 @@ def run(args: Sequence[str]) -> int:
     except typer.Abort:
         return 1
     if code == 130:  # typer's word for a KeyboardInterrupt outside of a verb
-        raise Stopped(2)
+        raise KeyboardInterrupt
     return code if isinstance(code, int) else 0
 
 
@@ -129,10 +132,10 @@ def explain(error: Any) -> None:
 
 
 def message_of(error: Any, ctx: Any) -> str:
-    """The sentence: with a suggestion for an option that does not exist, with all that is missing."""
+    """The sentence: with a suggestion for an unknown option, and all arguments that are missing."""
     kind, command = type(error).__name__, ctx.command
     if kind == "NoSuchOption":
-        return unknown_option(str(error.option_name), command)
+        return unknown_option(str(error.option_name), ctx)
     if kind == "MissingParameter":
         lacking = [p for p in command.params if p.required and ctx.params.get(p.name) is None]
         names = [called(command, p.name) for p in lacking] or [error.format_message()]
@@ -140,17 +143,36 @@ def message_of(error: Any, ctx: Any) -> str:
         return f"{listed} {'is' if len(names) == 1 else 'are'} missing"
     text = str(error.format_message()).rstrip(".")
     if text.startswith("Got unexpected extra argument"):
-        extra = text[text.find("(") + 1 : -1]
-        return f"{extra!r} is one argument too many; put a text with spaces into quotes"
+        extra = text[text.rfind("(") + 1 : -1]
+        many = "are arguments" if " " in extra else "is one argument"
+        return f"{extra} {many} too many; a text with spaces goes into quotes, options before --"
     param = getattr(error, "param", None)
     if param is not None:
         said = text.split(": ", 1)[-1]
+        for theirs, ours in _PLAINER:
+            said = said.replace(theirs, ours)
         return f"{called(command, param.name)}: {said[:1].lower()}{said[1:]}"
+    if kind == "BadOptionUsage" and text.endswith("requires an argument"):
+        return f"{error.option_name} needs a value"
     return text[:1].lower() + text[1:] if text[:1].isupper() and text[1:2].islower() else text
 
 
-def unknown_option(typed: str, command: Any) -> str:
+_PLAINER = (  # the words of typer's and click's checks
+    (", unable to parse string as an integer", ""),
+    (", unable to parse string as a number", ""),
+    ("a valid integer", "a whole number"),
+    ("a valid number", "a number"),
+    ("Input should be greater than or equal to", "must be at least"),
+    ("Input should be less than or equal to", "must be at most"),
+    ("Input should be", "must be"),
+)
+
+
+def unknown_option(typed: str, ctx: Any) -> str:
     """The sentence about an option that the command does not have."""
+    command = ctx.command
+    if len(typed) < 2 or " " in typed:
+        return f"a text that begins with - goes last, behind --: {ctx.command_path} … -- '- text'"
     name = typed.partition("=")[0].replace("_", "-").lower()
     known = sorted(_names(command))
     if name in HINTS:
@@ -159,12 +181,12 @@ def unknown_option(typed: str, command: Any) -> str:
     near = near or [k for k in known if len(name) > 2 and k.startswith(name)]
     owners = {o: p.name for p in command.params for o in _spellings(p)}
     near = [n for i, n in enumerate(near) if owners.get(n) not in map(owners.get, near[:i])][:2]
-    group = getattr(command, "commands", {})
+    group = getattr(command if ctx.parent is None else ctx.parent.command, "commands", {})
     homes = [v for v, c in group.items() if name in _names(c)]
     if near:
         hint = f"; did you mean {' or '.join(near)}?"
     elif homes:
-        hint = f"; it is an option of {', '.join(homes)}: pylora {homes[0]} … {name}"
+        hint = f"; it is an option of {' and '.join(homes)}"
     else:
         hint = ""
     return f"there is no option {typed}{hint}"
@@ -248,7 +270,7 @@ def _refuse_repeated(ctx: Any, command: Any, args: Sequence[str]) -> None:
 
 
 def _refuse_empty(ctx: Any, command: Any, args: Sequence[str], typed: set[str]) -> None:
-    """UsageError for an empty path, such as "$OUT" where OUT is not set: it would be this folder."""
+    """UsageError for an empty path, such as "$OUT" with OUT not set: it would be this folder."""
     from pathlib import Path
 
     if "" not in args and not any(arg.endswith("=") for arg in args):

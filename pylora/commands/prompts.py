@@ -17,6 +17,8 @@ def adapter_folders(options: Sequence[str]) -> dict[str | None, Path]:
     """
     folders: dict[str | None, Path] = {}
     for option in options:
+        if not option:
+            raise ConfigError("--adapter is empty; is a shell variable not set?")
         name, sign, folder = option.partition("=")
         key = name if sign and not Path(option).is_dir() else None
         if key == "" or (key is not None and not folder):

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
+from operator import eq
 from typing import Any
 
 ROOT = ""  # the name under which options before the verb stand; the verb is their "verb"
@@ -28,7 +30,7 @@ class Needs:
         """Whether the command line breaks the rule."""
         return self.option in given and not self.has(values[self.other])
 
-    def text(self, name: Callable[[str], str]) -> str:
+    def text(self, name: Callable[[str], str], values: Mapping[str, Any]) -> str:
         """The sentence about it."""
         return f"{name(self.option)} needs {name(self.other)}: {self.why}"
 
@@ -48,9 +50,12 @@ class Excludes:
         there = self.other in given if self.when is None else self.when(values[self.other])
         return self.option in given and there
 
-    def text(self, name: Callable[[str], str]) -> str:
+    def text(self, name: Callable[[str], str], values: Mapping[str, Any]) -> str:
         """The sentence about it."""
-        return f"{name(self.option)} cannot be used with {name(self.other)}: {self.why}"
+        value = values[self.other]
+        shown = f" {value}" if isinstance(value, str) and self.other != "verb" else ""
+        shown = shown if self.when is not None else ""
+        return f"{name(self.option)} cannot be used with {name(self.other)}{shown}: {self.why}"
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class OneOf:
         count = sum(option in given for option in self.options)
         return count < 1 if self.at_least else count != 1
 
-    def text(self, name: Callable[[str], str]) -> str:
+    def text(self, name: Callable[[str], str], values: Mapping[str, Any]) -> str:
         """The sentence about it."""
         listed = " or ".join(name(option) for option in self.options)
         return f"give {'' if self.at_least else 'either '}{listed}: {self.what}"
@@ -88,7 +93,7 @@ def _warm(temperature: float) -> bool:
 
 RULES: dict[str, tuple[Rule, ...]] = {
     ROOT: tuple(
-        Excludes("backend", "verb", f"`{verb}`: {_BACKEND}", lambda v, verb=verb: v == verb)
+        Excludes("backend", "verb", f"{_BACKEND}", partial(eq, verb))
         for verb in ("plan", "inspect", "vectors", "conformance")
     ),
     "train": (
@@ -147,5 +152,5 @@ def check(
     """
     for rule in RULES.get(verb, ()):
         if rule.broken(given, values):
-            return rule.text(name)
+            return rule.text(name, values)
     return None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pylora.commands.adapters import lora_config, warn_about_size
+from pylora.commands.adapters import lora_config, refuse_too_large, warn_about_size
 from pylora.commands.app import (
     ADAPTER,
     DATA,
@@ -98,7 +98,10 @@ def train(
     ] = 2e-4,
     epochs: Annotated[
         int,
-        _option("--epochs", "--num-epochs", "--num-train-epochs", part=HOW, help="passes over the data"),
+        _option(
+            "--epochs", "--num-epochs", "--num-train-epochs",
+            part=HOW, help="passes over the data",
+        ),
     ] = 1,
     steps: Annotated[
         int | None,
@@ -180,6 +183,7 @@ def train(
     Names of these options in transformers, PEFT, TRL and mlx-lm are taken, too, where they mean
     the same (docs/training.md).
     """
+    from pylora import backends
     from pylora.adapters.adapter import Adapter
     from pylora.adapters.plan import resolve
     from pylora.formats import open_checkpoint
@@ -218,6 +222,7 @@ def train(
         lora = lora_config(config, rank, alpha, targets, rslora, dropout, checkpoint.path)
         plan = resolve(lora, checkpoint.config.modules())
         warn_about_size(plan, checkpoint.config.num_parameters)
+        refuse_too_large(plan, backends.get().name)
         limit = {"max_length": max_length, "too_long": "truncate" if truncate else "error"}
         data, eval_data = _files(data, eval_data)
         examples = load_examples(data, tokenizer, **limit)  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pylora.errors import ConfigError, FileFormatError, UnsupportedError
-from pylora.files.kinds import hint, what_is
+from pylora.files.kinds import hint
 
 
 @contextmanager
@@ -82,9 +82,8 @@ def read_text(path: str | os.PathLike[str], *, limit: int) -> str:
         where = "a folder, not a file" if file.is_dir() else "there is no such file"
         raise FileFormatError(f"{file}: {where}")
     if (size := file.stat().st_size) > limit:
-        what = what_is(file) or f"{size:,} bytes long"
         raise FileFormatError(
-            f"{file}: a text of at most {limit >> 20} MiB is expected here, and this is {what}"
+            f"{file}: {size} bytes; a text such as is expected here has at most {limit}{hint(file)}"
         )
     try:
         return file.read_text(encoding="utf-8")
