@@ -49,7 +49,7 @@ def unfinished(what: str) -> Iterator[None]:
 def sentence(error: OSError) -> str:
     """What the system says, and of which file."""
     named = error.filename is not None and error.strerror
-    said = f"{error.filename}: {error.strerror}" if named else str(error)
+    said = f"{error.filename}: {error.strerror}" if named else error.strerror or str(error)
     return said + (": free some space, or write elsewhere" if error.errno == errno.ENOSPC else "")
 
 

@@ -26,7 +26,7 @@ from pylora.commands.app import (
     Targets,
     command,
 )
-from pylora.commands.guard import unfinished
+from pylora.commands.guard import sentence, unfinished
 from pylora.commands.inputs import file_or_stdin
 from pylora.commands.outputs import check_folder
 from pylora.display.console import Console
@@ -306,6 +306,7 @@ def _after_training(screen: Console, result: TrainResult, out: Path) -> None:
         screen.say(f"evaluation: loss {e.nll:.4f}, perplexity {e.perplexity:.2f}")
     try:
         loss_curve(out / "loss.png", result.losses)
-    except MissingExtraError as error:
-        screen.say(f"no picture of the loss: {error}")
+    except (MissingExtraError, OSError) as error:  # the adapter is there all the same
+        said = sentence(error) if isinstance(error, OSError) else error
+        screen.say(f"no picture of the loss: {said}")
     screen.say(f"adapter: {out / 'adapter'}")

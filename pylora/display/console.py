@@ -135,10 +135,11 @@ class _LiveLine:
         if now - self.written < _PAUSE and info.step < info.steps:
             return
         self.written = now
-        done = round(_BAR * info.step / max(1, info.steps))
-        text = f"step {info.step}/{info.steps} {'█' * done}{'░' * (_BAR - done)} "
-        text += _figures(info, self.began, self.before)
-        text = text[: max(10, (self.console.width or 80) - 1)]
+        step, figures = f"step {info.step}/{info.steps}", _figures(info, self.began, self.before)
+        width = (self.console.width or 80) - 1
+        bar = max(0, min(_BAR, width - len(step) - len(figures) - 2))
+        done = round(bar * info.step / max(1, info.steps))
+        text = f"{step} {'█' * done}{'░' * (bar - done)} {figures}"[: max(10, width)]
         self.console._write("\r" + text.ljust(self.length))
         self.length = len(text)
         if self.console.stream is not None:

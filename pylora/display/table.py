@@ -34,7 +34,7 @@ def lines(
     """Header, a rule and the rows. The columns named in `right` are aligned to the right.
 
     Without a width every row is one line. With one, texts are broken between words where the rows
-    would not fit: the widest column first, as far as `_LEAST` cells.
+    would not fit: the last column first, then the widest, as far as `_LEAST` cells.
     """
     texts = [[" ".join(str(cell).split()) for cell in row] for row in rows]
     widths = [
@@ -60,7 +60,8 @@ def _narrow(widths: list[int], least: list[int], room: int) -> None:
         able = [i for i, w in enumerate(widths) if w > max(_LEAST, least[i])]
         if not able:
             return
-        widest = max(able, key=lambda i: widths[i])
+        last = len(widths) - 1  # a sentence, as a rule, where the others are names and figures
+        widest = last if last in able else max(able, key=lambda i: widths[i])
         floor = max(_LEAST, least[widest])
         widths[widest] = max(floor, widths[widest] - (sum(widths) - room))
 

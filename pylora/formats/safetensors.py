@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,7 +237,13 @@ def save(
     with atomic_write(path) as beside:
         beside.touch()
         mode = beside.stat().st_mode  # the library's file could be read by its owner alone
-        safetensors.serialize_file(entries, beside, dict(metadata) if metadata else None)
+        try:
+            safetensors.serialize_file(entries, beside, dict(metadata) if metadata else None)
+        except safetensors.SafetensorError as error:  # what the system said is in its text
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(beside)) from error
         if metadata and len(metadata) > 1:
             _sort_metadata(beside)
         beside.chmod(mode)
