@@ -6,7 +6,7 @@
  * graph reads and writes arrays of the size of dy and dx six times more.
  *
  * Sums over the rows take x, dy, h and g as they are, without rounding (low_outer.cuh). */
-#include "ops/low_rank.h"
+#include "low_rank.h"
 #include "products.h"
 
 namespace {

@@ -8,7 +8,7 @@
  * How a product is cut and which algorithm it gets depends on shapes and types alone: without an adapter the sums of
  * x Wᵀ are those with one, bit for bit. */
 #include "few_rows.cuh"
-#include "ops/low_rank.h"
+#include "low_rank.h"
 #include "products.h"
 
 namespace {

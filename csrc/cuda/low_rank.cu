@@ -1,5 +1,5 @@
 /* low_rank.cu - launches of the low-rank path's kernels, and the sizes of their work. */
-#include "ops/low_rank.h"
+#include "low_rank.h"
 
 #include "low_down.cuh"
 #include "low_outer.cuh"

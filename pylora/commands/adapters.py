@@ -32,7 +32,7 @@ def lora_config(
     from pylora.adapters.locate import find_adapter
     from pylora.adapters.loraconfig import LoraConfig
     from pylora.errors import ConfigError, FileFormatError
-    from pylora.files.files import read_text
+    from pylora.files.bounded import read_text
     from pylora.files.kinds import what_is
 
     if file is not None:

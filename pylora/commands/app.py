@@ -89,6 +89,48 @@ EveryModule = Annotated[
 ]
 
 
+_DRAW = "How tokens are chosen"
+Temperature = Annotated[
+    float,
+    typer.Option(
+        "--temperature", "--temp", "-t", min=0.0, metavar="X", rich_help_panel=_DRAW,
+        help="0 takes the likeliest token, and draws none",
+    ),
+]  # fmt: skip
+TopK = Annotated[
+    int,
+    typer.Option(
+        min=0, metavar="N", rich_help_panel=_DRAW, help="draw from the N likeliest; 0: from all"
+    ),
+]
+TopP = Annotated[
+    float,
+    typer.Option(
+        min=0.0, max=1.0, metavar="X", rich_help_panel=_DRAW,
+        help="draw from the likeliest that have this probability together",
+    ),
+]  # fmt: skip
+MinP = Annotated[
+    float,
+    typer.Option(
+        min=0.0, max=1.0, metavar="X", rich_help_panel=_DRAW,
+        help="draw from those that have this share of the likeliest's probability",
+    ),
+]  # fmt: skip
+Penalty = Annotated[
+    float,
+    typer.Option(
+        "--repetition-penalty", "--repeat-penalty", metavar="X", rich_help_panel=_DRAW,
+        help="above 1: what was said becomes less likely",
+    ),
+]  # fmt: skip
+DrawSeed = Annotated[
+    int, typer.Option("--seed", metavar="N", rich_help_panel=_DRAW, help="of the draws")
+]
+NEW_TOKENS = ("--max-new-tokens", "-n", "--max-tokens", "--n-predict")
+ADAPTER_NAMES = ("--adapter", "-a", "--adapter-path")
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         import pylora

@@ -45,7 +45,7 @@ def _guarded(args: list[str], signals: Signals) -> int:
     except KeyboardInterrupt:
         return _stopped(signals)
     except Exception:
-        if not signals.number:
+        if not signals.just_now:
             raise
         return _stopped(signals)  # an import that a signal ended may come out as any error
 

@@ -8,12 +8,25 @@ from typing import Annotated, Any
 
 import typer
 
-from pylora.commands.app import MAKE, Model, Precision, command
+from pylora.commands.app import (
+    ADAPTER_NAMES,
+    MAKE,
+    NEW_TOKENS,
+    DrawSeed,
+    MinP,
+    Model,
+    Penalty,
+    Precision,
+    Temperature,
+    TopK,
+    TopP,
+    command,
+)
 from pylora.commands.inputs import file_or_stdin, text_or_stdin
 from pylora.numbers.precision import check_precision
 
 _UNNAMED = "="  # of the adapter without a name; no name that is given has this sign
-_DRAW, _WHAT = "Drawing tokens", "What it is asked"
+_WHAT = "What it is asked"
 
 
 @command(
@@ -34,7 +47,7 @@ def generate(
     adapter: Annotated[
         list[str] | None,
         typer.Option(
-            "--adapter", "--adapter-path", "-a", metavar="DIR",
+            *ADAPTER_NAMES, metavar="DIR",
             help="PEFT folder or run; or NAME=DIR, repeatedly, for the lines of --prompts",
         ),
     ] = None,
@@ -61,31 +74,15 @@ def generate(
     max_new_tokens: Annotated[
         int,
         typer.Option(
-            "--max-new-tokens", "-n", "--max-tokens", "--n-predict", min=0, metavar="N",
-            help="most tokens to write",
+            *NEW_TOKENS, min=0, metavar="N", help="most tokens to write"
         ),
     ] = 128,
-    temperature: Annotated[
-        float,
-        typer.Option(
-            "--temperature", "--temp", "-t", min=0.0, metavar="X", rich_help_panel=_DRAW,
-            help="0 takes the likeliest token, and draws none",
-        ),
-    ] = 0.0,
-    top_k: Annotated[
-        int,
-        typer.Option(min=0, metavar="N", rich_help_panel=_DRAW, help="of the N likeliest; 0: all"),
-    ] = 0,
-    top_p: Annotated[
-        float,
-        typer.Option(
-            min=0.0, max=1.0, metavar="X", rich_help_panel=_DRAW,
-            help="of the likeliest that have this probability together",
-        ),
-    ] = 1.0,
-    seed: Annotated[
-        int, typer.Option(metavar="N", rich_help_panel=_DRAW, help="of the draws")
-    ] = 0,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Penalty = 1.0,
+    seed: DrawSeed = 0,
     precision: Precision = "fp32",
 ) -> None:  # fmt: skip
     """Continue a text, with or without an adapter; words appear as they come.
@@ -98,9 +95,11 @@ def generate(
     from pylora.commands.prompts import adapter_folders, asked_of
     from pylora.formats import open_checkpoint
     from pylora.generation.generate import generate as run
+    from pylora.generation.sampling import Sampling
     from pylora.model.llama import Llama
 
     check_precision(precision)
+    Sampling(temperature, top_k, top_p, min_p, repetition_penalty)  # before the model is loaded
     folders = adapter_folders(adapter or ())
     asked = asked_of(
         folders,
@@ -134,6 +133,8 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
         seed=seed,
         eos_ids=tokenizer.eos_ids,
         on_token=stream,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pylora.commands.app import HERE, LOOK, TEST, Model, Precision, Seed, command
+from pylora.commands.app import ADAPTER_NAMES, HERE, LOOK, TEST, Model, Seed, command
 from pylora.commands.guard import unfinished
 from pylora.commands.inputs import file_or_stdin
 from pylora.commands.outputs import check_file, check_folder
@@ -21,7 +21,7 @@ def check(
     adapter: Annotated[
         Path | None,
         typer.Option(
-            "--adapter", "-a", metavar="DIR",
+            *ADAPTER_NAMES, metavar="DIR",
             help="PEFT folder or run; default: random, on q, k, v and o",
         ),
     ] = None,
@@ -36,7 +36,7 @@ def check(
 ) -> None:  # fmt: skip
     """Prove gradients, merging and zero-init on a real model and adapter; exit code 1 if not."""
     from pylora.check.check import check_model
-    from pylora.files.files import atomic_write
+    from pylora.files.whole import atomic_write
 
     if as_json is not None:
         check_file(as_json, what="--json")
@@ -86,7 +86,7 @@ def conformance(
     ] = False,
 ) -> None:
     """Test any implementation of LoRA against the laws; exit code 1 if one fails or breaks."""
-    from pylora.conformance import command as kit
+    from pylora.conformance.running import command as kit
 
     screen = Console()
     if mutants:
@@ -151,7 +151,10 @@ def demo(
     ] = Path("out/demo"),
     short: Annotated[bool, typer.Option("--short", help="fewer steps and items")] = False,
     steps: Annotated[int | None, typer.Option(min=1, metavar="N", help="training steps")] = None,
-    precision: Precision = "fp32",
+    precision: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="auto: bf16 where the processor has it, else fp32"),
+    ] = "auto",
     seed: Seed = 0,
 ) -> None:
     """Teach SmolLM2-135M a notation, measured before and after: minutes on two cores."""

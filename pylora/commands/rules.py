@@ -82,6 +82,7 @@ Rule = Needs | Excludes | OneOf
 _DRAWN = "the likeliest token is taken at temperature 0, and nothing is drawn"
 _FILE = "the file says what the adapter is; change it there, or leave {} out"
 _BACKEND = "this verb computes with NumPy alone (or nothing at all)"
+_DRAWS = ("top_k", "top_p", "min_p", "seed")
 _SHAPE = ("rank", "alpha", "targets", "rslora")
 _LIST = "--list tests nothing"
 _HUNT = "the kit's own wrong implementations are tried with every law"
@@ -117,9 +118,11 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "generate": (
         OneOf(("prompt", "prompts"), "a text, - for standard input, or a file of prompts"),
         Needs("system", "chat", "it is a message of a conversation"),
-        Needs("top_k", "temperature", _DRAWN, _warm),
-        Needs("top_p", "temperature", _DRAWN, _warm),
-        Needs("seed", "temperature", _DRAWN, _warm),
+        *(Needs(o, "temperature", _DRAWN, _warm) for o in _DRAWS),
+    ),
+    "chat": tuple(
+        Needs(option, "temperature", _DRAWN, _warm)
+        for option in ("top_k", "top_p", "min_p", "seed")
     ),
     "plan": (
         *(Excludes(o, "adapter", _FILE.format("ADAPTER")) for o in _SHAPE),

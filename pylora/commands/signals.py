@@ -12,9 +12,11 @@ import _thread
 import signal
 import sys
 import threading
+import time
 from types import FrameType
 from typing import Any
 
+_RECENT = 2.0  # seconds
 _WORDS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "terminated"}
 
 
@@ -27,10 +29,10 @@ class Stopped(KeyboardInterrupt):
 
 
 class Signals:
-    """A context. `number` is the first signal that came, 0 if none did."""
+    """A context. `number` is the last signal that came, 0 if none did."""
 
     def __init__(self) -> None:
-        self.number = 0
+        self.number, self.at = 0, 0.0
         self._before: dict[int, Any] = {}
         self._hook = sys.unraisablehook
 
@@ -47,8 +49,13 @@ class Signals:
             sys.unraisablehook = self._unraisable
         return self
 
+    @property
+    def just_now(self) -> bool:
+        """Whether a signal came so recently that an error may be its doing."""
+        return bool(self.number) and time.monotonic() - self.at < _RECENT
+
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        self.number = self.number or number
+        self.number, self.at = number, time.monotonic()
         raise Stopped(number)
 
     def _unraisable(self, lost: Any) -> None:

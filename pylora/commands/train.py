@@ -296,6 +296,7 @@ def _again(args: Any) -> str:
 def _after_training(screen: Console, result: TrainResult, out: Path) -> None:
     from pylora.display.plots import loss_curve, sparkline
     from pylora.errors import MissingExtraError
+    from pylora.training.log import evaluations
 
     screen.say(
         f"loss {result.losses[0]:.4f} {sparkline(result.losses)} {result.losses[-1]:.4f}; "
@@ -305,7 +306,8 @@ def _after_training(screen: Console, result: TrainResult, out: Path) -> None:
         e = result.evaluation
         screen.say(f"evaluation: loss {e.nll:.4f}, perplexity {e.perplexity:.2f}")
     try:
-        loss_curve(out / "loss.png", result.losses)
+        seen = evaluations(out / "log.jsonl")
+        loss_curve(out / "loss.png", result.losses, evaluations=seen)
     except (MissingExtraError, OSError) as error:  # the adapter is there all the same
         said = sentence(error) if isinstance(error, OSError) else error
         screen.say(f"no picture of the loss: {said}")

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from pylora.errors import FileFormatError, WrongTypeError, describe
-from pylora.files.files import read_json
+from pylora.files.bounded import read_json
 
 # org/name, or a name alone; "..", "//" and the like are no ids.
 _ID = re.compile(

@@ -18,8 +18,8 @@ import numpy as np
 
 from pylora import backends
 from pylora.adapters.adapter import Adapter
-from pylora.errors import ConfigError, UnsupportedError
-from pylora.files.files import atomic_dir
+from pylora.errors import ConfigError, UnsupportedError, expect
+from pylora.files.whole import atomic_dir
 from pylora.formats import Checkpoint, narrow, open_checkpoint, widen
 from pylora.formats.hfdir import Spec, check_output, write_config, write_tokenizer, write_weights
 from pylora.formats.safetensors import Bf16
@@ -28,7 +28,7 @@ from pylora.merging.unmerge import UnmergeReport, unmerge_checkpoint
 from pylora.merging.weight import digest, max_delta, merge_weight, unmerge_weight
 from pylora.model.config import LlamaConfig
 from pylora.ops.protocol import Backend
-from pylora.types import LoRA
+from pylora.types import LoRA, brief
 
 __all__ = [
     "MergeReport",
@@ -51,6 +51,8 @@ _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 class MergedModule:
     """One merged weight: its shape and dtype, the residue that was kept, the largest |delta|."""
 
+    __repr__ = brief
+
     path: str
     shape: tuple[int, ...]
     dtype: str
@@ -62,6 +64,8 @@ class MergedModule:
 @dataclass(frozen=True)
 class MergeReport:
     """What a merge wrote."""
+
+    __repr__ = brief
 
     directory: Path
     modules: tuple[MergedModule, ...]
@@ -91,6 +95,7 @@ def merge_checkpoint(
     two tied embeddings, they are untied. Nothing is left behind if it fails. ConfigError for an
     `out_dir` that holds anything else than an earlier merge: no model is overwritten by mistake.
     """
+    expect("path", out_dir, "merge_checkpoint(model, adapter, out)")
     with open_checkpoint(model_path) as checkpoint:
         adapter = Adapter.load(adapter_dir, checkpoint.config.modules(), base=checkpoint.load)
         return merge_adapter(checkpoint, adapter, out_dir, dtype=dtype, backend=backend)
@@ -115,6 +120,9 @@ def merge_adapter(
     backend: str | Backend | None = None,
 ) -> MergeReport:
     """`merge_checkpoint` for a checkpoint and an adapter that are open already."""
+    expect("checkpoint", checkpoint, "merge_adapter(checkpoint, adapter, out)")
+    expect("whole adapter", adapter, "merge_adapter(checkpoint, adapter, out)")
+    expect("path", out_dir, "merge_adapter(checkpoint, adapter, out)")
     target = Path(out_dir)
     check_merge_output(checkpoint.path, target, dtype)
     merge = _Merge(checkpoint, adapter, dtype, backends.get(backend))

@@ -1,6 +1,6 @@
 """Chat templates: conversations to text, by the Jinja source that comes with a model.
 
-A template comes from a stranger's file, so it is data, not trusted code: chat_sandbox.py bounds
+A template comes from a stranger's file, so it is data, not trusted code: sandbox.py bounds
 what it can reach, how long it works and how much it makes. There is no clock and no random number
 in a template, so the same messages give the same text, whenever that is.
 """

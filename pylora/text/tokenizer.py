@@ -1,8 +1,8 @@
 """Tokenizer: text to token ids and back, and conversations to text.
 
 A thin face on the `tokenizers` library (extra "text"), made from a Hugging Face directory's
-tokenizer.json here, or from GGUF metadata in text_gguf.py. It checks what goes in and turns the
-library's failures into sentences; it trains no tokenizer.
+tokenizer.json here, or from GGUF metadata in gguf_vocabulary.py. It checks what goes in and turns
+the library's failures into sentences; it trains no tokenizer.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pylora.errors import DataError, FileFormatError
+from pylora.errors import DataError, FileFormatError, expect
 from pylora.extras import need
-from pylora.files.files import read_json, read_text
+from pylora.files.bounded import read_json, read_text
 from pylora.text.chat import render_chat
 
 MAX_TOKENIZER = 256 << 20  # bytes of tokenizer.json
@@ -54,6 +54,12 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens or {})
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
+    def __repr__(self) -> str:
+        chat = "a chat template" if self.chat_template else "no chat template"
+        ends = ", ".join(map(str, self.eos_ids)) or "none"
+        begin = f"{self.bos_id}{'' if self.add_bos else ' (not added)'}"
+        return f"Tokenizer({self.vocab_size} tokens, bos {begin}, eos {ends}, {chat})"
+
     def encode(self, text: str, *, bos: bool = False) -> list[int]:
         """Token ids of `text`; the names of special tokens in it become those tokens.
 
@@ -63,8 +69,7 @@ class Tokenizer:
         neither tokens nor bytes for (SmolLM2: some control characters) are left out, as the
         model's own tokenizer does. Raises DataError.
         """
-        if not isinstance(text, str):
-            raise DataError(f"the text to encode must be a str, not {type(text).__name__}")
+        expect("text", text, "encode")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -87,6 +92,7 @@ class Tokenizer:
 
         Raises DataError naming an id that is no token.
         """
+        expect("ids", ids, "decode")
         checked: list[int] = []
         for i, token in enumerate(ids):
             number = int(token) if hasattr(token, "__index__") else -1
@@ -115,6 +121,7 @@ class Tokenizer:
         add_generation_prompt: end with what opens the assistant's turn. now: the date that
         templates may show; see `render_chat`. Raises DataError, also if there is no template.
         """
+        expect("messages", messages, "apply_chat")
         if self.chat_template is None:
             raise DataError(
                 "this model has no chat template; use plain text, or prompt and completion, instead"

@@ -1,8 +1,9 @@
 """Whole models on the GPU's backends against the numpy backend: loss, gradients, training,
 resuming, generation with and without graphs, pools, merging, check, and what they refuse.
 
-Runs where PYLORA_TEST_BACKENDS names cuda or cupy (tests/gpu.py); their single operations are in
-test_ops.py. Rows of a GPU's results have no promised bits, so figures are compared within bounds.
+Runs where PYLORA_TEST_BACKENDS names cuda or cupy (tests/support/gpu.py); their single operations
+are in tests/ops/test_protocol.py. Rows of a GPU's results have no promised bits, so figures are
+compared within bounds.
 """
 
 from __future__ import annotations
@@ -286,12 +287,12 @@ def test_precisions_that_are_refused(gpu: Any) -> None:
 def test_without_the_library_cupy_computes_and_says_so(
     gpu: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pylora.backends import cuda_lib
+    from pylora.backends.cuda import library
 
     monkeypatch.setattr(backends, "_loaded", {})
-    monkeypatch.setattr(cuda_lib, "_library", [])
+    monkeypatch.setattr(library, "_library", [])
     monkeypatch.delenv("PYLORA_CUDA_LIBRARY", raising=False)
-    monkeypatch.setattr(cuda_lib, "library_path", lambda: None)
+    monkeypatch.setattr(library, "library_path", lambda: None)
     with pytest.warns(RuntimeWarning, match="'cupy' computes in its place"):
         assert backends.get("cuda").name == "cupy"
     assert "cuda" not in backends.available() and "cupy" in backends.available()

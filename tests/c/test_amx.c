@@ -8,14 +8,12 @@
 #else
 #define PYLORA_AMX_EMULATED 1
 #endif
-#define pylora_kernels_amx emulated /* beside the table in the core, if this build has it */
+#define SET amx_here /* beside the table in the core, if this build has it */
 #include "../../csrc/cpu/kernels_amx.c"
-#undef pylora_kernels_amx
-#define from_bf16 value_of_bf16 /* the table's own is static in this file */
 #include "check.h"
-#undef from_bf16
 
 static const pylora_kernels *K;
+static const pylora_kernels *plain; /* the same sums of bytes without tiles */
 
 static int same(float a, float b) { return memcmp(&a, &b, 4) == 0 || (a != a && b != b); }
 
@@ -144,7 +142,7 @@ static void quantized(int dtype, int64_t m, int64_t groups, int mode) {
   for (int64_t i = 0; i < size; i++)
     if (i % ldc >= 32) c[i] = NAN;
   if (size) memcpy(want, c, (size_t)size * sizeof(float));
-  gemm_q(dtype, m, groups, rows, stride, panel, want, ldc, mode);
+  plain->gemm_q(dtype, m, groups, rows, stride, panel, want, ldc, mode);
   K->gemm_q(dtype, m, groups, rows, stride, panel, c, ldc, mode);
   EXPECT(!amx_configured, "tiles were not released");
   for (int64_t i = 0; i < size; i++)
@@ -173,19 +171,25 @@ static void self_test(void) {
   amx_fault = 0;
   EXPECT(amxq_right(), "right tiles of bytes were taken for wrong");
   EXPECT(amx_right(), "right tiles were taken for wrong");
-  EXPECT(emulated.supported(), "the table is not offered");
+  EXPECT(pylora_kernels_amx_here.supported(), "the table is not offered");
 }
 
 int main(int argc, char **argv) {
   if (argc > 1) state += strtoull(argv[1], NULL, 10); /* other numbers */
   self_test();
-  K = &emulated;
+  K = &pylora_kernels_amx_here;
+#if defined(VEC_AVX512)
+  plain = &pylora_kernels_avx512vnni;
+#else
+  plain = &pylora_kernels_portable;
+#endif
   sizes();
   numbers();
   quantized_sizes();
 #if defined(PYLORA_AMX) && !defined(WITHOUT_HARDWARE)
   if (pylora_use_isa("amx") == PYLORA_OK) {
     K = pylora_table();
+    plain = &pylora_kernels_avx512vnni;
     sizes();
     numbers();
     quantized_sizes();

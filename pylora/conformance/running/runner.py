@@ -1,0 +1,235 @@
+"""Runs laws on an implementation: hypothesis finds and shrinks, the outcome says what happened.
+
+Runs are repeatable: the examples are a function of the law, the seed and the number of examples;
+nothing is stored. An implementation that raises, or returns what the protocol does not allow, is
+reported as broken there, with its smallest such example, and the search goes on.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pylora.conformance.laws.law import Law
+from pylora.conformance.laws.registry import find
+from pylora.conformance.protocol import capabilities, instantiate, name_of, problems_of
+from pylora.conformance.running.counterexample import program
+from pylora.conformance.running.shrink import simpler
+from pylora.conformance.testcase import Broken, NotTested, Problem, Trial, Violation
+from pylora.extras import need
+
+PASSED, FAILED, BROKEN, NOT_TESTED = "passed", "FAILED", "BROKEN", "not tested"
+PROFILES = {"quick": 100, "nightly": 10_000}  # examples of each law
+
+
+@dataclass
+class Outcome:
+    """What came of one law."""
+
+    law: Law
+    status: str
+    reason: str = ""  # of failed, broken and not tested: a sentence
+    examples: int = 0
+    found_at: int | None = None  # the number of the first example that failed or broke
+    raised: int = 0  # examples in which the implementation broke
+    tightness: float = (
+        0.0  # the largest error / bound of what passed; 0 where laws ask for equality
+    )
+    ratio: float = 0.0  # error / bound of the counterexample
+    counterexample: str = ""  # a program
+    notes: dict[str, tuple[int, int]] = field(default_factory=dict)  # what: (held, of)
+    seconds: float = 0.0
+
+
+@dataclass
+class Report:
+    """Of one implementation, law by law."""
+
+    name: str
+    warnings: list[str]
+    outcomes: list[Outcome]
+
+    @property
+    def ok(self) -> bool:
+        """Whether no law failed or broke. What was not tested does not count, either way."""
+        return not any(o.status in (FAILED, BROKEN) for o in self.outcomes)
+
+    def of(self, status: str) -> list[Outcome]:
+        return [o for o in self.outcomes if o.status == status]
+
+
+def run(
+    implementation: Any,
+    laws: Iterable[str] = (),
+    *,
+    examples: int = PROFILES["quick"],
+    seed: int = 0,
+    on_outcome: Callable[[Outcome], None] | None = None,
+    shrink: bool = True,
+) -> Report:
+    """Runs the laws with these ids (all if none is given) on an implementation or its class.
+
+    `on_outcome` is called after each law. Raises ConfigError for an unknown id.
+    """
+    made, chosen = instantiate(implementation), find(tuple(laws))
+    report = Report(name_of(made), problems_of(made), [])
+    for law in chosen:
+        outcome = run_law(made, law, examples=examples, seed=seed, shrink=shrink)
+        report.outcomes.append(outcome)
+        if on_outcome is not None:
+            on_outcome(outcome)
+    return report
+
+
+def attempt(implementation: Any, law: Law, problem: Problem) -> Trial:
+    """One example. Raises Violation, Broken or NotTested, each with the trial as `.trial`."""
+    trial = Trial(implementation)
+    try:
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")
+            law.check(trial, problem)
+    except (Violation, Broken, NotTested) as error:
+        error.trial = trial  # type: ignore[union-attr]
+        raise
+    finally:
+        trial.close()
+    return trial
+
+
+def run_law(
+    implementation: Any, law: Law, *, examples: int = 100, seed: int = 0, shrink: bool = True
+) -> Outcome:
+    """The outcome of one law."""
+    missing = [name for name in law.needs if name not in capabilities(implementation)]
+    if missing:
+        return Outcome(law, NOT_TESTED, f"there is no {', '.join(missing)}")
+    began = time.perf_counter()
+    search = Search(implementation, law)
+    search.run(examples, seed, shrink)
+    outcome = search.outcome(shrink)
+    outcome.seconds = time.perf_counter() - began
+    return outcome
+
+
+class Search:
+    """What hypothesis's examples of one law come to."""
+
+    def __init__(self, implementation: Any, law: Law) -> None:
+        self.implementation, self.law = implementation, law
+        self.count = self.raised = 0
+        self.found_at: int | None = None
+        self.broken_at: int | None = None
+        self.failure: tuple[Problem, Violation] | None = None
+        self.broken: tuple[int, Problem, Broken] | None = None
+        self.not_tested: dict[str, int] = {}
+        self.tightness = 0.0
+        self.notes: dict[str, list[int]] = {}
+
+    def run(self, examples: int, seed: int, shrink: bool) -> None:
+        hypothesis = need("hypothesis")
+        phases = [hypothesis.Phase.generate] + [hypothesis.Phase.shrink] * shrink
+        settings = hypothesis.settings(
+            max_examples=examples,
+            database=None,
+            deadline=None,
+            phases=phases,
+            report_multiple_bugs=False,
+            print_blob=False,
+            suppress_health_check=list(hypothesis.HealthCheck),
+            verbosity=hypothesis.Verbosity.quiet,
+        )
+
+        def check(problem: Problem) -> None:
+            self.example(problem)
+
+        wrapped = hypothesis.given(problem=self.law.problems())(check)
+        try:
+            hypothesis.seed(seed)(settings(wrapped))()
+        except Violation:
+            pass  # it is kept in self.failure
+        except hypothesis.errors.Flaky:
+            pass  # a failure that came and went is a failure: the implementation depends on chance
+
+    def example(self, problem: Problem) -> None:
+        searching = self.found_at is None
+        self.count += searching
+        try:
+            trial = attempt(self.implementation, self.law, problem)
+        except Violation as violation:
+            if searching:
+                self.found_at = self.count
+            self.failure = problem, violation
+            raise
+        except Broken as broken:
+            if searching:
+                self.raised += 1
+                self.broken_at = self.broken_at or self.count
+            size = _size(problem)
+            if self.broken is None or size < self.broken[0]:
+                self.broken = size, problem, broken
+        except NotTested as reason:
+            self.not_tested[str(reason)] = self.not_tested.get(str(reason), 0) + searching
+        else:
+            if searching:
+                self.tightness = max(self.tightness, trial.ratio)
+                for note, held in trial.notes.items():
+                    counts = self.notes.setdefault(note, [0, 0])
+                    counts[0] += held
+                    counts[1] += 1
+
+    def outcome(self, shrink: bool) -> Outcome:
+        law = self.law
+        out = Outcome(
+            law,
+            PASSED,
+            examples=self.count,
+            found_at=self.found_at or self.broken_at,
+            raised=self.raised,
+            tightness=self.tightness,
+            notes={k: (v[0], v[1]) for k, v in self.notes.items()},
+        )
+        if self.failure is not None:
+            problem, violation = self.failure
+            if shrink:
+                problem, violation = simpler(
+                    problem, violation, law.simplify, lambda p: self._violation(p)
+                )
+            out.status, out.reason, out.ratio = FAILED, str(violation), violation.ratio
+            out.counterexample = self._program(violation)
+        elif self.broken is not None:
+            _, _, broken = self.broken
+            out.status = BROKEN
+            out.reason = f"{broken} (in {self.raised} of {self.count} examples)"
+            out.counterexample = self._program(broken)
+        elif sum(self.not_tested.values()) >= self.count:
+            out.status, out.reason = NOT_TESTED, next(iter(self.not_tested), "no example was drawn")
+        elif self.not_tested:
+            out.notes["not tested"] = sum(self.not_tested.values()), self.count
+        return out
+
+    def _violation(self, problem: Problem) -> Violation | None:
+        """The violation of another problem, if it is one."""
+        try:
+            attempt(self.implementation, self.law, problem)
+        except Violation as violation:
+            return violation
+        except (Broken, NotTested):
+            return None
+        return None
+
+    def _program(self, error: Any) -> str:
+        law = self.law
+        said = f"{law.id}: {law.sentence}\n{law.maths}\n{error}"
+        if isinstance(error, Broken):
+            error = Violation(str(error))
+            error.trial = self.broken[2].trial  # type: ignore
+        return program(self.implementation, error.trial, error, said)
+
+
+def _size(problem: Problem) -> int:
+    return sum(v.size if isinstance(v, np.ndarray) else 1 for v in vars(problem).values())
