@@ -46,13 +46,12 @@ def lora_config(
         raise ConfigError("--targets names no module; write q_proj,v_proj, or all-linear")
     plain = all(name.replace("_", "").replace(".", "").isalnum() for name in names)
     listed = plain and targets.strip().lower() != "all-linear"
-    return LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank if alpha is None else alpha,
-        target_modules=names if listed else targets.strip(),
+    return LoraConfig.fresh(
+        rank,
+        alpha,
+        names if listed else targets.strip(),
         use_rslora=rslora,
         lora_dropout=dropout,
-        task_type="CAUSAL_LM",
         base_model_name_or_path=base.name,
     )
 

@@ -93,27 +93,23 @@ _DRAW = "How tokens are chosen"
 Temperature = Annotated[
     float,
     typer.Option(
-        "--temperature", "--temp", "-t", min=0.0, metavar="X", rich_help_panel=_DRAW,
+        "--temperature", "--temp", "-t", metavar="X", rich_help_panel=_DRAW,
         help="0 takes the likeliest token, and draws none",
     ),
 ]  # fmt: skip
 TopK = Annotated[
     int,
-    typer.Option(
-        min=0, metavar="N", rich_help_panel=_DRAW, help="draw from the N likeliest; 0: from all"
-    ),
+    typer.Option(metavar="N", rich_help_panel=_DRAW, help="draw from the N likeliest; 0: from all"),
 ]
 TopP = Annotated[
     float,
-    typer.Option(
-        min=0.0, max=1.0, metavar="X", rich_help_panel=_DRAW,
+    typer.Option( metavar="X", rich_help_panel=_DRAW,
         help="draw from the likeliest that have this probability together",
     ),
 ]  # fmt: skip
 MinP = Annotated[
     float,
-    typer.Option(
-        min=0.0, max=1.0, metavar="X", rich_help_panel=_DRAW,
+    typer.Option( metavar="X", rich_help_panel=_DRAW,
         help="draw from those that have this share of the likeliest's probability",
     ),
 ]  # fmt: skip

@@ -74,7 +74,7 @@ def generate(
     max_new_tokens: Annotated[
         int,
         typer.Option(
-            *NEW_TOKENS, min=0, metavar="N", help="most tokens to write"
+            *NEW_TOKENS, metavar="N", help="most tokens to write"
         ),
     ] = 128,
     temperature: Temperature = 0.0,
@@ -95,11 +95,12 @@ def generate(
     from pylora.commands.prompts import adapter_folders, asked_of
     from pylora.formats import open_checkpoint
     from pylora.generation.generate import generate as run
-    from pylora.generation.sampling import Sampling
+    from pylora.generation.sampling import Sampling, whole_number
     from pylora.model.llama import Llama
 
     check_precision(precision)
-    Sampling(temperature, top_k, top_p, min_p, repetition_penalty)  # before the model is loaded
+    whole_number("--max-new-tokens", max_new_tokens, 0)  # before the model is loaded
+    Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     folders = adapter_folders(adapter or ())
     asked = asked_of(
         folders,

@@ -120,10 +120,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Needs("system", "chat", "it is a message of a conversation"),
         *(Needs(o, "temperature", _DRAWN, _warm) for o in _DRAWS),
     ),
-    "chat": tuple(
-        Needs(option, "temperature", _DRAWN, _warm)
-        for option in ("top_k", "top_p", "min_p", "seed")
-    ),
+    "chat": tuple(Needs(o, "temperature", _DRAWN, _warm) for o in _DRAWS),
     "plan": (
         *(Excludes(o, "adapter", _FILE.format("ADAPTER")) for o in _SHAPE),
         Excludes("every", "as_json", "--json has an object for every module anyway"),
