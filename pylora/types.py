@@ -45,7 +45,8 @@ def _short(value: Any) -> str:
         if len(value) <= 8 and plain:
             return f"[{', '.join(map(_short, value))}]"
         return f"[{len(value)} items]" if value else "[]"
-    return repr(value)
+    said = repr(value)
+    return said if len(said) <= 120 else f"{type(value).__name__}(...)"
 
 
 @dataclass(frozen=True, eq=False)

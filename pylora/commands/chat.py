@@ -28,6 +28,7 @@ from pylora.commands.app import (
     command,
 )
 from pylora.commands.prompts import adapter_folders
+from pylora.commands.template import TemplateArgs, use_template
 from pylora.errors import ConfigError, PyloraError
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def chat(
         str | None,
         typer.Option("--system", "--system-prompt", metavar="TEXT", help="system message"),
     ] = None,
+    template_arg: TemplateArgs = None,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(*NEW_TOKENS, metavar="N", help="most tokens of an answer; default: 512"),
@@ -81,6 +83,7 @@ def chat(
         if name in _BASE:
             raise ConfigError(f"--adapter {name}=...: that name means the base model; take another")
     with load(model, dict(folders), precision=precision) as loaded:
+        use_template(loaded.tokenizer, template_arg)
         if folders:
             loaded.adapters.use(next(iter(folders)))
         talk = Chat(

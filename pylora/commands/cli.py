@@ -3,7 +3,8 @@
 Exit codes: 0 done; 1 something was wrong with the input or the machine, or a check failed (one
 sentence on stderr); 2 the command line was wrong: an unknown verb or option, a value that cannot
 be read, options that contradict each other; 128 + n a signal ended it, 130 for Ctrl-C. The verbs
-are in this folder. Errors in pylora itself keep their traceback: they are bugs.
+are in this folder, and need typer, which --no-deps leaves out; without it this says so. Errors in
+pylora itself keep their traceback: they are bugs.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,7 @@ from pylora.commands.app import (
     command,
 )
 from pylora.commands.inputs import file_or_stdin, text_or_stdin
+from pylora.commands.template import TemplateArgs, use_template
 from pylora.numbers.precision import check_precision
 
 _UNNAMED = "="  # of the adapter without a name; no name that is given has this sign
@@ -71,6 +73,7 @@ def generate(
             help="system message, with --chat",
         ),
     ] = None,
+    template_arg: TemplateArgs = None,
     max_new_tokens: Annotated[
         int,
         typer.Option(
@@ -96,6 +99,7 @@ def generate(
     from pylora.formats import open_checkpoint
     from pylora.generation.generate import generate as run
     from pylora.generation.sampling import Sampling, whole_number
+    from pylora.generation.text import TextStream
     from pylora.model.llama import Llama
 
     check_precision(precision)
@@ -109,6 +113,7 @@ def generate(
     )
     with open_checkpoint(model) as checkpoint:
         tokenizer = checkpoint.tokenizer()
+        use_template(tokenizer, template_arg)
         modules = checkpoint.config.modules()
         loaded = {
             name: Adapter.load(folder, modules, base=checkpoint.load)
@@ -124,12 +129,13 @@ def generate(
             return tokenizer.encode(text, bos=tokenizer.add_bos)
         messages = [{"role": "system", "content": system}] if system is not None else []
         messages.append({"role": "user", "content": text})
-        return tokenizer.encode(tokenizer.apply_chat(messages, add_generation_prompt=True))
+        return tokenizer.encode_chat(tokenizer.apply_chat(messages, add_generation_prompt=True))
 
-    stream = _Stream(tokenizer) if prompts is None else None
+    starts = [ids_of(a.text) for a in asked]
+    stream = _Stream(tokenizer, starts[0]) if prompts is None else None
     answers = run(
         llama,
-        [ids_of(a.text) for a in asked],
+        starts,
         max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -145,25 +151,25 @@ def generate(
     if stream is not None:
         stream.end()
         return
-    for a, answer in zip(asked, answers, strict=True):
+    for a, start, answer in zip(asked, starts, answers, strict=True):
         name = str(folders[None]) if a.adapter == "" else a.adapter
-        print(json.dumps({"adapter": name, "text": tokenizer.decode(answer)}, ensure_ascii=False))
+        text = TextStream(tokenizer, start)
+        for token in answer:
+            text.push(token)
+        text.finish()
+        print(json.dumps({"adapter": name, "text": text.text}, ensure_ascii=False))
 
 
 class _Stream:
-    """Prints text as its tokens come; a character that is not whole yet waits for its rest."""
+    """Prints text as its tokens come."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer, self.ids, self.shown = tokenizer, list[int](), 0
+    def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:
+        from pylora.generation.text import TextStream
+
+        self.text = TextStream(tokenizer, prompt)
 
     def __call__(self, row: int, token: int) -> None:
-        self.ids.append(token)
-        self._show(self.tokenizer.decode(self.ids).rstrip("�"))
-
-    def _show(self, text: str) -> None:
-        print(text[self.shown :], end="", flush=True)
-        self.shown = max(self.shown, len(text))
+        print(self.text.push(token), end="", flush=True)
 
     def end(self) -> None:
-        self._show(self.tokenizer.decode(self.ids))
-        print()
+        print(self.text.finish())

@@ -118,6 +118,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "generate": (
         OneOf(("prompt", "prompts"), "a text, - for standard input, or a file of prompts"),
         Needs("system", "chat", "it is a message of a conversation"),
+        Needs("template_arg", "chat", "it is for the chat template"),
         *(Needs(o, "temperature", _DRAWN, _warm) for o in _DRAWS),
     ),
     "chat": tuple(Needs(o, "temperature", _DRAWN, _warm) for o in _DRAWS),

@@ -29,6 +29,7 @@ from pylora.commands.app import (
 from pylora.commands.guard import sentence, unfinished
 from pylora.commands.inputs import file_or_stdin
 from pylora.commands.outputs import check_folder
+from pylora.commands.template import TemplateArgs, use_template
 from pylora.display.console import Console
 from pylora.errors import ConfigError
 from pylora.numbers.precision import check_precision
@@ -93,6 +94,7 @@ def train(
         int | None,
         _option("--max-tokens", part=DATA, help="most tokens that are computed at a time"),
     ] = None,
+    template_arg: TemplateArgs = None,
     learning_rate: Annotated[
         float, _option("--lr", "--learning-rate", part=HOW, help="peak learning rate")
     ] = 2e-4,
@@ -219,6 +221,7 @@ def train(
     screen = Console()
     with unfinished("nothing was trained yet"), open_checkpoint(model) as checkpoint:
         tokenizer = checkpoint.tokenizer()
+        use_template(tokenizer, template_arg)
         lora = lora_config(config, rank, alpha, targets, rslora, dropout, checkpoint.path)
         plan = resolve(lora, checkpoint.config.modules())
         warn_about_size(plan, checkpoint.config.num_parameters)

@@ -145,7 +145,7 @@ def test_help_lists_each_command(piped: Any) -> None:
     [
         ("/adpter tone", "did you mean /adapter?"),
         ("/xyzzy", "/help lists them"),
-        ("/adapter nobody", "no adapter 'nobody'; there is tone, verse"),
+        ("/adapter nobody", "no adapter 'nobody'; known: tone, verse"),
         ("/weight tone", "such as /weight tone 0.5"),
         ("/weight tone much", "such as /weight tone 0.5"),
         ("/weight tone nan", "such as /weight tone 0.5"),

@@ -194,6 +194,37 @@ def test_the_length_of_an_answer(model: pylora.Model) -> None:
         model.generate("time " * 200)
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ({"temprature": 1}, "temperature"),
+        ({"max_tokens": 5}, "max_new_tokens"),
+        ({"do_sample": True}, "temperature"),
+        ({"stop_strings": ["a"]}, "stop"),
+        ({"xyzzy": 1}, "there are max_new_tokens, "),
+    ],
+)
+def test_a_setting_of_another_name_leads_to_ours(
+    model: pylora.Model, given: dict[str, Any], meant: str
+) -> None:
+    for verb in (model.generate, model.chat):
+        with pytest.raises(ConfigError, match="has no setting") as error:
+            verb("time", **given)
+        assert meant in str(error.value)
+    with pytest.raises(ConfigError, match="did you mean system"):
+        model.chat("time", system_prompt="a")
+    with pytest.raises(ConfigError, match="there are max_new_tokens"):
+        model.generate("time", system_prompt="a")
+
+
+def test_load_has_no_other_settings(path: Path) -> None:
+    for name, meant in (("dtype", "precision"), ("device", "backend"), ("adapter_path", "adapter")):
+        with pytest.raises(ConfigError, match=f"no setting '{name}'; did you mean {meant}"):
+            pylora.load(path, **{name: "x"})
+    with pytest.raises(ConfigError, match="there are adapter, precision, backend"):
+        pylora.load(path, xyzzy=1)
+
+
 def test_chat_takes_what_people_write(model: pylora.Model) -> None:
     k, n = model.tokenizer, {"max_new_tokens": 6}
     user = {"role": "user", "content": "and time?"}
@@ -274,7 +305,7 @@ def test_adapters_by_name(model: pylora.Model, folders: dict[str, Path]) -> None
     a.add("more", folders["verse"])
     assert a["more"].digest() != a["legal"].digest()
     for call, says in (
-        (lambda: a.use("x"), "no adapter 'x'; there is legal, more"),
+        (lambda: a.use("x"), "no adapter 'x'; known: legal, more"),
         (lambda: a.use(), r"use\(None\)"),
         (lambda: a.use("legal", "legal"), "each adapter once"),
         (lambda: a.use({"legal": float("nan")}), "finite number"),
@@ -298,18 +329,23 @@ def test_weights_are_the_weighted_sum(model: pylora.Model, path: Path, tmp_path:
     weights = {"legal": 0.7, "verse": -0.3}
     pairs = [(model.adapters[n], w) for n, w in weights.items()]
     Adapter.stack(pairs).save(tmp_path / "sum")
-    want = by_hand(path, "time", tmp_path / "sum")
-    base = model.generate("time", max_new_tokens=8)
+    how: dict[str, Any] = {
+        "temperature": 1.5,
+        "seed": 2,
+    }
+    want = by_hand(path, "time", tmp_path / "sum", **how)
+    base = model.generate("time", max_new_tokens=8, **how)
     assert base != want
-    assert model.generate("time", max_new_tokens=8, adapter=weights) == want
+    assert model.generate("time", max_new_tokens=8, **how, adapter=weights) == want
     model.adapters.weights = weights
-    assert model.generate("time", max_new_tokens=8) == want
+    assert model.generate("time", max_new_tokens=8, **how) == want
     model.adapters.add_weighted("mix", weights)
-    assert model.generate("time", max_new_tokens=8, adapter="mix") == want
+    assert model.generate("time", max_new_tokens=8, **how, adapter="mix") == want
     both = model.generate(["time", "time"], max_new_tokens=8, adapter=[{"legal": 0.0}, weights])
-    assert both == [base, want]
+    assert both[0] == model.generate("time", max_new_tokens=8, adapter=None)
+    assert both[1] == model.generate("time", max_new_tokens=8)
     model.save(tmp_path / "saved")
-    assert by_hand(path, "time", tmp_path / "saved") == want
+    assert by_hand(path, "time", tmp_path / "saved", **how) == want
 
 
 def test_a_replaced_adapter_reaches_the_sums_that_it_is_in(

@@ -27,6 +27,7 @@ TOGETHER = {
     "conformance/test_ports.py",  # examples/ports
     "demo/test_notation.py",  # the data set
     "formats/test_bad_files.py",  # damaged files of every format
+    "front/test_public.py",  # the names of pylora itself
     "model/test_concurrency.py",  # threads and forks
     "model/test_layers.py",  # the layers against formulas
     "model/test_tiny_transformers.py",  # every shape that the kit draws
