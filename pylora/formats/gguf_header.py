@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from pylora.errors import FileFormatError, UnsupportedError
+from pylora.files.kinds import hint
 from pylora.formats.base import Array, Shape
 from pylora.formats.ggml import BLOCK_TYPES
 from pylora.formats.safetensors import map_file
@@ -65,7 +66,9 @@ def read_header(path: Path) -> GGUFHeader:
     data = map_file(path)
     walk = _Walk(path, data)
     if bytes(walk.take(4, "the magic number")) != b"GGUF":
-        raise FileFormatError(f"{path}: this is not a GGUF file (its first bytes are not 'GGUF')")
+        raise FileFormatError(
+            f"{path}: this is not a GGUF file (its first bytes are not 'GGUF'){hint(path)}"
+        )
     version = walk.u32("the version")
     if version not in (2, 3):
         swapped = version & 0xFFFF == 0

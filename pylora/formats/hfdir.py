@@ -109,7 +109,8 @@ def _write_shard(file: Path, specs: Mapping[str, Spec], produce: Callable[[str],
             shape, dtype = specs[name]
             if array.shape != shape or array.dtype.itemsize != _BYTES[dtype]:
                 raise ValueError(f"{name}: {array.dtype} {array.shape} is not {dtype} {shape}")
-            array.astype(array.dtype.newbyteorder("<"), copy=False).tofile(out)
+            little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+            out.write(little.data)  # tofile would hide what the system says
 
 
 def write_tokenizer(directory: Path, source: Checkpoint) -> str:
