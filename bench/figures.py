@@ -38,7 +38,7 @@ from pylora.display.palette import (
 try:
     from matplotlib.figure import Figure
 except ImportError:
-    raise SystemExit("pictures need matplotlib: pip install 'pylora[plot]'") from None
+    raise SystemExit("pictures need matplotlib: pip install 'pylora-engine[plot]'") from None
 
 PEER_LINES = {"fp32": BLACK, "bf16": VERMILION}  # of PEFT, where lines cross
 VERSUS = {  # cases of bench/bars.py -> heading; a part in the key takes that part alone

@@ -55,6 +55,10 @@ class DataError(PyloraError, ValueError):
     """A training or evaluation record cannot be used. The message names the file and line."""
 
 
+class WrongDataError(WrongTypeError, DataError):
+    """Text where ids belong, ids where text belongs: a wrong type, of the data."""
+
+
 class TrainingError(PyloraError, ArithmeticError):
     """Training left the finite numbers. The message names the step and the last good checkpoint."""
 
@@ -88,14 +92,24 @@ def describe(value: Any) -> str:
         return f"the path {str(value)[:200]!r}"
     if isinstance(value, (list, tuple, set, frozenset, dict)):
         return f"a {name} of {len(value)}"
-    if hasattr(value, "dtype") and hasattr(value, "shape"):
+    if _is_array(value):
         return f"an array of {value.dtype} {list(value.shape)}"
     return f"{'an' if name[:1].lower() in 'aeio' else 'a'} {name}"
 
 
-def wrong_type(where: str, takes: str, got: Any, advice: str = "") -> NoReturn:
+def wrong_type(
+    where: str,
+    takes: str,
+    got: Any,
+    advice: str = "",
+    kind: type[WrongTypeError] = WrongTypeError,
+) -> NoReturn:
     """Raises the WrongTypeError "`where` takes `takes`, got `got`; `advice`"."""
-    raise WrongTypeError(f"{where} takes {takes}, got {describe(got)}{advice and '; '}{advice}")
+    raise kind(f"{where} takes {takes}, got {describe(got)}{advice and '; '}{advice}")
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "dtype") and isinstance(getattr(value, "shape", None), tuple)
 
 
 def kind_of(value: Any) -> str:
@@ -114,13 +128,14 @@ def kind_of(value: Any) -> str:
     for base in type(value).__mro__:  # every checkpoint is a Checkpoint
         if base.__name__ in _NAMES:
             return base.__name__
-    return "array" if hasattr(value, "dtype") and hasattr(value, "shape") else type(value).__name__
+    return "array" if _is_array(value) else type(value).__name__
 
 
 _NAMES = frozenset(
     "Model Llama Adapter LoraConfig Plan Checkpoint Tokenizer AdapterPool TrainConfig LlamaConfig "
     "TrainResult LoRA".split()
 )
+_DATA = ("ids", "prompts", "text", "messages")
 _OPEN = "open it first: model = pylora.load(path), or of the parts {}"
 _LLAMA = _OPEN.format("Llama.from_checkpoint(open_checkpoint(path))")
 _LOAD = "load it first: Adapter.load(path, model.config.modules())"
@@ -251,10 +266,11 @@ THINGS: dict[str, Thing] = {
     ),
     "array": Thing(
         "an array",
-        _has("dtype", "shape"),
+        _is_array,
         {
             "list": "make one: numpy.asarray(values, numpy.float32)",
             "ids": "make one: numpy.asarray(values, numpy.float32)",
+            "texts": "make one: numpy.asarray(numbers, numpy.float32)",
             "text": "text becomes ids, ids are embedded by the whole model: model.forward(ids)",
         },
     ),
@@ -321,7 +337,7 @@ THINGS: dict[str, Thing] = {
     ),
     "tokenizer": Thing(
         "a tokenizer",
-        _has("encode", "decode"),
+        _has("eos_ids"),  # text can be encoded too, and bytes decoded
         {
             "text": "open the model: open_checkpoint(path).tokenizer()",
             "path": "open the model: open_checkpoint(path).tokenizer()",
@@ -409,4 +425,5 @@ def expect(thing: str, value: Any, where: str) -> None:
     """Raises WrongTypeError unless `value` is what THINGS calls `thing`; `where` takes it."""
     known = THINGS[thing]
     if not known.fits(value):
-        wrong_type(where, known.takes, value, known.advice.get(kind_of(value), ""))
+        kind = WrongDataError if thing in _DATA else WrongTypeError
+        wrong_type(where, known.takes, value, known.advice.get(kind_of(value), ""), kind)

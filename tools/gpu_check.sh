@@ -132,8 +132,8 @@ CODE
 tests() {
   export PYLORA_TEST_BACKENDS=cuda,cupy OUT PYTHON
   # shellcheck disable=SC2016
-  printf '%s\n' tests/test_*.py | xargs -P "$JOBS" -I FILE sh -c '
-    log=$OUT/tests/$(basename FILE .py).log
+  find tests -name 'test_*.py' | sort | xargs -P "$JOBS" -I FILE sh -c '
+    log=$OUT/tests/$(printf %s FILE | tr / .).log
     $PYTHON -m pytest -q -p no:cacheprovider -k "cuda or cupy or gpu" FILE >"$log" 2>&1
     rc=$?
     [ $rc = 5 ] && rc=0 # none of its tests is about a GPU
@@ -161,7 +161,7 @@ sanitizer() {
   echo 'import cupy; cupy.cuda.set_allocator(None)' >"$OUT/no_pool/sitecustomize.py"
   PYTHONPATH="$OUT/no_pool:$PYTHONPATH" PYLORA_TEST_BACKENDS=cuda \
     compute-sanitizer --tool "$1" --error-exitcode 86 --target-processes all \
-    "$PYTHON" -m pytest -q -p no:cacheprovider --hypothesis-profile few tests/test_ops.py \
+    "$PYTHON" -m pytest -q -p no:cacheprovider --hypothesis-profile few tests/ops/test_protocol.py \
     -k "cuda and (agrees_with_float64 or any_layout or decoding_is_prefill)"
 }
 

@@ -5,10 +5,11 @@ Settings have transformers' names. Nothing here holds state.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pylora.errors import DataError, WrongTypeError, describe, kind_of
+from pylora.errors import ConfigError, DataError, WrongDataError, describe, kind_of
 from pylora.generation.generate import stream
 from pylora.generation.prompt_cache import PromptCache
 from pylora.generation.sampling import Sampling, whole_number
@@ -19,14 +20,47 @@ if TYPE_CHECKING:
     from pylora.model.llama import Llama
     from pylora.text.tokenizer import Tokenizer
 
-DEFAULT_NEW_TOKENS = 256
+DEFAULT_NEW_TOKENS = 512
 
 Message = Mapping[str, Any]
 Conversation = Sequence[Message]
 
 
+# What the settings are called elsewhere: OpenAI, mlx-lm, vLLM, llama.cpp, transformers.
+_FOREIGN = {
+    "max_tokens": "max_new_tokens",
+    "n_predict": "max_new_tokens",
+    "max_length": "max_new_tokens",
+    "temp": "temperature",
+    "do_sample": "temperature (0: greedy)",
+    "stop_strings": "stop",
+    "stop_sequences": "stop",
+    "repeat_penalty": "repetition_penalty",
+    "random_seed": "seed",
+    "system_prompt": "system",
+    "adapter_name": "adapter",
+    "adapter_names": "adapter",
+    "lora_request": "adapter",
+}
+_SETTINGS = (
+    "max_new_tokens temperature top_p top_k min_p repetition_penalty seed stop stream adapter "
+    "batch_size"
+).split()
+
+
+def known_settings(verb: str, others: Mapping[str, Any]) -> None:
+    """ConfigError for a setting that does not exist, with the one that may be meant."""
+    known = [*_SETTINGS, *(["system"] if verb == "chat" else [])]
+    for name in others:
+        meant = _FOREIGN.get(name) or next(iter(difflib.get_close_matches(name, known, 1)), "")
+        if meant == "system" and verb != "chat":
+            meant = ""
+        hint = f"did you mean {meant}?" if meant else f"there are {', '.join(known)}"
+        raise ConfigError(f"{verb} has no setting {name!r}; {hint}")
+
+
 def prompts_of(prompt: Any) -> tuple[list[str], bool]:
-    """(the texts, whether one was given rather than a list). WrongTypeError for what is no text."""
+    """(the texts, whether one was given rather than a list). WrongDataError for what is no text."""
     if isinstance(prompt, str):
         return [prompt], True
     if isinstance(prompt, (list, tuple)) and all(isinstance(p, str) for p in prompt):
@@ -41,7 +75,7 @@ def prompts_of(prompt: Any) -> tuple[list[str], bool]:
         "dict": "messages go to chat: model.chat([message])",
         "list": "messages go to chat: model.chat(messages)",
     }.get(kind_of(prompt), "")
-    raise WrongTypeError(
+    raise WrongDataError(
         f"generate takes a text or a list of texts, got {describe(prompt)}{advice and '; '}{advice}"
     )
 
@@ -52,7 +86,7 @@ def conversations_of(messages: Any, system: str | None) -> tuple[list[list[Messa
     first: list[Message] = []
     if system is not None:
         if not isinstance(system, str):
-            raise WrongTypeError(f"system takes a text, got {describe(system)}")
+            raise WrongDataError(f"system takes a text, got {describe(system)}")
         first = [{"role": "system", "content": system}]
 
     def user(text: str) -> list[Message]:
@@ -76,7 +110,7 @@ def conversations_of(messages: Any, system: str | None) -> tuple[list[list[Messa
             raise DataError("chat got no message; give a text or [{'role': ..., 'content': ...}]")
     ids = kind_of(messages) in ("ids", "lists of ids")
     advice = "; decode them: model.tokenizer.decode(ids)" if ids else ""
-    raise WrongTypeError(
+    raise WrongDataError(
         "chat takes a text, a list of messages {'role': ..., 'content': ...}, or a list of either "
         f"for many conversations at once, got {describe(messages)}{advice}"
     )
