@@ -10,6 +10,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -137,7 +138,8 @@ def _initial(
     e: PlanEntry, field: str, shape: tuple[int, ...], config: LoraConfig, seed: int
 ) -> Array:
     """The first values of A, B or the bias of B, as PEFT fills them."""
-    how = config.init_lora_weights
+    how: Any = config.init_lora_weights
+    how = how.lower() if isinstance(how, str) else how
     if not isinstance(how, bool) and how != "gaussian":
         raise UnsupportedError(
             f"init_lora_weights = {how!r} is only read from files; a fresh adapter can be made "

@@ -191,8 +191,8 @@ def _layer(config: LoraConfig, path: str) -> int | None:
         return int(match[1]) if match else None
     for pattern in patterns:
         frame = r"(?:^|.*?\.)", r"\.(?P<idx>\d+)\."
-        if match := compiled(pattern, "layers_pattern", frame).match(path):
-            return None if match["idx"] is None else int(match["idx"])
+        if found := compiled(pattern, "layers_pattern", frame).match(path):
+            return None if found["idx"] is None else int(found["idx"])
     return None
 
 

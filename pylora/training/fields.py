@@ -43,7 +43,10 @@ _WEIGHT = (
 _SERVER = "is an argument of a request, which changes nothing that is trained"
 _THINKING = "belongs into the assistant's message, or into chat_template_kwargs"
 _TEMPLATE = "is an argument of the chat template; put it into chat_template_kwargs"
-_PLACE = "has no place in this kind of record; make it part of the prompt"
+_PLACE = (
+    "has no place in this kind of record; say what it is with --fields, such as "
+    "--fields prompt=question,completion=answer, or make it part of the prompt"
+)
 
 REFUSED: dict[str, str] = {
     **dict.fromkeys(
@@ -139,7 +142,7 @@ class Fields:
         return cls(names, roles, frozenset(dropped))
 
     def rename(self, record: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """The record in pylora's names. None stands for a field that is not there, as in parquet."""
+        """The record in pylora's names. DataError where two fields would have one name."""
         out = {k: v for k, v in record.items() if k not in self.dropped}
         for ours, theirs in self.names.items():
             if ours in ("role", "content") or ours == theirs:
@@ -158,12 +161,14 @@ class Fields:
         return {k: v for k, v in out.items() if k not in gone} | moved
 
 
-def check(record: Mapping[str, Any], where: str) -> None:
-    """DataError for a field that some tool acts on and pylora does not, or that is misspelt."""
+def check(record: Mapping[str, Any], where: str, known: bool = True) -> None:
+    """DataError for a field that some tool acts on and pylora does not, or that is misspelt.
+
+    `known`: the record has a form that is known; else what it has may be that form's own names."""
     for name, value in record.items():
         if value is None or name in CARRIED:
             continue
-        if name in REFUSED:
+        if name in REFUSED and (known or REFUSED[name] != _PLACE):
             raise DataError(
                 f"{where}: the field {name!r} {REFUSED[name]}; to train without it, say so: "
                 f"--fields=-{name}"

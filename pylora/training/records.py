@@ -87,7 +87,7 @@ def interpret(
             and ours not in ("input", "system")
         ):
             raise DataError(f"{where}: there is no field {theirs!r}, which is to be {ours!r}")
-    check(named, where)
+    check(named, where, any(name in named for names in KINDS.values() for name in names))
     kind = kind_of(named, where)
     named = {k: v for k, v in named.items() if v is not None or k in KINDS[kind]}
     if kind == "text":
