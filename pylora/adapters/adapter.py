@@ -17,7 +17,7 @@ import numpy as np
 from pylora.adapters import peft
 from pylora.adapters.loraconfig import LoraConfig
 from pylora.adapters.peft import Array, Load
-from pylora.adapters.plan import Plan, PlanEntry, resolve
+from pylora.adapters.plan import Plan, PlanEntry, named_targets, resolve
 from pylora.errors import ConfigError, PlanError, UnsupportedError
 from pylora.model.config import ModuleSpec
 from pylora.numbers import random
@@ -97,8 +97,9 @@ class Adapter(Mapping[str, LoRA]):
         return cls(*peft.read(directory, modules, base))
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes a PEFT directory, float32; loading it gives the same bits."""
-        peft.write(directory, self.config, parameters(self))
+        """Writes a PEFT directory, float32; loading it gives the same bits. The word "all-linear"
+        is written as the names that it stood for, as PEFT does: servers do not know the word."""
+        peft.write(directory, named_targets(self.config, self.plan), parameters(self))
 
     @property
     def num_parameters(self) -> int:

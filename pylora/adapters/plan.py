@@ -6,6 +6,7 @@ an exclusion, a pattern or a layer that matches nothing. No array is touched.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 import re
@@ -95,6 +96,15 @@ def resolve(config: LoraConfig, modules: Mapping[str, ModuleSpec]) -> Plan:
     if config.bias == "all":
         others = tuple((p, s) for p, s in modules.items() if s.bias and p not in chosen)
     return Plan(entries, others)
+
+
+def named_targets(config: LoraConfig, plan: Plan) -> LoraConfig:
+    """The config with the names of its modules in place of the word "all-linear"."""
+    target = config.target_modules
+    if not isinstance(target, str) or target.lower() != ALL_LINEAR:
+        return config
+    names = dict.fromkeys(e.path.rsplit(".", 1)[-1] for e in plan.entries)
+    return dataclasses.replace(config, target_modules=tuple(names))
 
 
 def _entry(config: LoraConfig, path: str, spec: ModuleSpec, rule: str) -> PlanEntry:

@@ -33,6 +33,12 @@ class Checkpoint(ABC):
 
     path: Path
     config: LlamaConfig
+    notes: tuple[str, ...] = ()  # what a user should know of files that lie beside the weights
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The content of the model's config.json, whole; {} where there is none."""
+        return {}
 
     @abstractmethod
     def names(self) -> tuple[str, ...]:
