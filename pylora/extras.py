@@ -17,6 +17,7 @@ EXTRAS: dict[str, str] = {
     "hypothesis": "conformance",
     "ml_dtypes": "conformance",
     "pytest": "test",
+    "pyarrow": "parquet",
 }
 
 

@@ -47,14 +47,15 @@ def tokenizer_for(
     if own.chat_template is None:
         own.chat_template = base.chat_template
     same = own.chat_template == base.chat_template and own.eos_ids == base.eos_ids
-    same = same and own.tokens == base.tokens and own.add_bos == base.add_bos
+    same = same and _vocabulary(own) == _vocabulary(base) and own.add_bos == base.add_bos
     return own, None if same else f"the adapter's own tokenizer is used ({folder / TOKENIZER})"
 
 
 def _compare(base: Tokenizer, own: Tokenizer, vocab_size: int, folder: Path) -> None:
     where = f"{folder / TOKENIZER}"
-    for token, number in own.tokens.items():
-        known = base.tokens.get(token)
+    known_ids = _vocabulary(base)
+    for token, number in _vocabulary(own).items():
+        known = known_ids.get(token)
         if known is not None and known != number:
             raise PlanError(
                 f"{where}: the token {token!r} has id {number}, but the base model's tokenizer "
@@ -65,3 +66,7 @@ def _compare(base: Tokenizer, own: Tokenizer, vocab_size: int, folder: Path) -> 
                 f"{where}: the token {token!r} has id {number}, beyond the model's vocabulary of "
                 f"{vocab_size}: the adapter was trained on a model with more tokens"
             )
+
+
+def _vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
+    return dict(tokenizer._backend.get_vocab(with_added_tokens=True))

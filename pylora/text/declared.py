@@ -62,7 +62,10 @@ def add_declared(
                 tokens.append((index, _token({"content": name} | flags)))
     notes = _add(backend, sorted(tokens, key=lambda t: t[0]))
     known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-    wanted = [*((declared.get(key), name) for key, name in names.items()), *((None, n) for n in more)]
+    wanted = [
+        *((declared.get(key), name) for key, name in names.items()),
+        *((None, n) for n in more),
+    ]
     backend.add_special_tokens([known.get(n) or _special(token, n) for token, n in wanted])
     return names, notes
 

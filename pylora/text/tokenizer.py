@@ -23,7 +23,13 @@ from pylora.text.stream import TextStream
 
 MAX_TOKENIZER = 256 << 20  # bytes of tokenizer.json
 MAX_SMALL = 16 << 20  # bytes of the other files
-_ANCHORS = ("\n", ".", "a", "0", "-")  # what a continuation is put behind; see `encode_continuation`
+_ANCHORS = (
+    "\n",
+    ".",
+    "a",
+    "0",
+    "-",
+)  # what a continuation is put behind; see `encode_continuation`
 
 T = TypeVar("T")
 Spans = list[tuple[int, int]]

@@ -76,6 +76,9 @@ REFUSED: dict[str, str] = {
     ),
 }
 
+# Names that are close to one above and mean another thing, which no tool acts on.
+PASSED = frozenset("prompt_id prompt_source source metadata category id score".split())
+
 # Of a message: what is carried out here. The template is given every other field that it may show.
 MESSAGE: dict[str, str] = {
     "role": "user, assistant, system, developer or tool",
@@ -166,7 +169,7 @@ def check(record: Mapping[str, Any], where: str, known: bool = True) -> None:
 
     `known`: the record has a form that is known; else what it has may be that form's own names."""
     for name, value in record.items():
-        if value is None or name in CARRIED:
+        if value is None or name in CARRIED or name in PASSED:
             continue
         if name in REFUSED and (known or REFUSED[name] != _PLACE):
             raise DataError(
@@ -174,7 +177,7 @@ def check(record: Mapping[str, Any], where: str, known: bool = True) -> None:
                 f"--fields=-{name}"
             )
         near = difflib.get_close_matches(name.lower(), [*CARRIED, *REFUSED], 1, 0.85)
-        if near:
+        if near and name not in REFUSED:
             raise DataError(
                 f"{where}: there is no field {name!r}; did you mean {near[0]!r}? If it is to be "
                 f"passed over, say so: --fields=-{name}"

@@ -92,7 +92,7 @@ def _unpacked(raw: IO[bytes], name: str) -> Iterator[tuple[str, Record]]:
     yield from _of_kind(buffered, name, Path(name).suffix)
 
 
-def _of_kind(file: io.BufferedReader, name: str, suffix: str) -> Iterator[tuple[str, Record]]:
+def _of_kind(file: Any, name: str, suffix: str) -> Iterator[tuple[str, Record]]:
     head = file.peek(_HEAD)[:_HEAD]
     if not head:
         raise DataError(f"{name}: the file is empty; it must hold one record a line, as JSON")
@@ -134,7 +134,7 @@ def _of_folder(folder: Path) -> str:
 # ---- the forms -----------------------------------------------------------------------------------
 
 
-def _lines(file: io.BufferedReader, name: str) -> Iterator[tuple[str, Record]]:
+def _lines(file: Any, name: str) -> Iterator[tuple[str, Record]]:
     number = 0
     while line := file.readline(_MAX_LINE + 1):
         number += 1
@@ -151,7 +151,7 @@ def _lines(file: io.BufferedReader, name: str) -> Iterator[tuple[str, Record]]:
         yield where, _object(_parse(line, where), where)
 
 
-def _array(file: io.BufferedReader, name: str) -> Iterator[tuple[str, Record]]:
+def _array(file: Any, name: str) -> Iterator[tuple[str, Record]]:
     data = file.read(_MAX_ARRAY + 1)
     if len(data) > _MAX_ARRAY:
         raise DataError(
@@ -165,7 +165,7 @@ def _array(file: io.BufferedReader, name: str) -> Iterator[tuple[str, Record]]:
         yield where, _object(value, where)
 
 
-def _csv(file: io.BufferedReader, name: str, delimiter: str) -> Iterator[tuple[str, Record]]:
+def _csv(file: Any, name: str, delimiter: str) -> Iterator[tuple[str, Record]]:
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     rows = csv.reader(text, delimiter=delimiter, strict=True)
     try:
@@ -199,7 +199,7 @@ def _cell(column: str, value: str, where: str) -> Any:
     return value
 
 
-def _parquet(file: io.BufferedReader, name: str) -> Iterator[tuple[str, Record]]:
+def _parquet(file: Any, name: str) -> Iterator[tuple[str, Record]]:
     parquet = need("pyarrow.parquet")
     number = 0
     try:

@@ -350,6 +350,7 @@ def _check_content(message: Message, role: str, calls: bool, place: str) -> None
     content = message.get("content")
     if isinstance(content, list):
         for j, part in enumerate(content):
+            part = {"type": "text", "text": part} if isinstance(part, str) else part
             kind = part.get("type") if isinstance(part, dict) else None
             if kind != "text":
                 raise DataError(
@@ -357,7 +358,7 @@ def _check_content(message: Message, role: str, calls: bool, place: str) -> None
                     '{"type": "text", "text": "..."}'
                 )
             string(part, "text", f"{place}: part {j} of the content", may_be_empty=True)
-        joined = "".join(part["text"] for part in content)
+        joined = "".join(p if isinstance(p, str) else p["text"] for p in content)
         if role == "assistant" and not joined.strip() and not calls:
             raise DataError(f"{place}: the field 'content' is empty")
         return
