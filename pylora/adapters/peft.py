@@ -109,6 +109,16 @@ def read_config(directory: str | os.PathLike[str]) -> LoraConfig:
     if not where.is_dir():
         raise FileFormatError(f"{where}: there is no such directory (expected a PEFT adapter)")
     file = where / CONFIG
+    mlx = where / "adapters.safetensors"
+    if mlx.is_file() and not (where / WEIGHTS).is_file():
+        raise UnsupportedError(
+            f"{where}: this is an adapter of mlx-lm ({mlx.name}), which has names and an order of "
+            "its own; pylora reads PEFT's form"
+        )
+    if not file.is_file():
+        nested = [d for d in ("adapter", "final_adapter", "lora") if (where / d / CONFIG).is_file()]
+        hint = f"; there is one in {where / nested[0]}" if nested else ""
+        raise FileFormatError(f"{where}: there is no {CONFIG}, so this is no PEFT adapter{hint}")
     return LoraConfig.from_json(read_text(file, limit=_CONFIG_LIMIT), str(file))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from pylora.errors import FileFormatError
@@ -23,6 +24,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise FileFormatError(f"{where}: there is no such file or directory")
     if where.is_dir():
         ggufs = sorted(where.glob("*.gguf"))
+        ggufs = [f for f in ggufs if not re.search(r"-(?!00001)\d{5}-of-\d{5}\.gguf$", f.name)]
         if (where / "config.json").exists():
             from pylora.formats.huggingface import HuggingFaceCheckpoint
 

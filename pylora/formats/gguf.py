@@ -18,7 +18,8 @@ from pylora.errors import FileFormatError, UnsupportedError
 from pylora.extras import need
 from pylora.formats.base import Array, Checkpoint, Shape, check_tensors, read_config, widen
 from pylora.formats.gguf_config import ROPE_FACTORS, hf_config
-from pylora.formats.gguf_header import GGUFHeader, read_header
+from pylora.formats.gguf_header import GGUFHeader
+from pylora.formats.gguf_split import read_gguf
 from pylora.numbers.precision import Stored
 from pylora.numbers.quantize import BLOCK_BYTES
 
@@ -53,7 +54,7 @@ class GGUFCheckpoint(Checkpoint):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        header = read_header(path)
+        header = read_gguf(path)
         self._header: GGUFHeader | None = header
         self.config = read_config(path, hf_config(header))
         self._stored: dict[str, str] = {}

@@ -17,7 +17,7 @@ import numpy as np
 from pylora.errors import FileFormatError, UnsupportedError
 from pylora.extras import need
 from pylora.formats.base import Array, Shape
-from pylora.formats.safetensors import map_file
+from pylora.formats.safetensors import map_file, pointer_hint
 
 MAX_DIMS = 4
 MAX_ALIGNMENT = 1 << 20
@@ -36,6 +36,7 @@ class GGUFTensor:
     shape: Shape
     start: int
     end: int
+    part: int = 0  # which file of a split model
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class GGUFHeader:
     data: Array  # the whole file, uint8, mapped
     metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor]
+    more: tuple[Array, ...] = ()  # the further files of a split model
 
     def rows(self, name: str) -> Array:
         """The stored bytes of a tensor, uint8 [rows, bytes per row], a read-only view."""
@@ -53,7 +55,8 @@ class GGUFHeader:
         rows = 1
         for n in tensor.shape[:-1]:
             rows *= n
-        return self.data[tensor.start : tensor.end].reshape(rows, -1)
+        data = self.more[tensor.part - 1] if tensor.part else self.data
+        return data[tensor.start : tensor.end].reshape(rows, -1)
 
 
 def read_header(path: Path) -> GGUFHeader:
@@ -62,7 +65,9 @@ def read_header(path: Path) -> GGUFHeader:
     data = map_file(path)
     walk = _Walk(path, data)
     if bytes(walk.take(4, "the magic number")) != b"GGUF":
-        raise FileFormatError(f"{path}: this is not a GGUF file (its first bytes are not 'GGUF')")
+        raise FileFormatError(
+            f"{path}: this is not a GGUF file (its first bytes are not 'GGUF'){pointer_hint(data)}"
+        )
     version = walk.u32("the version")
     if version not in (2, 3):
         swapped = version & 0xFFFF == 0

@@ -64,6 +64,8 @@ class SafeTensors:
                 f"{self.path}: {size} bytes are too few for a safetensors file; is it truncated?"
             )
         length = int.from_bytes(self._data[:8].tobytes(), "little")
+        if hint := pointer_hint(self._data):
+            raise FileFormatError(f"{self.path}: this is no safetensors file{hint}")
         if length > min(MAX_HEADER, size - 8):
             raise FileFormatError(
                 f"{self.path}: the header claims {length} bytes, but the file has {size} "
@@ -129,6 +131,22 @@ def map_file(path: Path) -> Array:
         return np.asarray(np.memmap(path, np.uint8, mode="r"))
     except (OSError, ValueError) as error:
         raise FileFormatError(f"{path}: cannot be opened ({error})") from error
+
+
+def pointer_hint(data: Array) -> str:
+    """What a file is that stands in place of weights, for an error's end; "" where it may be them.
+
+    Git LFS leaves a small text where the weights were not downloaded; a browser saves a page.
+    """
+    head = data[:64].tobytes().lstrip().lower()
+    if head.startswith(b"version https://git-lfs"):
+        return (
+            ": it is a Git LFS pointer, and the file itself was not downloaded; run `git lfs pull` "
+            "in the repository, or download the file from the hub"
+        )
+    if head.startswith((b"<!doctype", b"<html")):
+        return ": it is a web page; download the file itself (on a hub: the 'resolve' address)"
+    return ""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

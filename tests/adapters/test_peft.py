@@ -69,8 +69,11 @@ def test_what_is_saved_is_loaded_bit_for_bit(tmp_path: Path, fields: dict[str, A
     adapter = make(**fields)
     adapter.save(tmp_path / "a")
     again = Adapter.load(tmp_path / "a", MODULES)
-    assert again.config == adapter.config
-    assert again.plan == adapter.plan
+    if adapter.config.target_modules == "all-linear":  # saved as the names that it stood for
+        assert [e.path for e in again.plan] == [e.path for e in adapter.plan]
+    else:
+        assert again.config == adapter.config
+        assert again.plan == adapter.plan
     assert list(again) == list(adapter)
     for key, array in parameters(adapter).items():
         other = parameters(again)[key]
