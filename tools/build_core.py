@@ -3,14 +3,22 @@ library as `pylora.backends._cuda_abi` (ABI mode: nothing is compiled or linked)
 
 The declarations come from the headers themselves, so that header and binding cannot disagree.
 Nothing is compiled for the building machine: each instruction set has its own source files, chosen
-at run time.
+at run time. The core's sources are compiled on all processors at once, those that take longest
+first, into objects that the next build finds again by what went into them.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
+import shutil
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from cffi import FFI
 
@@ -36,19 +44,99 @@ def sources() -> list[str]:
 
 
 MSVC = sys.platform == "win32"
+# No contraction: a fused multiply-add happens where the source says so and nowhere else, so that
+# results do not depend on the compiler. -g0 keeps the installed file small.
+FLAGS = (
+    ["/std:c11", "/O2", "/fp:precise", "/experimental:c11atomics"]
+    if MSVC
+    else ["-std=c11", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"]
+)
+# More flags for the core alone; CI's are -Wall -Wextra -Werror.
+FLAGS += os.environ.get("PYLORA_CORE_FLAGS", "").split()
+
+
+def workers() -> int:
+    """Compilers that run at a time: PYLORA_BUILD_JOBS, or as many as this process has processors."""
+    asked = os.environ.get("PYLORA_BUILD_JOBS", "").strip()
+    if asked and not (asked.isdecimal() and int(asked)):
+        raise SystemExit(f"PYLORA_BUILD_JOBS is {asked!r}; it must be a whole number from 1 on")
+    if asked:
+        return int(asked)
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def included(path: Path, seen: set[Path] | None = None) -> set[Path]:
+    """A source and the project's own headers that it includes, however far down."""
+    seen = set() if seen is None else seen
+    if path not in seen:
+        seen.add(path)
+        for name in re.findall(r'^#\s*include "([^"]+)"', path.read_text("utf-8"), flags=re.M):
+            for folder in (path.parent, ROOT / "csrc"):
+                if (file := (folder / name).resolve()).is_file():
+                    included(file, seen)
+                    break
+    return seen
+
+
+def effort(path: Path) -> tuple[bool, int]:
+    """Sorts by how long a compiler takes, roughly: kernels first, then by what they include."""
+    return path.parent.name == "cpu", sum(f.stat().st_size for f in included(path))
+
+
+def compile_core(compiler: Any, folder: Path) -> list[str]:
+    """Compiles what changed with a setuptools compiler; gives the objects' paths, or that of
+    libpylora.a with all of them in it, and says on standard error how far it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = sorted((ROOT / name for name in sources()), key=effort, reverse=True)
+    command = repr((getattr(compiler, "compiler_so", None) or sys.platform, FLAGS))
+    begun, lock, finished = time.monotonic(), threading.Lock(), [0]
+
+    def compile_one(source: Path) -> str:
+        digest = hashlib.sha256(command.encode())
+        for file in sorted(included(source)):
+            digest.update(file.name.encode() + file.read_bytes())
+        made = folder / f"{source.stem}-{digest.hexdigest()[:16]}.o"
+        if not made.exists():
+            unfinished = folder / f"{made.stem}.{os.getpid()}"  # a folder of its own
+            relative = os.path.relpath(source)  # of the compiler's messages and the object's place
+            (produced,) = compiler.compile(
+                [relative],
+                output_dir=str(unfinished),
+                include_dirs=[str(ROOT / "csrc")],
+                extra_postargs=FLAGS,
+            )
+            for old in folder.glob(f"{source.stem}-*.o"):
+                old.unlink(missing_ok=True)
+            Path(produced).replace(made)
+            shutil.rmtree(unfinished, ignore_errors=True)
+        with lock:
+            finished[0] += 1
+            seconds = time.monotonic() - begun
+            text = f"C core: {finished[0]} of {len(files)} files, {seconds:.0f} s ({source.name})"
+            print(text, file=sys.stderr, flush=True)
+        return str(made)
+
+    with ThreadPoolExecutor(workers()) as pool:
+        objects = list(pool.map(compile_one, files))
+    if MSVC:
+        return objects
+    library = folder / "libpylora.a"
+    library.unlink(missing_ok=True)
+    compiler.create_static_lib(objects, "pylora", output_dir=str(folder))
+    return [str(library)]
+
+
 ffibuilder = FFI()
 ffibuilder.cdef(declarations(HEADER.read_text(encoding="utf-8")))
+# setup.py compiles the core, as it likes; what is compiled here is cffi's own file.
 ffibuilder.set_source(
     "pylora.backends._core",
     '#include "pylora.h"',
-    sources=sources(),
     include_dirs=["csrc"],
     depends=[str(f.relative_to(ROOT)) for f in ROOT.glob("csrc/**/*.[hi]*")],
-    # No contraction: a fused multiply-add happens where the source says so and nowhere else, so
-    # that results do not depend on the compiler. -g0 keeps the installed file small.
-    extra_compile_args=["/std:c11", "/O2", "/fp:precise", "/experimental:c11atomics"]
-    if MSVC
-    else ["-std=c11", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"],
+    extra_compile_args=FLAGS,
     libraries=[] if MSVC else ["m", "pthread"],
 )
 
@@ -57,7 +145,3 @@ cuda_abi = FFI()
 for header in (HEADER, CUDA_HEADER):
     cuda_abi.cdef(declarations(header.read_text(encoding="utf-8"), compiled=False))
 cuda_abi.set_source("pylora.backends._cuda_abi", None)
-
-if __name__ == "__main__":
-    cuda_abi.compile(verbose=True)
-    ffibuilder.compile(verbose=True)

@@ -177,7 +177,7 @@ def check_nvrtc(source: Path, nvrtc: ctypes.CDLL) -> int:
         )
         if status:
             raise SystemExit(f"nvrtcCreateProgram failed ({status})")
-        # The options of pylora/backends/cupy_kernels.py: the kernels that CuPy compiles. 177: a
+        # The options of pylora/backends/cupy/kernels.py: the kernels that CuPy compiles. 177: a
         # function of device.cuh that no kernel happens to use.
         flags = [b"-std=c++17", b"-DPYLORA_SMALL_KERNELS", b"-diag-suppress=177"]
         flags.append(f"--gpu-architecture={target}".encode())

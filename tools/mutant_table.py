@@ -15,7 +15,7 @@ from pathlib import Path
 from pylora.conformance.laws.registry import LAWS
 from pylora.conformance.mutants import GROUPS, Mutant, mutants
 from pylora.conformance.mutants.hunt import kills
-from pylora.conformance.runner import PROFILES, Outcome
+from pylora.conformance.running.runner import PROFILES, Outcome
 
 FEW = 30  # examples of the laws after the one that kills first
 HEAD = """# Mutants

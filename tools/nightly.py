@@ -1,6 +1,7 @@
 """The nightly profile, law by law: it can be cut off at any time and goes on where it was.
 
-    python tools/nightly.py --out nightly.jsonl --minutes 90 pylora.conformance.correct:Correct
+    python tools/nightly.py --out nightly.jsonl --minutes 90 \\
+        pylora.conformance.correct.plain:Correct
     python tools/nightly.py --out nightly.jsonl --table
 
 Each law that finished is a line of JSON in the file. A law is run again only if the file has no
@@ -26,9 +27,9 @@ from typing import Any
 import numpy as np
 
 import pylora
-from pylora.conformance.laws import registry as laws
+from pylora.conformance.laws import registry
 from pylora.conformance.protocol import find, name_of
-from pylora.conformance.runner import NOT_TESTED, PASSED, PROFILES, run_law
+from pylora.conformance.running.runner import NOT_TESTED, PASSED, PROFILES, run_law
 
 PROBE = 30  # examples that say how long a law takes
 
@@ -72,7 +73,7 @@ def run_one(path: str, made: Any, law: Any, examples: int, seed: int) -> dict[st
 def work(
     paths: list[str], wanted: list[str], examples: int, seed: int, out: Path, end: float
 ) -> None:
-    chosen, this = laws.find(wanted), code()
+    chosen, this = registry.find(wanted), code()
     key = lambda r: (r["implementation"], r["law"], r["asked"])
     known = {key(r): r for r in records(out) if r["code"] == this and r["seed"] == seed}
     made = {path: find(path) for path in paths}
@@ -120,7 +121,8 @@ def table(found: Iterable[dict[str, Any]], examples: int) -> str:
         done = [r for r in by_law.values() if r["asked"] >= examples]
         absent = [r["law"] for r in by_law.values() if r["status"] == NOT_TESTED]
         bad = [f"{r['law']} {r['status']}" for r in done if r["status"] not in (PASSED, NOT_TESTED)]
-        missing = [i for i in laws.LAWS if i not in absent and i not in {r["law"] for r in done}]
+        known = {*absent, *(r["law"] for r in done)}
+        missing = [i for i in registry.LAWS if i not in known]
         passed = sum(r["status"] == PASSED for r in done)
         minutes = sum(r["seconds"] for r in done) / 60
         cells = [
@@ -150,7 +152,7 @@ def main() -> int:
     a = parse.parse_args()
     if not a.table:
         sys.path.insert(0, os.getcwd())
-        wanted = [law.id for law in laws.find(a.law) if law.id not in a.skip]
+        wanted = [law.id for law in registry.find(a.law) if law.id not in a.skip]
         work(a.implementations, wanted, a.examples, a.seed, a.out, time.time() + 60 * a.minutes)
     found = records(a.out)
     print(table(found, a.examples))

@@ -41,7 +41,7 @@ class Jax:
 
 
 if __name__ == "__main__":
-    from pylora.conformance.report import text
-    from pylora.conformance.runner import run
+    from pylora.conformance.running.report import text
+    from pylora.conformance.running.runner import run
 
     print(text(run(Jax, examples=20)))

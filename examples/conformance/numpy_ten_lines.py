@@ -30,8 +30,8 @@ class Plain:
 
 
 if __name__ == "__main__":
-    from pylora.conformance.report import text
-    from pylora.conformance.runner import run
+    from pylora.conformance.running.report import text
+    from pylora.conformance.running.runner import run
 
     report = run(Plain)
     print(text(report))

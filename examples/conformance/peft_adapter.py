@@ -224,7 +224,7 @@ def lora_layers(model: Any) -> Any:
 
 
 if __name__ == "__main__":
-    from pylora.conformance.report import text
-    from pylora.conformance.runner import run
+    from pylora.conformance.running.report import text
+    from pylora.conformance.running.runner import run
 
     print(text(run(Peft)))

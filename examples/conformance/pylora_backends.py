@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pylora import backends
-from pylora.conformance.correct import Correct, CorrectModule
+from pylora.conformance.correct.plain import Correct, CorrectModule
 from pylora.numbers import random
 from pylora.numbers.precision import BF16
 from pylora.types import Drop, LoRA
@@ -174,7 +174,7 @@ class C(_Backend):
     def forward_mixed(self, x: Any, W: Any, adapters: Any, rows: Any, bias: Any = None) -> Any:
         """One pass over W for all rows, sorted by adapter: pylora_linear_forward's segments."""
         from pylora.backends._core import ffi, lib
-        from pylora.backends.marshal import at, check, lora_struct, mat
+        from pylora.backends.c.marshal import at, check, lora_struct, mat
 
         rows = np.asarray(rows)
         if rows.size and not (-1 <= rows.min() and rows.max() < len(adapters)):
@@ -237,8 +237,8 @@ class CInt4(C):
 
 
 if __name__ == "__main__":
-    from pylora.conformance.report import text
-    from pylora.conformance.runner import run
+    from pylora.conformance.running.report import text
+    from pylora.conformance.running.runner import run
 
     reports = [run(each) for each in (NumPy, C, CFp32x3, CBf16, CInt8, CInt4)]
     print(*map(text, reports))

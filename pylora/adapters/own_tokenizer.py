@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from pylora.errors import PlanError
-from pylora.files.files import read_text
+from pylora.files.bounded import read_text
 from pylora.formats.base import Checkpoint
 from pylora.text.tokenizer import MAX_SMALL, Tokenizer, tokenizer_from_directory
 

@@ -19,7 +19,8 @@ import numpy as np
 from pylora.adapters.loraconfig import LoraConfig
 from pylora.adapters.plan import Plan, resolve
 from pylora.errors import FileFormatError, PlanError, UnsupportedError
-from pylora.files.files import atomic_dir, atomic_write, read_text
+from pylora.files.bounded import read_text
+from pylora.files.whole import atomic_dir, atomic_write
 from pylora.formats.base import narrow, widen
 from pylora.formats.safetensors import SafeTensors, save
 from pylora.model.config import ModuleSpec

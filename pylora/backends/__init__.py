@@ -11,10 +11,10 @@ host's: the same program on machines with a GPU and without; `.name` says which 
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pylora.errors import BackendError
@@ -24,11 +24,37 @@ if TYPE_CHECKING:
 
 ENV = "PYLORA_BACKEND"
 
-_CLASSES = {
-    "c": ("pylora.backends.c", "CBackend"),
-    "numpy": ("pylora.backends.numpy", "NumpyBackend"),
-    "cuda": ("pylora.backends.cuda", "CudaBackend"),
-    "cupy": ("pylora.backends.cupy", "CupyBackend"),
+
+def _open_c() -> Backend:
+    from pylora.backends.c import CBackend
+
+    return CBackend()
+
+
+def _open_numpy() -> Backend:
+    from pylora.backends.numpy import NumpyBackend
+
+    return NumpyBackend()
+
+
+def _open_cuda() -> Backend:
+    from pylora.backends.cuda import CudaBackend
+
+    return CudaBackend()
+
+
+def _open_cupy() -> Backend:
+    from pylora.backends.cupy import CupyBackend
+
+    return CupyBackend()
+
+
+# Written out, so that a type checker holds each to the protocol.
+_OPEN: dict[str, Callable[[], Backend]] = {
+    "c": _open_c,
+    "numpy": _open_numpy,
+    "cuda": _open_cuda,
+    "cupy": _open_cupy,
 }
 _GPU = ("cuda", "cupy")
 _ADVICE = {
@@ -56,7 +82,7 @@ def _load(name: str) -> Backend:
 
 def _cuda_or_cupy() -> Backend:
     """The CUDA backend; or CuPy's where only the library is missing, which a warning says."""
-    from pylora.backends.cuda_lib import NoLibrary
+    from pylora.backends.cuda.library import NoLibrary
 
     try:
         return exactly("cuda")
@@ -86,14 +112,11 @@ def _best() -> Backend:
 
 def exactly(name: str) -> Backend:
     """The backend of that name and no other."""
-    if name not in _CLASSES:
-        raise BackendError(
-            f"there is no backend {name!r}; choose one of {', '.join(_CLASSES)}, auto"
-        )
+    if name not in _OPEN:
+        raise BackendError(f"there is no backend {name!r}; choose one of {', '.join(_OPEN)}, auto")
     if name not in _loaded:
-        module, cls = _CLASSES[name]
         try:
-            _loaded[name] = getattr(importlib.import_module(module), cls)()
+            _loaded[name] = _OPEN[name]()
         except ImportError as error:
             raise _NotBuilt(
                 f"the backend {name!r} is not available in this installation ({error}); "
@@ -140,7 +163,7 @@ def available() -> tuple[str, ...]:
     Those of a GPU are tried only where CuPy is installed.
     """
     names = []
-    for name in _CLASSES:
+    for name in _OPEN:
         try:
             if name not in _GPU or name in _loaded or importlib.util.find_spec("cupy"):
                 exactly(name)

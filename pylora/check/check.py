@@ -14,9 +14,7 @@ from collections.abc import Iterator
 
 from pylora.adapters.adapter import Adapter
 from pylora.adapters.plan import resolve
-from pylora.check import bits as check_bits
-from pylora.check import gradient as check_gradient
-from pylora.check import merge as check_merge
+from pylora.check import bits, gradient, merge
 from pylora.check.report import SKIP, Finding, Report
 from pylora.check.sample import Batch, Part, available_memory, default_adapter, part_of, sample
 from pylora.errors import ConfigError
@@ -75,16 +73,16 @@ def check(
     where = str(checkpoint.path)
     report = Report(where, name, llama.ops.name, batch.ids.size, seed, scope)
     modules = {e.path: {"path": e.path, "r": e.r, "alpha": e.alpha} for e in adapter.plan}
-    report.findings += check_merge.scales(adapter, modules)
-    report.findings += check_bits.identity(llama, _fresh(checkpoint, adapter, seed), batch)
+    report.findings += merge.scales(adapter, modules)
+    report.findings += bits.identity(llama, _fresh(checkpoint, adapter, seed), batch)
     llama.attach(adapter)
-    report.findings += check_bits.rows(llama, batch)
+    report.findings += bits.rows(llama, batch)
     if part is not None and part.first:  # the same part on the backend, to compare with
         ops = llama.ops
         del llama
         llama = Llama(part.config, part.load, backend=ops)
     report.findings += _gradients(llama, adapter, part, batch, seed, modules)
-    report.findings += check_merge.weights(checkpoint, adapter, llama, part, batch, seed, modules)
+    report.findings += merge.weights(checkpoint, adapter, llama, part, batch, seed, modules)
     report.modules = list(modules.values())
     return report
 
@@ -95,12 +93,12 @@ def _gradients(
     part: Part | None,
     batch: Batch,
     seed: int,
-    modules: check_merge.Modules,
+    modules: merge.Modules,
 ) -> Iterator[Finding]:
     if part is not None:
-        yield from check_gradient.in_float64(llama, part, batch, seed, modules)
+        yield from gradient.in_float64(llama, part, batch, seed, modules)
         return
-    yield check_gradient.on_backend(llama, adapter, batch, seed)
+    yield gradient.on_backend(llama, adapter, batch, seed)
     text = "the backend's gradients against float64: that does not fit into memory"
     yield Finding("gradients in float32", SKIP, None, None, text)
 

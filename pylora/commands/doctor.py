@@ -35,7 +35,7 @@ def examine() -> list[Step]:
 
 
 def _library() -> tuple[list[Step], Any]:
-    from pylora.backends.cuda_lib import ABI, Library, NoLibrary, library_path
+    from pylora.backends.cuda.library import ABI, Library, NoLibrary, library_path
     from pylora.errors import BackendError
 
     built = NOTE.read_text(encoding="utf-8").strip() if NOTE.is_file() else "no note of the build"
@@ -74,7 +74,7 @@ def _device(number: int, d: dict[str, Any]) -> Step:
 
 
 def _cublaslt() -> Step:
-    from pylora.backends.cuda_lib import cublaslt_path
+    from pylora.backends.cuda.library import cublaslt_path
 
     path = cublaslt_path()
     if path is not None and not path.exists():
@@ -105,7 +105,7 @@ def _cupy() -> list[Step]:
     except Exception as error:
         text = f"{cupy.__version__}, but it cannot compile or run a kernel: {error}"
         return [Step("CuPy", MISSING, text, "pip install 'cupy-cuda13x[ctk]'")]
-    from pylora.backends.cupy_kernels import Kernels
+    from pylora.backends.cupy.kernels import Kernels
 
     steps, kernels = [Step("CuPy", OK, f"{cupy.__version__}, {count} GPUs")], Kernels(cupy)
     if kernels.ready:

@@ -116,7 +116,7 @@ def check(
 ) -> None:
     """Prove gradients, merging and zero-init on a real model and adapter; exit code 1 if not."""
     from pylora.check.check import check_model
-    from pylora.files.files import atomic_write
+    from pylora.files.whole import atomic_write
 
     report = check_model(model, adapter, data=data, tokens=tokens, seed=seed)
     if as_json is not None:
@@ -218,7 +218,7 @@ def conformance(
     ] = False,
 ) -> None:
     """Test any implementation of LoRA against the laws; exit code 1 if one fails or breaks."""
-    from pylora.conformance import command
+    from pylora.conformance.running import command
 
     if implementation is not None and (mutants or as_list):
         flag = "--mutants" if mutants else "--list"

@@ -156,7 +156,7 @@ def _lora_config(
 ) -> LoraConfig:
     """The settings in an adapter_config.json, or those of the options."""
     from pylora.adapters.loraconfig import LoraConfig
-    from pylora.files.files import read_text
+    from pylora.files.bounded import read_text
 
     if file is not None:
         return LoraConfig.from_json(read_text(file, limit=1 << 24), str(file))

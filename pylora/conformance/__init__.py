@@ -14,28 +14,28 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pylora.conformance.laws.law import Law as Law
     from pylora.conformance.laws.registry import LAWS as LAWS
-    from pylora.conformance.pytest_class import LoRAConformance as LoRAConformance
-    from pylora.conformance.runner import Report as Report
-    from pylora.conformance.runner import run as run
-    from pylora.conformance.strategies import attention_problems as attention_problems
-    from pylora.conformance.strategies import exact_problems as exact_problems
-    from pylora.conformance.strategies import lora_problems as lora_problems
-    from pylora.conformance.strategies import plans as plans
-    from pylora.conformance.strategies import several_adapters as several_adapters
-    from pylora.conformance.strategies_model import tiny_transformers as tiny_transformers
+    from pylora.conformance.problems.layers import attention_problems as attention_problems
+    from pylora.conformance.problems.layers import exact_problems as exact_problems
+    from pylora.conformance.problems.layers import lora_problems as lora_problems
+    from pylora.conformance.problems.layers import plans as plans
+    from pylora.conformance.problems.layers import several_adapters as several_adapters
+    from pylora.conformance.problems.models import tiny_transformers as tiny_transformers
+    from pylora.conformance.running.pytest_class import LoRAConformance as LoRAConformance
+    from pylora.conformance.running.runner import Report as Report
+    from pylora.conformance.running.runner import run as run
 
 _WHERE = {
     "Law": "laws.law",
     "LAWS": "laws.registry",
-    "LoRAConformance": "pytest_class",
-    "Report": "runner",
-    "run": "runner",
-    "attention_problems": "strategies",
-    "exact_problems": "strategies",
-    "lora_problems": "strategies",
-    "plans": "strategies",
-    "several_adapters": "strategies",
-    "tiny_transformers": "strategies_model",
+    "LoRAConformance": "running.pytest_class",
+    "Report": "running.runner",
+    "run": "running.runner",
+    "attention_problems": "problems.layers",
+    "exact_problems": "problems.layers",
+    "lora_problems": "problems.layers",
+    "plans": "problems.layers",
+    "several_adapters": "problems.layers",
+    "tiny_transformers": "problems.models",
 }
 __all__ = [
     "LAWS",

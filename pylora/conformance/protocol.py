@@ -14,7 +14,7 @@ converts. Letters: m tokens, k inputs, d outputs, r rank; a size may be 0 but fo
                      result depend on that row alone: not on the batch, its neighbours or threads
     exact_unmerge: bool = False                          # promises that unmerge gives back each bit
     precision: str = "fp32"                              # how W is stored and multiplied: "fp32x3",
-                     "bf16", "int8" or "int4" as bounds_precision.py says; needs `stored`
+                     "bf16", "int8" or "int4" as bounds/moves.py says; needs `stored`
 
     forward(x [m,k], W [d,k], A [r,k], B [d,r], scale, bias=None) -> y [m,d]          the only must
     base(x, W, bias=None) -> y [m,d]                                     the module without adapter
@@ -54,7 +54,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pylora.conformance.bounds.precision import PRECISIONS
+from pylora.conformance.bounds.moves import PRECISIONS
 from pylora.errors import ConfigError
 from pylora.types import Array
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pylora.conformance.bounds import precision as bounds_precision
+from pylora.conformance.bounds import moves
 from pylora.conformance.protocol import METHODS, precision_of
 from pylora.types import Array
 
@@ -196,13 +196,13 @@ class Trial:
 
     @property
     def precision(self) -> str:
-        """How it stores and multiplies W; see bounds_precision.py."""
+        """How it stores and multiplies W; see bounds/moves.py."""
         return precision_of(self.implementation)
 
     @property
     def exact(self) -> bool:
         """Whether its products of small integers are exact, so that equality can be asked for."""
-        return bounds_precision.exact(self.precision)
+        return moves.exact(self.precision)
 
     def weight(self, W: Array) -> Array:
         """The weight that the implementation multiplies by, where it stores W in fewer bits."""

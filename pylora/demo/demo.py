@@ -33,7 +33,7 @@ from pylora.demo.merge import compare_merged, outputs
 from pylora.display.console import Console, megabytes
 from pylora.display.plots import adapter_picture, loss_curve, sparkline
 from pylora.errors import PyloraError
-from pylora.files.files import atomic_write
+from pylora.files.whole import atomic_write
 from pylora.formats import open_checkpoint
 from pylora.model.llama import Llama
 from pylora.numbers.precision import check_precision

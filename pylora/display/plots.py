@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pylora.errors import ConfigError
 from pylora.extras import need
-from pylora.files.files import atomic_write
+from pylora.files.whole import atomic_write
 
 if TYPE_CHECKING:
     from pylora.adapters.inspect import ModuleStats

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pylora.errors import FileFormatError, UnsupportedError
-from pylora.files.files import read_json
+from pylora.files.bounded import read_json
 from pylora.formats.base import Array, Checkpoint, Shape, check_tensors, read_config, widen
 from pylora.formats.safetensors import SafeTensors
 from pylora.model.config import LlamaConfig

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from pylora.errors import DtypeError, FileFormatError, UnsupportedError
-from pylora.files.files import atomic_write
+from pylora.files.whole import atomic_write
 from pylora.formats.base import Array, Shape, widen
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation

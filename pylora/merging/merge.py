@@ -20,7 +20,7 @@ from pylora import backends
 from pylora.adapters.adapter import Adapter
 from pylora.adapters.own_tokenizer import has_own, tokenizer_for
 from pylora.errors import ConfigError, UnsupportedError
-from pylora.files.files import atomic_dir
+from pylora.files.whole import atomic_dir
 from pylora.formats import Checkpoint, narrow, open_checkpoint, widen
 from pylora.formats.hfdir import Spec, check_output, write_config, write_tokenizer, write_weights
 from pylora.formats.safetensors import Bf16

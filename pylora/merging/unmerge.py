@@ -17,7 +17,7 @@ import numpy as np
 
 from pylora import backends
 from pylora.errors import FileFormatError
-from pylora.files.files import atomic_dir
+from pylora.files.whole import atomic_dir
 from pylora.formats import Checkpoint, open_checkpoint
 from pylora.formats.hfdir import Spec, check_output, write_config, write_tokenizer, write_weights
 from pylora.merging.residue import Reader

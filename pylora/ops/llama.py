@@ -16,7 +16,7 @@ import numpy as np
 from pylora.types import Array, Attn, LoRA, Projection, Seqs
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_NARROW = (2, 4, 5)  # v, gate and up only feed products; q and k are rounded once they are rotated
+NARROW = (2, 4, 5)  # v, gate and up only feed products; q and k are rounded once they are rotated
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,7 +227,7 @@ class Composed:
                 if adapter is not None:
                     lora, bias = adapter.lora.get(n), adapter.bias.get(n, bias)
                 rest = None if residual is None else residual[a:b]
-                narrow = n < w.head_number and n % len(MODULES) in _NARROW
+                narrow = n < w.head_number and n % len(MODULES) in NARROW
                 dtype = w.dtype if narrow else None
                 projections.append(Projection(W, bias, lora, None, rest, dtype))
             parts.append([y for y, _ in self.ops.linear_forward(x[a:b], projections)])

@@ -1,7 +1,8 @@
 """Work that comes again with other numbers, such as a training step.
 
 `Backend.repeated()` gives an object with the methods of `Repeated`, for one model. `Direct` is its
-reference: it runs what it is given. A GPU's backend may record the work and replay it (cuda_steps).
+reference: it runs what it is given. A GPU's backend may record the work and
+replay it (cuda/steps.py).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from pylora.errors import DataError, FileFormatError, UnsupportedError
 from pylora.extras import need
-from pylora.files.files import read_json, read_text
+from pylora.files.bounded import read_json, read_text
 from pylora.text.chat import Rendered, render_marked
 from pylora.text.conversation import Conversation, conversation
 from pylora.text.declared import add_declared

@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 
 from pylora.errors import ConfigError, FileFormatError, PlanError
-from pylora.files.files import atomic_dir, read_text
+from pylora.files.bounded import read_text
+from pylora.files.whole import atomic_dir
 from pylora.formats.safetensors import SafeTensors, save
 
 _FORMAT = 1

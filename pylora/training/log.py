@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pylora.files.files import atomic_write
+from pylora.files.whole import atomic_write
 
 
 class Log:

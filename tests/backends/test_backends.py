@@ -57,18 +57,20 @@ def test_auto_without_a_gpu_is_the_host(clean: Any) -> None:
 
 def test_the_default_falls_back_only_where_the_core_is_not_built(clean: Any) -> None:
     clean.setattr(backends, "_loaded", {})
-    clean.setitem(backends._CLASSES, "c", ("pylora.backends.nowhere", "CBackend"))
+
+    def not_built() -> Any:
+        raise ImportError("no module named pylora.backends._core")
+
+    clean.setitem(backends._OPEN, "c", not_built)
     assert backends.available() == ("numpy",)
     assert backends.get().name == "numpy"
     with pytest.raises(BackendError, match="'c' is not available"):
         backends.get("c")
 
-    class Broken:
-        def __init__(self) -> None:
-            raise BackendError("PYLORA_ISA is wrong")
+    def broken() -> Any:
+        raise BackendError("PYLORA_ISA is wrong")
 
-    clean.setattr(backends, "Broken", Broken, raising=False)
-    clean.setitem(backends._CLASSES, "c", ("pylora.backends", "Broken"))
+    clean.setitem(backends._OPEN, "c", broken)
     with pytest.raises(BackendError, match="PYLORA_ISA is wrong"):
         backends.get()
 
@@ -162,7 +164,7 @@ def test_the_number_of_threads_may_change_under_an_operation(
         pytest.skip("the C core is not built")
     ops: Any = backends.get("c")
     q, k, v = (rng.standard_normal((200, 64)).astype(np.float32) for _ in range(3))
-    from pylora.backends.marshal import Scratch
+    from pylora.backends.c.marshal import Scratch
 
     before, asked, nothing = ops.num_threads, list[int](), Scratch().room
 
@@ -300,7 +302,7 @@ def test_build_info_says_what_computes() -> None:
 
 
 def test_a_misaligned_array_is_copied_before_the_core_reads_it() -> None:
-    from pylora.backends.marshal import read
+    from pylora.backends.c.marshal import read
 
     bytes_ = np.zeros(4 * 6 + 1, np.uint8)[1:]
     odd = bytes_.view(np.float32).reshape(2, 3)

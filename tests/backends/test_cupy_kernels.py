@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pylora import backends
-from pylora.backends import cupy_kernels
+from pylora.backends.cupy.kernels import Kernels
 from pylora.errors import RangeError
 from pylora.model.llama import IGNORE
 
@@ -126,8 +126,8 @@ def test_what_the_kernels_do_not_take_the_reference_does(
 def test_without_a_compiler_the_reference_serves(
     gpu: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(cupy_kernels, "SOURCE", tmp_path / "none.cu")
-    kernels = cupy_kernels.Kernels(gpu.xp)
+    monkeypatch.setattr("pylora.backends.cupy.kernels.SOURCE", tmp_path / "none.cu")
+    kernels = Kernels(gpu.xp)
     assert not kernels.ready and "FileNotFoundError" in (kernels.failure or "")
     monkeypatch.setattr(gpu, "kernels", kernels)
     x = gpu.place(rng.standard_normal((3, 8)).astype(np.float32))

@@ -286,12 +286,12 @@ def test_precisions_that_are_refused(gpu: Any) -> None:
 def test_without_the_library_cupy_computes_and_says_so(
     gpu: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pylora.backends import cuda_lib
+    from pylora.backends.cuda import library
 
     monkeypatch.setattr(backends, "_loaded", {})
-    monkeypatch.setattr(cuda_lib, "_library", [])
+    monkeypatch.setattr(library, "_library", [])
     monkeypatch.delenv("PYLORA_CUDA_LIBRARY", raising=False)
-    monkeypatch.setattr(cuda_lib, "library_path", lambda: None)
+    monkeypatch.setattr(library, "library_path", lambda: None)
     with pytest.warns(RuntimeWarning, match="'cupy' computes in its place"):
         assert backends.get("cuda").name == "cupy"
     assert "cuda" not in backends.available() and "cupy" in backends.available()

@@ -1,4 +1,4 @@
-"""Training steps as CUDA graphs (pylora/backends/cuda_steps.py): the same bits with and without
+"""Training steps as CUDA graphs (pylora/backends/cuda/steps.py): the same bits with and without
 them, replays that really happen, and what callers hold staying as it is.
 
 Runs where PYLORA_TEST_BACKENDS names cuda (tests/gpu.py). Over the stand-in for CuPy a step that
@@ -218,9 +218,9 @@ def test_no_label_counts(gpu: Any) -> None:
 
 
 def test_graphs_are_few(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pylora.backends import cuda_steps
+    from pylora.backends.cuda import steps
 
-    monkeypatch.setattr(cuda_steps, "GRAPHS", 2)
+    monkeypatch.setattr(steps, "GRAPHS", 2)
     model = a_model(gpu)
     model.attach(an_adapter(model))
     for n in (3, 4, 5):

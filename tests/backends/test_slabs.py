@@ -7,7 +7,7 @@ import weakref
 
 import numpy as np
 
-from pylora.backends.slabs import SLAB, Slabs
+from pylora.backends.c.slabs import SLAB, Slabs
 
 
 def owner(piece: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ pytest.importorskip("ml_dtypes")
 
 from pylora import backends
 from pylora.conformance import run
-from pylora.conformance.report import text
+from pylora.conformance.running.report import text
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "conformance"
 

@@ -12,15 +12,15 @@ import pytest
 pytest.importorskip("hypothesis")
 pytest.importorskip("ml_dtypes")
 
-from pylora.conformance import LAWS, oracle, run
+from pylora.conformance import LAWS, run
 from pylora.conformance.bounds import layer as bounds
 from pylora.conformance.bounds.running import Running
-from pylora.conformance.correct import Correct
-from pylora.conformance.laws import registry as laws
+from pylora.conformance.correct.plain import Correct
+from pylora.conformance.laws import oracle, registry
+from pylora.conformance.problems.layers import KINDS, elements, laid_out
 from pylora.conformance.protocol import find
-from pylora.conformance.pytest_class import LoRAConformance
-from pylora.conformance.report import text
-from pylora.conformance.strategies import KINDS, elements, laid_out
+from pylora.conformance.running.pytest_class import LoRAConformance
+from pylora.conformance.running.report import text
 from pylora.conformance.testcase import Problem
 from pylora.errors import ConfigError
 
@@ -280,7 +280,7 @@ def test_laws_cite_statements_that_exist_and_are_listed_in_the_docs():
     listed = (ROOT / "docs" / "laws.md").read_text(encoding="utf-8")
     for law in LAWS.values():
         assert law.spec and all(f"**{statement}**" in spec for statement in law.spec), law.id
-    assert listed.endswith(laws.table()), (
+    assert listed.endswith(registry.table()), (
         "python -m pylora.conformance.laws.registry has another table"
     )
 
@@ -290,7 +290,7 @@ def test_command_line(capsys):
     from pylora.commands.cli import main
 
     args = ["conformance", "--examples", "4", "--law", "F2", "--law", "S1"]
-    assert main([*args, "pylora.conformance.correct:Correct"]) == 0
+    assert main([*args, "pylora.conformance.correct.plain:Correct"]) == 0
     assert "2 passed" in capsys.readouterr().out
     args[2] = "40"
     assert main([*args, f"{__name__}:WrongScale"]) == 1

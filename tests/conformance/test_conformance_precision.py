@@ -10,10 +10,10 @@ pytest.importorskip("hypothesis")
 pytest.importorskip("ml_dtypes")
 
 from pylora.conformance import run
-from pylora.conformance.bounds.precision import PRECISIONS
+from pylora.conformance.bounds.moves import PRECISIONS
+from pylora.conformance.correct.rounded import Bf16, Fp32x3, Int4, Int8, Rounded, q4_1, q8_0
 from pylora.conformance.protocol import problems_of
-from pylora.conformance.report import text
-from pylora.conformance.rounded import Bf16, Fp32x3, Int4, Int8, Rounded, q4_1, q8_0
+from pylora.conformance.running.report import text
 
 # Laws that compare with the oracle within a bound; others compare two results that err alike.
 BOUNDED = "F1 F3 B1 B6 O1 X1 X3 P4 P5 A1 A2".split()

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from pylora.conformance.correct import Correct
+from pylora.conformance.correct.plain import Correct
 from pylora.conformance.laws.registry import LAWS
 from pylora.conformance.mutants import GROUPS, Mutant, mutants
 from pylora.conformance.mutants.hunt import concerned, hunt, killer
-from pylora.conformance.runner import PASSED, run_law
+from pylora.conformance.running.runner import PASSED, run_law
 
 ALL = mutants()
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from pylora.errors import ConfigError, FileFormatError
-from pylora.files.files import atomic_dir, atomic_write, read_json
+from pylora.files.bounded import read_json
+from pylora.files.whole import atomic_dir, atomic_write
 
 
 def test_a_written_file_replaces_the_older_one(tmp_path: Path) -> None:

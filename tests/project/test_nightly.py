@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("hypothesis")
 
 TOOL = Path(__file__).parents[2] / "tools" / "nightly.py"
-CORRECT = "pylora.conformance.correct:Correct"
+CORRECT = "pylora.conformance.correct.plain:Correct"
 
 
 @pytest.fixture

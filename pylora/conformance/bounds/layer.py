@@ -12,7 +12,7 @@ stored in bfloat16 (a second, small count). "Exact" is the oracle in float64, or
 `numpy.longdouble`, whose own gamma_n is added. No number here is tuned.
 
 `precision`: what an implementation whose weights are stored in fewer bits rounds of the products'
-other factors (bounds_precision.py); W is the stored weight.
+other factors (moves.py); W is the stored weight.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from pylora.conformance.bounds import precision as moves
+from pylora.conformance.bounds import moves
 from pylora.conformance.bounds.ops import gamma, tiny, unit
 from pylora.types import Array
 

@@ -1,6 +1,6 @@
 """Tolerances of a backend's operations: how far a floating-point result may be from the exact one,
 derived from the dtype, the length of the sums and the magnitudes that were summed. The bounds of
-the laws, which hold for whole functions computed in any way, are in bounds.py, built on these.
+the laws, which hold for whole functions computed in any way, are in layer.py, built on these.
 
 Every function returns an array of absolute bounds of the shape of the result it is named after, for
 a computation in `dtype` against the exact value of the same inputs (float64 stands in for exact).

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from pylora.conformance.bounds import precision as moves
+from pylora.conformance.bounds import moves
 from pylora.conformance.bounds.ops import EXP, gamma
 from pylora.conformance.bounds.running import Running, join
 from pylora.conformance.laws.law import Law
+from pylora.conformance.problems.layers import attention_problems
 from pylora.conformance.protocol import AttentionShape, LoraTriple
-from pylora.conformance.strategies import attention_problems
 from pylora.conformance.testcase import Problem, Trial
 from pylora.types import Array
 

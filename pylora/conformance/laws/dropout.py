@@ -10,11 +10,11 @@ import math
 
 import numpy as np
 
-from pylora.conformance import allowed, oracle
 from pylora.conformance.bounds import layer as bounds
-from pylora.conformance.bounds import precision as bounds_precision
+from pylora.conformance.bounds import moves
+from pylora.conformance.laws import allowed, oracle
 from pylora.conformance.laws.law import Law
-from pylora.conformance.strategies import SEEDS, elements, exact_problems, pick, st
+from pylora.conformance.problems.layers import SEEDS, elements, exact_problems, pick, st
 from pylora.conformance.testcase import Problem, Trial
 from pylora.types import Array
 
@@ -56,7 +56,7 @@ def _factors(t: Trial, p: Problem) -> tuple[Array, int]:
     A precision that rounds what A is multiplied with has rounded the mask that is read off: there
     the factor is 1 / (1 - p), and is off by what 1 - p and its reciprocal lost."""
     mask = _mask(t, p.x.shape, p.p, p.seed)
-    if not bounds_precision.of_low(np.ones(1), t.precision).any():
+    if not moves.of_low(np.ones(1), t.precision).any():
         return mask, 4
     return np.where(mask == 0, 0.0, 1 / (1 - p.p)), 4 + math.ceil(4 / (1 - p.p))
 
@@ -67,7 +67,7 @@ def _values(t: Trial, p: Problem) -> None:
     want = np.where(mask == 0, 0.0, keep)
     # 1 - p and its reciprocal are rounded, p itself is given as float64 or rounded too.
     off = bounds.relative(4, "float32") * keep / (1 - p.p)
-    off = off + float(bounds_precision.of_low(np.asarray(keep + off), t.precision))
+    off = off + float(moves.of_low(np.asarray(keep + off), t.precision))
     bound = np.where(mask == 0, 0.0, off)
     t.expect(f"what is left of ones with p = {p.p}", mask, want, bound)
 

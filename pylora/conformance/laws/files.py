@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pylora.conformance.laws.law import Law
-from pylora.conformance.strategies import plans
+from pylora.conformance.problems.layers import plans
 from pylora.conformance.testcase import NotTested, Problem, Trial
 from pylora.types import Array
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from pylora.conformance import allowed, oracle
 from pylora.conformance.bounds import layer as bounds
-from pylora.conformance.bounds import precision as bounds_precision
+from pylora.conformance.bounds import moves
+from pylora.conformance.laws import allowed, oracle
 from pylora.conformance.laws.law import Law
-from pylora.conformance.strategies import (
+from pylora.conformance.problems.layers import (
     exact_problems,
     integer_array,
     long_sums,
@@ -171,7 +171,7 @@ def _scale_rule(use_rslora: bool) -> Law:
 
 def _stored(t: Trial, p: Problem) -> None:
     kept = t.call(t.implementation, "implementation", "stored", (p.W,))
-    t.expect("the stored weight", kept, p.W, bounds_precision.stored(p.W, t.precision))
+    t.expect("the stored weight", kept, p.W, moves.stored(p.W, t.precision))
 
 
 LAWS = (

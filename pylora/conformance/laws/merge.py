@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from pylora.conformance import allowed, oracle
 from pylora.conformance.bounds import layer as bounds
+from pylora.conformance.laws import allowed, oracle
 from pylora.conformance.laws.law import Law
-from pylora.conformance.strategies import exact_problems, integer_array, lora_problems
+from pylora.conformance.problems.layers import exact_problems, integer_array, lora_problems
 from pylora.conformance.testcase import Broken, ModuleTrial, NotTested, Problem, Trial
 from pylora.types import Array
 

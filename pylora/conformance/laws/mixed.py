@@ -10,10 +10,10 @@ import threading
 
 import numpy as np
 
-from pylora.conformance import allowed, oracle
 from pylora.conformance.bounds import layer as bounds
+from pylora.conformance.laws import allowed, oracle
 from pylora.conformance.laws.law import Law
-from pylora.conformance.strategies import (
+from pylora.conformance.problems.layers import (
     exact_problems,
     integer_array,
     lora_problems,

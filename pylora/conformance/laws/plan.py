@@ -7,7 +7,7 @@ from typing import Any
 
 from pylora.conformance.laws.files import expected, fitting
 from pylora.conformance.laws.law import Law
-from pylora.conformance.strategies import plans
+from pylora.conformance.problems.layers import plans
 from pylora.conformance.testcase import Problem, Trial
 
 

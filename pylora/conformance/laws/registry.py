@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from pylora.conformance.laws import attention as laws_attention
-from pylora.conformance.laws import backward as laws_backward
-from pylora.conformance.laws import dropout as laws_dropout
-from pylora.conformance.laws import files as laws_files
-from pylora.conformance.laws import forward as laws_forward
-from pylora.conformance.laws import merge as laws_merge
-from pylora.conformance.laws import mixed as laws_mixed
-from pylora.conformance.laws import plan as laws_plan
+from pylora.conformance.laws import (
+    attention,
+    backward,
+    dropout,
+    files,
+    forward,
+    merge,
+    mixed,
+    plan,
+)
 from pylora.conformance.laws.law import Law
 from pylora.errors import ConfigError
 
-_FILES = (
-    laws_forward,
-    laws_backward,
-    laws_merge,
-    laws_mixed,
-    laws_dropout,
-    laws_files,
-    laws_plan,
-    laws_attention,
-)
+_FILES = (forward, backward, merge, mixed, dropout, files, plan, attention)
 LAWS: dict[str, Law] = {law.id: law for file in _FILES for law in file.LAWS}
 
 

@@ -1,8 +1,9 @@
 """Wrong implementations of LoRA: the kit is worth what it finds wrong.
 
-Each is the correct one (`pylora.conformance.correct`) with as little changed as the bug needs, and
-each is a bug that a real project had or could have. A law that kills none of them is of no use;
-one that they all pass shows a hole in the laws. `mutants()` lists them, in the order of the docs.
+Each is the correct one (`pylora.conformance.correct.plain`) with as little changed as the bug
+needs, and each is a bug that a real project had or could have. A law that kills none of them is of
+no use; one that they all pass shows a hole in the laws. `mutants()` lists them, in the order of the
+docs.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pylora.conformance.correct import Correct
+from pylora.conformance.correct.plain import Correct
 from pylora.conformance.mutants.registry import wrong
 from pylora.conformance.protocol import AttentionShape, LoraTriple
 from pylora.reference import Reference

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pylora.conformance.correct import Correct
+from pylora.conformance.correct.plain import Correct
 from pylora.conformance.mutants.registry import wrong
 from pylora.conformance.protocol import LoraTriple
 from pylora.types import Array

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pylora.conformance.correct import Correct
+from pylora.conformance.correct.plain import Correct
 from pylora.conformance.mutants.registry import wrong
 from pylora.reference import Reference
 from pylora.types import Array, Drop

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pylora.conformance.correct import Batch, Correct
+from pylora.conformance.correct.plain import Batch, Correct
 from pylora.conformance.mutants.numerics import to_bfloat16
 from pylora.conformance.mutants.registry import wrong
 from pylora.types import Array

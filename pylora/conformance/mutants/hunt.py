@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any
 
-from pylora.conformance.correct import Correct
+from pylora.conformance.correct.plain import Correct
 from pylora.conformance.laws.law import Law
 from pylora.conformance.laws.registry import LAWS
 from pylora.conformance.mutants import mutants
 from pylora.conformance.mutants.registry import Mutant
-from pylora.conformance.runner import BROKEN, FAILED, PROFILES, Outcome, Search, run_law
+from pylora.conformance.running.runner import BROKEN, FAILED, PROFILES, Outcome, Search, run_law
 
 
 def kills(

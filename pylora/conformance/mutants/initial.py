@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from pylora.conformance.correct import Correct
+from pylora.conformance.correct.plain import Correct
 from pylora.conformance.mutants.registry import wrong
 from pylora.numbers import random
 from pylora.types import Array

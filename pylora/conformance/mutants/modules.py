@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pylora.conformance.correct import Correct, CorrectModule
+from pylora.conformance.correct.plain import Correct, CorrectModule
 from pylora.conformance.mutants.registry import wrong
 from pylora.types import Array
 

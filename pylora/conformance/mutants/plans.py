@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pylora.conformance.correct import Correct
+from pylora.conformance.correct.plain import Correct
 from pylora.conformance.mutants.registry import wrong
 
 Modules = Mapping[str, tuple[int, int]]

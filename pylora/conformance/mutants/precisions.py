@@ -6,8 +6,16 @@ from typing import Any
 
 import numpy as np
 
+from pylora.conformance.correct.rounded import (
+    Rounded,
+    Rounds,
+    as_integers,
+    in_groups,
+    q4_1,
+    q8_0,
+    to_bf16,
+)
 from pylora.conformance.mutants.registry import wrong
-from pylora.conformance.rounded import Rounded, Rounds, as_integers, in_groups, q4_1, q8_0, to_bf16
 from pylora.types import Array
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from pylora.conformance.correct import Correct
+from pylora.conformance.correct.plain import Correct
 
 Kind = Literal["gross", "subtle"]
 

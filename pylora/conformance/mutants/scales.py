@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from pylora.conformance.correct import Correct
+from pylora.conformance.correct.plain import Correct
 from pylora.conformance.mutants.registry import wrong
 from pylora.types import Array
 

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from pylora.errors import FileFormatError, UnsupportedError
-from pylora.files.files import atomic_dir, read_json
+from pylora.files.bounded import read_json
+from pylora.files.whole import atomic_dir
 from pylora.types import Array
 
 FORMAT = "pylora-vectors"

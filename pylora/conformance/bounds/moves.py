@@ -1,4 +1,4 @@
-"""What a precision of the frozen weight adds to the bounds of bounds.py.
+"""What a precision of the frozen weight adds to the bounds of layer.py.
 
 The laws' W is the weight as it is stored (`stored` of the protocol), so a precision is what a
 product rounds of its other factor, and nothing else (csrc/pylora.h, pylora_packed):
@@ -11,9 +11,9 @@ product rounds of its other factor, and nothing else (csrc/pylora.h, pylora_pack
 
 A factor that is moved by at most E moves a product of magnitudes by what the same product of
 |x| + E is larger: these functions say E. They are moves of the inputs, before any rounding of the
-sums, which bounds.py counts as it always does, at the moved inputs. u is 2⁻⁸, the unit roundoff of
+sums, which layer.py counts as it always does, at the moved inputs. u is 2⁻⁸, the unit roundoff of
 bfloat16, so E = u |x| (Higham, "Accuracy and Stability of Numerical Algorithms", 2nd ed., thm 2.2);
-what is below the normal numbers is in the floors of bounds.py.
+what is below the normal numbers is in the floors of layer.py.
 """
 
 from __future__ import annotations

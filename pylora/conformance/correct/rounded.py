@@ -1,9 +1,9 @@
 """A correct implementation of each precision in NumPy: it rounds what the precision says, no more.
 
-The bounds of bounds_precision.py are tested with it, and the mutants of mutants/precisions.py are
+The bounds of bounds/moves.py are tested with it, and the mutants of mutants/precisions.py are
 made from it. A weight that is stored in fewer bits is not merged into.
 
-    pylora conformance pylora.conformance.rounded:Int8
+    pylora conformance pylora.conformance.correct.rounded:Int8
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from pylora.conformance.bounds.precision import GROUP, STEPS
-from pylora.conformance.correct import Correct, CorrectModule
+from pylora.conformance.bounds.moves import GROUP, STEPS
+from pylora.conformance.correct.plain import Correct, CorrectModule
 from pylora.extras import need
 from pylora.reference import Reference
 from pylora.types import Array, Drop, LoRA

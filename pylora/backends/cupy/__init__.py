@@ -2,9 +2,9 @@
 
 What runs is `pylora.reference` itself; overridden is only what would be hopeless one row at a time
 (products, attention) or would depend on the order of atomics (embedding_backward), what one of
-pylora's kernels does in one pass (cupy_kernels), and where index arrays, which stay in host memory
-at the interface, go to the device. It computes in float32 (or
-float64); of a precision it has the weights' values, as the numpy backend does.
+pylora's kernels does in one pass (`kernels`), and where index arrays, which stay in host memory at
+the interface, go to the device. It computes in float32 (or float64); of a precision it has the
+weights' values, as the numpy backend does.
 
 cupy is imported when the backend is made, never by `import pylora`.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pylora.backends.cupy_kernels import Kernels
+from pylora.backends.cupy.kernels import Kernels
 from pylora.backends.device import DeviceArrays, open_cupy
 from pylora.backends.numpy import NumpyBackend
 from pylora.errors import DtypeError, ShapeError

@@ -19,16 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from pylora.backends.cuda_marshal import check_seqs, longest
+from pylora.backends.cuda.marshal import check_seqs, longest
 from pylora.errors import RangeError
-from pylora.ops.llama import (
-    _NARROW,
-    MODULES,
-    LlamaWeights,
-    Step,
-    bias_of,
-    embedding_bias,
-)
+from pylora.ops.llama import MODULES, NARROW, LlamaWeights, Step, bias_of, embedding_bias
 from pylora.types import Array, LoRA, Projection
 
 GRAPHS = 16  # that are kept for a model, the latest ones
@@ -243,7 +236,7 @@ class CudaLlama:
             ops.put_rows(k, at.rows, self._turn(key, layer.k_norm, step, at))
             ops.put_rows(v, at.rows, value)
             attn = replace(w.attn, window=layer.window)
-            q, keys, values = ops._qkv(q, k, v, attn)
+            q, keys, values = ops.read_qkv(q, k, v, attn)
             o = ops.empty(q.shape, np.float32 if w.dtype is None else w.dtype)
             lse = ops.empty((q.shape[0], attn.heads))
             ops.attend(q, keys, values, at.seqs, attn, o, lse)
@@ -303,7 +296,7 @@ class CudaLlama:
         parts: list[Any] = []
         for n in numbers:
             W, bias = w.module(n)
-            narrow = n < w.head_number and n % len(MODULES) in _NARROW
+            narrow = n < w.head_number and n % len(MODULES) in NARROW
             p = Projection(W, bias, None, None, residual, w.dtype if narrow else None)
             structs = [
                 ops.ffi.NULL if a is None else a.structs.get(n, ops.ffi.NULL) for a in step.adapters

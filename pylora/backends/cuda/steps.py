@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from pylora.backends.cuda_marshal import ALIGN, PlacedSeqs, aligned, check_seqs, longest
+from pylora.backends.cuda.marshal import ALIGN, PlacedSeqs, aligned, check_seqs, longest
 from pylora.ops.repeat import Results, Work
 from pylora.types import Array, Seqs
 

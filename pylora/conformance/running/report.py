@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pylora.conformance.runner import BROKEN, FAILED, NOT_TESTED, PASSED, Outcome, Report
+from pylora.conformance.running.runner import BROKEN, FAILED, NOT_TESTED, PASSED, Outcome, Report
 
 
 def line(o: Outcome) -> str:

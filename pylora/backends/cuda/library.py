@@ -1,7 +1,7 @@
 """Finding and loading libpylora_cuda, and cuBLASLt for it. Nothing happens at import.
 
 Declarations come from `pylora.backends._cuda_abi`, which the build makes from pylora_cuda.h. The
-library is looked for at PYLORA_CUDA_LIBRARY, else beside this package, where the build puts it if
+library is looked for at PYLORA_CUDA_LIBRARY, else in pylora/backends, where the build puts it if
 there was an nvcc. cuBLASLt is looked for at PYLORA_CUBLASLT, in NVIDIA's PyPI wheels and in a CUDA
 toolkit; else the library itself takes one that is loaded already, or that the system finds.
 """
@@ -31,7 +31,7 @@ def library_path() -> Path | None:
     given = os.environ.get("PYLORA_CUDA_LIBRARY")
     if given:
         return Path(given)
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parents[1]  # pylora/backends
     return next((here / name for name in NAMES if (here / name).exists()), None)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pylora.backends._core import ffi, lib
-from pylora.backends.marshal import (
+from pylora.backends.c.marshal import (
     Packed,
     Scratch,
     at,

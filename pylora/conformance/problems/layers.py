@@ -1,8 +1,8 @@
-"""Hypothesis strategies: everything that a LoRA implementation may meet.
+"""Hypothesis strategies: everything that a layer with LoRA may meet.
 
 Shapes and kinds are drawn by hypothesis, so that it shrinks them; the elements come from NumPy
-with a drawn seed, and `shrink.py` simplifies them afterwards. Magnitudes are chosen so that no
-product of the laws overflows: an overflow says nothing about an implementation.
+with a drawn seed, and running/shrink.py simplifies them afterwards. Magnitudes are chosen so that
+no product of the laws overflows: an overflow says nothing about an implementation.
 
     @given(lora_problems())
     def test_mine(problem): y = mine(problem.x, problem.W, problem.A, problem.B, problem.scale)

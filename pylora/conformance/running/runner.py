@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from pylora.conformance.counterexample import program
 from pylora.conformance.laws.law import Law
 from pylora.conformance.laws.registry import find
 from pylora.conformance.protocol import capabilities, instantiate, name_of, problems_of
-from pylora.conformance.shrink import simpler
+from pylora.conformance.running.counterexample import program
+from pylora.conformance.running.shrink import simpler
 from pylora.conformance.testcase import Broken, NotTested, Problem, Trial, Violation
 from pylora.extras import need
 

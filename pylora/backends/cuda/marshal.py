@@ -156,3 +156,9 @@ def check_seqs(seqs: Seqs, q_rows: int, k_rows: int) -> None:
         raise ShapeError(
             f"the sequences do not fit {q_rows} rows of queries and {k_rows} rows of keys"
         )
+
+
+def packed(W: Any) -> Packed:
+    if not isinstance(W, Packed):
+        raise DtypeError(f"W must be a weight packed by this backend, got {type(W).__name__}")
+    return W

@@ -6,17 +6,17 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from pylora.conformance.laws import registry as all_laws
+from pylora.conformance.laws import registry
 from pylora.conformance.protocol import find
-from pylora.conformance.report import details, line, summary
-from pylora.conformance.runner import BROKEN, FAILED, PROFILES, Outcome, run
+from pylora.conformance.running.report import details, line, summary
+from pylora.conformance.running.runner import BROKEN, FAILED, PROFILES, Outcome, run
 from pylora.errors import ConfigError
 
 
 def listing(ids: Sequence[str]) -> str:
     """The laws with these ids (all if none), as text."""
     parts = []
-    for law in all_laws.find(list(ids)):
+    for law in registry.find(list(ids)):
         needs = ", ".join(law.needs)
         parts.append(f"{law.id:4} {law.sentence}\n     {law.maths}\n")
         parts.append(f"     violation: {law.violation}\n")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pylora.conformance.strategies import pick
+from pylora.conformance.problems.layers import pick
 from pylora.conformance.testcase import Problem
 from pylora.extras import need
 from pylora.model.config import LlamaConfig

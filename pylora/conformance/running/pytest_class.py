@@ -10,8 +10,8 @@ from typing import Any
 
 from pylora.conformance.laws.registry import LAWS
 from pylora.conformance.protocol import instantiate, problems_of
-from pylora.conformance.report import details
-from pylora.conformance.runner import BROKEN, FAILED, NOT_TESTED, PROFILES, run_law
+from pylora.conformance.running.report import details
+from pylora.conformance.running.runner import BROKEN, FAILED, NOT_TESTED, PROFILES, run_law
 from pylora.extras import need
 
 

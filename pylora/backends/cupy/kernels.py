@@ -16,7 +16,8 @@ import numpy as np
 
 from pylora.types import Array
 
-SOURCE = Path(__file__).resolve().parent / "_cuda_kernels.cu"  # written when pylora is built
+# Written into pylora/backends when pylora is built.
+SOURCE = Path(__file__).resolve().parents[1] / "_cuda_kernels.cu"
 OPTIONS = ("-std=c++17", "-DPYLORA_SMALL_KERNELS")
 
 # struct View of csrc/cuda/device.cuh; CuPy passes a structured array of one element by value.

@@ -1,0 +1,1 @@
+"""What a law is tried with: hypothesis strategies for layers, plans, attention and whole models."""

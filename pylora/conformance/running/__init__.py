@@ -1,0 +1,1 @@
+"""Running the kit on an implementation: the search, what it reports, and a failure as a program."""
