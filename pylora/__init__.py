@@ -1,12 +1,40 @@
 """pylora: run, fine-tune, swap, merge and unmerge LoRA adapters without a deep-learning framework.
 
-Public names are imported when first used, so that `import pylora` costs no more than NumPy. The
-verbs are functions of the modules named after them: `pylora.generation.generate.generate`,
-`pylora.training.train.train`.
+    import pylora
+
+    model = pylora.load("SmolLM2.gguf", adapter="runs/tone", precision="bf16")
+    print(model.chat("Who are you?"))
+    for piece in model.generate("Once upon a time", stream=True, max_new_tokens=40):
+        print(piece, end="", flush=True)
+
+    model.train("data.jsonl", "runs/new", adapter="new", r=8, epochs=3)  # and uses it from then on
+    model.adapters.use({"default": 0.5, "new": 0.5})  # several at once, weighted; None: the base
+    print(model.score("The sky is blue.").perplexity)
+    model.merge("merged")  # a Hugging Face directory; `pylora unmerge` takes it apart again
+
+`help(pylora.load)` and `help(pylora.Model)` say more; at the terminal, `pylora --help` and
+`pylora chat MODEL`. What goes wrong is a `pylora.PyloraError`, whose text says what to do.
+
+The parts, each usable alone (docs/architecture.md shows how they fit):
+
+    pylora.formats      open_checkpoint: GGUF files and Hugging Face directories
+    pylora.text         tokenizers and chat templates
+    pylora.model        Llama and its layers, on token ids
+    pylora.adapters     LoraConfig, Plan, Adapter, AdapterPool; PEFT directories
+    pylora.training     load_examples, TrainConfig, train
+    pylora.generation   generate, stream, Sampling
+    pylora.merging      merge and exact unmerge
+    pylora.check        proofs of gradients and merging on a real model
+    pylora.conformance  laws that test any implementation of LoRA
+    pylora.reference    every operation, as the paper writes it
+    pylora.backends     c, numpy, cuda, cupy: who computes; `pylora.use` chooses
+
+Names are imported when first used, so that `import pylora` costs no more than NumPy.
 """
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import platform
 from typing import TYPE_CHECKING, Any
@@ -20,6 +48,8 @@ if TYPE_CHECKING:
     from pylora.adapters.pool import AdapterPool
     from pylora.errors import PyloraError
     from pylora.formats import open_checkpoint
+    from pylora.front.load import generate, load, train
+    from pylora.front.model import Model
     from pylora.merging.merge import merge_checkpoint, unmerge_checkpoint
     from pylora.model.attention import Attention
     from pylora.model.block import Block
@@ -47,14 +77,18 @@ _HOME = {
     "LoRAGrad": "model.linear",
     "LoRALinear": "model.linear",
     "LoraConfig": "adapters.loraconfig",
+    "Model": "front.model",
     "ModuleSpec": "model.config",
     "Plan": "adapters.plan",
     "PyloraError": "errors",
     "Seqs": "types",
+    "generate": "front.load",
+    "load": "front.load",
     "merge_checkpoint": "merging.merge",
     "open_checkpoint": "formats",
     "parameters": "adapters.adapter",
     "resolve": "adapters.plan",
+    "train": "front.load",
     "unmerge_checkpoint": "merging.merge",
 }
 
@@ -73,32 +107,70 @@ __all__ = [
     "LoRAGrad",
     "LoRALinear",
     "LoraConfig",
+    "Model",
     "ModuleSpec",
     "Plan",
     "PyloraError",
     "Seqs",
     "__version__",
     "build_info",
+    "generate",
+    "load",
     "merge_checkpoint",
     "open_checkpoint",
     "parameters",
     "resolve",
     "set_num_threads",
+    "train",
     "unmerge_checkpoint",
     "use",
 ]
 
 
+_WINGS = frozenset(
+    "adapters backends check conformance errors files formats front generation merging model "
+    "numbers ops reference text training types".split()
+)
+# What the same things are called elsewhere, and what people try.
+_MEANT = {
+    "from_pretrained": "load",
+    "AutoModelForCausalLM": "load",
+    "AutoPeftModelForCausalLM": "load",
+    "AutoTokenizer": "load(path).tokenizer",
+    "PeftModel": "load(path, adapter=...)",
+    "get_peft_model": "load(path).train(data)",
+    "LoraModel": "Model",
+    "Trainer": "load(path).train(data)",
+    "SFTTrainer": "load(path).train(data)",
+    "TrainConfig": "training.config.TrainConfig",
+    "load_examples": "training.examples.load_examples",
+    "Tokenizer": "text.tokenizer.Tokenizer",
+    "chat": "load(path).chat(message)",
+    "merge": "load(path, adapter=...).merge(out)",
+    "unmerge": "unmerge_checkpoint(merged, out)",
+    "plan": "load(path).plan()",
+    "score": "load(path).score(text)",
+    "stream_generate": "load(path).generate(text, stream=True)",
+    "info": "build_info()",
+    "set_backend": "use(backend)",
+}
+
+
 def __getattr__(name: str) -> Any:
+    if name in _WINGS:
+        return importlib.import_module(f"pylora.{name}")
     if name not in _HOME:
-        raise AttributeError(f"module 'pylora' has no attribute {name!r}")
+        close = difflib.get_close_matches(name, __all__, n=1)
+        meant = _MEANT.get(name) or next(iter(close), "")
+        hint = f"; did you mean pylora.{meant}?" if meant and not name.startswith("_") else ""
+        raise AttributeError(f"module 'pylora' has no attribute {name!r}{hint}")
     value = getattr(importlib.import_module(f"pylora.{_HOME[name]}"), name)
     globals()[name] = value  # the next look-up does not come here
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)
 
 
 def build_info() -> dict[str, Any]:

@@ -5,7 +5,9 @@ Letters as everywhere: m tokens, k input features, d output features, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +16,46 @@ import numpy as np
 Array = Any  # numpy.ndarray, or cupy.ndarray on that backend
 
 
+def brief(value: Any) -> str:
+    """A dataclass on one line: the fields that are not at their default; of an array its dtype and
+    shape, of a long list its length. Such a class says `__repr__ = brief`."""
+    said = []
+    for field in dataclasses.fields(value):
+        got = getattr(value, field.name)
+        if not field.repr or (isinstance(got, _PLAIN) and got == field.default):
+            continue
+        said.append(f"{field.name}={_short(got)}")
+    return f"{type(value).__name__}({', '.join(said)})"
+
+
+_PLAIN = (str, int, float, bool, tuple, type(None))
+
+
+def _short(value: Any) -> str:
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"{value.dtype}{list(value.shape)}"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, str):
+        return repr(value if len(value) <= 80 else value[:77] + "...")
+    if isinstance(value, os.PathLike):
+        return repr(str(value))
+    if isinstance(value, (tuple, list, set, frozenset, Mapping)) and not hasattr(value, "plan"):
+        plain = not isinstance(value, Mapping) and all(isinstance(v, _PLAIN) for v in value)
+        if len(value) <= 8 and plain:
+            return f"[{', '.join(map(_short, value))}]"
+        return f"[{len(value)} items]" if value else "[]"
+    return repr(value)
+
+
 @dataclass(frozen=True, eq=False)
 class LoRA:
     """The low-rank update of one module: y = x Wᵀ + bias + scale * (x Aᵀ Bᵀ + bias_B).
 
     For an embedding, A is [r, vocab] and a token's x is its one-hot row.
     """
+
+    __repr__ = brief
 
     A: Array  # [r, k], the down-projection
     B: Array  # [d, r], the up-projection
@@ -30,12 +66,15 @@ class LoRA:
 
     @property
     def rank(self) -> int:
+        """r."""
         return int(self.A.shape[0])
 
 
 @dataclass(frozen=True)
 class Drop:
     """Dropout of the input of A: which Philox stream, and where the batch's rows start in it."""
+
+    __repr__ = brief
 
     p: float
     seed: int
@@ -46,6 +85,8 @@ class Drop:
 @dataclass(eq=False, slots=True)  # each call makes one: a frozen one would take three times as long
 class Projection:
     """One of the linear modules that read the same x: y = residual + x Wᵀ + bias + s h Bᵀ."""
+
+    __repr__ = brief
 
     W: Any  # packed [d, k]
     bias: Array | None = None  # [d]
@@ -59,6 +100,8 @@ class Projection:
 class Norm:
     """The RMS norm before some projections: x rstd w."""
 
+    __repr__ = brief
+
     w: Array  # [k]
     eps: float
 
@@ -66,6 +109,8 @@ class Norm:
 @dataclass(frozen=True, eq=False)
 class Rotation:
     """The rotary embedding of q and k: see `rope`."""
+
+    __repr__ = brief
 
     cos: Array  # [positions, head_dim / 2]
     sin: Array
@@ -76,6 +121,8 @@ class Rotation:
 @dataclass(frozen=True, eq=False)
 class ProjectionGrad:
     """The same module's part of backward. Its adapter, if any, gets gradients of A and B."""
+
+    __repr__ = brief
 
     dy: Array  # [m, d]
     W: Any = None  # needed for dx
@@ -88,6 +135,8 @@ class ProjectionGrad:
 class Seqs:
     """n sequences, one behind the other: queries q_start[i]..q_start[i+1]-1 attend causally to the
     k_len[i] keys from row k_start[i] on, the last query seeing the last key. int64 arrays."""
+
+    __repr__ = brief
 
     q_start: np.ndarray  # [n + 1]
     k_start: np.ndarray  # [n]
@@ -105,6 +154,8 @@ class Seqs:
 class Attn:
     """Shape of an attention: heads % kv_heads == 0; window > 0 limits how many keys are seen."""
 
+    __repr__ = brief
+
     heads: int
     kv_heads: int
     head_dim: int
@@ -115,6 +166,8 @@ class Attn:
 @dataclass(frozen=True)
 class AdamW:
     """Settings of one AdamW step; `step` is 1 for the first; grad_scale multiplies the gradient."""
+
+    __repr__ = brief
 
     lr: float
     step: int
@@ -128,6 +181,8 @@ class AdamW:
 @dataclass(frozen=True, eq=False)
 class Residue:
     """What a merge rounded away: at flat `position` (ascending) the original element had `bits`."""
+
+    __repr__ = brief
 
     position: np.ndarray  # int64 [n]
     bits: np.ndarray  # uint32 [n]

@@ -18,7 +18,7 @@ from pylora.adapters import peft
 from pylora.adapters.loraconfig import LoraConfig
 from pylora.adapters.peft import Array, Load
 from pylora.adapters.plan import Plan, PlanEntry, named_targets, resolve
-from pylora.errors import ConfigError, PlanError, UnsupportedError
+from pylora.errors import ConfigError, PlanError, UnsupportedError, expect, wrong_type
 from pylora.model.config import ModuleSpec
 from pylora.numbers import random
 from pylora.types import LoRA
@@ -34,6 +34,9 @@ class Adapter(Mapping[str, LoRA]):
 
     def __init__(self, config: LoraConfig, plan: Plan, modules: Mapping[str, LoRA]) -> None:
         """Raises PlanError unless `modules` has what the plan says, in the plan's shapes."""
+        expect("LoRA settings", config, "Adapter(config, plan, modules)")
+        expect("plan", plan, "Adapter(config, plan, modules)")
+        expect("adapter", modules, "Adapter(config, plan, modules)")
         self.config, self.plan = config, plan
         self._modules = dict(modules)
         paths = [e.path for e in plan.entries] + [path for path, _ in plan.bias_only]
@@ -56,7 +59,9 @@ class Adapter(Mapping[str, LoRA]):
         return len(self._modules)
 
     def __repr__(self) -> str:
-        return f"Adapter({len(self)} modules, {self.num_parameters} parameters)"
+        plan = repr(self.plan).removeprefix("Plan(").removesuffix(")")
+        base = self.config.base_model_name_or_path
+        return f"Adapter({plan}{f', for {base}' if base else ''})"
 
     @classmethod
     def init(
@@ -72,6 +77,8 @@ class Adapter(Mapping[str, LoRA]):
         `base` gives the base model's tensors by name; it is needed where config.bias is not "none"
         and the model has biases, which start as the base's.
         """
+        expect("plan", plan, "Adapter.init(plan, config)")
+        expect("LoRA settings", config, "Adapter.init(plan, config)")
         arrays: dict[str, Array] = {}
         entries = {e.path: e for e in plan.entries}
         for key, (path, field, shape) in peft.tensor_names(plan).items():
@@ -94,11 +101,15 @@ class Adapter(Mapping[str, LoRA]):
         `base` (Checkpoint.load) is needed where the file carries copies of base weights, as PEFT
         writes for adapted embeddings. Errors: see `pylora.adapters.peft.read`.
         """
+        expect("modules", modules, "Adapter.load(directory, modules)")
+        if base is not None and not callable(base):
+            wrong_type("Adapter.load(base=...)", "checkpoint.load", base)
         return cls(*peft.read(directory, modules, base))
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes a PEFT directory, float32; loading it gives the same bits. The word "all-linear"
         is written as the names that it stood for, as PEFT does: servers do not know the word."""
+        expect("path", directory, "Adapter.save(directory)")
         peft.write(directory, named_targets(self.config, self.plan), parameters(self))
 
     @property
@@ -131,6 +142,7 @@ class Adapter(Mapping[str, LoRA]):
 
 def parameters(adapter: Adapter) -> dict[str, Array]:
     """PEFT key -> array, the arrays themselves: writing to them changes the adapter."""
+    expect("whole adapter", adapter, "parameters(adapter)")
     names = peft.tensor_names(adapter.plan)
     return {key: getattr(adapter[path], field) for key, (path, field, _) in names.items()}
 
@@ -174,6 +186,15 @@ def _own_bias(path: str, shape: tuple[int, ...], config: LoraConfig, base: Load 
 
 
 def _stack(items: Sequence[tuple[Adapter, float]]) -> Adapter:
+    pairs = "a list of (adapter, weight)"
+    if not isinstance(items, (list, tuple)):
+        wrong_type("Adapter.stack", pairs, items, "write [(one, 0.5), (other, 0.5)]")
+    for item in items:
+        if not isinstance(item, (list, tuple)) or len(item) != 2:
+            wrong_type("Adapter.stack", f"{pairs}, and in it", item, "write (adapter, 1.0)")
+        expect("whole adapter", item[0], "Adapter.stack, first of a pair,")
+        if not isinstance(item[1], (int, float)):
+            wrong_type("Adapter.stack", "a number as the weight", item[1])
     if not items:
         raise ConfigError("nothing to stack: give at least one (adapter, weight)")
     parts: dict[str, list[tuple[PlanEntry, LoRA, float]]] = {}

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from pylora.adapters.locate import find_adapter
 from pylora.adapters.peft import WEIGHTS
-from pylora.errors import PlanError
+from pylora.errors import PlanError, expect
 from pylora.formats.safetensors import SafeTensors
 from pylora.model.config import LlamaConfig, ModuleSpec
-from pylora.types import Array, LoRA
+from pylora.types import Array, LoRA, brief
 
 _KEY = re.compile(
     r"base_model\.model\.(?P<path>.+)\."
@@ -31,6 +32,8 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 @dataclass(frozen=True)
 class ModuleStats:
     """One module's delta s B A, of shape [d, k]."""
+
+    __repr__ = brief
 
     path: str
     d: int
@@ -65,7 +68,7 @@ def modules_of(directory: str | Path) -> dict[str, ModuleSpec]:
     in the adapter's config that match none of these are then an error that a model would not give.
     """
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-    with SafeTensors(Path(directory) / WEIGHTS) as file:
+    with SafeTensors(find_adapter(directory) / WEIGHTS) as file:
         for key in file.tensors:
             if found := _KEY.fullmatch(key):
                 shapes.setdefault(found["path"], {})[found["part"]] = file.shape(key)
@@ -100,6 +103,7 @@ def singular_values(lora: LoRA) -> Array:
 
 def inspect(adapter: Mapping[str, LoRA]) -> list[ModuleStats]:
     """The statistics of each module of `adapter`, in its order."""
+    expect("adapter", adapter, "inspect(adapter)")
     stats = []
     for path, lora in adapter.items():
         values = singular_values(lora)

@@ -9,12 +9,14 @@ refused unless it is empty. This file does not know any model: see plan.py for t
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pylora.errors import ConfigError, UnsupportedError
+from pylora.errors import ConfigError, UnsupportedError, wrong_type
+from pylora.types import brief
 
 # These say where a file came from, how A and B were first filled (init_lora_weights itself is
 # checked; a file has them as trained), or are read only together with a field of _REFUSED.
@@ -41,6 +43,8 @@ _REFUSED = {
 _READABLE_INITS = ("eva", "orthogonal", "mica")
 # Those that change the base weights as well: the adapter is relative to a base that nobody has.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+FRESH_TARGETS: str | tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+_FOREIGN = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "use_rslora"}
 _MAX_PATTERN = 4096  # characters of one regular expression
 
 
@@ -55,6 +59,8 @@ class LoraConfig:
 
     Raises ConfigError for a value out of range, UnsupportedError for one not implemented.
     """
+
+    __repr__ = brief
 
     r: int = 8
     lora_alpha: float = 8
@@ -94,8 +100,45 @@ class LoraConfig:
         _check_combinations(self)
 
     @classmethod
+    def fresh(
+        cls,
+        r: int = 8,
+        lora_alpha: float | None = None,
+        target_modules: str | Sequence[str] | None = None,
+        **others: Any,
+    ) -> LoraConfig:
+        """Settings for a new adapter, by the one rule that the command line, `pylora.Model` and
+        whoever calls this share: lora_alpha is 2 r unless given, so that the scale is 2 at every
+        rank; target_modules is FRESH_TARGETS; task_type is CAUSAL_LM.
+
+        The defaults of `LoraConfig` itself are PEFT's (lora_alpha 8), since they are what a file
+        means that leaves a field out. ConfigError names a field that does not exist.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        for name in others:
+            if name not in known:
+                close = difflib.get_close_matches(_FOREIGN.get(name, name), known, n=1)
+                hint = f"; did you mean {close[0]}?" if close else f"; there are {sorted(known)}"
+                raise ConfigError(f"LoraConfig has no field {name!r}{hint}")
+        check_rank("r", r)
+        fields: dict[str, Any] = {"task_type": "CAUSAL_LM"} | others
+        return cls(
+            r=r,
+            lora_alpha=2 * r if lora_alpha is None else lora_alpha,
+            target_modules=FRESH_TARGETS if target_modules is None else target_modules,
+            **fields,
+        )
+
+    @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "adapter_config.json") -> LoraConfig:
         """A config from the fields of an adapter_config.json; `where` is named in errors."""
+        if not isinstance(values, Mapping):
+            wrong_type(
+                "LoraConfig.from_dict",
+                "the fields of an adapter_config.json as a dict",
+                values,
+                "of a folder: pylora.adapters.peft.read_config(directory)",
+            )
         known = {f.name for f in dataclasses.fields(cls)}
         try:
             _refuse_others(values, known)

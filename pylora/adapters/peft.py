@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from pylora.adapters.locate import find_adapter
 from pylora.adapters.loraconfig import LoraConfig
 from pylora.adapters.plan import Plan, resolve
 from pylora.errors import FileFormatError, PlanError, UnsupportedError
@@ -83,10 +84,13 @@ def read(
 ) -> tuple[LoraConfig, Plan, dict[str, LoRA]]:
     """The adapter in a PEFT directory, for a model with these modules; tensors become float32.
 
+    `directory` may be a training run's folder or a Hub id too: see `find_adapter`.
+
     `base` (Checkpoint.load) is needed where the file carries copies of base weights, as PEFT writes
     for adapted embeddings: they must equal the base model's. Raises PlanError, FileFormatError,
     ConfigError or UnsupportedError, each naming the file and the tensor or field.
     """
+    directory = find_adapter(directory)
     config = read_config(directory)
     with SafeTensors(_weights_file(Path(directory))) as file:
         _refuse_saved_modules(file, config)
@@ -106,20 +110,7 @@ def read(
 
 def read_config(directory: str | os.PathLike[str]) -> LoraConfig:
     """The settings in a PEFT directory. Raises FileFormatError, ConfigError or UnsupportedError."""
-    where = Path(directory)
-    if not where.is_dir():
-        raise FileFormatError(f"{where}: there is no such directory (expected a PEFT adapter)")
-    file = where / CONFIG
-    mlx = where / "adapters.safetensors"
-    if mlx.is_file() and not (where / WEIGHTS).is_file():
-        raise UnsupportedError(
-            f"{where}: this is an adapter of mlx-lm ({mlx.name}), which has names and an order of "
-            "its own; pylora reads PEFT's form"
-        )
-    if not file.is_file():
-        nested = [d for d in ("adapter", "final_adapter", "lora") if (where / d / CONFIG).is_file()]
-        hint = f"; there is one in {where / nested[0]}" if nested else ""
-        raise FileFormatError(f"{where}: there is no {CONFIG}, so this is no PEFT adapter{hint}")
+    file = find_adapter(directory) / CONFIG
     return LoraConfig.from_json(read_text(file, limit=_CONFIG_LIMIT), str(file))
 
 

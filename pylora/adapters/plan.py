@@ -10,12 +10,12 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from pylora.adapters.loraconfig import LoraConfig
 from pylora.adapters.patterns import compiled
-from pylora.errors import PlanError, UnsupportedError
+from pylora.errors import PlanError, UnsupportedError, expect
 from pylora.model.config import ModuleSpec
 
 ALL_LINEAR = "all-linear"
@@ -40,6 +40,13 @@ class PlanEntry:
     lora_bias: bool = False  # B has a bias
     base_bias: bool = False  # the adapter replaces the module's own bias
 
+    def __repr__(self) -> str:
+        kind = "" if self.kind == "linear" else f" {self.kind}"
+        return (
+            f"PlanEntry({self.path}: [{self.d}, {self.k}]{kind}, r {self.r}, alpha {self.alpha:g}, "
+            f"scale {self.scale:g})"
+        )
+
     @property
     def parameters(self) -> int:
         """How many numbers the adapter trains in this module."""
@@ -59,6 +66,21 @@ class Plan:
     def __len__(self) -> int:
         return len(self.entries)
 
+    def __repr__(self) -> str:
+        def spread(values: Iterable[float]) -> str:
+            found = sorted(set(values))
+            if len(found) < 2:
+                return f"{found[0]:g}" if found else "none"
+            return f"{found[0]:g} to {found[-1]:g}"
+
+        entries = self.entries
+        more = f" and {len(self.bias_only)} biases" if self.bias_only else ""
+        return (
+            f"Plan({len(entries)} modules{more}, r {spread(e.r for e in entries)}, "
+            f"alpha {spread(e.alpha for e in entries)}, scale {spread(e.scale for e in entries)}, "
+            f"{self.num_parameters:,} parameters)"
+        )
+
     @property
     def num_parameters(self) -> int:
         """How many numbers the adapter trains."""
@@ -71,6 +93,8 @@ def resolve(config: LoraConfig, modules: Mapping[str, ModuleSpec]) -> Plan:
     Raises PlanError, naming it, for whatever matches no module, and UnsupportedError for
     modules_to_save and for lora_bias on an embedding.
     """
+    expect("LoRA settings", config, "resolve(config, modules)")
+    expect("modules", modules, "resolve(config, modules)")
     if config.modules_to_save:
         raise UnsupportedError(
             f"modules_to_save = {list(config.modules_to_save)}: training or loading whole modules "

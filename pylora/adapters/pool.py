@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from pylora.errors import ConfigError, PyloraError
+from pylora.errors import ConfigError, PyloraError, expect
 from pylora.model.decoder import pack_adapter
 from pylora.types import LoRA
 
@@ -28,9 +28,17 @@ class AdapterPool:
     """Named adapters, packed for one model. Threads may share it."""
 
     def __init__(self, model: Llama) -> None:
+        expect("model", model, "AdapterPool(model)")
         self.model = model
         self._packed: dict[str, Any] | None = {}
         self._active: str | None = None
+
+    def __repr__(self) -> str:
+        if self._packed is None:
+            return "AdapterPool(closed)"
+        names = ", ".join(map(repr, list(self._packed)[:5]))
+        more = f" and {len(self._packed) - 5} more" if len(self._packed) > 5 else ""
+        return f"AdapterPool({names or 'empty'}{more}; active: {self._active!r})"
 
     # ---- members ------------------------------------------------------------------------------
 
@@ -55,6 +63,7 @@ class AdapterPool:
             raise ConfigError(
                 f"the pool has an adapter {name!r} already; remove it, or add with replace=True"
             )
+        expect("adapter", adapter, "pool.add(name, adapter)")
         self.model.check(adapter)
         members[name] = pack_adapter(self.model, adapter)
 

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from pylora.errors import BackendError
+from pylora.errors import BackendError, expect
 
 if TYPE_CHECKING:
     from pylora.ops.protocol import Backend
@@ -132,6 +132,7 @@ def get(backend: str | Backend | None = None) -> Backend:
     is built, else "numpy". Raises BackendError for a name that is unknown or not available.
     """
     if backend is not None:
+        expect("backend", backend, "backend=, or pylora.use,")
         return _load(backend) if isinstance(backend, str) else backend
     if _chosen is not None:
         return _chosen

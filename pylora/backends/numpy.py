@@ -28,6 +28,9 @@ class PackedArray:
         self.shape: tuple[int, int] = values.shape
         self.dtype, self.nbytes = values.dtype, values.nbytes
 
+    def __repr__(self) -> str:
+        return f"PackedArray([{self.shape[0]}, {self.shape[1]}], {self.precision})"
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.values, dtype)
 

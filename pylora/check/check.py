@@ -17,7 +17,7 @@ from pylora.adapters.plan import resolve
 from pylora.check import bits, gradient, merge
 from pylora.check.report import SKIP, Finding, Report
 from pylora.check.sample import Batch, Part, available_memory, default_adapter, part_of, sample
-from pylora.errors import ConfigError
+from pylora.errors import ConfigError, expect
 from pylora.formats import Checkpoint, open_checkpoint
 from pylora.model.config import LlamaConfig
 from pylora.model.llama import Llama
@@ -65,6 +65,8 @@ def check(
     memory: float | None = None,
 ) -> Report:
     """`check_model` for a checkpoint, adapter and batch that are there already."""
+    expect("checkpoint", checkpoint, "check(checkpoint, adapter, batch)")
+    expect("whole adapter", adapter, "check(checkpoint, adapter, batch)")
     if not len(adapter.plan):
         raise ConfigError(f"{name}: the adapter has no module with A and B, so nothing to check")
     llama = Llama.from_checkpoint(checkpoint, backend)

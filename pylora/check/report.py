@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from pylora.types import brief
+
 PASS, FAIL, WARN, SKIP = "pass", "FAIL", "warning", "not tested"
 
 
@@ -30,6 +32,8 @@ class Finding:
 @dataclass
 class Report:
     """What was checked, on what, and what came of it."""
+
+    __repr__ = brief
 
     model: str
     adapter: str

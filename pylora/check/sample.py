@@ -24,7 +24,7 @@ from pylora.model.llama import Llama
 from pylora.numbers import random
 from pylora.reference import IGNORE
 from pylora.training.examples import Tokenizer, check_examples, load_examples
-from pylora.types import LoRA, Seqs
+from pylora.types import LoRA, Seqs, brief
 
 FIELDS = ("A", "B", "bias", "base_bias")  # the arrays of a LoRA
 MIN_TOKENS = 8
@@ -34,6 +34,8 @@ _USABLE = 0.7  # of the memory that is free
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Three sequences of uneven lengths, one behind the other."""
+
+    __repr__ = brief
 
     ids: np.ndarray  # int64 [m]
     labels: np.ndarray  # int64 [m], shifted, IGNORE where nothing counts
@@ -109,6 +111,8 @@ class Part:
     Its layer i is the model's layer first + i, with the real weights; the embedding feeds its
     lowest layer directly. With first = 0 it is the whole model.
     """
+
+    __repr__ = brief
 
     config: LlamaConfig
     first: int

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
-from pathlib import Path
 
 from pylora.errors import FileFormatError
 from pylora.formats.base import Checkpoint, narrow, widen
+from pylora.formats.locate import FURTHER_PART, find_model
 
 __all__ = ["Checkpoint", "narrow", "open_checkpoint", "widen"]
 
@@ -15,16 +14,15 @@ __all__ = ["Checkpoint", "narrow", "open_checkpoint", "widen"]
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Opens the base model at `path`: its configuration is read and every tensor's place checked.
 
-    `path` is a GGUF file, a directory with config.json and safetensors weights, or a directory
-    whose only model is one GGUF file. Raises FileFormatError for what is missing, damaged or
-    hostile, and UnsupportedError for models that pylora does not run.
+    `path` is a GGUF file, a directory with config.json and safetensors weights, a directory whose
+    only model is one GGUF file, or the id of a model in the Hugging Face Hub's cache
+    (`pylora.formats.locate.find_model`). Raises FileFormatError for what is missing, damaged or
+    hostile, UnsupportedError for models that pylora does not run, WrongTypeError for no path.
     """
-    where = Path(path)
-    if not where.exists():
-        raise FileFormatError(f"{where}: there is no such file or directory")
+    where = find_model(path)
     if where.is_dir():
         ggufs = sorted(where.glob("*.gguf"))
-        ggufs = [f for f in ggufs if not re.search(r"-(?!00001)\d{5}-of-\d{5}\.gguf$", f.name)]
+        ggufs = [f for f in ggufs if not FURTHER_PART.search(f.name)]
         if (where / "config.json").exists():
             from pylora.formats.huggingface import HuggingFaceCheckpoint
 

@@ -40,6 +40,13 @@ class Checkpoint(ABC):
         """The content of the model's config.json, whole; {} where there is none."""
         return {}
 
+    def __repr__(self) -> str:
+        c = self.config
+        return (
+            f"{type(self).__name__}({str(self.path)!r}: {c.model_type}, {c.num_hidden_layers} "
+            f"layers, {c.num_parameters:,} parameters)"
+        )
+
     @abstractmethod
     def names(self) -> tuple[str, ...]:
         """The tensor names, Hugging Face's, in the order of `config.tensors()`."""

@@ -18,6 +18,7 @@ from pylora.errors import FileFormatError, UnsupportedError
 from pylora.extras import need
 from pylora.formats.base import Array, Shape
 from pylora.formats.safetensors import map_file, pointer_hint
+from pylora.types import brief
 
 MAX_DIMS = 4
 MAX_ALIGNMENT = 1 << 20
@@ -42,6 +43,8 @@ class GGUFTensor:
 @dataclass(frozen=True)
 class GGUFHeader:
     """A checked header. metadata: {key: bool | int | float | str | list[str] | ndarray}."""
+
+    __repr__ = brief
 
     path: Path
     data: Array  # the whole file, uint8, mapped

@@ -20,6 +20,7 @@ import numpy as np
 from pylora.errors import DtypeError, FileFormatError, UnsupportedError
 from pylora.files.whole import atomic_write
 from pylora.formats.base import Array, Shape, widen
+from pylora.types import brief
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
 MAX_DIMS = 16
@@ -35,6 +36,8 @@ ITEMSIZE = {name: np.dtype(code).itemsize for name, code in _NUMPY.items()} | _O
 @dataclass(frozen=True)
 class Bf16:
     """An array of bfloat16 bits, to be written as such: uint16, any shape."""
+
+    __repr__ = brief
 
     bits: Array
 
@@ -75,6 +78,9 @@ class SafeTensors:
         self.tensors, self.metadata = _parse(
             self.path, self._data[8 : self._start].tobytes(), size - self._start
         )
+
+    def __repr__(self) -> str:
+        return f"SafeTensors({str(self.path)!r}, {len(self.tensors)} tensors)"
 
     def _info(self, name: str) -> TensorInfo:
         try:

@@ -1,1 +1,1 @@
-"""The front door: one object that knows its model, tokenizer and adapters (`pylora.load`)."""
+"""The front door: `pylora.load` gives one object that generates, chats, trains and merges."""

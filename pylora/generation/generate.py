@@ -2,33 +2,33 @@
 
 What a prompt yields does not depend on the other prompts: rows have the same bits in any batch,
 and each row draws from its own random stream, by position. A finished row leaves the batch and a
-waiting prompt takes its place.
+waiting prompt takes its place. Here are token ids alone: text is in pylora/generation/text.py.
 """
 
 from __future__ import annotations
 
-import math
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from pylora.adapters.pool import AdapterPool
-from pylora.errors import ConfigError, DataError, PyloraError
+from pylora.errors import ConfigError, DataError, expect
+from pylora.generation.prompt_cache import PromptCache
+from pylora.generation.sampling import Sampling, greedy, sample, whole_number
 from pylora.model.decoder import Batch, pack_attached
 from pylora.model.inputs import token_ids
+from pylora.model.kvcache import KVCache
 from pylora.model.llama import Llama
 from pylora.numbers import random
 
-_NOT_FINITE = (
-    "the model's logits are not finite, so no token can be chosen; check the weights and the "
-    "adapter for NaN or infinite values"
-)
+__all__ = ["OnToken", "Sampling", "Stop", "generate", "sample", "stream"]
+
 OnToken = Callable[[int, int], None]  # (index of the prompt, token)
+Stop = Callable[[int, int], bool]  # (index of the prompt, its newest token) -> is that the last?
 
 _PREFILL_TOKENS = 2048  # prompts are taken in until a step has this many tokens
-_UNLIKELY = 1e-5  # a token of a lower probability is ranked only where the others do not decide
 
 
 def generate(
@@ -39,40 +39,153 @@ def generate(
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
     eos_ids: Collection[int] | None = None,
     batch_size: int = 32,
     first_row: int = 0,
     on_token: OnToken | None = None,
+    stop: Stop | None = None,
     pool: AdapterPool | None = None,
     adapters: Sequence[str | None] | None = None,
+    cache: PromptCache | None = None,
 ) -> list[list[int]]:
     """Up to `max_new_tokens` tokens after each prompt; the end-of-text token is not included.
 
     temperature 0 takes the likeliest token (the lowest id of equals); else `sample` draws one from
-    softmax(logits / temperature), cut by top_k and top_p. Row i draws from the stream of
-    (seed, first_row + i, position), so a list may be cut into calls that state their `first_row`.
-    `eos_ids` defaults to the model's; `on_token` hears each token as it comes, the end excepted.
+    softmax(logits / temperature), cut by top_k, top_p and min_p; repetition_penalty is
+    transformers' (`Sampling`). Row i draws from the stream of (seed, first_row + i, position), so a
+    list may be cut into calls that state their `first_row`. `eos_ids` defaults to the model's;
+    `on_token` hears each token as it comes, the end excepted; `stop(i, token)` is asked after each
+    and ends row i, the token included, by returning True.
 
     Without a pool all prompts use the adapter that is attached to the model, if any. With a `pool`,
     prompt i uses the adapter of the name adapters[i], None being the base model; without `adapters`
     all use `pool.active`. What counts is the adapters as they are when the call begins.
 
+    A `cache`, for a single prompt, keeps what was computed for the next call, whose prompt goes on
+    where this one ends: see `PromptCache`.
+
     Raises DataError for an empty prompt or a token outside the vocabulary, ConfigError for settings
     out of range, for a prompt that with its new tokens exceeds the model's
     max_position_embeddings, and for adapters that the pool does not have or that do not fit the
-    call.
+    call; WrongTypeError for a path in place of the model, or text in place of ids.
     """
-    _check(model, prompts, max_new_tokens, temperature, top_k, top_p, batch_size)
-    packed, which = _adapters(model, len(prompts), pool, adapters)
-    ends = frozenset(model.config.eos_token_ids if eos_ids is None else eos_ids)
+    tokens = stream(
+        model,
+        prompts,
+        max_new_tokens,
+        sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty),
+        seed=seed,
+        eos_ids=eos_ids,
+        batch_size=batch_size,
+        first_row=first_row,
+        stop=stop,
+        pool=pool,
+        adapters=adapters,
+        cache=cache,
+    )
     out: list[list[int]] = [[] for _ in prompts]
+    for row, token in tokens:
+        if token is not None:
+            out[row].append(token)
+            if on_token is not None:
+                on_token(row, token)
+    return out
+
+
+def stream(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    eos_ids: Collection[int] | None = None,
+    batch_size: int = 32,
+    first_row: int = 0,
+    stop: Stop | None = None,
+    pool: AdapterPool | None = None,
+    adapters: Sequence[str | None] | None = None,
+    cache: PromptCache | None = None,
+) -> Iterator[tuple[int, int | None]]:
+    """What `generate` says, as it comes: (index of the prompt, token), and (index, None) when a
+    prompt's answer has ended. What is wrong with the arguments is raised at once, before the first
+    step. An iterator that is dropped stops computing."""
+    expect("model", model, "generate")
+    _check(model, prompts, max_new_tokens, batch_size)
+    packed, which = _adapters(model, len(prompts), pool, adapters)
+    if cache is not None:
+        cache.check(model, len(prompts))
+    ends = frozenset(model.config.eos_token_ids if eos_ids is None else eos_ids)
+    how = Sampling() if sampling is None else sampling
+    rows = _Rows(model, prompts, max_new_tokens, how, seed, first_row)
     if not prompts or max_new_tokens == 0:
-        return out
-    if temperature:
-        streams = [random.stream("sample", str(first_row + i)) for i in range(len(prompts))]
-    slots = min(batch_size, len(prompts))
-    kv = model.kv_cache(slots, max(map(len, prompts)) + max_new_tokens)
+        return iter([(row, None) for row in range(len(prompts))])
+    return _steps(rows, packed, which, ends, min(batch_size, len(prompts)), stop, cache)
+
+
+class _Rows:
+    """The prompts, what has been said after each, and how the next token is chosen."""
+
+    def __init__(
+        self,
+        model: Llama,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int,
+        first_row: int,
+    ) -> None:
+        self.model, self.prompts, self.most = model, prompts, max_new_tokens
+        self.sampling, self.seed = sampling, seed
+        self.out: list[list[int]] = [[] for _ in prompts]
+        drawn = range(len(prompts)) if sampling.temperature else ()
+        self.streams = [random.stream("sample", str(first_row + i)) for i in drawn]
+        penalized = prompts if sampling.penalizes else ()
+        self.seen: list[set[int]] = [{int(token) for token in p} for p in penalized]
+
+    def choose(self, logits: Any, rows: Sequence[int]) -> list[int]:
+        """The next token of each of these rows, by its logits [len(rows), vocab]."""
+        how = self.sampling
+        if how.temperature == 0 and not how.penalizes:
+            return greedy(logits)
+        chosen, scores = [], self.model.ops.to_numpy(logits)
+        for row, row_scores in zip(rows, scores, strict=True):
+            u = 0.5
+            if how.temperature:
+                at = len(self.prompts[row]) + len(self.out[row])
+                u = float(random.unit(self.seed, self.streams[row], at, 1)[0])
+            chosen.append(how.choose(row_scores, u, self.seen[row] if how.penalizes else ()))
+        return chosen
+
+    def take(self, row: int, token: int) -> bool:
+        """Adds a token to a row's answer; whether there is room for more."""
+        self.out[row].append(token)
+        if self.seen:
+            self.seen[row].add(token)
+        return len(self.out[row]) < self.most
+
+
+def _steps(
+    rows: _Rows,
+    packed: list[Any],
+    which: list[int],
+    ends: frozenset[int],
+    slots: int,
+    stop: Stop | None,
+    cache: PromptCache | None,
+) -> Iterator[tuple[int, int | None]]:
+    """The loop of `stream`; packed[which[row]] is the adapter of a row."""
+    model, prompts, out = rows.model, rows.prompts, rows.out
+    longest = max(map(len, prompts)) + rows.most
+    kv: KVCache
+    known = 0  # tokens of the only prompt that the cache has
+    if cache is None:
+        kv = model.kv_cache(slots, longest)
+    else:
+        kv, known = cache.begin(prompts[0], longest, packed[0])
     waiting, free = deque(range(len(prompts))), list(range(slots))
     active: list[tuple[int, int]] = []  # (prompt, slot), those of one adapter side by side
     batch: Batch | None = None  # of `active`, one token each
@@ -84,10 +197,11 @@ def generate(
             waiting and free and (not fresh or taken + len(prompts[waiting[0]]) <= _PREFILL_TOKENS)
         ):
             row, slot = waiting.popleft(), free.pop()
-            kv.clear(slot)
+            if cache is None:
+                kv.clear(slot)
             active.append((row, slot))
-            fresh[row] = prompts[row]
-            taken += len(prompts[row])
+            fresh[row] = prompts[row][known:]
+            taken += len(fresh[row])
         if fresh:
             active.sort(key=lambda a: which[a[0]])  # stable
         if fresh or batch is None:
@@ -98,29 +212,25 @@ def generate(
         else:
             batch.advance()
         logits = batch.forward(latest)
-        if temperature == 0:
-            latest = _greedy(logits)
-        else:
-            scores = model.ops.to_numpy(logits)
-            latest = []
-            for (row, _), row_scores in zip(active, scores, strict=True):
-                at_token = len(prompts[row]) + len(out[row])
-                u = random.unit(seed, streams[row], at_token, 1)[0]
-                latest.append(sample(row_scores, float(u), temperature, top_k, top_p))
+        if cache is not None:
+            cache.ids.extend(map(int, latest))
+        latest = rows.choose(logits, [row for row, _ in active])
         still: list[tuple[int, int]] = []
         for (row, slot), token in zip(active, latest, strict=True):
-            if token not in ends:
-                out[row].append(token)
-                if on_token is not None:
-                    on_token(row, token)
-                if len(out[row]) < max_new_tokens:
-                    still.append((row, slot))
-                    continue
-            free.append(slot)
+            more = token not in ends
+            if more:
+                more = rows.take(row, token)
+                if stop is not None and stop(row, token):
+                    more = False
+                yield row, token
+            if more:
+                still.append((row, slot))
+            else:
+                free.append(slot)
+                yield row, None
         if fresh or len(still) < len(active):
             batch = None
         active = still
-    return out
 
 
 def _adapters(
@@ -133,6 +243,7 @@ def _adapters(
                 "`adapters` names adapters of a pool: give pool=AdapterPool(model) too"
             )
         return [pack_attached(model)], [0] * n
+    expect("pool", pool, "generate(pool=...)")
     if pool.model is not model:
         raise ConfigError(
             "this pool of adapters was made for another model; make one for this model"
@@ -153,89 +264,15 @@ def _adapters(
     return [pool.packed(name) for name in numbers], which
 
 
-def sample(
-    logits: np.ndarray, u: float, temperature: float, top_k: int = 0, top_p: float = 1.0
-) -> int:
-    """One token from logits [vocab] and a number 0 < u < 1, in float64.
-
-    p = softmax(logits / temperature). Tokens are ranked by p, equals by the lower id. top_k > 0
-    keeps the first top_k. top_p < 1 then keeps the shortest run of the first whose share of what
-    top_k left is at least top_p; at least one stays. The token is the first, in ranked order,
-    at which the running sum of p exceeds u times the sum of all that stayed.
-    """
-    _check_finite(logits)
-    scores = np.asarray(logits, np.float64)
-    if 0 < top_k < scores.size:
-        least = np.partition(scores, -top_k)[-top_k]
-        ranked = _ranked(scores, np.flatnonzero(scores >= least))[:top_k]
-        whole = None
-    else:  # the likely ones alone are ranked first: they nearly always decide
-        p = np.exp((scores - scores.max()) / temperature)
-        whole = float(p.sum())
-        ranked = _ranked(scores, np.flatnonzero(p > whole * _UNLIKELY))
-    while True:
-        total = np.cumsum(np.exp((scores[ranked] - scores[ranked[0]]) / temperature))
-        mass = float(total[-1]) if whole is None or ranked.size == scores.size else whole
-        if top_p < 1:
-            enough = total[-1] >= top_p * mass
-            total = total[: int(np.searchsorted(total, top_p * mass)) + 1]
-            mass = float(total[-1])
-        else:
-            enough = total[-1] > u * mass
-        if enough or whole is None or ranked.size == scores.size:
-            break
-        ranked = _ranked(scores, np.arange(scores.size))
-    at = int(np.searchsorted(total, u * mass, side="right"))
-    return int(ranked[min(at, total.size - 1)])
-
-
-def _ranked(scores: np.ndarray, some: np.ndarray) -> np.ndarray:
-    """The tokens `some`, ascending, in the order of their scores; equals by the lower id."""
-    ranked: np.ndarray = some[np.argsort(-scores[some], kind="stable")]
-    return ranked
-
-
-def _greedy(scores: Any) -> list[int]:
-    """The likeliest token of each row [n, vocab]; on a GPU, where they are."""
-    if isinstance(scores, np.ndarray):
-        _check_finite(scores)
-    elif not math.isfinite(float(abs(scores).max())):  # the maximum of a NaN is NaN
-        raise PyloraError(_NOT_FINITE)
-    tokens: list[int] = scores.argmax(axis=1).tolist()
-    return tokens
-
-
-def _check_finite(logits: np.ndarray) -> None:
-    # A sum is finite unless a term is not, or the terms are so large that it overflows: one pass,
-    # and nothing the size of the logits is written.
-    with np.errstate(over="ignore", invalid="ignore"):
-        if np.isfinite(logits.sum()) or np.isfinite(logits).all():
-            return
-    raise PyloraError(_NOT_FINITE)
-
-
 def _check(
-    model: Llama,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    batch_size: int,
+    model: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int
 ) -> None:
-    if not 0 <= temperature < np.inf:
-        raise ConfigError(f"temperature must be 0 (greedy) or positive, got {temperature}")
-    if not 0 < top_p <= 1:
-        raise ConfigError(f"top_p must be above 0 and at most 1, got {top_p}")
-    for name, value, low in (
-        ("max_new_tokens", max_new_tokens, 0),
-        ("top_k", top_k, 0),
-        ("batch_size", batch_size, 1),
-    ):
-        if not isinstance(value, (int, np.integer)) or value < low:
-            raise ConfigError(f"{name} must be a whole number from {low} on, got {value!r}")
+    whole_number("max_new_tokens", max_new_tokens, 0)
+    whole_number("batch_size", batch_size, 1)
+    expect("prompts", prompts, "generate")
     most = model.config.max_position_embeddings
     for i, prompt in enumerate(prompts):
+        expect("ids", prompt, f"prompt {i} of generate")
         if not hasattr(prompt, "__len__"):
             raise DataError(f"prompt {i} is {prompt!r}; give a list of prompts, each a list of ids")
         if len(prompt) == 0:

@@ -18,8 +18,9 @@ import numpy as np
 
 from pylora import backends
 from pylora.adapters.adapter import Adapter
+from pylora.adapters.locate import find_adapter
 from pylora.adapters.own_tokenizer import has_own, tokenizer_for
-from pylora.errors import ConfigError, UnsupportedError
+from pylora.errors import ConfigError, UnsupportedError, expect
 from pylora.files.whole import atomic_dir
 from pylora.formats import Checkpoint, narrow, open_checkpoint, widen
 from pylora.formats.hfdir import Spec, check_output, write_config, write_tokenizer, write_weights
@@ -29,7 +30,7 @@ from pylora.merging.unmerge import UnmergeReport, unmerge_checkpoint
 from pylora.merging.weight import digest, max_delta, merge_weight, unmerge_weight
 from pylora.model.config import LlamaConfig
 from pylora.ops.protocol import Backend
-from pylora.types import LoRA
+from pylora.types import LoRA, brief
 
 __all__ = [
     "MergeReport",
@@ -52,6 +53,8 @@ _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 class MergedModule:
     """One merged weight: its shape and dtype, the residue that was kept, the largest |delta|."""
 
+    __repr__ = brief
+
     path: str
     shape: tuple[int, ...]
     dtype: str
@@ -63,6 +66,8 @@ class MergedModule:
 @dataclass(frozen=True)
 class MergeReport:
     """What a merge wrote."""
+
+    __repr__ = brief
 
     directory: Path
     modules: tuple[MergedModule, ...]
@@ -93,9 +98,11 @@ def merge_checkpoint(
     embeddings, they are untied. Nothing is left behind if it fails. ConfigError for an `out_dir`
     that holds anything else than an earlier merge: no model is overwritten by mistake.
     """
+    expect("path", out_dir, "merge_checkpoint(model, adapter, out)")
     with open_checkpoint(model_path) as checkpoint:
         adapter = Adapter.load(adapter_dir, checkpoint.config.modules(), base=checkpoint.load)
-        own = Path(adapter_dir) if has_own(adapter_dir) else None
+        folder = find_adapter(adapter_dir)
+        own = folder if has_own(folder) else None
         if own is not None:
             tokenizer_for(checkpoint, own)  # refuses one that does not fit
         return merge_adapter(
@@ -114,6 +121,9 @@ def merge_adapter(
 ) -> MergeReport:
     """`merge_checkpoint` for a checkpoint and an adapter that are open already. `tokenizer` is a
     directory whose tokenizer's files take the place of the base model's."""
+    expect("checkpoint", checkpoint, "merge_adapter(checkpoint, adapter, out)")
+    expect("whole adapter", adapter, "merge_adapter(checkpoint, adapter, out)")
+    expect("path", out_dir, "merge_adapter(checkpoint, adapter, out)")
     if dtype is not None and dtype not in _FLOATS:
         raise ConfigError(f"dtype = {dtype!r}: expected one of {', '.join(_FLOATS)}")
     target = Path(out_dir)

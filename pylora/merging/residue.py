@@ -25,7 +25,7 @@ import numpy as np
 
 from pylora.errors import FileFormatError
 from pylora.formats.safetensors import Bf16, SafeTensors, save
-from pylora.types import LoRA, Residue
+from pylora.types import LoRA, Residue, brief
 
 Array = np.ndarray[Any, Any]
 
@@ -46,6 +46,8 @@ class Digests:
 @dataclass
 class Record:
     """Everything that a merge remembers. `digests` is by tensor, the rest by module."""
+
+    __repr__ = brief
 
     tied: bool  # the base uses the embedding as its output layer
     dtypes: dict[str, str] = field(default_factory=dict)  # of the weight, by module path

@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 
 from pylora import backends
-from pylora.errors import FileFormatError
+from pylora.errors import FileFormatError, expect
 from pylora.files.whole import atomic_dir
 from pylora.formats import Checkpoint, open_checkpoint
 from pylora.formats.hfdir import Spec, check_output, write_config, write_tokenizer, write_weights
 from pylora.merging.residue import Reader
 from pylora.merging.weight import digest, unmerge_weight
 from pylora.ops.protocol import Backend
+from pylora.types import brief
 
 Array = np.ndarray[Any, Any]
 
@@ -30,6 +31,8 @@ Array = np.ndarray[Any, Any]
 @dataclass(frozen=True)
 class UnmergeReport:
     """What an unmerge restored: module paths, and how many tensors were verified in all."""
+
+    __repr__ = brief
 
     directory: Path
     modules: tuple[str, ...]
@@ -49,6 +52,8 @@ def unmerge_checkpoint(
     FileFormatError naming the module that was altered since; then nothing is written. ConfigError
     for an `out_dir` that holds files already.
     """
+    expect("path", merged_dir, "unmerge_checkpoint(merged, out)")
+    expect("path", out_dir, "unmerge_checkpoint(merged, out)")
     target = Path(out_dir)
     check_output(target, Path(merged_dir))
     ops, reader = backends.get(backend), Reader(Path(merged_dir))

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from pylora.errors import expect
 from pylora.model.config import LlamaConfig
 from pylora.model.linear import (
     DropKey,
@@ -25,7 +26,7 @@ from pylora.model.linear import (
 from pylora.model.rope import Rope
 from pylora.model.weights import Weights, vector
 from pylora.ops.protocol import Backend
-from pylora.types import Array, Attn, Norm, Rotation, Seqs
+from pylora.types import Array, Attn, Norm, Rotation, Seqs, brief
 
 
 def positions(seqs: Seqs) -> np.ndarray:
@@ -41,6 +42,8 @@ def positions(seqs: Seqs) -> np.ndarray:
 class Past:
     """A layer's part of a KV cache: k, v [rows, kv_heads * D], and the rows of the new tokens."""
 
+    __repr__ = brief
+
     k: Array
     v: Array
     rows: Array
@@ -50,6 +53,8 @@ class Past:
 class AttentionCache:
     """What backward needs. `q` and `k` are rotated; where heads are normed they are as projected,
     and norm and rotation are done again."""
+
+    __repr__ = brief
 
     x: Array | None  # [m, hidden], only if q, k or v has an adapter; may be taken out and put back
     q: Array
@@ -77,7 +82,9 @@ class Attention:
         precision: str = "fp32",
     ) -> None:
         """`weights` gives each tensor by its Hugging Face name; each is packed and let go."""
+        expect("model configuration", config, "Attention(config, layer, weights)")
         path = f"model.layers.{layer}.self_attn"
+        self.path = path
         self.ops, self.eps = ops, config.rms_norm_eps
         self.dtype: Any = ops.activation_dtype(precision)  # of what only feeds products
 
@@ -103,6 +110,13 @@ class Attention:
             config.window(layer),
         )
         self.rope = rope if rope is not None else Rope(config, ops=ops)
+
+    def __repr__(self) -> str:
+        s, n = self.shape, sum(p.lora is not None for p in self.linears)
+        return (
+            f"Attention({self.path}: {s.heads} heads of {s.head_dim}, {s.kv_heads} of keys, "
+            f"{n} modules with an adapter)"
+        )
 
     @property
     def linears(self) -> tuple[LoRALinear, LoRALinear, LoRALinear, LoRALinear]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pylora.errors import expect
 from pylora.model.attention import Attention, AttentionCache, Past
 from pylora.model.config import LlamaConfig
 from pylora.model.linear import DropKey, Grads, LoRALinear
@@ -18,11 +19,13 @@ from pylora.model.mlp import MLP, MLPCache
 from pylora.model.rope import Rope
 from pylora.model.weights import Weights, vector
 from pylora.ops.protocol import Backend
-from pylora.types import Array, Norm, Seqs
+from pylora.types import Array, Norm, Seqs, brief
 
 
 @dataclass(eq=False)
 class BlockCache:
+    __repr__ = brief
+
     x: Array  # [m, hidden], input of the first norm
     attention: AttentionCache
     mid: Array  # [m, hidden], input of the second norm
@@ -42,7 +45,8 @@ class Block:
         ops: Backend,
         precision: str = "fp32",
     ) -> None:
-        path = f"model.layers.{layer}"
+        expect("model configuration", config, "Block(config, layer, weights)")
+        self.path = path = f"model.layers.{layer}"
         self.ops, self.eps = ops, config.rms_norm_eps
         self.dtype: Any = ops.activation_dtype(precision)  # of what only feeds products
         self.input_norm = vector(weights, f"{path}.input_layernorm.weight", ops)
@@ -50,8 +54,13 @@ class Block:
         self.mid_norm = vector(weights, f"{path}.post_attention_layernorm.weight", ops)
         self.mlp = MLP(config, layer, weights, ops=ops, precision=precision)
 
+    def __repr__(self) -> str:
+        n = sum(p.lora is not None for p in self.linears)
+        return f"Block({self.path}: {len(self.linears)} modules, {n} with an adapter)"
+
     @property
     def linears(self) -> tuple[LoRALinear, ...]:
+        """The modules that an adapter may sit on."""
         return *self.attention.linears, *self.mlp.linears
 
     @property

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from pylora.errors import ConfigError, UnsupportedError
+from pylora.errors import ConfigError, UnsupportedError, wrong_type
 from pylora.model import hfconfig
 from pylora.model.hfconfig import (
     ARCHITECTURES,
@@ -22,6 +22,7 @@ from pylora.model.hfconfig import (
     check_positive,
     check_scaling,
 )
+from pylora.types import brief
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class ModuleSpec:
 @dataclass(frozen=True)
 class LlamaConfig:
     """Settings of a model. Construction checks them: ConfigError, UnsupportedError."""
+
+    __repr__ = brief
 
     model_type: str
     vocab_size: int
@@ -125,6 +128,8 @@ class LlamaConfig:
         Raises UnsupportedError for settings that change the result and are not implemented, and
         ConfigError for missing or impossible ones.
         """
+        if not isinstance(config, Mapping):
+            wrong_type("LlamaConfig.from_hf", "the fields of a config.json as a dict", config)
         return cls(**hfconfig.read(config))
 
     def to_hf(self) -> dict[str, Any]:

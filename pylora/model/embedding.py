@@ -22,11 +22,15 @@ from pylora.model.linear import (
 )
 from pylora.numbers.precision import Stored
 from pylora.ops.protocol import Backend, Packed
-from pylora.types import Array, LoRA
+from pylora.types import Array, LoRA, brief
 
 
 @dataclass(eq=False)
 class EmbeddingCache:
+    """What backward needs."""
+
+    __repr__ = brief
+
     ids: Array
     h: Array | None  # [m, r]
 
@@ -47,8 +51,13 @@ class Embedding:
         self.vocab, self.hidden = (int(n) for n in self.W.shape)
         self._lora: LoRA | None = None
 
+    def __repr__(self) -> str:
+        adapter = "no adapter" if self._lora is None else f"adapter of rank {self._lora.rank}"
+        return f"Embedding({self.path}: [{self.vocab}, {self.hidden}], {adapter})"
+
     @property
     def lora(self) -> LoRA | None:
+        """The adapter of this module, or None. Assigning checks it: PlanError, WrongTypeError."""
         return self._lora
 
     @lora.setter

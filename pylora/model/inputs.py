@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pylora.errors import DataError, DtypeError, ShapeError
+from pylora.errors import DataError, DtypeError, ShapeError, expect
 from pylora.reference import IGNORE
 from pylora.types import Seqs
 
@@ -16,7 +16,15 @@ def token_ids(ids: Any, vocab: int, *, labels: bool = False) -> np.ndarray:
 
     Raises DtypeError, ShapeError, or DataError naming the first that is out of range.
     """
-    what, array = "labels" if labels else "ids", np.asarray(ids)
+    what = "labels" if labels else "ids"
+    expect("ids", ids, "the model" if not labels else "loss(ids, labels)")
+    try:
+        array = np.asarray(ids)
+    except ValueError as error:  # lists of different lengths
+        raise ShapeError(
+            f"{what} must be one flat row of tokens, got lists of different lengths; put the "
+            "sequences one behind the other and say where they begin with Seqs.of(lengths)"
+        ) from error
     if array.size == 0:
         array = array.astype(np.int64)
     if array.dtype.kind not in "iu":
@@ -39,6 +47,7 @@ def whole_seqs(seqs: Seqs | None, m: int) -> Seqs:
     """`seqs`, or one sequence; ShapeError unless it cuts exactly m rows, keys beside queries."""
     if seqs is None:
         return Seqs.of([m])
+    expect("Seqs", seqs, "seqs=")
     n = np.diff(seqs.q_start)
     if (
         seqs.q_start[0] != 0

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pylora.errors import ConfigError, ShapeError
+from pylora.errors import ConfigError, ShapeError, expect
 from pylora.model.config import LlamaConfig
 from pylora.ops.llama import LlamaOp
 from pylora.ops.protocol import Backend
@@ -32,8 +32,12 @@ class KVCache:
         dtype: Any = np.float32,
     ) -> None:
         """Raises ConfigError where the capacity is beyond the model's max_position_embeddings."""
-        if slots < 1 or capacity < 1:
-            raise ConfigError(f"a KV cache needs slots and capacity >= 1, got {slots}, {capacity}")
+        expect("model configuration", config, "KVCache(config, slots, capacity)")
+        whole = all(hasattr(n, "__index__") for n in (slots, capacity))
+        if not whole or slots < 1 or capacity < 1:
+            raise ConfigError(
+                f"a KV cache needs slots and capacity >= 1, got {slots!r}, {capacity!r}"
+            )
         if capacity > config.max_position_embeddings:
             raise ConfigError(
                 f"a sequence of {capacity} tokens is longer than the model's "
@@ -47,6 +51,12 @@ class KVCache:
         self.k = [ops.empty(shape, dtype) for _ in layers]
         self.v = [ops.empty(shape, dtype) for _ in layers]
         self._handle: tuple[LlamaOp, Any] | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"KVCache({self.slots} slots of {self.capacity} tokens, {len(self.k)} layers, "
+            f"{int(self.length.sum())} tokens stored)"
+        )
 
     def handle(self, op: LlamaOp) -> Any:
         """The cache as the backend's operation takes it."""

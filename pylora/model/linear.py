@@ -15,16 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from pylora.errors import PlanError, ShapeError
+from pylora.errors import PlanError, ShapeError, expect
 from pylora.numbers import random
 from pylora.numbers.precision import Stored
 from pylora.ops.protocol import Backend, Packed
-from pylora.types import Array, Drop, LoRA, Projection, ProjectionGrad
+from pylora.types import Array, Drop, LoRA, Projection, ProjectionGrad, brief
 
 
 @dataclass(eq=False)
 class LoRAGrad:
     """Gradients of one module's adapter, shaped like its arrays; None where it has none."""
+
+    __repr__ = brief
 
     A: Array
     B: Array
@@ -64,6 +66,7 @@ class DropKey:
 
 def check_lora(path: str, lora: LoRA, d: int, k: int) -> None:
     """PlanError unless the adapter's arrays fit a module of d outputs and k inputs."""
+    expect("LoRA", lora, path)
     r = lora.A.shape[0] if lora.A.ndim == 2 else "r"
     for name, array, shape in (
         ("A", lora.A, (r, k)),
@@ -100,6 +103,8 @@ def nonzero(a: Array | None) -> bool:
 class LinearCache:
     """What backward needs. A layer that can compute x again may take it out and put it back."""
 
+    __repr__ = brief
+
     x: Array | None  # [m, k]; None without an adapter
     h: Array | None  # [m, r]
     drop: Drop | None
@@ -126,8 +131,13 @@ class LoRALinear:
             raise ShapeError(f"{path}: bias has shape {bias.shape}, expected ({self.d},)")
         self._lora: LoRA | None = None
 
+    def __repr__(self) -> str:
+        adapter = "no adapter" if self._lora is None else f"adapter of rank {self._lora.rank}"
+        return f"LoRALinear({self.path}: [{self.d}, {self.k}], {self.W.precision}, {adapter})"
+
     @property
     def lora(self) -> LoRA | None:
+        """The adapter of this module, or None. Assigning checks it: PlanError, WrongTypeError."""
         return self._lora
 
     @lora.setter
@@ -181,6 +191,7 @@ class LoRALinear:
 
     def check_input(self, x: Array) -> None:
         """ShapeError unless x is [m, k]."""
+        expect("array", x, f"{self.path}: forward")
         if x.ndim != 2 or x.shape[1] != self.k:
             raise ShapeError(f"{self.path}: x has shape {x.shape}, expected [m, {self.k}]")
 

@@ -21,6 +21,8 @@ from pylora.errors import (
     PyloraError,
     ShapeError,
     UnsupportedError,
+    expect,
+    wrong_type,
 )
 from pylora.model.attention import positions
 from pylora.model.block import Block, BlockCache
@@ -43,7 +45,7 @@ from pylora.numbers.precision import Stored, check_precision, describe
 from pylora.ops.llama import LayerWeights, LlamaOp, LlamaWeights
 from pylora.ops.protocol import Backend
 from pylora.reference import IGNORE
-from pylora.types import Array, LoRA, Seqs
+from pylora.types import Array, LoRA, Seqs, brief
 
 __all__ = ["IGNORE", "DropKey", "Grads", "Llama", "LoRAGrad", "ModelCache", "random_weights"]
 
@@ -64,6 +66,8 @@ class _Trunk:
 @dataclass(eq=False)
 class ModelCache:
     """What `Llama.backward` needs of one `Llama.forward`; good for one backward."""
+
+    __repr__ = brief
 
     trunk: _Trunk
     x: Array  # [len(rows), hidden], input of the final norm
@@ -90,6 +94,14 @@ class Llama:
         let go before the next is asked for, so memory peaks near one copy.
         ShapeError names a tensor that does not fit, ConfigError a precision that does not exist.
         """
+        expect("model configuration", config, "Llama(config, weights)")
+        if not callable(weights):
+            wrong_type(
+                "Llama(config, weights)",
+                "a function from a tensor's name to its array",
+                weights,
+                "of a file: Llama.from_checkpoint(open_checkpoint(path)); of a dict: weights.get",
+            )
         self.config, self.ops = config, backends.get(backend)
         self.precision = check_precision(precision)
         self.ops.check_room(weight_bytes(config, self.computes))
@@ -133,6 +145,7 @@ class Llama:
         precision: str = "fp32",
     ) -> Llama:
         """A model with the weights of `random_weights(config, seed, dtype)`."""
+        expect("model configuration", config, "Llama.random(config)")
         weights = random_weights(config, seed, dtype)
         return cls(config, weights, backend=backend, precision=precision)
 
@@ -148,10 +161,19 @@ class Llama:
         What the file stores in a way that `precision` can multiply is taken as it is; see
         `pylora.model.weights.FromCheckpoint`. `stored_as` then counts the model's matrices by kind.
         """
+        expect("checkpoint", checkpoint, "Llama.from_checkpoint")
         weights = FromCheckpoint(checkpoint, check_precision(precision))
         model = cls(checkpoint.config, weights, backend=backend, precision=precision)
         model.stored_as = weights.stored_as
         return model
+
+    def __repr__(self) -> str:
+        c, n = self.config, len(self._adapter or ())
+        return (
+            f"Llama({c.model_type}, {c.num_hidden_layers} layers, hidden {c.hidden_size}, "
+            f"vocabulary {c.vocab_size}, {c.num_parameters:,} parameters in {self.computes} on "
+            f"{self.ops.name}, {f'adapter on {n} modules' if n else 'no adapter'})"
+        )
 
     @property
     def computes(self) -> str:
@@ -210,6 +232,7 @@ class Llama:
 
     def check(self, adapter: Mapping[str, LoRA]) -> None:
         """Raises what `attach` would for an adapter that does not fit; changes nothing."""
+        expect("adapter", adapter, "attach(adapter)")
         unknown = [path for path in adapter if path not in self.modules]
         if unknown:
             raise PlanError(
@@ -311,6 +334,8 @@ class Llama:
 
     def backward(self, dlogits: Array, cache: ModelCache) -> Grads:
         """dlogits, shaped like the logits -> the gradient of each module that has an adapter."""
+        expect("forward's cache", cache, "backward(dlogits, cache)")
+        expect("array", dlogits, "backward(dlogits, cache)")
         expected = (cache.x.shape[0], self.config.vocab_size)
         if tuple(dlogits.shape) != expected:
             raise ShapeError(f"dlogits has shape {list(dlogits.shape)}, expected {list(expected)}")
@@ -459,6 +484,7 @@ class Llama:
         [len(lengths), vocab]: the same bits as `forward` of the whole sequence. A prompt and a
         single next token are the same call, and may be mixed.
         """
+        expect("KV cache", kv, "decode(ids, kv, lengths)")
         ids = token_ids(ids, self.config.vocab_size)
         slots = np.asarray(np.arange(kv.slots) if slots is None else slots, np.int64)
         adapter = pack_attached(self)

@@ -21,11 +21,13 @@ from pylora.model.linear import (
 )
 from pylora.model.weights import Weights
 from pylora.ops.protocol import Backend
-from pylora.types import Array, Norm
+from pylora.types import Array, Norm, brief
 
 
 @dataclass(eq=False)
 class MLPCache:
+    __repr__ = brief
+
     x: Array | None  # [m, hidden], only if gate or up has an adapter; may be taken out and put back
     gate: Array  # [m, intermediate]
     up: Array

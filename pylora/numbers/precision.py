@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pylora.errors import ConfigError, DtypeError
-from pylora.types import Array
+from pylora.types import Array, brief
 
 PRECISIONS = ("fp32", "fp32x3", "bf16", "fp16", "int8", "int4")
 
@@ -32,6 +32,8 @@ STORED_KINDS = ("q8_0", "q4_0", "q4_1", "bf16")
 @dataclass(frozen=True, eq=False)
 class Stored:
     """A weight as a file stores it: rows of ggml blocks, or of bfloat16 numbers."""
+
+    __repr__ = brief
 
     kind: str  # one of STORED_KINDS
     rows: np.ndarray  # uint8 [d, bytes of a row]

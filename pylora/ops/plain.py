@@ -26,6 +26,9 @@ def _normed(ops: Backend, x: Array, norm: Norm | None, dtype: Any) -> tuple[Arra
 class Plain:
     """Operations that are made of others, for a backend that has no better."""
 
+    def __repr__(self) -> str:
+        return f"<pylora backend {getattr(self, 'name', type(self).__name__)!r}>"
+
     def merge_in_place(self: Backend, W: Array, lora: LoRA, dtype: str = "f32") -> None:
         """W becomes the weight that `merge` gives. What rounding loses is not kept, so that no
         `unmerge` of it is exact."""

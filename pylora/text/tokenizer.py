@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pylora.errors import DataError, FileFormatError, UnsupportedError
+from pylora.errors import DataError, FileFormatError, UnsupportedError, expect
 from pylora.extras import need
 from pylora.files.bounded import read_json, read_text
 from pylora.text.chat import Rendered, render_marked
@@ -86,6 +86,12 @@ class Tokenizer:
         self.vocab_size = 1 + max([*known.values(), *self._hidden], default=-1)
         self.padded_size = max(padded_size, self.vocab_size)
 
+    def __repr__(self) -> str:
+        chat = "a chat template" if self.chat_template else "no chat template"
+        ends = ", ".join(map(str, self.eos_ids)) or "none"
+        begin = f"{self.bos_id}{'' if self.add_bos else ' (not added)'}"
+        return f"Tokenizer({self.vocab_size} tokens, bos {begin}, eos {ends}, {chat})"
+
     def encode(self, text: str, *, bos: bool = False) -> list[int]:
         """Token ids of `text`; the names of special tokens in it become those tokens.
 
@@ -100,8 +106,7 @@ class Tokenizer:
 
     def encode_spans(self, text: str, *, bos: bool = False) -> tuple[list[int], Spans]:
         """`encode`, and the characters (begin, end) of `text` that each token stands for."""
-        if not isinstance(text, str):
-            raise DataError(f"the text to encode must be a str, not {type(text).__name__}")
+        expect("text", text, "encode")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -152,6 +157,7 @@ class Tokenizer:
         Ids below `padded_size` that are no token stand for no text, as in transformers and
         llama.cpp: a model can choose them. Raises DataError naming an id that no model has.
         """
+        expect("ids", ids, "decode")
         checked: list[int] = []
         for i, token in enumerate(ids):
             number = int(token) if hasattr(token, "__index__") else -1
@@ -190,6 +196,7 @@ class Tokenizer:
         add_generation_prompt: end with what opens the assistant's turn. arguments: variables of the
         template, over those in `self.arguments`. Raises DataError, also if there is no template.
         """
+        expect("messages", messages, "apply_chat")
         template = self.tool_template if tools and self.tool_template else self.chat_template
         if template is None:
             raise DataError(

@@ -19,7 +19,7 @@ from pylora.errors import ConfigError, DataError
 from pylora.numbers.random import stream
 from pylora.reference import IGNORE, Reference
 from pylora.training.examples import Example
-from pylora.types import Seqs
+from pylora.types import Seqs, brief
 
 Micro = tuple[int, ...]  # indices of examples
 Step = tuple[Micro, ...]  # the micro-batches of one update
@@ -31,6 +31,8 @@ _OPEN = 32  # micro-batches that packing fills at a time
 @dataclass(frozen=True, eq=False)
 class Batch:
     """The arrays of one micro-batch of m rows, and where its rows are in the whole step."""
+
+    __repr__ = brief
 
     ids: np.ndarray  # int64 [m]
     labels: np.ndarray  # int64 [m]

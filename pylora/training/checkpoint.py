@@ -28,6 +28,7 @@ from pylora.errors import ConfigError, FileFormatError, PlanError
 from pylora.files.bounded import read_text
 from pylora.files.whole import atomic_dir
 from pylora.formats.safetensors import SafeTensors, save
+from pylora.types import brief
 
 _FORMAT = 1
 _NAME = re.compile(r"checkpoint-(\d{6,})")
@@ -39,6 +40,8 @@ _FILES = ("adapter_config.json", "adapter_model.safetensors", "optimizer.safeten
 @dataclass
 class Progress:
     """How far a run is. `position` is the number of steps done in `epoch` (0, 1, ...)."""
+
+    __repr__ = brief
 
     step: int = 0
     epoch: int = 0

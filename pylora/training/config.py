@@ -9,6 +9,7 @@ from typing import Any
 
 from pylora.errors import ConfigError
 from pylora.training.schedule import SCHEDULES
+from pylora.types import brief
 
 # Settings that say when to look and what to keep. A run may be resumed with other values of these.
 _BESIDE_THE_POINT = frozenset({"eval_every", "save_every", "log_every", "keep"})
@@ -23,6 +24,8 @@ class TrainConfig:
     `accumulation` micro-batches, each filled with examples up to `max_tokens` tokens, and
     `batch_size` is not used. Dropout is a property of the adapter (`lora_dropout`).
     """
+
+    __repr__ = brief
 
     learning_rate: float = 2e-4  # the peak, see pylora.training.schedule
     epochs: int = 1  # passes over the examples; not used when `steps` is given

@@ -8,14 +8,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pylora.errors import DataError
+from pylora.errors import DataError, expect
 from pylora.training.batching import assemble
 from pylora.training.examples import Example
+from pylora.types import brief
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """nll: natural log, mean over the tokens that count; perplexity: exp(nll), inf if too large."""
+
+    __repr__ = brief
 
     nll: float
     perplexity: float
@@ -29,6 +32,8 @@ def evaluate(model: Any, examples: Sequence[Example], *, batch_size: int = 8) ->
     The result does not depend on batch_size: rows do not depend on their neighbours, and the sum
     over tokens is rounded once.
     """
+    expect("model", model, "evaluate(model, examples)")
+    expect("examples", examples, "evaluate(model, examples)")
     if not examples:
         raise DataError("there are no examples to evaluate on")
     began = time.perf_counter()

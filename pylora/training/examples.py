@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, overload
 
 import numpy as np
 
-from pylora.errors import ConfigError, DataError
+from pylora.errors import ConfigError, DataError, WrongTypeError, describe, expect
 from pylora.model.config import LlamaConfig
 from pylora.reference import IGNORE
 from pylora.training.fields import Fields
@@ -87,6 +87,9 @@ class Example:
     def __len__(self) -> int:
         return int(self.ids.size)
 
+    def __repr__(self) -> str:
+        return f"Example({self.where}: {len(self)} tokens, {self.label_count} of them to learn)"
+
     @property
     def label_count(self) -> int:
         return int((self.labels != IGNORE).sum())
@@ -103,6 +106,11 @@ class Examples(Sequence[Example]):
 
     def __len__(self) -> int:
         return len(self._examples)
+
+    def __repr__(self) -> str:
+        cut = f", {self.truncated} of them cut" if self.truncated else ""
+        tokens = sum(map(len, self._examples))
+        return f"Examples({len(self)}{cut}, {tokens:,} tokens)"
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -159,7 +167,7 @@ def check_examples(
 
 
 def load_examples(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Sequence[Mapping[str, Any]],
     tokenizer: Tokenizer,
     *,
     max_length: int | None = None,
@@ -167,7 +175,7 @@ def load_examples(
     fields: str | None = None,
     template_args: Mapping[str, Any] | None = None,
 ) -> Examples:
-    """Reads a file of records of one kind (see the top of this file).
+    """Reads a file of records of one kind (see the top of this file), or a list of records.
 
     max_length: the most tokens an example may have, end-of-sequence included. A longer one is a
     DataError, or with too_long="truncate" it is cut at its end and counted in `.truncated`.
@@ -180,15 +188,17 @@ def load_examples(
         raise ConfigError(f"too_long is {too_long!r}; it must be 'error' or 'truncate'")
     if max_length is not None and max_length < 2:
         raise ConfigError(f"max_length is {max_length}; a record needs at least 2 tokens")
+    expect("tokenizer", tokenizer, "load_examples(path, tokenizer)")
+    name, records = _source(path)
     if not tokenizer.eos_ids:
         raise DataError(
-            f"{os.fspath(path)}: the tokenizer names no end-of-sequence token, "
+            f"{name}: the tokenizer names no end-of-sequence token, "
             "so the model could not learn where to stop"
         )
     named, notes = Fields.parse(fields), Notes()
     examples: list[Example] = []
     truncated, first = 0, ""
-    for where, record in read_records(path):
+    for where, record in records:
         kind, content = interpret(record, where, named, notes)
         if not first:
             first, first_where = kind, where
@@ -203,8 +213,25 @@ def load_examples(
                 truncated += 1
             examples.append(Example.of(tokens, counted, where))
     if not examples:
-        raise DataError(f"{os.fspath(path)}: the file has no records")
+        raise DataError(f"{name}: the file has no records")
     return Examples(examples, truncated, notes.lines())
+
+
+def _source(data: Any) -> tuple[str, Iterable[tuple[str, dict[str, Any]]]]:
+    """What errors call the data, and its records, each with its place: a file's, or a list's."""
+    if isinstance(data, (str, os.PathLike)):
+        return os.fspath(data), read_records(data)
+    if not isinstance(data, Sequence) or isinstance(data, bytes):
+        raise WrongTypeError(
+            f"the data are the path of a JSONL file or a list of records, not {describe(data)}"
+        )
+    for i, record in enumerate(data):
+        if not isinstance(record, Mapping):
+            raise WrongTypeError(
+                f"data[{i}] is {describe(record)}; a record is a dict with 'prompt' and "
+                "'completion', with 'messages', or with 'text'"
+            )
+    return "data", ((f"data[{i}]", dict(record)) for i, record in enumerate(data))
 
 
 Encoded = tuple[list[int], list[bool]]  # tokens, and which of them count in the loss

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from pylora.errors import ConfigError, TrainingError
+from pylora.errors import ConfigError, TrainingError, expect, wrong_type
 from pylora.model.linear import DropKey
 from pylora.training import checkpoint
 from pylora.training.batching import Step, epoch_steps
@@ -32,7 +32,7 @@ from pylora.training.log import Interrupts, Log
 from pylora.training.optimizer import Optimizer, gradients, trainable
 from pylora.training.schedule import learning_rate
 from pylora.training.step import step_gradients
-from pylora.types import LoRA
+from pylora.types import LoRA, brief
 
 __all__ = ["StepInfo", "TrainConfig", "TrainResult", "step_gradients", "train"]
 
@@ -40,6 +40,8 @@ __all__ = ["StepInfo", "TrainConfig", "TrainResult", "step_gradients", "train"]
 @dataclass(frozen=True)
 class StepInfo:
     """What happened in a step; on_step gets one after each."""
+
+    __repr__ = brief
 
     step: int  # 1 .. steps
     steps: int  # of the whole run
@@ -66,6 +68,15 @@ class TrainResult:
     adapter: Mapping[str, LoRA]
     evaluation: Evaluation | None  # at the end, if there are eval_examples
 
+    def __repr__(self) -> str:
+        losses, e = self.losses, self.evaluation
+        fell = f"loss {losses[0]:.4f} -> {losses[-1]:.4f}" if losses else "no loss"
+        said = f", evaluation {e.nll:.4f}" if e is not None else ""
+        return (
+            f"TrainResult({self.steps} steps, {fell}{said}, {self.tokens:,} tokens in "
+            f"{self.seconds:.1f} s, {self.tokens_per_second:.0f} tokens/s)"
+        )
+
 
 def train(
     model: Any,
@@ -89,6 +100,17 @@ def train(
     checkpoint, and are raised again. A loss or gradient that is not finite is a TrainingError; the
     adapter then has the values from before the step.
     """
+    expect("model", model, "train(model, adapter, examples, config)")
+    expect("adapter", adapter, "train(model, adapter, examples, config)")
+    expect("examples", examples, "train(model, adapter, examples, config)")
+    if config is not None:
+        expect("training settings", config, "train(model, adapter, examples, config)")
+    if out_dir is not None:
+        expect("path", out_dir, "train(out_dir=...)")
+    if eval_examples is not None:
+        expect("examples", eval_examples, "train(eval_examples=...)")
+    if on_step is not None and not callable(on_step):
+        wrong_type("train(on_step=...)", "a function of one StepInfo", on_step)
     config = config or TrainConfig()
     check_examples(examples, model.config, "training", config.max_tokens)
     if eval_examples is not None:

@@ -274,7 +274,7 @@ def test_an_adapter_for_another_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_missing_and_unreadable_files(tmp_path: Path) -> None:
-    with pytest.raises(FileFormatError, match="no such directory"):
+    with pytest.raises(FileFormatError, match="no such file or directory"):
         Adapter.load(tmp_path / "none", MODULES)
     where = tmp_path / "a"
     make().save(where)

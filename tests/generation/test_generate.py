@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pylora.errors import ConfigError, DataError, PyloraError
+from pylora.errors import ConfigError, DataError, PyloraError, WrongTypeError
 from pylora.generation.generate import generate, sample
 from pylora.model.config import LlamaConfig
 from pylora.model.llama import Llama
@@ -147,7 +147,7 @@ def test_top_p_keeps_the_shortest_run_that_reaches_it() -> None:
     ("settings", "error", "says"),
     [
         ({"prompts": [[1], []]}, DataError, "prompt 1 is empty"),
-        ({"prompts": [1, 2]}, DataError, "prompt 0 is 1; give a list of prompts"),
+        ({"prompts": [1, 2]}, WrongTypeError, r"one prompt goes into a list too: \[ids\]"),
         ({"prompts": [[1] * 128]}, ConfigError, r"prompt 0 has 128.*max_position.*\(128\)"),
         ({"prompts": [[61]]}, DataError, "outside the vocabulary"),
         ({"max_new_tokens": -1}, ConfigError, "max_new_tokens"),

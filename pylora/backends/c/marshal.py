@@ -39,6 +39,11 @@ class Packed:
         self.struct = struct
         self.latest: tuple[Any, ...] | None = None  # see adapter_of
 
+    def __repr__(self) -> str:
+        return (
+            f"Packed([{self.shape[0]}, {self.shape[1]}], {self.precision}, {self.nbytes:,} bytes)"
+        )
+
 
 def check(status: int, op: str) -> None:
     if status:

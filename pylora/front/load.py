@@ -1,0 +1,112 @@
+"""`pylora.load`, and the verbs `pylora.generate` and `pylora.train` for who needs one call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from pylora.adapters.adapter import Adapter
+from pylora.errors import WrongTypeError, describe
+from pylora.formats import open_checkpoint
+from pylora.front.model import Model, model_of
+from pylora.model.llama import Llama
+from pylora.numbers.precision import check_precision
+from pylora.ops.protocol import Backend
+from pylora.training.train import TrainResult
+
+OneAdapter = str | os.PathLike[str] | Adapter
+DEFAULT_NAME = "default"  # of an adapter that is given without one, as in PEFT
+
+
+def load(
+    path: str | os.PathLike[str],
+    adapter: OneAdapter | Mapping[str, OneAdapter] | None = None,
+    *,
+    precision: str = "fp32",
+    backend: str | Backend | None = None,
+) -> Model:
+    """A base model, ready to generate, chat, train and merge.
+
+    path: a GGUF file, a Hugging Face directory, or the id of a model that the Hugging Face Hub's
+    cache has ("org/name"). adapter: a PEFT directory, the folder of a training run, an id, or an
+    Adapter; it gets the name "default" and is in use. {name: any of these, ...} adds several, of
+    which none is in use until `model.adapters.use` says so. precision, of the base's weights:
+    "fp32", "fp32x3", "bf16", "int8", "int4", on a GPU "fp16". backend: "c", "numpy", "cuda",
+    "cupy"; default: the one that `pylora.use` chose.
+
+    Raises FileFormatError for what is missing or damaged, saying where to get it, UnsupportedError
+    for a model that pylora does not run, PlanError for an adapter that does not fit it, ConfigError
+    for an unknown precision, BackendError for a backend that is not there.
+    """
+    check_precision(precision)
+    if adapter is None:
+        named: dict[str, OneAdapter] = {}
+    elif isinstance(adapter, Mapping) and not hasattr(adapter, "plan"):
+        named = dict(adapter)
+    elif isinstance(adapter, (str, os.PathLike, Adapter)):
+        named = {DEFAULT_NAME: adapter}
+    else:
+        raise WrongTypeError(
+            "load(adapter=...) takes the path of a PEFT directory, an Adapter, or "
+            f"{{name: path, ...}}, got {describe(adapter)}"
+        )
+    checkpoint = open_checkpoint(path)
+    try:
+        modules = checkpoint.config.modules()
+        loaded = {  # before the weights: what does not fit is said at once
+            name: Adapter.load(one, modules, base=checkpoint.load)
+            if isinstance(one, (str, os.PathLike))
+            else one
+            for name, one in named.items()
+        }
+        model = Model(checkpoint, Llama.from_checkpoint(checkpoint, backend, precision))
+        for name, one in loaded.items():
+            model.adapters.add(name, one)
+        if named and not isinstance(adapter, Mapping) or isinstance(adapter, Adapter):
+            model.adapters.use(DEFAULT_NAME)
+    except BaseException:
+        checkpoint.close()
+        raise
+    return model
+
+
+def generate(model: Model | str | os.PathLike[str], prompt: Any, **settings: Any) -> Any:
+    """`load(model).generate(prompt, ...)` in one call; `model` may be a Model that is loaded.
+
+    The settings are `Model.generate`'s, and, where `model` is a path, `load`'s: adapter, precision,
+    backend. Each call with a path reads the model again: for several prompts give a list, or load
+    it once.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        with load(model, **_of_load(settings)) as loaded:
+            if settings.get("stream"):
+                raise WrongTypeError(
+                    "stream=True needs a model that stays open: model = pylora.load(path), then "
+                    "model.generate(prompt, stream=True)"
+                )
+            return loaded.generate(prompt, **settings)
+    return model_of(model, "pylora.generate").generate(prompt, **settings)
+
+
+def train(
+    model: Model | str | os.PathLike[str],
+    data: Any,
+    out: str | os.PathLike[str] | None = None,
+    **settings: Any,
+) -> TrainResult:
+    """`load(model).train(data, out, ...)` in one call; `model` may be a Model that is loaded.
+
+    The settings are `Model.train`'s, and, where `model` is a path, `load`'s precision and backend.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        opening = {k: settings.pop(k) for k in ("precision", "backend") if k in settings}
+        with load(model, **opening) as loaded:
+            return loaded.train(data, out, **settings)
+    return model_of(model, "pylora.train").train(data, out, **settings)
+
+
+def _of_load(settings: dict[str, Any]) -> dict[str, Any]:
+    """Takes the settings of `load` out of `settings`."""
+    names = ("adapter", "precision", "backend")
+    return {name: settings.pop(name) for name in names if name in settings}
