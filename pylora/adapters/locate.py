@@ -35,11 +35,8 @@ def find_adapter(path_or_id: str | os.PathLike[str]) -> Path:
 
 def _in_folder(folder: Path) -> Path:
     mlx = (folder / "adapters.safetensors").is_file()
-    if (
-        not mlx
-        and (folder / CONFIG).is_file()
-        or any((folder / name).is_file() for name in _WEIGHTS)
-    ):
+    has_weights = any((folder / name).is_file() for name in _WEIGHTS)
+    if has_weights or ((folder / CONFIG).is_file() and not mlx):
         return folder
     if (folder / "adapter" / CONFIG).is_file():
         return folder / "adapter"
@@ -50,8 +47,8 @@ def _in_folder(folder: Path) -> Path:
         )
     if mlx:
         raise UnsupportedError(
-            f"{folder} is an adapter of mlx-lm (adapters.safetensors), which has names and an order "
-            "of its own; pylora reads PEFT's form"
+            f"{folder} is an adapter of mlx-lm (adapters.safetensors), which has names and an "
+            "order of its own; pylora reads PEFT's form"
         )
     checkpoints = sorted(p for p in folder.glob("checkpoint-*") if (p / CONFIG).is_file())
     if checkpoints:

@@ -36,6 +36,9 @@ class Characters:
 
     bos_in_chat = False
 
+    def decode(self, ids: Sequence[int]) -> str:
+        raise NotImplementedError
+
     def encode_pair(self, prompt: str, rest: str, *, bos: bool = False) -> tuple[list[int], int]:
         before = self.encode(prompt, bos=bos)
         return before + self.encode(rest), len(before)
