@@ -18,141 +18,152 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from bars import judge
+from drawing import SAME, Bar, Group, color, grouped, legend, order, rows_high
 from records import Record, find, median, select, share, speed, tokens
 from report import ROOT, newest
 from work import step_flops
+
+from pylora.display.palette import BLACK, BLUE, GREYS, INK, MARKS, ORANGE, PRECISIONS, VERMILION
 
 try:
     from matplotlib.figure import Figure
 except ImportError:
     raise SystemExit("pictures need matplotlib: pip install 'pylora[plot]'") from None
 
-COLORS = {  # pylora in blues, PyTorch + PEFT in greys, llama.cpp in brown
-    "pylora fp32": "#9ecae1",
-    "pylora fp32x3": "#6baed6",
-    "pylora bf16": "#2171b5",
-    "pylora int8": "#08519c",
-    "pylora int4": "#08306b",
-    "llama.cpp Q4_1": "#a6611a",
+PEER_LINES = {"fp32": BLACK, "bf16": VERMILION}  # of PEFT, where lines cross
+VERSUS = {  # cases of bench/bars.py -> heading; a part in the key takes that part alone
+    ("step", ""): "training step, 4 × 256 tokens",
+    ("generate", "prefill"): "prefill, 512 tokens",
+    ("generate", "decode"): "decode, one sequence",
+    ("resident", ""): "decode, a batch of distinct adapters, 100 resident",
+    ("gguf", ""): "decode, the GGUF file itself, no adapter",
+    ("merge", ""): "merge of one 4096 × 4096 weight",
 }
-PEER_COLORS = {"": "#969696", "tuned": "#737373", "compiled": "#525252"}
-
-
-def color(r: Record) -> str:
-    return COLORS.get(r["contender"]) or PEER_COLORS.get(r["variant"], "#bdbdbd")
-
-
-def bars(axes: Any, rows: list[tuple[str, float, str, str]], title: str) -> None:
-    """Horizontal bars (label, value, color, text beside the bar), the first on top."""
-    at = range(len(rows))
-    axes.barh(at, [value for _, value, _, _ in rows], color=[c for *_, c, _ in rows], height=0.72)
-    axes.set_yticks(at, [label for label, *_ in rows])
-    axes.invert_yaxis()
-    top = max((value for _, value, _, _ in rows), default=1.0)
-    for i, (_, value, _, text) in enumerate(rows):
-        at_x = value + 0.015 * top
-        axes.text(at_x, i, text, va="center", fontsize=8.5, backgroundcolor="white", zorder=3)
-    axes.set_xlim(0, top * 1.22)
-    axes.set_title(title, fontsize=10.5, loc="left")
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.tick_params(axis="y", length=0)
-
-
-def order(r: Record) -> tuple[int, int]:
-    engines = ["pylora", "llama", "peft"]
-    precisions = ["fp32", "fp32x3", "bf16", "int8", "int4", "Q4_1"]
-    return engines.index(r["engine"]), precisions.index(r["precision"])
 
 
 def versus_picture(document: dict[str, Any]) -> Figure | None:
-    """How many times as fast as its peer pylora is, case by case."""
-    cases = ("step", "generate", "resident", "gguf")
-    rows = [r for r in judge(document) if r.value and r.bar.kind == "speed" and r.bar.case in cases]
-    if not rows:
+    """How many times as fast as its peer pylora is, case by case; bars begin at 1 ×."""
+    judged = [r for r in judge(document) if r.value and r.bar.kind == "speed"]
+    groups: list[Group] = []
+    used: list[str] = []
+    other = False
+    for (case, part), heading in VERSUS.items():
+        rows: list[Bar] = []
+        for r in judged:
+            if r.bar.case != case or (part and r.bar.part != part):
+                continue
+            mine = r.bar.ours.removeprefix("pylora ")
+            peer, _, variant = r.bar.peer.partition(", ")
+            name, _, theirs = peer.rpartition(" ")
+            differs = mine != SAME.get(theirs, theirs)
+            what = f"{r.bar.part.split()[0]} sequences, " if case == "resident" else ""
+            label = f"{what}{mine}  against  {name} {theirs}" + (f", {variant}" if variant else "")
+            ours = r.ours.removesuffix(" tokens/s")
+            text = f"{(r.value or 0):.2f} ×   {ours} : {r.peer}"
+            rows.append((label, r.value or 0.0, PRECISIONS[mine], "////" * differs, text))
+            used.append(mine)
+            other |= differs
+        if rows:
+            groups.append((heading, rows))
+    if not groups:
         return None
-    figure = Figure(figsize=(9.5, 0.9 + 0.3 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(10.5, 1.5 + 0.235 * rows_high(groups)), layout="constrained")
     axes = figure.subplots()
-    bars(
-        axes,
-        [
-            (
-                f"{r.bar.what}  vs  {r.bar.peer}",
-                r.value or 0.0,
-                COLORS[r.bar.ours],
-                f"{r.text}   ({r.ours.removesuffix(' tokens/s')} : {r.peer})",
-            )
-            for r in rows
-        ],
-        "pylora: times as fast as its peer, and tokens/s of both",
-    )
     axes.set_xscale("log")
-    top = max(r.value or 0.0 for r in rows)
-    low = min(0.5, *(0.7 * (r.value or 1.0) for r in rows))
-    axes.set_xlim(low, 12 * top)
-    ticks = [t for t in (0.5, 1, 2, 5, 10, 20, 50, 100, 200) if t <= 2 * top]
+    values = [value for _, rows in groups for _, value, *_ in rows]
+    low, top = min([1.0, *values]), max([2.0, *values])
+    grouped(axes, groups, start=1.0)
+    axes.set_xlim(low if low == 1 else 0.8 * low, 3.2 * top)
+    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200) if low <= t <= 1.3 * top]
     axes.set_xticks(ticks, [f"{t:g} ×" for t in ticks])
     axes.minorticks_off()
-    axes.axvline(1, color="#525252", linewidth=1)
+    axes.axvline(1, color=INK, linewidth=1)
+    axes.set_title(
+        "How many times as fast as its peer pylora is (log scale; 1 × is equal speed)",
+        fontsize=10.5,
+        loc="left",
+    )
+    entries = [(c, "", f"pylora in {p}") for p, c in PRECISIONS.items() if p in used]
+    if other:
+        entries.append((GREYS[1], "////", "hatched: the peer computes in another precision"))
+    legend(figure, entries)
     return figure
+
+
+PANELS = [  # heading, case, part
+    ("training step, 4 × 256 tokens", "step", ""),
+    ("prefill, 512 tokens", "generate", "prefill"),
+    ("decode, one sequence", "generate", "decode"),
+    ("decode, 8 sequences, an adapter each, 100 resident", "resident", "8 distinct"),
+    ("decode, 32 sequences, an adapter each, 100 resident", "resident", "32 distinct"),
+    ("decode, the GGUF file itself, no adapter", "gguf", "decode"),
+]
+
+
+def whole_steps(records: list[Record], case: str, part: str) -> list[Record]:
+    """Those of a case, in order, without the ones that compute activations twice."""
+    some = [r for r in select(records, case, part) if not r["key"].get("recompute")]
+    return sorted(some, key=order)
 
 
 def speed_picture(document: dict[str, Any]) -> Figure | None:
     """Tokens a second of every whole-model case."""
-    records = document["records"]
-    plain = [r for r in select(records, "step") if not r["key"].get("recompute")]
-    panels = [
-        ("training step, 4 × 256 tokens", plain),
-        ("prefill, 512 tokens", select(records, "generate", "prefill")),
-        ("decode, one sequence", select(records, "generate", "decode")),
-        ("decode, 8 distinct adapters of 100", select(records, "resident", "8 distinct")),
-        ("decode, 32 distinct adapters of 100", select(records, "resident", "32 distinct")),
-        ("decode, the GGUF file itself", select(records, "gguf", "decode")),
-    ]
-    panels = [(title, sorted(some, key=order)) for title, some in panels if some]
+    panels = [(head, whole_steps(document["records"], case, p)) for head, case, p in PANELS]
+    panels = [(head, some) for head, some in panels if some]
     if not panels:
         return None
     columns = [panels[0::2], panels[1::2]]
-    tall = [sum(len(some) + 1.8 for _, some in column) for column in columns]
-    figure = Figure(figsize=(12, 0.9 + 0.27 * max(tall)), layout="constrained")
+    tall = [sum(len(some) + 2.0 for _, some in column) for column in columns]
+    figure = Figure(figsize=(12, 0.7 + 0.25 * max(tall)), layout="constrained")
     for half, column in zip(figure.subfigures(1, 2), columns):
         if not column:
             continue
-        sizes = [len(some) + 1.0 for _, some in column]
+        sizes = [len(some) + 0.6 for _, some in column]
         grid = half.subplots(len(column), 1, squeeze=False, height_ratios=sizes)
-        for axes, (title, some) in zip(grid[:, 0], column):
-            rows = [(r["contender"], speed(r), color(r), f"{speed(r):,.0f}") for r in some]
-            bars(axes, rows, f"{title}: tokens/s")
+        for axes, (heading, some) in zip(grid[:, 0], column):
+            rows = [(r["contender"], speed(r), color(r), "", f"{speed(r):,.0f}") for r in some]
+            grouped(axes, [("", rows)])
+            axes.set_xlim(0, 1.12 * max(speed(r) for r in some))
+            axes.set_title(f"{heading}: tokens/s", fontsize=10, loc="left")
     return figure
 
 
 def roofline_picture(document: dict[str, Any]) -> Figure | None:
     """How much of what the machine can do is reached."""
     records, ceilings = document["records"], document["ceilings"]
-    groups: list[tuple[str, list[Record]]] = [
-        ("training step", [r for r in select(records, "step") if not r["key"].get("recompute")]),
-        ("prefill 512", select(records, "generate", "prefill")),
-        ("decode, 1 sequence", select(records, "generate", "decode")),
-        ("decode, 8 adapters", select(records, "resident", "8 distinct")),
-        ("decode, 32 adapters", select(records, "resident", "32 distinct")),
-        ("merge 4096²", select(records, "merge", "merge")),
-    ]
-    rows = []
-    for what, some in groups:
-        for r in sorted(some, key=order):
+    merging = ("merge of one 4096 × 4096 weight", "merge", "merge")
+    groups: list[Group] = []
+    limits: list[str] = []
+    for heading, case, part in [*PANELS, merging]:
+        rows: list[Bar] = []
+        for r in whole_steps(records, case, part):
             if r["variant"] in ("", "tuned") and ceilings:
                 value, limit = share(r, ceilings)
-                text = f"{value:.0%} of {limit}"
-                rows.append((f"{what}, {r['contender']}", 100 * value, color(r), text))
-    if not rows:
+                limits.append(limit)
+                rows.append((r["contender"], 100 * value, color(r), "", f"{value:.0%}"))
+        if rows:
+            groups.append((heading, rows))
+    if not groups:
         return None
-    figure = Figure(figsize=(10, 0.9 + 0.23 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(10, 1.2 + 0.2 * rows_high(groups)), layout="constrained")
     axes = figure.subplots()
-    bars(axes, rows, "Share of the roofline: the least time this machine allows / the time taken")
-    axes.set_xlim(0, max(126.0, axes.get_xlim()[1]))
-    axes.axvline(100, color="#cb181d", linewidth=1, linestyle="--", zorder=0)
-    axes.set_xlabel("%")
-    axes.tick_params(axis="y", labelsize=8.5)
+    grouped(axes, groups)
+    # Right of 100 % a column of its own says what the limit is, so that no word is on the line.
+    most = max(100.0, *(1.08 * value for _, rows in groups for _, value, *_ in rows))
+    axes.set_xlim(0, 1.36 * most)
+    axes.axvspan(most, 1.36 * most, color="#F2F2F2", zorder=-2, linewidth=0)
+    for y, limit in zip(axes.get_yticks(), limits):
+        axes.text(1.02 * most, y, limit, va="center", fontsize=8.5, color=INK)
+    axes.text(1.02 * most, 0, "what limits it", va="center", fontsize=9.5, fontweight="bold")
+    axes.set_xticks(range(0, 101, 20), [f"{t} %" for t in range(0, 101, 20)])
+    axes.axvline(100, color=INK, linewidth=1)
+    axes.grid(True, axis="x", alpha=0.25, zorder=-1)
+    axes.set_axisbelow(True)
+    axes.set_title(
+        "Share of this machine's own limit: the least time it allows / the time taken",
+        fontsize=10.5,
+        loc="left",
+    )
     return figure
 
 
@@ -161,68 +172,100 @@ def memory_picture(document: dict[str, Any]) -> Figure | None:
     records = document["records"]
     steps = sorted(select(records, "step"), key=order)
     panels = [
-        ("training step, 4 × 256", [r for r in steps if not r["key"].get("recompute")]),
+        ("training step, 4 × 256 tokens", [r for r in steps if not r["key"].get("recompute")]),
         ("the same, activations recomputed", [r for r in steps if r["key"].get("recompute")]),
         ("decode, one sequence", sorted(select(records, "generate", "decode"), key=order)),
     ]
-    panels = [(title, some) for title, some in panels if some]
-    if not panels:
+
+    def bars(some: list[Record]) -> list[Bar]:
+        sizes = [(r, r["life_peak_rss_bytes"] / 1e9) for r in some]
+        return [(r["contender"], size, color(r), "", f"{size:.2f}") for r, size in sizes]
+
+    groups = [(heading, bars(some)) for heading, some in panels if some]
+    if not groups:
         return None
-    sizes = [len(some) + 1.0 for _, some in panels]
-    figure = Figure(figsize=(8.5, 0.9 + 0.3 * sum(sizes)), layout="constrained")
-    grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=sizes, sharex=True)
-    for axes, (title, some) in zip(grid[:, 0], panels):
-        rows = [
-            (r["contender"], g, color(r), f"{g:.2f}")
-            for r in some
-            for g in [r["life_peak_rss_bytes"] / 1e9]
-        ]
-        bars(axes, rows, f"{title}: peak memory of the process, GB")
-    most = max(r["life_peak_rss_bytes"] for _, some in panels for r in some) / 1e9
-    grid[-1, 0].set_xlim(0, most * 1.15)
+    figure = Figure(figsize=(9, 1.0 + 0.23 * rows_high(groups)), layout="constrained")
+    axes = figure.subplots()
+    grouped(axes, groups)
+    axes.set_xlim(0, 1.1 * max(value for _, rows in groups for _, value, *_ in rows))
+    axes.set_title("Peak memory of the process, GB", fontsize=10.5, loc="left")
     return figure
 
 
 def adapters_picture(document: dict[str, Any]) -> Figure | None:
     """What one more adapter costs: decoding, switching, memory."""
     records = document["records"]
-    some = sorted(select(records, "by-adapters", "32 distinct"), key=lambda r: r["key"]["adapters"])
+    parts = {
+        part: sorted(select(records, "by-adapters", part), key=lambda r: r["key"]["adapters"])
+        for part in ("32 distinct", "32 one", "8 distinct", "switch")
+    }
+    some = parts["32 distinct"]
     if len(some) < 2:
         return None
-    figure = Figure(figsize=(12, 3.9), layout="constrained")
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
+    ours = PRECISIONS["bf16"]
     n = [r["key"]["adapters"] for r in some]
-    for part, label, style in (
-        ("32 distinct", "32 rows, distinct adapters", "o-"),
-        ("32 one", "32 rows, one adapter", "o--"),
-        ("8 distinct", "8 rows, distinct adapters", "s-"),
+    for part, label, style, c in (
+        ("32 one", "32 sequences, one adapter", "o--", BLUE),
+        ("32 distinct", "32 sequences, an adapter each", "o-", ours),
+        ("8 distinct", "8 sequences, an adapter each", "s-", ORANGE),
     ):
-        rows = sorted(select(records, "by-adapters", part), key=lambda r: r["key"]["adapters"])
-        left.plot(n, [speed(r) for r in rows], style, color="#2171b5", label=label, markersize=4)
-    left.set(ylabel="tokens/s", title="Decoding, pylora bf16")
-    left.set_ylim(0)
-    switch = sorted(select(records, "by-adapters", "switch"), key=lambda r: r["key"]["adapters"])
-    middle.plot(n, [1e6 * median(r) for r in switch], "o-", color="#2171b5", label="pylora bf16")
-    middle.set(ylabel="microseconds", title="Switching the adapter", yscale="log")
+        left.plot(n, [speed(r) for r in parts[part]], style, color=c, label=label, markersize=5)
+    left.set(title="Decoding, pylora bf16: tokens/s", ylim=(0, 1.15 * max(map(speed, some))))
+    switch = [median(r) for r in parts["switch"]]
+    middle.plot(n, switch, "o-", color=ours, markersize=5)
+    middle.set(title="Switching to another adapter: time", yscale="log", ylim=(3e-8, 3))
+    middle.set_yticks([1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1])
+    middle.yaxis.set_major_formatter(lambda value, _: seconds(value))
+    middle.minorticks_off()
+    note(middle, n[-1], switch[-1], f"pylora: {seconds(switch[-1])}", ours, right=True)
     memory = [r["life_peak_rss_bytes"] / 1e9 for r in some]
-    right.plot(n, memory, "o-", color="#2171b5", label="pylora bf16")
-    right.set(ylabel="GB", title="Peak memory of the process", ylim=0)
-    for part, axes, value in (
-        ("32 distinct", left, speed),
-        ("switch", middle, lambda r: 1e6 * median(r)),
-        ("switch", right, lambda r: r["life_peak_rss_bytes"] / 1e9),
+    right.plot(n, memory, "o-", color=ours, markersize=5)
+    each = 1e3 * (memory[-1] - memory[0]) / (n[-1] - n[0])
+    right.set(title="Peak memory of the process: GB", ylim=0)
+    note(right, n[-1], memory[-1], f"pylora: {each:.1f} MB an adapter", ours, beside=True)
+    for part, axes, value, words in (
+        ("32 distinct", left, speed, "PEFT, 32 with an adapter each: {:.0f}"),
+        ("switch", middle, median, "PEFT: {}"),
+        ("switch", right, lambda r: r["life_peak_rss_bytes"] / 1e9, "PEFT: {:.2f}"),
     ):
         peer = find(records, "resident", "PEFT bf16", part)
         if peer:
-            label = "PEFT bf16, 32 distinct" if axes is left else "PEFT bf16"
-            axes.plot([peer["key"]["adapters"]], [value(peer)], "D", color="#737373", label=label)
+            at, v = peer["key"]["adapters"], value(peer)
+            axes.plot([at], [v], "D", color=GREYS[2], markersize=7)
+            note(axes, at, v, words.format(seconds(v) if axes is middle else v), GREYS[2])
+    for axes in (left, middle):
+        axes.set_xscale("log")
+        axes.set_xticks([1, 10, 100, 1000], ["1", "10", "100", "1000"])
     for axes in (left, middle, right):
-        if axes is not right:
-            axes.set_xscale("log")
         axes.set_xlabel("adapters resident")
         axes.grid(True, alpha=0.25)
-        axes.legend(frameon=False, fontsize=8)
+    left.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(0, 0.32))
     return figure
+
+
+def seconds(value: float) -> str:
+    """A time in the unit that suits it, with two digits."""
+    for unit, factor in (("s", 1), ("ms", 1e3), ("µs", 1e6)):
+        if value * factor >= 0.995:
+            return f"{float(f'{value * factor:.2g}'):g} {unit}"
+    return f"{value * 1e6:.2g} µs"
+
+
+def note(
+    axes: Any, x: float, y: float, text: str, c: str, *, right: bool = False, beside: bool = False
+) -> None:
+    """Words above a point (with `right`: that end there), or to the left of it."""
+    axes.annotate(
+        text,
+        (x, y),
+        xytext=(-10, -3) if beside else (0, 9),
+        textcoords="offset points",
+        ha="right" if right or beside else "center",
+        fontsize=9,
+        color=c,
+    )
 
 
 def scaling_picture(document: dict[str, Any]) -> Figure | None:
@@ -231,34 +274,35 @@ def scaling_picture(document: dict[str, Any]) -> Figure | None:
     lengths, ranks = select(records, "by-length"), select(records, "by-rank")
     if not lengths and not ranks:
         return None
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
     for axes, some, name, title in zip(
         figure.subplots(1, 2),
         (lengths, ranks),
         ("length", "rank"),
         ("A training step of one sequence", "A training step of 512 tokens"),
     ):
-        for contender in dict.fromkeys(r["contender"] for r in some):
+        for contender, mark in zip(dict.fromkeys(r["contender"] for r in some), "osD^v"):
             mine = sorted(
                 (r for r in some if r["contender"] == contender), key=lambda r: r["key"][name]
             )
             x = [r["key"][name] for r in mine]
-            line = {"color": color(mine[0]), "label": contender, "markersize": 4}
-            axes.plot(x, [1e3 * median(r) / tokens(r) for r in mine], "o-", **line)
+            line = {"color": color(mine[0]), "label": contender, "markersize": 5}
+            axes.plot(x, [1e3 * median(r) / tokens(r) for r in mine], f"{mark}-", **line)
             if mine[0]["engine"] == "pylora":
                 cost = [step_flops(r["key"]["length"], r["key"].get("rank", 8)) for r in mine]
                 per = [1e3 * median(r) / tokens(r) / c for r, c in zip(mine, cost)]
                 fit = sorted(per)[len(per) // 2]
-                axes.plot(x, [fit * c for c in cost], ":", color=color(mine[0]), linewidth=1.2)
-        axes.plot([], [], ":", color="#2171b5", label="as its operations grow")
+                axes.plot(x, [fit * c for c in cost], ":", color=color(mine[0]), linewidth=1.5)
+        axes.plot([], [], ":", color=INK, label="dotted: as its operations grow")
         axes.set_xscale("log", base=2)
         ticks = sorted({r["key"][name] for r in some})
         axes.set_xticks(ticks, [str(t) for t in ticks])
+        axes.minorticks_off()
         axes.set_ylim(0)
         label = "tokens in the sequence" if name == "length" else "rank"
-        axes.set(xlabel=label, ylabel="milliseconds a token", title=title)
+        axes.set(xlabel=label, title=f"{title}: milliseconds a token")
         axes.grid(True, alpha=0.25)
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8.5)
     return figure
 
 
@@ -272,24 +316,39 @@ def loss_picture(document: dict[str, Any]) -> Figure | None:
     curves: dict[str, list[float]] = document.get("loss", {})
     if not curves:
         return None
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     strict = curves.get("pylora fp32")
-    for name, losses in curves.items():
-        c, peer = COLORS.get(name, "#737373"), name.startswith("PEFT")
-        c = {"PEFT fp32": "#fd8d3c", "PEFT bf16": "#a63603"}.get(name, c)
-        line = {"color": c, "label": name, "linewidth": 1.4, "linestyle": "--" if peer else "-"}
+    for i, (name, losses) in enumerate(curves.items()):
+        engine, precision = name.split(" ")[:2]
+        peer = engine == "PEFT"
+        # The same numbers as another curve (int8 and int4 here): both names, one line.
+        twins = [n for n, other in curves.items() if other == losses]
+        if twins[0] != name:
+            continue
+        line = {
+            "color": PEER_LINES[precision] if peer else PRECISIONS[precision],
+            "label": " = ".join(twins),
+            "linewidth": 1.5,
+            "linestyle": "--" if peer else "-",
+            "marker": MARKS[i % len(MARKS)],
+            "markersize": 4.5,
+            "markevery": (4 * i, max(1, len(losses) // 8)),
+        }
         left.plot(range(1, len(losses) + 1), moving(losses), **line)
         if strict and name != "pylora fp32":
             gap = [abs(a - b) / b for a, b in zip(losses, strict)]
             right.plot(range(1, len(gap) + 1), moving(gap), **line)
-    left.set(xlabel="step", ylabel="loss (mean of 10 steps)", yscale="log", title="Fine-tuning")
-    right.set(
-        xlabel="step", yscale="log", title="|loss − pylora fp32's| / fp32's, mean of 10 steps"
-    )
+    left.set(xlabel="step", yscale="log", title="Loss of a fine-tune (mean of 10 steps)")
+    left.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    right.set(xlabel="step", yscale="log")
+    right.set_title("Distance from pylora fp32's loss, relative (mean of 10 steps)")
     for axes in (left, right):
-        axes.grid(True, which="both", alpha=0.2)
-        axes.legend(frameon=False, fontsize=8)
+        axes.grid(True, which="major", alpha=0.3)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    left.legend(frameon=False, fontsize=9)
+    right.legend(frameon=False, fontsize=9, loc="lower right")
     return figure
 
 

@@ -55,6 +55,10 @@ class DataError(PyloraError, ValueError):
     """A training or evaluation record cannot be used. The message names the file and line."""
 
 
+class WrongDataError(WrongTypeError, DataError):
+    """Text where ids belong, ids where text belongs: a wrong type, of the data."""
+
+
 class TrainingError(PyloraError, ArithmeticError):
     """Training left the finite numbers. The message names the step and the last good checkpoint."""
 
@@ -93,9 +97,15 @@ def describe(value: Any) -> str:
     return f"{'an' if name[:1].lower() in 'aeio' else 'a'} {name}"
 
 
-def wrong_type(where: str, takes: str, got: Any, advice: str = "") -> NoReturn:
+def wrong_type(
+    where: str,
+    takes: str,
+    got: Any,
+    advice: str = "",
+    kind: type[WrongTypeError] = WrongTypeError,
+) -> NoReturn:
     """Raises the WrongTypeError "`where` takes `takes`, got `got`; `advice`"."""
-    raise WrongTypeError(f"{where} takes {takes}, got {describe(got)}{advice and '; '}{advice}")
+    raise kind(f"{where} takes {takes}, got {describe(got)}{advice and '; '}{advice}")
 
 
 def kind_of(value: Any) -> str:
@@ -121,6 +131,7 @@ _NAMES = frozenset(
     "Model Llama Adapter LoraConfig Plan Checkpoint Tokenizer AdapterPool TrainConfig LlamaConfig "
     "TrainResult LoRA".split()
 )
+_DATA = ("ids", "prompts", "text", "messages")
 _OPEN = "open it first: model = pylora.load(path), or of the parts {}"
 _LLAMA = _OPEN.format("Llama.from_checkpoint(open_checkpoint(path))")
 _LOAD = "load it first: Adapter.load(path, model.config.modules())"
@@ -321,7 +332,7 @@ THINGS: dict[str, Thing] = {
     ),
     "tokenizer": Thing(
         "a tokenizer",
-        _has("encode", "decode"),
+        _has("eos_ids"),  # text can be encoded too, and bytes decoded
         {
             "text": "open the model: open_checkpoint(path).tokenizer()",
             "path": "open the model: open_checkpoint(path).tokenizer()",
@@ -409,4 +420,5 @@ def expect(thing: str, value: Any, where: str) -> None:
     """Raises WrongTypeError unless `value` is what THINGS calls `thing`; `where` takes it."""
     known = THINGS[thing]
     if not known.fits(value):
-        wrong_type(where, known.takes, value, known.advice.get(kind_of(value), ""))
+        kind = WrongDataError if thing in _DATA else WrongTypeError
+        wrong_type(where, known.takes, value, known.advice.get(kind_of(value), ""), kind)

@@ -44,9 +44,9 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 def ops(request: pytest.FixtureRequest) -> Any:
     """Each backend in turn. One of a GPU where the module says ON_GPU: the others compare bits of
     rows, which a GPU's backends do not promise (`ops.bitwise`), and think in NumPy's arrays; what
-    they ask of whole models, test_gpu.py asks of those."""
+    they ask of whole models, backends/test_gpu.py asks of those."""
     if request.param in ("cuda", "cupy") and not getattr(request.module, "ON_GPU", False):
-        pytest.skip(f"{request.param} is tested by test_ops.py and test_gpu.py")
+        pytest.skip(f"{request.param} is tested by ops/test_protocol.py and backends/test_gpu.py")
     try:
         return backends.get(request.param)
     except BackendError as error:

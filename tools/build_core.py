@@ -56,7 +56,7 @@ FLAGS += os.environ.get("PYLORA_CORE_FLAGS", "").split()
 
 
 def workers() -> int:
-    """Compilers that run at a time: PYLORA_BUILD_JOBS, or as many as this process has processors."""
+    """Compilers that run at a time: PYLORA_BUILD_JOBS, or as many as there are processors."""
     asked = os.environ.get("PYLORA_BUILD_JOBS", "").strip()
     if asked and not (asked.isdecimal() and int(asked)):
         raise SystemExit(f"PYLORA_BUILD_JOBS is {asked!r}; it must be a whole number from 1 on")

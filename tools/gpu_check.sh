@@ -161,7 +161,7 @@ sanitizer() {
   echo 'import cupy; cupy.cuda.set_allocator(None)' >"$OUT/no_pool/sitecustomize.py"
   PYTHONPATH="$OUT/no_pool:$PYTHONPATH" PYLORA_TEST_BACKENDS=cuda \
     compute-sanitizer --tool "$1" --error-exitcode 86 --target-processes all \
-    "$PYTHON" -m pytest -q -p no:cacheprovider --hypothesis-profile few tests/test_ops.py \
+    "$PYTHON" -m pytest -q -p no:cacheprovider --hypothesis-profile few tests/ops/test_protocol.py \
     -k "cuda and (agrees_with_float64 or any_layout or decoding_is_prefill)"
 }
 

@@ -1,13 +1,14 @@
 """Writes the demo's data set: English statements and their form in a compact symbolic notation.
 
-    python tools/make_notation.py            # rewrites pylora/data/notation/{train,test}.jsonl
+    python tools/make_notation.py            # rewrites pylora/demo/data/notation/*.jsonl
     python tools/make_notation.py --check    # fails if the files are not what this would write
 
 Everything is written here, by us: twelve concepts, five properties, three relations and three ways
-to combine them, each with several English phrasings. The split holds out *compositions*: no
-completion of the test split occurs in the training split under any phrasing, while every concept,
-operator and phrasing that the test needs does. The same seed gives the same bytes everywhere: the
-only source of chance is SHA-256 of the statement.
+to combine them, each with several English phrasings. The splits hold out *compositions*: no
+completion of the test split occurs in another split under any phrasing, none of the validation
+split in the training split, while every concept, operator and phrasing that they need is trained
+on. Settings are chosen on the validation split; the test split is for the last look. The same seed
+gives the same bytes everywhere: the only source of chance is SHA-256 of the statement.
 
 Binding, tightest first: prefixes (¬ ∃ ↑ ↓ ∞ ∀), then ∧ and ∨, then ⇒ ≡ ∈. Parentheses only where
 ¬ takes a relation: ¬(Ψ⇒Δ).
@@ -20,11 +21,11 @@ import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 SEED = 1
-PROMPT = "{}. In symbols:"
+PROMPT = "{} →"  # short: what every record repeats is trained on every time
 FOLDER = Path(__file__).resolve().parents[1] / "pylora" / "demo" / "data" / "notation"
 
 CONCEPTS = {
@@ -90,15 +91,16 @@ COMPOUNDS = {
 
 Pair = tuple[str, str]  # statement, notation
 
-# how many of each form go to (train, test)
+# how many of each form go to (train, validation, test)
 COUNTS = {
-    "property": (260, 25),
-    "relation": (320, 35),
-    "chain": (180, 25),
-    "joint": (220, 25),
-    "compound": (420, 40),
+    "property": (390, 8, 25),
+    "relation": (480, 12, 35),
+    "chain": (270, 8, 25),
+    "joint": (330, 8, 25),
+    "compound": (630, 14, 40),
 }
-# the two statements that explain the notation are held out, so the demo can ask for them
+# The two statements that explain the notation are held out, so that the demo can ask for them; and
+# nothing that is trained or validated on has one of these compositions in it as a part.
 HELD_OUT = {"∃Ψ": "consciousness exists", "Ψ⇒Δ": "consciousness leads to change"}
 
 
@@ -164,25 +166,40 @@ def rank(purpose: str, text: str) -> bytes:
 
 
 def held_out(notation: str) -> bool:
-    """A fifth of all compositions is never trained on; which, does not depend on phrasing."""
+    """A fifth of all compositions is only tested on; which, does not depend on phrasing."""
     return notation in HELD_OUT or rank("split", notation)[0] < 52
 
 
-def build() -> tuple[list[Pair], list[Pair]]:
-    """(train, test), each in its final order."""
-    train: list[Pair] = []
-    test: list[Pair] = []
-    for form, (n_train, n_test) in COUNTS.items():
+def validates(notation: str) -> bool:
+    """A tenth of the others is only validated on, carved from what was trained on before."""
+    return not held_out(notation) and rank("validation", notation)[0] < 26
+
+
+def build() -> dict[str, list[Pair]]:
+    """The pairs of each split, in their final order."""
+    splits: dict[str, list[Pair]] = {"train": [], "validation": [], "test": []}
+    for form, (n_train, n_validation, n_test) in COUNTS.items():
         pairs = sorted(FORMS[form](), key=lambda pair: rank("order", pair[0]))
-        train += [pair for pair in pairs if not held_out(pair[1])][:n_train]
-        unseen: dict[str, Pair] = {}  # one phrasing of each held-out composition
-        for statement, notation in pairs:
-            if held_out(notation) and statement == HELD_OUT.get(notation, statement):
-                unseen.setdefault(notation, (statement, notation))
-        first = [pair for notation, pair in unseen.items() if notation in HELD_OUT]
-        rest = [pair for notation, pair in unseen.items() if notation not in HELD_OUT]
-        test += (first + rest)[:n_test]
-    return shuffled(train), shuffled(test)
+        free = [pair for pair in pairs if not any(part in pair[1] for part in HELD_OUT)]
+        rest = [pair for pair in free if not held_out(pair[1]) and not validates(pair[1])]
+        splits["train"] += rest[:n_train]
+        splits["validation"] += phrased_once(p for p in free if validates(p[1]))[:n_validation]
+        unseen = phrased_once(
+            (statement, notation)
+            for statement, notation in pairs
+            if held_out(notation) and statement == HELD_OUT.get(notation, statement)
+        )
+        unseen.sort(key=lambda pair: pair[1] not in HELD_OUT)  # stable: the rest as they come
+        splits["test"] += unseen[:n_test]
+    return {name: shuffled(pairs) for name, pairs in splits.items()}
+
+
+def phrased_once(pairs: Iterable[Pair]) -> list[Pair]:
+    """The first phrasing of each composition."""
+    first: dict[str, Pair] = {}
+    for pair in pairs:
+        first.setdefault(pair[1], pair)
+    return list(first.values())
 
 
 def shuffled(pairs: list[Pair]) -> list[Pair]:
@@ -201,7 +218,7 @@ def main() -> int:
         "--check", action="store_true", help="compare with the files, write nothing"
     )
     check = parser.parse_args().check
-    for name, pairs in zip(("train", "test"), build(), strict=True):
+    for name, pairs in build().items():
         path, text = FOLDER / f"{name}.jsonl", to_jsonl(pairs)
         if not check:
             path.write_text(text, encoding="utf-8", newline="\n")

@@ -1,9 +1,12 @@
-"""Writes measured figures into README.md, between markers: of a demo run, and of the benchmark.
+"""Writes measured figures into README.md, between markers: of a demo run, and of benchmarks.
 
     make demo && python tools/readme_figures.py [out/demo/report.json]
-    python bench/run.py && python tools/readme_figures.py --speed [FILE.json]
+    python tools/readme_figures.py --speed [FILE.json ...]
 
-Every figure comes from the reports; nothing is typed.
+Every figure comes from a file; nothing is typed. Without files, --speed takes the newest that
+bench/run.py wrote (speed-*.json) and all of medians alone (compared-*.json), which say where they
+are from. Each case is compared with the fastest of the peer's settings that was measured, and what
+pylora loses stands beside what it wins.
 """
 
 from __future__ import annotations
@@ -16,28 +19,48 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 FIGURES = "<!-- figures: tools/readme_figures.py -->", "<!-- end of figures -->"
-OTHERS = {  # bars of bench/bars.py beside the training step, in words
-    "decode, one sequence, bf16": "generates one sequence {} as fast in bfloat16",
-    "decode, one sequence, int4": "{} with 4-bit weights",
-    "decode, 32 distinct adapters of 100": "32 sequences with an adapter each {}",
-    "merge 4096², fp32": "merges {} as fast",
-    "decode, int4, the GGUF file, no adapter": "generates from a GGUF file {} as fast as llama.cpp",
-}
 SPEED = "<!-- speed: tools/readme_figures.py --speed -->", "<!-- end of speed -->"
 PICTURE = "docs/img/versus.png"
+STEP = {"batch": 4, "length": 256, "recompute": False}
+CASES = [  # name, case and part in a file of bench/run.py, key, pylora's precision, the peer's
+    ("training step, 4 × 256, fp32", "step", "", STEP, "fp32", "PEFT fp32"),
+    ("training step, 4 × 256, bf16", "step", "", STEP, "bf16", "PEFT bf16"),
+    ("peak memory of that step, bf16", "step", "", STEP, "bf16", "PEFT bf16"),
+    ("prefill 512, bf16", "generate", "prefill", {}, "bf16", "PEFT bf16"),
+    ("decode, one sequence, bf16", "generate", "decode", {}, "bf16", "PEFT bf16"),
+    ("decode, 32 sequences, 32 adapters", "resident", "32 distinct", {}, "bf16", "PEFT bf16"),
+    ("merge of a 4096 × 4096 weight, fp32", "merge", "merge", {}, "fp32", "PEFT fp32"),
+    ("prefill 512, SmolLM2 Q4_1 file", "gguf", "prefill", {}, "int4", "llama.cpp Q4_1"),
+    ("decode, SmolLM2 Q4_1 file", "gguf", "decode", {}, "int4", "llama.cpp Q4_1"),
+]
+Row = tuple[str, str, str, str]  # case, pylora, the best peer, ratio
+HEAD: Row = ("", "pylora", "the fastest peer", "ratio")
 
 
-def table(report: dict[str, Any]) -> str:
-    """The Markdown of the figures."""
+def markdown(rows: list[Row], head: Row = HEAD) -> list[str]:
+    return [f"| {' | '.join(line)} |" for line in (head, ("---",) * len(head), *rows)]
+
+
+def demo(report: dict[str, Any]) -> str:
+    """The Markdown of a demo run's figures."""
     build, merge, items = report["build"], report["merge"], report["test_items"]
     share = report["trainable_parameters"] / report["total_parameters"]
+    settings = report["settings"]
     rows = [
         (
             f"exact match on {items} held-out statements, before → after",
             f"{report['exact_match_before']:.1%} → {report['exact_match_after']:.1%}",
         ),
+        (
+            f"exact match on {report['validation_items']} validation statements",
+            f"{report['exact_match_validation']:.1%}",
+        ),
         ("all of the demo, after installation", f"{report['seconds']:.0f} s"),
-        ("training speed, real tokens", f"{report['tokens_per_second']:.0f} tokens/s"),
+        (
+            "training",
+            f"{settings['steps']} steps, {report['training_tokens']:,} tokens, "
+            f"{report['tokens_per_second']:.0f} tokens/s",
+        ),
         (
             "trainable parameters",
             f"{report['trainable_parameters']:,} of {report['total_parameters']:,} ({share:.2%})",
@@ -52,42 +75,113 @@ def table(report: dict[str, Any]) -> str:
             f"{merge['residue_share']:.2%} of the merged weights",
         ),
     ]
-    lines = [
-        f"`make demo` on {build['processor']}, {build['num_threads']} threads, "
-        f"kernels `{build['isa']}`, float32:",
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in rows),
-        "",
-        "Seed 0; a run writes its own figures to `out/demo/report.json`.",
-    ]
-    return "\n".join(lines)
+    load, threads = report.get("load_before"), build["num_threads"]
+    busy = ""
+    if load is not None and load > 0.5 * threads:
+        busy = (
+            f" **The machine was busy with other work** (load average {load:.1f} on {threads} "
+            "cores), so seconds and tokens/s are not those of a quiet one."
+        )
+    return "\n".join(
+        [
+            f"`make demo` on {build['processor']}, {threads} threads, kernels `{build['isa']}`, "
+            f"{report['precision']}, r = {settings['rank']} on {', '.join(report['targets'])}:",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {name} | {value} |" for name, value in rows),
+            "",
+            f"Seed {settings['seed']}; a run writes its own figures to `out/demo/report.json`."
+            f"{busy}",
+        ]
+    )
 
 
-def speed(document: dict[str, Any]) -> str:
-    """The Markdown of the benchmark: a sentence with its picture, and where the rest is."""
-    from bars import judge
+def of_samples(document: dict[str, Any]) -> list[Row]:
+    """Rows of a file of bench/run.py: medians, against the peer's fastest setting of each case."""
+    from records import find, median, select, speed, tokens
 
-    rows = [row for row in judge(document) if row.value is not None]
-    step = [
-        f"{row.value:.1f} × ({row.bar.peer.removeprefix('PEFT bf16').strip(', ') or 'as it comes'})"
-        for row in rows
-        if row.bar.what == "training step, bf16"
-    ]
-    memory = [row.text for row in rows if row.bar.what == "peak memory of the bf16 step"]
-    others = [
-        words.format(row.text)
-        for what, words in OTHERS.items()
-        for row in rows
-        if row.bar.what == what
-    ]
+    records = document["records"]
+    rows = []
+    for what, case, part, key, precision, peer in CASES:
+        ours = find(records, case, f"pylora {precision}", part, **key)
+        names = {r["contender"] for r in select(records, case, part)}
+        theirs = [
+            r
+            for name in sorted(names)
+            if name == peer or name.startswith(f"{peer}, ")
+            for r in [find(records, case, name, part, **key)]
+            if r is not None
+        ]
+        if ours is None or not theirs:
+            continue
+        if "memory" in what:
+            best = min(theirs, key=lambda r: r["life_peak_rss_bytes"])
+            gb = [r["life_peak_rss_bytes"] / 1e9 for r in (ours, best)]
+            values, ratio = [f"{v:.2f} GB" for v in gb], f"{gb[0] / gb[1]:.2f} × the memory"
+        else:
+            best = min(theirs, key=median)
+            pair = (ours, best)
+            rate = bool(tokens(ours))
+            values = [
+                f"{speed(r):,.0f} tokens/s" if rate else f"{1e3 * median(r):.3g} ms" for r in pair
+            ]
+            ratio = times(median(best) / median(ours))
+        rows.append((what, values[0], f"{values[1]} ({best['contender']})", ratio))
+    return rows
+
+
+def of_medians(document: dict[str, Any]) -> list[Row]:
+    """Rows of a file that holds medians alone."""
+    rows = []
+    for row in document["rows"]:
+        ours, peer = row["pylora"], row["peer"]
+        some = ours if isinstance(ours, list) else [ours]
+        shown = f"{' / '.join(f'{v:g}' for v in some)} {row['unit']}"
+        if peer is None:
+            rows.append((row["case"], shown, row["against"], ""))
+        else:
+            against = f"{peer:g} {row['unit']} ({row['against']})"
+            rows.append((row["case"], shown, against, times(ours / peer)))
+    return rows
+
+
+def times(value: float) -> str:
+    """A ratio; what is slower than the peer says so."""
+    return f"{value:.2f} ×" if value >= 1 else f"**{value:.2f} ×, slower**"
+
+
+def place(document: dict[str, Any]) -> str:
+    """Machine, ceilings, date and the versions of what was compared with."""
     m = document["machine"]
-    lines = [
-        f"A training step of that model (4 × 256 tokens, bfloat16) is {', '.join(step)} as fast as "
-        f"with PyTorch + PEFT on the same {m['cores']} cores ({m['processor']}, "
-        f"{document['date']}), in {', '.join(memory)} the memory. "
-        + (f"pylora {', '.join(others)}." if others else "")
+    ceilings = ", ".join(
+        f"{name} {document['ceilings'][name]['best']:.0f} {document['ceilings'][name]['unit']}"
+        for name in ("fp32 FMA", "bf16 dot", "AMX bf16", "memory read")
+        if name in document["ceilings"]
+    )
+    versions = ", ".join(
+        f"{name} {version}"
+        for name, version in sorted(document["versions"].items())
+        if name in ("torch", "peft", "transformers", "llama_cpp_python")
+    )
+    return (
+        f"**{m['processor']}, {m['cores']} cores, kernels `{m['isa']}`** ({document['date']}; "
+        f"{ceilings}). Beside it: {versions}."
+    )
+
+
+def speed_tables(documents: list[dict[str, Any]]) -> str:
+    """A small table for each machine, and what the words in it mean."""
+    lines: list[str] = []
+    for document in documents:
+        rows = of_samples(document) if "records" in document else of_medians(document)
+        lines += [place(document), "", *markdown(rows), ""]
+        if document.get("source"):
+            lines += [document["source"], ""]
+    lines += [
+        "SmolLM2-135M's geometry unless a file is named; r = 8 on q, k, v, o. PEFT is PyTorch + "
+        'PEFT with sdpa and fused AdamW; "tuned" is a malloc that keeps its pages, "compiled" that '
+        "and `torch.compile`.",
     ]
     if (ROOT / PICTURE).exists():
         lines += ["", f"![How many times as fast as its peers pylora is]({PICTURE})"]
@@ -103,19 +197,25 @@ def main() -> int:
     arguments = sys.argv[1:]
     if arguments[:1] == ["--speed"]:
         sys.path.insert(0, str(ROOT / "bench"))
-        from report import newest
+        from report import RESULTS, newest
 
-        path = Path(arguments[1]) if arguments[1:] else newest("speed-*.json")
-        (begin, end), make = SPEED, speed
+        paths = [Path(a) for a in arguments[1:]]
+        if not paths:
+            measured = newest("speed-*.json")
+            paths = [*([measured] if measured else []), *sorted(RESULTS.glob("compared-*.json"))]
+        if not paths:
+            raise SystemExit("there are no results; run bench/run.py first")
+        (begin, end) = SPEED
+        new = speed_tables([json.loads(path.read_text(encoding="utf-8")) for path in paths])
     else:
         path = Path(arguments[0] if arguments else "out/demo/report.json")
-        (begin, end), make = FIGURES, table
-    if path is None:
-        raise SystemExit("there are no results; run bench/run.py first")
+        (begin, end) = FIGURES
+        new = demo(json.loads(path.read_text(encoding="utf-8")))
     text = README.read_text(encoding="utf-8")
+    if begin not in text or end not in text:
+        raise SystemExit(f"README.md has no place for it: put {begin} and {end} in")
     head, _, rest = text.partition(begin)
     _, _, tail = rest.partition(end)
-    new = make(json.loads(path.read_text(encoding="utf-8")))
     README.write_text(f"{head}{begin}\n{new}\n{end}{tail}", encoding="utf-8")
     print(new)
     return 0

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from pylora.commands.app import Model, Precision, Seed, app
+from pylora.commands.app import Model, Seed, app
 from pylora.commands.guard import verb
 from pylora.display.console import Console, megabytes
 from pylora.errors import ConfigError
@@ -149,7 +149,9 @@ def demo(
     out: Annotated[Path, typer.Option(help="folder for everything it writes")] = Path("out/demo"),
     short: Annotated[bool, typer.Option("--short", help="fewer steps and items")] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="training steps")] = None,
-    precision: Precision = "fp32",
+    precision: Annotated[
+        str, typer.Option(help="auto: bf16 where the processor multiplies it, else fp32")
+    ] = "auto",
     seed: Seed = 0,
 ) -> None:
     """Teach SmolLM2-135M a notation, measured before and after: minutes on two cores."""

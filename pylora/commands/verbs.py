@@ -5,7 +5,7 @@ of the heavier parts are inside the verbs, so that `pylora --help` is quick. Nee
 """
 
 from pylora.commands import work  # isort: skip  (importing them registers their verbs, in order)
-from pylora.commands import look
+from pylora.commands import chat, look
 from pylora.commands.app import app
 
-__all__ = ["app", "look", "work"]
+__all__ = ["app", "chat", "look", "work"]

@@ -130,6 +130,7 @@ def train(
 def _after_training(screen: Console, result: TrainResult, out: Path) -> None:
     from pylora.display.plots import loss_curve, sparkline
     from pylora.errors import MissingExtraError
+    from pylora.training.log import evaluations
 
     screen.say(
         f"loss {result.losses[0]:.4f} {sparkline(result.losses)} {result.losses[-1]:.4f}; "
@@ -139,7 +140,8 @@ def _after_training(screen: Console, result: TrainResult, out: Path) -> None:
         e = result.evaluation
         screen.say(f"evaluation: loss {e.nll:.4f}, perplexity {e.perplexity:.2f}")
     try:
-        loss_curve(out / "loss.png", result.losses)
+        seen = evaluations(out / "log.jsonl")
+        loss_curve(out / "loss.png", result.losses, evaluations=seen)
     except MissingExtraError as error:
         screen.say(f"no picture of the loss: {error}")
     screen.say(f"adapter: {out / 'adapter'}")

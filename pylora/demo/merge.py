@@ -7,7 +7,7 @@ All in memory: a merged model on disk would be half a gigabyte that nobody asked
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,36 +67,45 @@ def compare_merged(
     apart: Outputs,
     ops: Backend,
     precision: str = "fp32",
+    note: Callable[[str], None] = lambda text: None,
 ) -> MergeCheck:
     """Merges `adapter` into the checkpoint's weights, and unmerges it.
 
     apart: the outputs of the base with the adapter beside it. That model is not needed here, so
-    that its memory can be free while the merged one stands. Raises PyloraError if a weight does not
-    come back bit for bit.
+    that its memory can be free while the merged one stands. `note` hears how far it is. Raises
+    PyloraError if a weight does not come back bit for bit.
     """
-    merged: dict[str, np.ndarray] = {}
+    restored: set[str] = set()
     lost = elements = residue_bytes = 0
-    for path, lora in adapter.items():
-        name = f"{path}.weight"
-        W = np.ascontiguousarray(checkpoint.load(name))
-        merged[name], residue = ops.merge(W, lora)
-        back = ops.unmerge(merged[name], lora, residue)
-        if _digest(back) != _digest(W):
-            raise PyloraError(f"{name}: unmerge did not give the original weight back")
-        lost += residue.position.size
-        elements += W.size
-        residue_bytes += residue.position.nbytes + residue.bits.nbytes
 
     def weights(name: str) -> np.ndarray:
-        return merged.pop(name) if name in merged else checkpoint.load(name)
+        """As the model is built, weight by weight: only one is here twice at any time."""
+        nonlocal lost, elements, residue_bytes
+        W = np.ascontiguousarray(checkpoint.load(name))
+        path = name.removesuffix(".weight")
+        if path == name or path not in adapter:
+            return W
+        merged: np.ndarray
+        merged, residue = ops.merge(W, adapter[path])
+        if _digest(ops.unmerge(merged, adapter[path], residue)) != _digest(W):
+            raise PyloraError(f"{name}: unmerge did not give the original weight back")
+        if path not in restored:
+            restored.add(path)
+            lost += residue.position.size
+            elements += W.size
+            residue_bytes += residue.position.nbytes + residue.bits.nbytes
+            note(f"{len(restored)} of {len(adapter)} modules")
+        return merged
 
     together = outputs(Llama(checkpoint.config, weights, backend=ops, precision=precision), prompts)
+    if len(restored) != len(adapter):
+        raise PyloraError(f"{len(adapter) - len(restored)} modules of the adapter were not merged")
     same = sum(a == b for a, b in zip(apart.texts, together.texts, strict=True))
     return MergeCheck(
         max_abs_difference=float(np.abs(apart.logits - together.logits).max()),
         max_abs_logit=float(np.abs(apart.logits).max()),
         greedy_agreement=same / len(prompts),
-        modules_restored=len(adapter),
+        modules_restored=len(restored),
         residue_share=lost / elements,
         residue_bytes=residue_bytes,
         base_bytes=4 * checkpoint.config.num_parameters,

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pylora.display.palette import BLUE, SKY, VERMILION, series
 from pylora.errors import ConfigError
 from pylora.extras import need
 from pylora.files.whole import atomic_write
@@ -43,17 +44,48 @@ def loss_curve(
     *,
     title: str = "Training loss",
     window: int = 10,
+    evaluations: Sequence[tuple[int, float]] = (),
 ) -> None:
-    """Draws the loss of each step, and its mean over the last `window` steps, on a log scale."""
+    """Draws the loss of each step, and its mean over the last `window` steps, on a log scale.
+
+    evaluations: (step, loss) of each time that other examples were looked at; step 0 is before
+    training. One that is not finite is left out.
+    """
     with _figure(path, (8, 4.5)) as figure:
         axes = figure.subplots()
         steps = range(1, len(loss) + 1)
         mean = [sum(loss[max(0, i - window) : i]) / min(i, window) for i in range(1, len(loss) + 1)]
-        axes.plot(steps, loss, color="#9ecae1", linewidth=1, label="each step")
-        axes.plot(steps, mean, color="#08519c", linewidth=2, label=f"mean of {window} steps")
-        if loss and min(loss) > 0:
+        axes.plot(steps, loss, color=SKY, linewidth=0.9, alpha=0.8, label="training, each step")
+        axes.plot(steps, mean, color=BLUE, linewidth=2, label=f"training, mean of {window} steps")
+        seen = [(step, value) for step, value in evaluations if math.isfinite(value)]
+        if seen:
+            at, values = zip(*seen, strict=True)
+            axes.plot(
+                at,
+                values,
+                "D--",
+                color=VERMILION,
+                markersize=6,
+                linewidth=1.2,
+                zorder=3,
+                label="evaluation, examples not trained on",
+            )
+            axes.annotate(
+                f"{values[-1]:.3g}",
+                (at[-1], values[-1]),
+                xytext=(-8, 8),
+                textcoords="offset points",
+                ha="right",
+                color=VERMILION,
+                fontsize=9,
+            )
+        if loss and min([*loss, *(value for _, value in seen)]) > 0:
             axes.set_yscale("log")
-        axes.set_xlim(1, max(2, len(loss)))
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        first = min([1, *(step for step, _ in seen)])
+        last = max([2, len(loss), *(step for step, _ in seen)])
+        room = 0.015 * (last - first)
+        axes.set_xlim(first - room, last + room)
         axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
         axes.grid(True, which="both", alpha=0.25)
         axes.legend(frameon=False)
@@ -75,22 +107,21 @@ def adapter_picture(
         for column, members in enumerate(by_kind.values()):
             for one in members:
                 grid[rows.index(one.layer)][column] = one.norm
-        image = left.imshow(grid, aspect="auto", cmap="viridis", interpolation="nearest")
+        image = left.imshow(grid, aspect="auto", cmap="cividis", interpolation="nearest")
         left.set_xticks(range(len(by_kind)), list(by_kind), rotation=35, ha="right")
         shown = [i for i, layer in enumerate(rows) if layer is None or i % -(-len(rows) // 16) == 0]
         left.set_yticks(shown, [str("none" if rows[i] is None else rows[i]) for i in shown])
         left.set(ylabel="layer", title="‖s·BA‖ of each module (Frobenius)")
         figure.colorbar(image, ax=left, fraction=0.08, pad=0.03)
-        colors = need("matplotlib").colormaps["tab10"]
         for column, (kind, members) in enumerate(by_kind.items()):
             length = max(len(one.singular_values) for one in members)
             at = [
                 sorted(one.singular_values[i] for one in members if i < len(one.singular_values))
                 for i in range(length)
             ]
-            index, color = range(1, length + 1), colors(column % 10)
+            index, (color, mark) = range(1, length + 1), series(column)
             middle = [values[len(values) // 2] for values in at]
-            right.plot(index, middle, color=color, marker="o", markersize=4, label=kind)
+            right.plot(index, middle, color=color, marker=mark, markersize=4, label=kind)
             least, most = [values[0] for values in at], [values[-1] for values in at]
             right.fill_between(index, least, most, color=color, alpha=0.15, linewidth=0)
         if any(one.norm > 0 for one in stats):

@@ -118,7 +118,7 @@ class Model:
     ) -> str | list[str] | Iterator[str] | Iterator[tuple[int, str]]:
         """The text that the model continues `prompt` with; of a list of texts, a list.
 
-        max_new_tokens: at most this many; default 256, or as many as the model's positions leave.
+        max_new_tokens: at most this many; default 512, or as many as the model's positions leave.
         temperature 0 takes the likeliest token; else one is drawn, as top_k, top_p, min_p and
         repetition_penalty say (transformers' meanings, `pylora.generation.sampling.Sampling`), by
         `seed` alone. stop: a text, or several, that ends the answer; it is not part of it.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pylora.errors import DataError, WrongTypeError, describe, kind_of
+from pylora.errors import DataError, WrongDataError, describe, kind_of
 from pylora.generation.generate import stream
 from pylora.generation.prompt_cache import PromptCache
 from pylora.generation.sampling import Sampling, whole_number
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from pylora.model.llama import Llama
     from pylora.text.tokenizer import Tokenizer
 
-DEFAULT_NEW_TOKENS = 256
+DEFAULT_NEW_TOKENS = 512
 
 Message = Mapping[str, Any]
 Conversation = Sequence[Message]
 
 
 def prompts_of(prompt: Any) -> tuple[list[str], bool]:
-    """(the texts, whether one was given rather than a list). WrongTypeError for what is no text."""
+    """(the texts, whether one was given rather than a list). WrongDataError for what is no text."""
     if isinstance(prompt, str):
         return [prompt], True
     if isinstance(prompt, (list, tuple)) and all(isinstance(p, str) for p in prompt):
@@ -41,7 +41,7 @@ def prompts_of(prompt: Any) -> tuple[list[str], bool]:
         "dict": "messages go to chat: model.chat([message])",
         "list": "messages go to chat: model.chat(messages)",
     }.get(kind_of(prompt), "")
-    raise WrongTypeError(
+    raise WrongDataError(
         f"generate takes a text or a list of texts, got {describe(prompt)}{advice and '; '}{advice}"
     )
 
@@ -52,7 +52,7 @@ def conversations_of(messages: Any, system: str | None) -> tuple[list[list[Messa
     first: list[Message] = []
     if system is not None:
         if not isinstance(system, str):
-            raise WrongTypeError(f"system takes a text, got {describe(system)}")
+            raise WrongDataError(f"system takes a text, got {describe(system)}")
         first = [{"role": "system", "content": system}]
 
     def user(text: str) -> list[Message]:
@@ -76,7 +76,7 @@ def conversations_of(messages: Any, system: str | None) -> tuple[list[list[Messa
             raise DataError("chat got no message; give a text or [{'role': ..., 'content': ...}]")
     ids = kind_of(messages) in ("ids", "lists of ids")
     advice = "; decode them: model.tokenizer.decode(ids)" if ids else ""
-    raise WrongTypeError(
+    raise WrongDataError(
         "chat takes a text, a list of messages {'role': ..., 'content': ...}, or a list of either "
         f"for many conversations at once, got {describe(messages)}{advice}"
     )

@@ -2,7 +2,8 @@
 
 The text of an answer is decode(prompt + answer) minus decode(prompt): pieces that are decoded apart
 would lose a space or a character. Characters whose bytes are not whole yet wait for their rest, and
-so does what may be the beginning of a stop string.
+so does what may be the beginning of a stop string. (Of bytes that are no UTF-8 a decoder may make
+less in the whole than in the part: what has been given out stays.)
 """
 
 from __future__ import annotations

@@ -8,31 +8,26 @@ below the lowest module that has an adapter.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from pylora import backends
-from pylora.errors import (
-    DtypeError,
-    PlanError,
-    PyloraError,
-    ShapeError,
-    UnsupportedError,
-    expect,
-    wrong_type,
-)
+from pylora.errors import ShapeError, UnsupportedError, expect, wrong_type
+from pylora.model.attach import ARRAYS, bring_back, check_fits, place
 from pylora.model.attention import positions
-from pylora.model.block import Block, BlockCache
+from pylora.model.block import Block
 from pylora.model.config import LlamaConfig
 from pylora.model.decoder import Batch, pack_attached
-from pylora.model.embedding import Embedding, EmbeddingCache
+from pylora.model.embedding import Embedding
+from pylora.model.head import Head, HeadCache
 from pylora.model.inputs import row_numbers, row_weights, token_ids, whole_seqs
 from pylora.model.kvcache import KVCache
-from pylora.model.linear import DropKey, Grads, LinearCache, LoRAGrad, LoRALinear, is_packed
+from pylora.model.linear import DropKey, Grads, LoRAGrad, LoRALinear, is_packed
 from pylora.model.rope import Rope
+from pylora.model.trunk import Trunk, TrunkCache
 from pylora.model.weights import (
     FromCheckpoint,
     Weights,
@@ -42,25 +37,12 @@ from pylora.model.weights import (
     weight_bytes,
 )
 from pylora.numbers.precision import Stored, check_precision, describe
-from pylora.ops.llama import LayerWeights, LlamaOp, LlamaWeights
+from pylora.ops.llama import LlamaOp, LlamaWeights
 from pylora.ops.protocol import Backend
 from pylora.reference import IGNORE
 from pylora.types import Array, LoRA, Seqs, brief
 
 __all__ = ["IGNORE", "DropKey", "Grads", "Llama", "LoRAGrad", "ModelCache", "random_weights"]
-
-_ARRAYS = ("A", "B", "bias", "base_bias")  # of a LoRA
-
-
-@dataclass(eq=False)
-class _Trunk:
-    """What backward needs of the embedding and the blocks; `blocks` is used up from its end."""
-
-    seqs: Seqs
-    position: np.ndarray
-    drop: DropKey | None
-    embedding: EmbeddingCache
-    blocks: list[BlockCache | Array | None]  # an array is a block's input, to be run again
 
 
 @dataclass(eq=False)
@@ -69,11 +51,9 @@ class ModelCache:
 
     __repr__ = brief
 
-    trunk: _Trunk
-    x: Array  # [len(rows), hidden], input of the final norm
-    rstd: Array
-    rows: Array | None
-    head: LinearCache
+    trunk: TrunkCache
+    head: HeadCache
+    rows: Array | None  # those that the head saw; None: all
 
 
 class Llama:
@@ -126,6 +106,9 @@ class Llama:
         head = self.embed_tokens.W if tied else checked("lm_head.weight")
         self.lm_head = LoRALinear("lm_head", head, ops=self.ops, precision=precision)
         self.activation_dtype: Any = self.ops.activation_dtype(precision)
+        self.trunk = Trunk(self.embed_tokens, self.blocks)
+        eps = config.rms_norm_eps
+        self.head = Head(self.norm, eps, self.lm_head, self.activation_dtype, self.ops)
         self.modules: dict[str, LoRALinear | Embedding] = {"model.embed_tokens": self.embed_tokens}
         self.modules |= {p.path: p for block in self.blocks for p in block.linears}
         self.modules["lm_head"] = self.lm_head
@@ -208,99 +191,26 @@ class Llama:
         fit, DtypeError for arrays of another dtype than the model's; then nothing has changed.
         """
         self.check(adapter)
-        placed = {path: self._place(lora) for path, lora in adapter.items()}
+        placed = {path: place(lora, self.ops) for path, lora in adapter.items()}
         for path, module in self.modules.items():
             module.lora = placed.get(path)
         self._steps.clear()
         self._adapter, self.placed = adapter, placed
 
-    def _place(self, lora: LoRA) -> LoRA:
-        arrays: dict[str, Any] = {name: getattr(lora, name) for name in _ARRAYS}
-        moved: dict[str, Any] = {
-            n: None if a is None else self.ops.place(a) for n, a in arrays.items()
-        }
-        return lora if all(moved[n] is arrays[n] for n in arrays) else replace(lora, **moved)
-
     def collect(self) -> None:
         """Brings the attached adapter's numbers back into its own arrays, where they are copies."""
         for path, placed in self.placed.items():
-            own = (self._adapter or {})[path]
-            for name in _ARRAYS:
-                array = getattr(placed, name)
-                if array is not getattr(own, name):
-                    getattr(own, name)[...] = self.ops.to_numpy(array)
+            bring_back(placed, (self._adapter or {})[path], self.ops)
 
     def check(self, adapter: Mapping[str, LoRA]) -> None:
         """Raises what `attach` would for an adapter that does not fit; changes nothing."""
         expect("adapter", adapter, "attach(adapter)")
-        unknown = [path for path in adapter if path not in self.modules]
-        if unknown:
-            raise PlanError(
-                f"the adapter has modules that the model does not: {', '.join(unknown[:5])}"
-                f"{' ...' if len(unknown) > 5 else ''} ({len(unknown)} of {len(adapter)})"
-            )
-        for path, lora in adapter.items():
-            self.modules[path].check(lora)
-            for name in _ARRAYS:
-                array = getattr(lora, name)
-                if array is not None and array.dtype != self.dtype:
-                    raise DtypeError(
-                        f"{path}: {name} is {array.dtype} but the model is {self.dtype}; convert "
-                        "the adapter's arrays first"
-                    )
+        check_fits(adapter, self.modules, self.dtype)
 
     def detach(self) -> None:
         """Takes the adapter away; the model is the base again, bit for bit."""
         self.attach({})
         self._adapter = None
-
-    def _lowest(self) -> int:
-        """The lowest layer with an adapter; -1: the embedding; number of layers: none of them."""
-        if self.embed_tokens.lora is not None:
-            return -1
-        trainable = (i for i, block in enumerate(self.blocks) if block.trainable)
-        return next(trainable, len(self.blocks))
-
-    # ---- embedding and blocks -----------------------------------------------------------------
-
-    def _trunk(
-        self,
-        ids: Array,
-        seqs: Seqs,
-        position: Array,
-        drop: DropKey | None,
-        lowest: int,
-        recompute: bool,
-    ) -> tuple[Array, _Trunk]:
-        """The residual stream after the last block [m, hidden]; caches of blocks >= `lowest`."""
-        x, embedding = self.embed_tokens.forward(ids)
-        trunk = _Trunk(seqs, position, drop, embedding, [])
-        for i, block in enumerate(self.blocks):
-            y, cache = block.forward(x, seqs, drop=drop, position=position)
-            trunk.blocks.append(None if i < lowest else x if recompute else cache)
-            del cache
-            x = y
-        return x, trunk
-
-    def _trunk_backward(self, dx: Array, trunk: _Trunk, grads: Grads) -> None:
-        """dx is given away. Caches are dropped as they are used."""
-        lowest = self._lowest()
-        kept = trunk.blocks[max(lowest, 0) :]
-        if len(trunk.blocks) != len(self.blocks) or any(c is None for c in kept):
-            raise PyloraError(
-                "this cache was used by an earlier backward, or the adapter has changed since; "
-                "run forward again"
-            )
-        del kept
-        for i in range(len(self.blocks) - 1, max(lowest, 0) - 1, -1):
-            block, cache = self.blocks[i], trunk.blocks.pop()
-            if not isinstance(cache, BlockCache):
-                _, cache = block.forward(
-                    cache, trunk.seqs, drop=trunk.drop, position=trunk.position
-                )
-            dx = block.backward(dx, cache, grads, need_dx=i > lowest)
-            del cache
-        self.embed_tokens.backward(dx, trunk.embedding, grads)
 
     # ---- logits -------------------------------------------------------------------------------
 
@@ -322,33 +232,31 @@ class Llama:
         seqs = whole_seqs(seqs, ids.size)
         if rows is not None:
             rows = row_numbers(rows, ids.size)
-            if drop is not None and self._head_dropout():
+            if drop is not None and self.head.has_dropout:
                 raise UnsupportedError("`rows` with dropout on lm_head; ask for all rows instead")
         position = self.ops.xp.asarray(positions(seqs))
-        x, trunk = self._trunk(ids, seqs, position, drop, self._lowest(), recompute)
+        x, trunk = self.trunk.forward(ids, seqs, position, drop, self.trunk.lowest, recompute)
         rows = None if rows is None else self.ops.xp.asarray(rows)
         x = x if rows is None else x[rows]
-        normed, rstd = self._final_norm(x)
-        logits, head = self.lm_head.forward(normed, drop=drop)
-        return logits, ModelCache(trunk, x, rstd, rows, head)
+        logits, head = self.head.forward(x, drop)
+        return logits, ModelCache(trunk, head, rows)
 
     def backward(self, dlogits: Array, cache: ModelCache) -> Grads:
         """dlogits, shaped like the logits -> the gradient of each module that has an adapter."""
         expect("forward's cache", cache, "backward(dlogits, cache)")
         expect("array", dlogits, "backward(dlogits, cache)")
-        expected = (cache.x.shape[0], self.config.vocab_size)
+        expected = (cache.head.x.shape[0], self.config.vocab_size)
         if tuple(dlogits.shape) != expected:
             raise ShapeError(f"dlogits has shape {list(dlogits.shape)}, expected {list(expected)}")
         grads: Grads = {}
-        need_dx = self._lowest() < len(self.blocks)
-        dn = self.lm_head.backward(dlogits, cache.head, grads, need_dx=need_dx)
-        if need_dx:
-            dx, _ = self.ops.rms_norm_backward(dn, cache.x, self.norm, cache.rstd)
+        need_dx = self.trunk.lowest < len(self.blocks)
+        dx = self.head.backward(dlogits, cache.head, grads, need_dx)
+        if dx is not None:
             if cache.rows is not None:
                 all_rows = self.ops.zeros((cache.trunk.position.size, dx.shape[1]), dx.dtype)
                 self.ops.xp.add.at(all_rows, cache.rows, dx)
                 dx = all_rows
-            self._trunk_backward(dx, cache.trunk, grads)
+            self.trunk.backward(dx, cache.trunk, grads)
         return grads
 
     # ---- loss ---------------------------------------------------------------------------------
@@ -379,7 +287,7 @@ class Llama:
         counted = np.flatnonzero(labels != IGNORE)
         weight = row_weights(weight, ids.size, counted.size, self.dtype)
         # Dropout is keyed by row number, so with dropout on the head its rows stay consecutive.
-        whole = drop is not None and self._head_dropout()
+        whole = drop is not None and self.head.has_dropout
         rows = np.arange(ids.size) if whole else counted
         arrays = ids, positions(seqs), rows, labels[rows], weight[rows]
 
@@ -393,7 +301,7 @@ class Llama:
             return nll, None
         out: Grads = {}
         for path in dict.fromkeys(path for path, _ in found):
-            out[path] = LoRAGrad(*(found.get((path, name)) for name in _ARRAYS))
+            out[path] = LoRAGrad(*(found.get((path, name)) for name in ARRAYS))
         return nll, out
 
     def _repeats(self, n: int, drop: DropKey | None, recompute: bool) -> Hashable:
@@ -424,8 +332,8 @@ class Llama:
         """
         ids, position, rows, labels, weight = arrays
         ops, m, n, step = self.ops, ids.size, rows.size, self.ops.head_rows
-        lowest = self._lowest() if grads else len(self.blocks)
-        x, trunk = self._trunk(ids, seqs, position, drop, lowest, recompute)
+        lowest = self.trunk.lowest if grads else len(self.blocks)
+        x, trunk = self.trunk.forward(ids, seqs, position, drop, lowest, recompute)
         make = ops.empty if n == m else ops.zeros
         nll = make((m, 1), self.dtype)
         dx = make(x.shape, self.dtype) if lowest < len(self.blocks) else None
@@ -433,7 +341,7 @@ class Llama:
         for a in range(0, max(n, 1), step):
             b = min(a + step, n)
             some = x[a:b] if n == m else ops.take_rows(x, rows[a:b])
-            nll_some, dx_some = self._head_loss(
+            nll_some, dx_some = self.head.loss(
                 some, labels[a:b], weight[a:b] if grads else None, drop, a, dx is not None, out
             )
             ops.put_rows(nll, rows[a:b], nll_some.reshape(-1, 1))
@@ -442,33 +350,12 @@ class Llama:
             del some, dx_some
         if grads and dx is not None:
             del x
-            self._trunk_backward(dx, trunk, out)
+            self.trunk.backward(dx, trunk, out)
         found: dict[Any, Array] = {"nll": nll.reshape(m)}
         for path, grad in out.items():
-            each = {name: getattr(grad, name) for name in _ARRAYS}
+            each = {name: getattr(grad, name) for name in ARRAYS}
             found |= {(path, name): a for name, a in each.items() if a is not None}
         return found
-
-    def _head_loss(
-        self,
-        x: Array,
-        labels: Array,
-        weight: Array | None,
-        drop: DropKey | None,
-        first_row: int,
-        need_dx: bool,
-        grads: Grads,
-    ) -> tuple[Array, Array | None]:
-        """nll and dx of some rows x [n, hidden] of the residual stream; no dx without a weight."""
-        ops = self.ops
-        normed, rstd = self._final_norm(x)
-        logits, cache = self.lm_head.forward(normed, drop=drop, first_row=first_row)
-        if weight is None or not (need_dx or self.lm_head.lora is not None):
-            return ops.cross_entropy_forward(logits, labels)[0], None
-        nll, _, dlogits = ops.cross_entropy(logits, labels, weight, overwrite=True)
-        del logits
-        dn = self.lm_head.backward(dlogits, cache, grads, need_dx=need_dx)
-        return nll, ops.rms_norm_backward(dn, x, self.norm, rstd)[0] if need_dx else None
 
     # ---- decoding -----------------------------------------------------------------------------
 
@@ -497,34 +384,13 @@ class Llama:
 
     def _weights(self) -> LlamaWeights:
         """The weights as that operation takes them. Nothing is copied."""
-        layers = []
-        for block in self.blocks:
-            attention = block.attention
-            layers.append(
-                LayerWeights(
-                    block.input_norm,
-                    block.mid_norm,
-                    tuple(p.W for p in block.linears),
-                    tuple(p.bias for p in block.linears),
-                    attention.q_norm,
-                    attention.k_norm,
-                    attention.shape.window,
-                )
-            )
         config = self.config
         return LlamaWeights(
             self.embed_tokens.W,
             self.lm_head.W,
             self.norm,
-            tuple(layers),
+            self.trunk.layer_weights(),
             self.blocks[0].attention.shape,
             config.rms_norm_eps,
             self.activation_dtype,
         )
-
-    def _final_norm(self, x: Array) -> tuple[Array, Array]:
-        eps = self.config.rms_norm_eps
-        return self.ops.rms_norm_forward(x, self.norm, eps, self.activation_dtype)
-
-    def _head_dropout(self) -> bool:
-        return self.lm_head.lora is not None and self.lm_head.lora.dropout > 0

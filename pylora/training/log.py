@@ -1,4 +1,4 @@
-"""The log of a run, one JSON object per line, and Ctrl-C that waits for the end of a step."""
+"""The log of a run, one JSON object per line; and Ctrl-C that waits for the end of a step."""
 
 from __future__ import annotations
 
@@ -36,6 +36,23 @@ class Log:
                 continue
         with atomic_write(self.path) as beside:
             beside.write_text("".join(kept), encoding="utf-8")
+
+
+def evaluations(path: Path) -> list[tuple[int, float]]:
+    """(step, loss) of each evaluation in a run's log.jsonl, in order; none where there is no log.
+
+    A line that was only half written is passed over.
+    """
+    found: list[tuple[int, float]] = []
+    if not path.exists():
+        return found
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+            found.append((int(record["step"]), float(record["eval_loss"])))
+        except (ValueError, TypeError, KeyError):
+            continue
+    return found
 
 
 class Interrupts:

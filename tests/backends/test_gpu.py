@@ -1,8 +1,9 @@
 """Whole models on the GPU's backends against the numpy backend: loss, gradients, training,
 resuming, generation with and without graphs, pools, merging, check, and what they refuse.
 
-Runs where PYLORA_TEST_BACKENDS names cuda or cupy (tests/gpu.py); their single operations are in
-test_ops.py. Rows of a GPU's results have no promised bits, so figures are compared within bounds.
+Runs where PYLORA_TEST_BACKENDS names cuda or cupy (tests/support/gpu.py); their single operations
+are in tests/ops/test_protocol.py. Rows of a GPU's results have no promised bits, so figures are
+compared within bounds.
 """
 
 from __future__ import annotations

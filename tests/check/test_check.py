@@ -324,7 +324,7 @@ def test_the_same_seed_gives_the_same_report(model: Path) -> None:
 
 
 def test_bad_input_is_named(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileFormatError, match="no such directory"):
+    with pytest.raises(FileFormatError, match="no such file or directory"):
         check_model(model, tmp_path / "none")
     with pytest.raises(FileFormatError):
         check_model(tmp_path / "none")

@@ -17,7 +17,7 @@ from pylora.demo import fetch
 
 FOLDER = Path(fetch.__file__).parent / "data" / "notation"
 TOOL = Path(__file__).parents[2] / "tools" / "make_notation.py"
-ENDING = ". In symbols:"
+ENDING = " →"
 
 Tree = str | tuple  # a concept, or (operator, operand, ...)
 Pair = tuple[str, str]
@@ -51,7 +51,7 @@ def load(name: str) -> list[Pair]:
     return [(row["prompt"].removesuffix(ENDING), row["completion"][1:]) for row in rows]
 
 
-TRAIN, TEST = load("train"), load("test")
+TRAIN, VALIDATION, TEST = load("train"), load("validation"), load("test")
 
 
 def lemma(verb: str) -> str:
@@ -191,7 +191,7 @@ class Notation:
 
 
 def test_every_completion_means_what_its_statement_says() -> None:
-    for statement, notation in TRAIN + TEST:
+    for statement, notation in TRAIN + VALIDATION + TEST:
         assert English(statement).sentence() == Notation(notation).whole(), statement
 
 
@@ -210,22 +210,35 @@ def test_the_two_readers_themselves(statement: str, notation: str) -> None:
 
 
 def test_sizes_and_no_repetition() -> None:
-    assert 1000 <= len(TRAIN) <= 1500
+    assert 1500 <= len(TRAIN) <= 2500
     assert len(TEST) == 150
-    statements = [statement for statement, _ in TRAIN + TEST]
+    assert len(VALIDATION) == 50
+    statements = [statement for statement, _ in TRAIN + VALIDATION + TEST]
     assert len(set(statements)) == len(statements)
     assert len({notation for _, notation in TEST}) == len(TEST)
+    assert len({notation for _, notation in VALIDATION}) == len(VALIDATION)
 
 
 def test_held_out_compositions_are_never_trained_on_in_any_phrasing() -> None:
-    trained = {str(Notation(notation).whole()) for _, notation in TRAIN}
-    held_out = {str(Notation(notation).whole()) for _, notation in TEST}
+    trained, validated, held_out = (
+        {str(Notation(notation).whole()) for _, notation in pairs}
+        for pairs in (TRAIN, VALIDATION, TEST)
+    )
     assert not trained & held_out
+    assert not trained & validated
+    assert not validated & held_out
     assert ("consciousness exists", "∃Ψ") in TEST
     assert ("consciousness leads to change", "Ψ⇒Δ") in TEST
 
 
-def test_every_word_symbol_and_phrasing_of_the_test_split_is_trained_on() -> None:
+def test_what_the_project_began_with_is_no_part_of_anything_trained_on() -> None:
+    for statement, notation in TRAIN + VALIDATION:
+        assert "consciousness exists" not in statement
+        assert "consciousness leads to change" not in statement
+        assert "∃Ψ" not in notation and "Ψ⇒Δ" not in notation
+
+
+def test_every_word_symbol_and_phrasing_of_the_other_splits_is_trained_on() -> None:
     def atoms(pairs: list[Pair]) -> tuple[set[str], set[str], set[str]]:
         words, symbols, skeletons = set(), set(), set()
         for statement, notation in pairs:
@@ -236,7 +249,7 @@ def test_every_word_symbol_and_phrasing_of_the_test_split_is_trained_on() -> Non
             skeletons |= reader.skeletons
         return words, symbols, skeletons
 
-    for tested, trained in zip(atoms(TEST), atoms(TRAIN), strict=True):
+    for tested, trained in zip(atoms(TEST + VALIDATION), atoms(TRAIN), strict=True):
         assert tested <= trained, tested - trained
     assert set(CONCEPTS.values()) <= atoms(TRAIN)[1]
 

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pylora.errors import ConfigError, DataError, PyloraError, WrongTypeError
-from pylora.generation.generate import generate, sample
+from pylora.errors import ConfigError, DataError, PyloraError
+from pylora.generation.generate import generate, stream
+from pylora.generation.sampling import Sampling, penalized
 from pylora.model.config import LlamaConfig
 from pylora.model.llama import Llama
 from pylora.types import LoRA
@@ -104,42 +105,6 @@ def test_no_prompts_and_no_tokens(ops: Any) -> None:
     assert generate(net, PROMPTS, 0) == [[] for _ in PROMPTS]
 
 
-# ---- sampling ---------------------------------------------------------------------------------
-
-LOGITS = np.log(np.array([0.1, 0.4, 0.1, 0.25, 0.15]))  # ranked: 1, 3, 4, 0, 2
-
-
-def share(**settings: Any) -> list[float]:
-    """How often each token is drawn for u at the middles of 1000 equal parts."""
-    drawn = [sample(LOGITS, (i + 0.5) / 1000, 1.0, **settings) for i in range(1000)]
-    return [n / 1000 for n in np.bincount(drawn, minlength=5)]
-
-
-def test_sampling_follows_the_probabilities() -> None:
-    assert share() == pytest.approx([0.1, 0.4, 0.1, 0.25, 0.15], abs=1e-3)
-    assert sample(LOGITS, 0.399, 1.0) == 1 and sample(LOGITS, 0.401, 1.0) == 3
-    assert sample(LOGITS, 1 - 2**-53, 1.0) == 2
-    hot = [sample(LOGITS, (i + 0.5) / 1000, 2.0) for i in range(1000)]
-    want = np.sqrt([0.1, 0.4, 0.1, 0.25, 0.15])
-    assert np.bincount(hot) / 1000 == pytest.approx(want / want.sum(), abs=1e-3)
-
-
-def test_top_k_keeps_the_likeliest_and_ties_go_to_the_lower_id() -> None:
-    assert share(top_k=1) == [0, 1, 0, 0, 0]
-    assert share(top_k=2) == pytest.approx([0, 0.4 / 0.65, 0, 0.25 / 0.65, 0], abs=1e-3)
-    assert share(top_k=4)[2] == 0 < share(top_k=4)[0]
-    assert share(top_k=99) == share()
-
-
-def test_top_p_keeps_the_shortest_run_that_reaches_it() -> None:
-    assert share(top_p=1e-9) == share(top_p=0.39) == [0, 1, 0, 0, 0]
-    assert share(top_p=0.41) == share(top_p=0.64) == share(top_k=2)
-    assert share(top_p=0.66) == share(top_k=3)
-    # Of what top_k left: 0.4 of 0.65 is 0.615.
-    assert share(top_k=2, top_p=0.6) == share(top_k=1)
-    assert share(top_k=2, top_p=0.62) == share(top_k=2)
-
-
 # ---- what cannot be done ----------------------------------------------------------------------
 
 
@@ -147,7 +112,7 @@ def test_top_p_keeps_the_shortest_run_that_reaches_it() -> None:
     ("settings", "error", "says"),
     [
         ({"prompts": [[1], []]}, DataError, "prompt 1 is empty"),
-        ({"prompts": [1, 2]}, WrongTypeError, r"one prompt goes into a list too: \[ids\]"),
+        ({"prompts": [1, 2]}, DataError, r"one prompt goes into a list too: \[ids\]"),
         ({"prompts": [[1] * 128]}, ConfigError, r"prompt 0 has 128.*max_position.*\(128\)"),
         ({"prompts": [[61]]}, DataError, "outside the vocabulary"),
         ({"max_new_tokens": -1}, ConfigError, "max_new_tokens"),
@@ -177,34 +142,56 @@ def test_broken_weights_are_reported_not_sampled(rng: np.random.Generator) -> No
             generate(net, [[1]], 2, temperature=temperature)
 
 
-def spelled_out(logits: np.ndarray, u: float, T: float, top_k: int, top_p: float) -> int:
-    """The rule of `sample`, all tokens ranked and summed."""
-    scores = logits.astype(np.float64)
-    ranked = sorted(range(scores.size), key=lambda i: (-scores[i], i))
-    ranked = ranked[:top_k] if top_k else ranked
-    p = np.exp((scores[ranked] - scores.max()) / T)
-    if top_p < 1:
-        ranked = ranked[: int(np.argmax(np.cumsum(p) >= top_p * p.sum())) + 1]
-    return ranked[int(np.argmax(np.cumsum(p[: len(ranked)]) > u * p[: len(ranked)].sum()))]
+# ---- as it comes ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 12.0])
-def test_ranking_only_the_likely_tokens_changes_nothing(
-    rng: np.random.Generator, spread: float
-) -> None:
-    logits = (spread * rng.standard_normal(3000)).astype(np.float32)
-    logits[::7] = logits[0]  # equals
-    for top_k in (0, 1, 40, 2999, 3000, 5000):
-        for top_p in (1.0, 0.3, 0.9, 0.99999):
-            for T in (0.3, 1.0, 5.0):
-                for u in (1e-6, 0.2, 0.77, 0.9999999):
-                    want = spelled_out(logits, u, T, top_k, top_p)
-                    assert sample(logits, u, T, top_k, top_p) == want, (top_k, top_p, T, u)
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+def test_streaming_is_generating(ops: Any, temperature: float) -> None:
+    net = a_model(ops)
+    how = Sampling(temperature)
+    out: dict[int, list[int]] = {i: [] for i in range(len(PROMPTS))}
+    ended = []
+    for row, token in stream(net, PROMPTS, 9, sampling=how, eos_ids=(7, 20), batch_size=2):
+        assert row not in ended
+        if token is None:
+            ended.append(row)
+        else:
+            out[row].append(token)
+    whole = generate(net, PROMPTS, 9, temperature=temperature, eos_ids=(7, 20))
+    assert list(out.values()) == whole
+    assert sorted(ended) == list(range(len(PROMPTS))), "each row's end is told once"
 
 
-def test_large_logits_are_finite() -> None:
-    logits = np.full(5, -3e38, np.float32)  # their sum is not
-    logits[3] = 3e38
-    assert sample(logits, 0.5, 1.0) == 3
-    with pytest.raises(PyloraError, match="not finite"):
-        sample(np.array([1, np.inf, 2], np.float32), 0.5, 1.0)
+def test_a_mistake_is_raised_before_the_first_token() -> None:
+    net = a_model("numpy")
+    with pytest.raises(DataError, match="prompt 0 is empty"):
+        stream(net, [[]], 3)  # not even asked for a token
+
+
+def test_stop_ends_a_row_and_no_other(ops: Any) -> None:
+    net = a_model(ops)
+    whole = generate(net, PROMPTS, 12, eos_ids=())
+    asked: list[tuple[int, int]] = []
+
+    def stop(row: int, token: int) -> bool:
+        asked.append((row, token))
+        return row == 1 and token == whole[1][4]
+
+    got = generate(net, PROMPTS, 12, eos_ids=(), stop=stop, batch_size=2)
+    cut = whole[1].index(whole[1][4]) + 1
+    assert got == [w if i != 1 else w[:cut] for i, w in enumerate(whole)]
+    assert [t for row, t in asked if row == 1] == whole[1][:cut]
+
+
+def test_a_penalty_counts_the_prompt_and_the_answer(ops: Any) -> None:
+    net = a_model(ops)
+    prompt = list(PROMPTS[2])
+    text = list(prompt)
+    for _ in range(8):
+        logits = np.array(ops.to_numpy(net.forward(text)[0])[-1])
+        text.append(int(np.argmax(penalized(logits, text, 1.8))))
+    got = generate(net, [prompt], 8, eos_ids=(), repetition_penalty=1.8)
+    assert got == [text[len(prompt) :]]
+    assert got != generate(net, [prompt], 8, eos_ids=())
+    others = [*PROMPTS[:2], prompt]
+    assert generate(net, others, 8, eos_ids=(), repetition_penalty=1.8)[2:] == got

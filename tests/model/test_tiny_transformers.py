@@ -111,6 +111,6 @@ def test_gradients_are_the_slope_of_the_loss(p):
     shadow.attach(twin)
     want = shadow.loss(ids, labels, seqs, grads=False)[0].imag.sum() / STEP
     size = sum(abs(g.A).sum() + abs(g.B).sum() for g in grads.values())
-    # A chain of fewer than 2^15 roundings, as in test_model, of the magnitudes that are added up; 1
+    # A chain of fewer than 2^15 roundings, as in test_llama, of the magnitudes that are added up; 1
     # for what cancels before (the scores of a sequence of one token have no slope).
     assert abs(slope - want) <= gamma(2**15, np.float64) * (1 + size + abs(want))

@@ -19,6 +19,7 @@ from pylora import backends
 from pylora.errors import ConfigError, DataError, DtypeError, PlanError, TrainingError
 from pylora.model.linear import DropKey
 from pylora.ops.plain import Plain
+from pylora.training import log
 from pylora.training.batching import assemble, epoch_steps
 from pylora.training.checkpoint import checkpoints, fingerprint
 from pylora.training.evaluate import evaluate
@@ -226,6 +227,12 @@ def test_steps_are_reported_and_logged(ops: Any, tmp_path: Path) -> None:
     evaluations = [line for line in lines if "eval_loss" in line]
     assert [line["step"] for line in evaluations] == [2, 4, 5]
     assert evaluations[-1]["eval_perplexity"] == math.exp(evaluations[-1]["eval_loss"])
+    read = log.evaluations(tmp_path / "log.jsonl")
+    assert read == [(line["step"], line["eval_loss"]) for line in evaluations]
+    with open(tmp_path / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 9, "eval_lo')  # a process that was killed
+    assert log.evaluations(tmp_path / "log.jsonl") == read
+    assert log.evaluations(tmp_path / "none.jsonl") == []
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-000005"]
     again = type(adapter).load(tmp_path / "adapter", model.config.modules())
     assert again.digest() == adapter.digest()

@@ -90,7 +90,7 @@ def test_a_counterexample_is_a_program_that_fails_alone(cls, law, tmp_path):
     (outcome,) = run(cls, [law], examples=60).outcomes
     assert outcome.status == "FAILED"
     source = outcome.counterexample
-    source = source.replace(f"from {cls.__module__} import", "from test_conformance_kit import")
+    source = source.replace(f"from {cls.__module__} import", "from test_conformance import")
     done = subprocess.run(
         [sys.executable, "-c", source],
         cwd=tmp_path,

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pylora.errors import ConfigError, FileFormatError
-from pylora.files.bounded import read_json
+from pylora.errors import ConfigError
 from pylora.files.whole import atomic_dir, atomic_write
 
 
@@ -77,21 +76,3 @@ def test_a_file_in_the_place_of_a_directory_and_the_reverse(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="dir"), atomic_write(tmp_path / "dir"):
         pass
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dir", "file"]
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000, b"9" * 5000, b'{"a": ' + b" " * 200]
-)
-def test_json_that_is_no_object_is_named(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(FileFormatError, match=r"config\.json"):
-        read_json(tmp_path / "config.json", limit=150_000)
-    with pytest.raises(FileFormatError, match="missing"):
-        read_json(tmp_path / "missing.json", limit=10)
-
-
-def test_json_beyond_the_limit_is_not_read(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text('{"a": 1}')
-    assert read_json(tmp_path / "a.json", limit=8) == {"a": 1}
-    with pytest.raises(FileFormatError, match="8 bytes"):
-        read_json(tmp_path / "a.json", limit=7)

@@ -1,8 +1,8 @@
 """Training steps as CUDA graphs (pylora/backends/cuda/steps.py): the same bits with and without
 them, replays that really happen, and what callers hold staying as it is.
 
-Runs where PYLORA_TEST_BACKENDS names cuda (tests/gpu.py). Over the stand-in for CuPy a step that
-computes with the array library while it is captured, or copies from the host, is an error.
+Runs where PYLORA_TEST_BACKENDS names cuda (tests/support/gpu.py). Over the stand-in for CuPy a step
+that computes with the array library while it is captured, or copies from the host, is an error.
 """
 
 from __future__ import annotations
@@ -256,7 +256,7 @@ def test_out_of_memory(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         model.loss(*a_batch(0, [5]))
     assert steps.replays == 1 and steps.nbytes > 0
-    forward, left = type(model)._trunk, [1]
+    forward, left = type(model.trunk).forward, [1]
 
     def once(*args: Any) -> Any:
         if left:
@@ -264,7 +264,7 @@ def test_out_of_memory(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
             raise MemoryError
         return forward(*args)
 
-    monkeypatch.setattr(type(model), "_trunk", once)
+    monkeypatch.setattr(type(model.trunk), "forward", once)
     model.loss(*a_batch(0, [6]))
     assert steps.nbytes == 0 and not left
     left.append(1)

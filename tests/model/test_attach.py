@@ -1,19 +1,63 @@
-"""A backend with a memory of its own: the adapter is trained there, and its own arrays follow.
+"""An adapter is attached by reference; where a backend has a memory of its own it is trained there,
+and its own arrays follow.
 
 `Elsewhere` stands for a GPU: it computes as the NumPy backend does, on copies of what it is given.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from training import bits, counting, interrupt_after, problem
+from whole_model import an_adapter
 
 from pylora.adapters.adapter import Adapter, parameters
 from pylora.backends.numpy import NumpyBackend
+from pylora.errors import DtypeError, PlanError
+from pylora.model.config import LlamaConfig
+from pylora.model.llama import Llama
 from pylora.training.train import TrainConfig, train
+
+
+def test_an_adapter_is_attached_by_reference(ops: Any, rng: np.random.Generator) -> None:
+    config = LlamaConfig.tiny()
+    net = Llama.random(config, backend=ops)
+    adapter = an_adapter(config, rng)
+    net.attach(adapter)
+    assert net.adapter is adapter
+    before = ops.to_numpy(net.forward([1, 2])[0]).tobytes()
+    adapter["lm_head"].B[...] *= 2
+    assert ops.to_numpy(net.forward([1, 2])[0]).tobytes() != before
+
+
+def test_an_adapter_that_does_not_fit_is_named_and_nothing_changes(
+    rng: np.random.Generator,
+) -> None:
+    config = LlamaConfig.tiny()
+    net = Llama.random(config, backend="numpy")
+    good = an_adapter(config, rng)
+    net.attach(good)
+    q = "model.layers.0.self_attn.q_proj"
+    lora = good[q]
+    for change, error, says in (
+        ({"model.layers.7.mlp.up_proj": lora}, PlanError, r"model\.layers\.7\.mlp\.up_proj"),
+        ({q: dataclasses.replace(lora, A=lora.A[:, 1:])}, PlanError, r"q_proj: A has shape \["),
+        ({q: dataclasses.replace(lora, B=lora.B.T)}, PlanError, r"q_proj: B has shape \["),
+        (
+            {q: dataclasses.replace(lora, B=lora.B.astype(float))},
+            DtypeError,
+            "q_proj: B is float64",
+        ),
+        ({"model.embed_tokens": good["lm_head"]}, PlanError, "embed_tokens: A has shape"),
+    ):
+        with pytest.raises(error, match=says):
+            net.attach({**good, **change})
+        assert net.adapter is good
+        assert all(net.modules[p].lora is lora for p, lora in good.items())
 
 
 class Elsewhere(NumpyBackend):

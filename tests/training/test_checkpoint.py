@@ -206,7 +206,7 @@ def test_an_error_while_a_checkpoint_is_written_leaves_the_one_before(
 KILLED = """
 import os, sys
 from pathlib import Path
-from test_resume import CONFIG, checkpoint, replace, run
+from test_checkpoint import CONFIG, checkpoint, replace, run
 
 def killed(path, arrays):
     if "checkpoint-000004" in str(path):

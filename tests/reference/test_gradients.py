@@ -3,7 +3,7 @@
 By the complex step: for an analytic f, f'(x) v = Im f(x + i h v) / h with no subtraction, so h can
 be 1e-100 and the result is as exact as f itself (Squire & Trapp, SIAM Review 40(1), 1998). The
 reference runs in complex arithmetic; its float64 gradients then hold for every backend, which
-test_ops.py holds to the float64 reference.
+tests/ops/test_protocol.py holds to the float64 reference.
 """
 
 from __future__ import annotations

@@ -1,0 +1,57 @@
+"""An adapter and the modules of a model: whether it fits, and its arrays where the model computes.
+
+Nothing is computed, and no module is changed here: `Llama.attach` does that with what it gets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from pylora.errors import DtypeError, PlanError
+from pylora.model.embedding import Embedding
+from pylora.model.linear import LoRALinear
+from pylora.ops.protocol import Backend
+from pylora.types import LoRA
+
+ARRAYS = ("A", "B", "bias", "base_bias")  # of a LoRA
+
+
+def check_fits(
+    adapter: Mapping[str, LoRA], modules: Mapping[str, LoRALinear | Embedding], dtype: np.dtype
+) -> None:
+    """PlanError for a module that is not among `modules` or an array that does not fit its own;
+    DtypeError for an array of another dtype than `dtype`."""
+    unknown = [path for path in adapter if path not in modules]
+    if unknown:
+        raise PlanError(
+            f"the adapter has modules that the model does not: {', '.join(unknown[:5])}"
+            f"{' ...' if len(unknown) > 5 else ''} ({len(unknown)} of {len(adapter)})"
+        )
+    for path, lora in adapter.items():
+        modules[path].check(lora)
+        for name in ARRAYS:
+            array = getattr(lora, name)
+            if array is not None and array.dtype != dtype:
+                raise DtypeError(
+                    f"{path}: {name} is {array.dtype} but the model is {dtype}; convert "
+                    "the adapter's arrays first"
+                )
+
+
+def place(lora: LoRA, ops: Backend) -> LoRA:
+    """The adapter of one module with its arrays where `ops` computes: itself, where they are."""
+    arrays: dict[str, Any] = {name: getattr(lora, name) for name in ARRAYS}
+    moved: dict[str, Any] = {n: None if a is None else ops.place(a) for n, a in arrays.items()}
+    return lora if all(moved[n] is arrays[n] for n in arrays) else replace(lora, **moved)
+
+
+def bring_back(placed: LoRA, own: LoRA, ops: Backend) -> None:
+    """Writes the numbers of `place`'s copies into the arrays that they are copies of."""
+    for name in ARRAYS:
+        array = getattr(placed, name)
+        if array is not getattr(own, name):
+            getattr(own, name)[...] = ops.to_numpy(array)

@@ -1,0 +1,96 @@
+"""The embedding and the blocks, forward and backward: everything below the final norm.
+
+Backward computes nothing below the lowest module that has an adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pylora.errors import PyloraError
+from pylora.model.block import Block, BlockCache
+from pylora.model.embedding import Embedding, EmbeddingCache
+from pylora.model.linear import DropKey, Grads
+from pylora.ops.llama import LayerWeights
+from pylora.types import Array, Seqs
+
+
+@dataclass(eq=False)
+class TrunkCache:
+    """What backward needs of the embedding and the blocks; `blocks` is used up from its end."""
+
+    seqs: Seqs
+    position: np.ndarray
+    drop: DropKey | None
+    embedding: EmbeddingCache
+    blocks: list[BlockCache | Array | None]  # an array is a block's input, to be run again
+
+
+class Trunk:
+    """A model's embedding and blocks, in their order. They belong to the model."""
+
+    def __init__(self, embedding: Embedding, blocks: Sequence[Block]) -> None:
+        self.embedding, self.blocks = embedding, blocks
+
+    @property
+    def lowest(self) -> int:
+        """The lowest layer with an adapter; -1: the embedding; number of layers: none of them."""
+        if self.embedding.lora is not None:
+            return -1
+        trainable = (i for i, block in enumerate(self.blocks) if block.trainable)
+        return next(trainable, len(self.blocks))
+
+    def forward(
+        self,
+        ids: Array,
+        seqs: Seqs,
+        position: Array,
+        drop: DropKey | None,
+        lowest: int,
+        recompute: bool,
+    ) -> tuple[Array, TrunkCache]:
+        """The residual stream after the last block [m, hidden]; caches of blocks >= `lowest`."""
+        x, embedding = self.embedding.forward(ids)
+        cache = TrunkCache(seqs, position, drop, embedding, [])
+        for i, block in enumerate(self.blocks):
+            y, one = block.forward(x, seqs, drop=drop, position=position)
+            cache.blocks.append(None if i < lowest else x if recompute else one)
+            del one
+            x = y
+        return x, cache
+
+    def backward(self, dx: Array, cache: TrunkCache, grads: Grads) -> None:
+        """dx is given away. Caches are dropped as they are used."""
+        lowest = self.lowest
+        kept = cache.blocks[max(lowest, 0) :]
+        if len(cache.blocks) != len(self.blocks) or any(c is None for c in kept):
+            raise PyloraError(
+                "this cache was used by an earlier backward, or the adapter has changed since; "
+                "run forward again"
+            )
+        del kept
+        for i in range(len(self.blocks) - 1, max(lowest, 0) - 1, -1):
+            block, one = self.blocks[i], cache.blocks.pop()
+            if not isinstance(one, BlockCache):
+                _, one = block.forward(one, cache.seqs, drop=cache.drop, position=cache.position)
+            dx = block.backward(dx, one, grads, need_dx=i > lowest)
+            del one
+        self.embedding.backward(dx, cache.embedding, grads)
+
+    def layer_weights(self) -> tuple[LayerWeights, ...]:
+        """The weights of each block as a backend's whole-model operation takes them."""
+        return tuple(
+            LayerWeights(
+                block.input_norm,
+                block.mid_norm,
+                tuple(p.W for p in block.linears),
+                tuple(p.bias for p in block.linears),
+                block.attention.q_norm,
+                block.attention.k_norm,
+                block.attention.shape.window,
+            )
+            for block in self.blocks
+        )
