@@ -1,6 +1,6 @@
 # make demo   sets up .venv, builds, fine-tunes a real model and shows what it learnt
 # make test   sets up what the tests need and runs them against the installed package
-# make lint   ruff, mypy, clang-format          make ctest   the C core's own tests
+# make lint   ruff, mypy, imports, clang-format          make ctest   the C core's own tests
 # make cudatest  the CUDA core's own tests, on a CPU     make gputest   the Python tests on the GPU's backends
 # make parity installs PyTorch, transformers and PEFT, so that `make test` compares with them too
 # make clean  removes .venv, out and what was built

@@ -16,6 +16,7 @@ import typer
 from pylora.commands.app import Model, Precision, Seed, app
 from pylora.commands.guard import verb
 from pylora.commands.prompts import adapter_folders
+from pylora.commands.template import TemplateArgs, use_template
 from pylora.errors import ConfigError, PyloraError
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def chat(
         ),
     ] = None,
     system: Annotated[str | None, typer.Option(help="system message")] = None,
+    template_arg: TemplateArgs = None,
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", "-n", help="of an answer; default: 512")
     ] = None,
@@ -64,6 +66,7 @@ def chat(
         if name in _BASE:
             raise ConfigError(f"--adapter {name}=...: that name means the base model; take another")
     with load(model, dict(folders), precision=precision) as loaded:
+        use_template(loaded.tokenizer, template_arg)
         if folders:
             loaded.adapters.use(next(iter(folders)))
         talk = Chat(

@@ -1,8 +1,9 @@
 """The entry point of the command `pylora`: sets up, runs a verb, and turns errors into sentences.
 
 Exit codes: 0 done; 1 something was wrong with the input or the machine (one sentence on stderr);
-2 the command line was wrong; 130 interrupted. The verbs are in this folder, and need the
-`cli` extra; without it this says so. Errors in pylora itself keep their traceback: they are bugs.
+2 the command line was wrong; 130 interrupted. The verbs are in this folder, and need
+typer, which --no-deps leaves out; without it this says so. Errors in pylora itself keep their
+traceback: they are bugs.
 """
 
 from __future__ import annotations

@@ -194,7 +194,7 @@ def info() -> None:
 @app.command()
 @verb
 def doctor() -> None:
-    """Show what a GPU needs that is here, what is missing, and what to do about it."""
+    """Show the extras and a GPU's parts: what is here, what is not, and what to do about it."""
     from pylora.commands.doctor import examine
 
     screen, steps = Console(), examine()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +21,7 @@ from pylora.commands.app import (
     app,
 )
 from pylora.commands.guard import verb
+from pylora.commands.template import TemplateArgs, use_template
 from pylora.display.console import Console, megabytes
 from pylora.errors import ConfigError
 from pylora.numbers.precision import check_precision
@@ -56,6 +58,7 @@ def train(
     max_tokens: Annotated[int | None, typer.Option(help="tokens per micro-batch")] = None,
     max_length: Annotated[int | None, typer.Option(help="most tokens of a record")] = None,
     truncate: Annotated[bool, typer.Option(help="cut longer records; else an error")] = False,
+    template_arg: TemplateArgs = None,
     schedule: Annotated[str, typer.Option(help="cosine, linear or constant")] = "cosine",
     warmup: Annotated[int, typer.Option(help="steps of warm-up")] = 0,
     weight_decay: float = 0.0,
@@ -98,6 +101,7 @@ def train(
     screen = Console()
     with open_checkpoint(model) as checkpoint:
         tokenizer = checkpoint.tokenizer()
+        use_template(tokenizer, template_arg)
         lora = _lora_config(config, rank, alpha, targets, rslora, dropout, checkpoint.path)
         plan = resolve(lora, checkpoint.config.modules())
         limit = {"max_length": max_length, "too_long": "truncate" if truncate else "error"}
@@ -196,6 +200,7 @@ def generate(
     ] = None,
     chat: Annotated[bool, typer.Option(help="through the model's chat template")] = False,
     system: Annotated[str | None, typer.Option(help="system message, with --chat")] = None,
+    template_arg: TemplateArgs = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n")] = 128,
     temperature: Annotated[float, typer.Option(help="0: greedy")] = 0.0,
     top_k: Annotated[int, typer.Option(help="0: all")] = 0,
@@ -213,10 +218,13 @@ def generate(
     from pylora.commands.prompts import Asked, adapter_folders, read_prompts
     from pylora.formats import open_checkpoint
     from pylora.generation.generate import generate as run
+    from pylora.generation.text import TextStream
     from pylora.model.llama import Llama
 
     if system is not None and not chat:
         raise ConfigError("--system needs --chat")
+    if template_arg and not chat:
+        raise ConfigError("--template-arg needs --chat")
     check_precision(precision)
     folders = adapter_folders(adapter or ())
     if (prompt is None) == (prompts is None):
@@ -229,6 +237,7 @@ def generate(
         asked = [Asked(prompt or "", next((name or "" for name in folders), None))]
     with open_checkpoint(model) as checkpoint:
         tokenizer = checkpoint.tokenizer()
+        use_template(tokenizer, template_arg)
         modules = checkpoint.config.modules()
         loaded = {
             name: Adapter.load(folder, modules, base=checkpoint.load)
@@ -244,12 +253,13 @@ def generate(
             return tokenizer.encode(text, bos=tokenizer.add_bos)
         messages = [{"role": "system", "content": system}] if system is not None else []
         messages.append({"role": "user", "content": text})
-        return tokenizer.encode(tokenizer.apply_chat(messages, add_generation_prompt=True))
+        return tokenizer.encode_chat(tokenizer.apply_chat(messages, add_generation_prompt=True))
 
-    stream = _Stream(tokenizer) if prompts is None else None
+    starts = [ids_of(a.text) for a in asked]
+    stream = _Stream(tokenizer, starts[0]) if prompts is None else None
     answers = run(
         llama,
-        [ids_of(a.text) for a in asked],
+        starts,
         max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -263,28 +273,28 @@ def generate(
     if stream is not None:
         stream.end()
         return
-    for a, answer in zip(asked, answers, strict=True):
+    for a, start, answer in zip(asked, starts, answers, strict=True):
         name = str(folders[None]) if a.adapter == "" else a.adapter
-        print(json.dumps({"adapter": name, "text": tokenizer.decode(answer)}, ensure_ascii=False))
+        text = TextStream(tokenizer, start)
+        for token in answer:
+            text.push(token)
+        text.finish()
+        print(json.dumps({"adapter": name, "text": text.text}, ensure_ascii=False))
 
 
 class _Stream:
-    """Prints text as its tokens come; a character that is not whole yet waits for its rest."""
+    """Prints text as its tokens come."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer, self.ids, self.shown = tokenizer, list[int](), 0
+    def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:
+        from pylora.generation.text import TextStream
+
+        self.text = TextStream(tokenizer, prompt)
 
     def __call__(self, row: int, token: int) -> None:
-        self.ids.append(token)
-        self._show(self.tokenizer.decode(self.ids).rstrip("�"))
-
-    def _show(self, text: str) -> None:
-        print(text[self.shown :], end="", flush=True)
-        self.shown = max(self.shown, len(text))
+        print(self.text.push(token), end="", flush=True)
 
     def end(self) -> None:
-        self._show(self.tokenizer.decode(self.ids))
-        print()
+        print(self.text.finish())
 
 
 @app.command()

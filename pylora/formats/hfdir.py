@@ -154,7 +154,7 @@ def write_tokenizer(directory: Path, source: Checkpoint, own: Path | None = None
         tokenizer, library = source.tokenizer(), need("tokenizers")
     except PyloraError as error:
         return f"no tokenizer was written: {error}"
-    backend = library.Tokenizer.from_str(tokenizer._backend.to_str())
+    backend = tokenizer.backend_to_save()
     special = tokenizer.special_tokens
     if tokenizer.add_bos:  # transformers adds what the post-processor says, and nothing else
         bos = special["bos_token"]

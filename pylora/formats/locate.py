@@ -176,7 +176,7 @@ def _refuse_adapter(folder: Path) -> None:
         return
     for place in (folder, folder / "adapter"):
         if (place / _ADAPTER_CONFIG).is_file():
-            kind = "an adapter" if place == folder else "a training run, with its adapter,"
+            kind = "an adapter," if place == folder else "a training run, with its adapter,"
             raise FileFormatError(
                 f"{folder} is {kind} not a base model; give the base model here"
                 f"{_its_base(place)}, and {place} as the adapter"

@@ -7,6 +7,7 @@ clock but the date that it is given, so the same messages give the same text, wh
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -86,7 +87,8 @@ def render_marked(
     variables |= {"tools": plain(list(tools)) if tools else None}
     variables |= {"documents": plain(list(documents)) if documents else None}
     variables["add_generation_prompt"] = add_generation_prompt
-    if "generation" in template and any(mark in str(variables) for mark in (OPEN, CLOSE)):
+    said = json.dumps(variables, ensure_ascii=False) if "generation" in template else ""
+    if OPEN in said or CLOSE in said:
         raise DataError("the messages have U+FDD0 or U+FDD1, which are not characters; take it out")
     variables[DATE] = strftime_at(now or FIXED_DATE)
     try:

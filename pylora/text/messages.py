@@ -22,7 +22,7 @@ _PROBE = "kqxzvj"  # a word that no template has
 
 
 def prepare(template: str, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Copies of `messages` for `template`. Raises DataError naming the message and what is wrong."""
+    """Copies of `messages` for `template`. Raises DataError naming the message and the fault."""
     prepared = []
     for i, message in enumerate(messages):
         where = f"messages[{i}]"

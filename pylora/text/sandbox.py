@@ -198,8 +198,8 @@ class Generation(Extension):
     def parse(self, parser: Any) -> Any:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        mark = lambda text: nodes.Output([nodes.TemplateData(text)]).set_lineno(line)
-        return [mark(OPEN), *body, mark(CLOSE)]
+        marks = [nodes.Output([nodes.TemplateData(c)], lineno=line) for c in (OPEN, CLOSE)]
+        return [marks[0], *body, marks[1]]
 
 
 class Environment(ImmutableSandboxedEnvironment):

@@ -1,8 +1,8 @@
 """Tokenizer: text to token ids and back, and conversations to text.
 
-A thin face on the `tokenizers` library (extra "text"), made from a Hugging Face directory here, or
-from GGUF metadata in gguf_vocabulary.py. It checks what goes in and turns the library's failures
-into sentences; it trains no tokenizer.
+A thin face on the `tokenizers` library, made from a Hugging Face directory here, or from GGUF
+metadata in gguf_vocabulary.py. It checks what goes in and turns the library's failures into
+sentences; it trains no tokenizer.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ from pylora.text.chat import Rendered, render_marked
 from pylora.text.conversation import Conversation, conversation
 from pylora.text.declared import add_declared
 from pylora.text.ends import ending
-from pylora.text.stream import TextStream
 
 MAX_TOKENIZER = 256 << 20  # bytes of tokenizer.json
 MAX_SMALL = 16 << 20  # bytes of the other files
+_BESIDE = (
+    "tokenizer_config.json", "generation_config.json", "config.json", "special_tokens_map.json",
+    "added_tokens.json",
+)  # fmt: skip
 _ANCHORS = (
     "\n",
     ".",
@@ -32,7 +35,7 @@ _ANCHORS = (
 )  # what a continuation is put behind; see `encode_continuation`
 
 T = TypeVar("T")
-Spans = list[tuple[int, int]]
+Spans = list[tuple[int, int]]  # of characters: begin, end
 
 
 class Tokenizer:
@@ -67,11 +70,16 @@ class Tokenizer:
         bos_in_chat: bool = False,
         padded_size: int = 0,
         hidden: Mapping[int, str] | None = None,
+        encode: Callable[[str], tuple[list[int], Spans]] | None = None,
+        save: Callable[[], Any] | None = None,
         notes: Iterable[str] = (),
     ) -> None:
-        """backend: a tokenizers.Tokenizer. special_tokens: {"bos_token": "<s>", ...} for chat.
-        hidden: ids that the backend does not know, and the token that each stands for."""
+        """backend: a tokenizers.Tokenizer, which decodes. special_tokens: {"bos_token": "<s>", ...}
+        for chat. hidden: ids that the backend does not have or that have no text, and the token
+        that each stands for ("": none). encode: what encodes where the backend does not. save: the
+        backend that comes nearest to it."""
         self._backend = backend
+        self._encode, self._save = encode, save
         self.bos_id = bos_id
         self.start_ids = tuple(start_ids) or (() if bos_id is None else (bos_id,))
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(eos_ids))
@@ -102,6 +110,7 @@ class Tokenizer:
         Characters that the vocabulary has neither tokens nor bytes for (SmolLM2: some control
         characters) are left out, as the model's own tokenizer does. Raises DataError.
         """
+        expect("text", text, "encode")
         return self.encode_spans(text, bos=bos)[0]
 
     def encode_spans(self, text: str, *, bos: bool = False) -> tuple[list[int], Spans]:
@@ -121,8 +130,15 @@ class Tokenizer:
         return ids, spans
 
     def _split(self, text: str) -> tuple[list[int], Spans]:
+        if self._encode is not None:
+            return self._encode(text)
         encoding = self._backend.encode(text, add_special_tokens=False)
         return list(encoding.ids), list(encoding.offsets)
+
+    def backend_to_save(self) -> Any:
+        """A copy as a tokenizers.Tokenizer, to be written as tokenizer.json."""
+        backend = self._backend if self._save is None else self._save()
+        return need("tokenizers").Tokenizer.from_str(backend.to_str())
 
     def encode_continuation(self, text: str) -> list[int]:
         """Token ids of `text` as it stands behind other text: without the space that SentencePiece
@@ -166,20 +182,14 @@ class Tokenizer:
                     f"ids[{i}] is {token!r:.40}, which is no token of this tokenizer "
                     f"(it has ids 0 to {self.padded_size - 1})"
                 )
-            number = self._hidden.get(number, number)  # type: ignore[assignment]
-            if number is not None:
-                checked.append(number)
+            if (known := self._hidden.get(number, number)) is not None:
+                checked.append(known)
         text = guarded(
             lambda: self._backend.decode(checked, skip_special_tokens=skip_special_tokens),
             DataError,
             "the ids cannot be decoded",
         )
         return str(text)
-
-    def decode_continuation(self, before: Sequence[int], ids: Sequence[int]) -> str:
-        """The text that `ids` add behind `before`: decode(all) without decode(before)."""
-        stream = TextStream(self, before)
-        return "".join([*(stream.add(token) for token in ids), stream.end()])
 
     def render(
         self,
@@ -272,16 +282,12 @@ def tokenizer_from_directory(directory: Path) -> Tokenizer:
         )
     backend.no_truncation()
     backend.no_padding()
-    read = lambda name: (
+    settings, generation, model, special_map, added = (
         read_json(directory / name, limit=MAX_SMALL) if (directory / name).is_file() else {}
-    )
-    settings, generation, model = map(
-        read, ("tokenizer_config.json", "generation_config.json", "config.json")
+        for name in _BESIDE
     )
     names, notes = guarded(
-        lambda: add_declared(
-            backend, settings, read("special_tokens_map.json"), read("added_tokens.json")
-        ),
+        lambda: add_declared(backend, settings, special_map, added),
         FileFormatError,
         f"{directory}: the special tokens cannot be added",
     )

@@ -276,7 +276,7 @@ def test_the_notation_is_printed_whatever_the_locale() -> None:
     assert "4096 × 4096" in done.stdout
 
 
-def test_without_the_cli_extra_it_says_which(tmp_path: Path) -> None:
+def test_without_typer_it_says_what_to_install(tmp_path: Path) -> None:
     blocker = (
         "import sys; sys.modules['typer'] = None\n"
         "from pylora.commands.cli import main; sys.exit(main())"
@@ -285,7 +285,7 @@ def test_without_the_cli_extra_it_says_which(tmp_path: Path) -> None:
         [sys.executable, "-c", blocker, "info"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("pylora: ") and "pylora[cli]" in done.stderr
+    assert done.stderr.startswith("pylora: ") and "pip install pylora-engine" in done.stderr
     assert "Traceback" not in done.stderr
 
 
