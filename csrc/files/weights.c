@@ -192,7 +192,7 @@ static int open_parts(const char *path, int64_t count, pylora_files *files, pylo
   int status = PYLORA_OK;
   for (int64_t i = 0; i < count && !status; i++) {
     memcpy(part, path, n + 1);
-    char number[16];
+    char number[24];
     snprintf(number, sizeof number, "%05lld", (long long)i + 1);
     memcpy(part + n - tail + 1, number, 5);
     status = add(files, part, why);
