@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from pylora.errors import FileFormatError, UnsupportedError
+from pylora.files.kinds import hint
 from pylora.formats.base import Array, Shape
 from pylora.formats.ggml import BLOCK_TYPES
 from pylora.formats.safetensors import map_file
@@ -37,6 +38,7 @@ class GGUFTensor:
     shape: Shape
     start: int
     end: int
+    part: int = 0  # which file of a split model
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class GGUFHeader:
     data: Array  # the whole file, uint8, mapped
     metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor]
+    more: tuple[Array, ...] = ()  # the further files of a split model
 
     def rows(self, name: str) -> Array:
         """The stored bytes of a tensor, uint8 [rows, bytes per row], a read-only view."""
@@ -56,7 +59,8 @@ class GGUFHeader:
         rows = 1
         for n in tensor.shape[:-1]:
             rows *= n
-        return self.data[tensor.start : tensor.end].reshape(rows, -1)
+        data = self.more[tensor.part - 1] if tensor.part else self.data
+        return data[tensor.start : tensor.end].reshape(rows, -1)
 
 
 def read_header(path: Path) -> GGUFHeader:
@@ -65,7 +69,9 @@ def read_header(path: Path) -> GGUFHeader:
     data = map_file(path)
     walk = _Walk(path, data)
     if bytes(walk.take(4, "the magic number")) != b"GGUF":
-        raise FileFormatError(f"{path}: this is not a GGUF file (its first bytes are not 'GGUF')")
+        raise FileFormatError(
+            f"{path}: this is not a GGUF file (its first bytes are not 'GGUF'){hint(path)}"
+        )
     version = walk.u32("the version")
     if version not in (2, 3):
         swapped = version & 0xFFFF == 0

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _LORA = {f.name for f in dataclasses.fields(LoraConfig)} | {"lora"}
 _RUN = {f.name for f in dataclasses.fields(TrainConfig)}
-_REST = {"eval_data", "max_length", "truncate", "on_step", "resume", "overwrite"}
+_REST = {"eval_data", "max_length", "truncate", "fields", "on_step", "resume", "overwrite"}
 # What the settings are called elsewhere: transformers' Trainer, TRL, mlx-lm, the command line.
 _FOREIGN = {
     "lr": "learning_rate",
@@ -103,6 +103,7 @@ def train(
     limit = {
         "max_length": rest.pop("max_length", None),
         "too_long": "truncate" if rest.pop("truncate", False) else "error",
+        "fields": rest.pop("fields", None),
     }
     examples = _examples(model, data, limit)
     evals = rest.pop("eval_data", None)

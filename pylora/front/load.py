@@ -84,7 +84,8 @@ def load(
             else one
             for name, one in named.items()
         }
-        model = Model(checkpoint, Llama.from_checkpoint(checkpoint, backend, precision))
+        folders = [one for one in named.values() if not isinstance(one, Adapter)]
+        model = Model(checkpoint, Llama.from_checkpoint(checkpoint, backend, precision), folders)
         for name, one in loaded.items():
             model.adapters.add(name, one)
         if named and not isinstance(adapter, Mapping) or isinstance(adapter, Adapter):

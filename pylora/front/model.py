@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 
 from pylora.adapters.adapter import Adapter
+from pylora.adapters.own_tokenizer import tokenizer_of
 from pylora.adapters.plan import Plan, resolve
 from pylora.adapters.pool import AdapterPool
 from pylora.errors import (
@@ -66,11 +67,18 @@ class Model:
         checkpoint: the open file, which is only read
     """
 
-    def __init__(self, checkpoint: Checkpoint, llama: Llama) -> None:
-        """Of an open checkpoint, which `close` closes, and the Llama that was made of it."""
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        llama: Llama,
+        adapters: Sequence[str | os.PathLike[str]] = (),
+    ) -> None:
+        """Of an open checkpoint, which `close` closes, and the Llama that was made of it.
+        `adapters`: directories that the model is opened with; one brings its own tokenizer."""
         expect("checkpoint", checkpoint, "Model")
         expect("model", llama, "Model")
         self.checkpoint, self.config = checkpoint, llama.config
+        self._opened_with = tuple(adapters)
         self._llama: Llama | None = llama
         self.adapters = Adapters(AdapterPool(llama), self._read)
         self._cache = PromptCache(llama)
@@ -98,8 +106,10 @@ class Model:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Read when it is first needed. MissingExtraError where its libraries are not installed."""
-        return self.checkpoint.tokenizer()
+        """Read when it is first needed: the base model's, or that of the one adapter that the model
+        was opened with, if it has its own; `notes` say so. MissingExtraError where its libraries
+        are not installed."""
+        return tokenizer_of(self.checkpoint, self._opened_with)
 
     # ---- text ---------------------------------------------------------------------------------
 
@@ -218,7 +228,7 @@ class Model:
         talks, single = conversations_of(messages, system)
         tokenizer = self.tokenizer
         ids = [
-            tokenizer.encode(tokenizer.apply_chat(talk, add_generation_prompt=True))
+            tokenizer.encode_chat(tokenizer.apply_chat(talk, add_generation_prompt=True))
             for talk in talks
         ]
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)

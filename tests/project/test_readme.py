@@ -33,6 +33,8 @@ def test_python_block_runs(where: str, source: str, tmp_path: Path) -> None:
         encoding="utf-8",
         timeout=300,
     )
+    if result.returncode and "pylora.errors.FetchError" in result.stderr:
+        pytest.skip("needs the demo's model: from the cache, or from the network")
     assert result.returncode == 0, f"{where}\n{result.stdout}\n{result.stderr}"
 
 
