@@ -22,10 +22,14 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#if defined(PYLORA_SHARED) && defined(__GNUC__)
+#pragma GCC visibility push(default) /* while the shared library itself is compiled */
+#endif
 #ifdef __cplusplus
 extern "C" {
 #endif
 
+#define PYLORA_VERSION "0.1.0"
 #define PYLORA_ABI_VERSION 3
 
 typedef enum pylora_status {
@@ -39,6 +43,9 @@ typedef enum pylora_status {
   PYLORA_E_PACKED = 7,      /* the packed weight is not one that pylora_pack filled */
   PYLORA_E_THREADS = 8,     /* threads could not be started */
   PYLORA_E_DEVICE = 9,      /* the GPU, its driver or cuBLAS; see pylora_cuda_error() */
+  PYLORA_E_FILE = 10,       /* a file is missing, damaged or of another kind; see the message */
+  PYLORA_E_PLAN = 11,       /* an adapter does not fit the model; see the message */
+  PYLORA_E_MEMORY = 12,     /* no memory (files, models and sessions alone allocate) */
 } pylora_status;
 
 /* A sentence for a status; never NULL, also for numbers that are not a status. */
@@ -419,5 +426,8 @@ int pylora_dropout(const pylora_mat *x, const pylora_drop *drop, const pylora_ma
 
 #ifdef __cplusplus
 }
+#endif
+#if defined(PYLORA_SHARED) && defined(__GNUC__)
+#pragma GCC visibility pop
 #endif
 #endif

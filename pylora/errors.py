@@ -92,7 +92,7 @@ def describe(value: Any) -> str:
         return f"the path {str(value)[:200]!r}"
     if isinstance(value, (list, tuple, set, frozenset, dict)):
         return f"a {name} of {len(value)}"
-    if hasattr(value, "dtype") and hasattr(value, "shape"):
+    if _is_array(value):
         return f"an array of {value.dtype} {list(value.shape)}"
     return f"{'an' if name[:1].lower() in 'aeio' else 'a'} {name}"
 
@@ -106,6 +106,10 @@ def wrong_type(
 ) -> NoReturn:
     """Raises the WrongTypeError "`where` takes `takes`, got `got`; `advice`"."""
     raise kind(f"{where} takes {takes}, got {describe(got)}{advice and '; '}{advice}")
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "dtype") and isinstance(getattr(value, "shape", None), tuple)
 
 
 def kind_of(value: Any) -> str:
@@ -124,7 +128,7 @@ def kind_of(value: Any) -> str:
     for base in type(value).__mro__:  # every checkpoint is a Checkpoint
         if base.__name__ in _NAMES:
             return base.__name__
-    return "array" if hasattr(value, "dtype") and hasattr(value, "shape") else type(value).__name__
+    return "array" if _is_array(value) else type(value).__name__
 
 
 _NAMES = frozenset(
@@ -262,10 +266,11 @@ THINGS: dict[str, Thing] = {
     ),
     "array": Thing(
         "an array",
-        _has("dtype", "shape"),
+        _is_array,
         {
             "list": "make one: numpy.asarray(values, numpy.float32)",
             "ids": "make one: numpy.asarray(values, numpy.float32)",
+            "texts": "make one: numpy.asarray(numbers, numpy.float32)",
             "text": "text becomes ids, ids are embedded by the whole model: model.forward(ids)",
         },
     ),

@@ -32,7 +32,7 @@ _PLAIN = (str, int, float, bool, tuple, type(None))
 
 
 def _short(value: Any) -> str:
-    if hasattr(value, "dtype") and hasattr(value, "shape"):
+    if hasattr(value, "dtype") and isinstance(getattr(value, "shape", None), tuple):
         return f"{value.dtype}{list(value.shape)}"
     if isinstance(value, float):
         return f"{value:.6g}"
@@ -45,7 +45,8 @@ def _short(value: Any) -> str:
         if len(value) <= 8 and plain:
             return f"[{', '.join(map(_short, value))}]"
         return f"[{len(value)} items]" if value else "[]"
-    return repr(value)
+    said = repr(value)
+    return said if len(said) <= 120 else f"{type(value).__name__}(...)"
 
 
 @dataclass(frozen=True, eq=False)

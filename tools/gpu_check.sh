@@ -132,8 +132,8 @@ CODE
 tests() {
   export PYLORA_TEST_BACKENDS=cuda,cupy OUT PYTHON
   # shellcheck disable=SC2016
-  printf '%s\n' tests/test_*.py | xargs -P "$JOBS" -I FILE sh -c '
-    log=$OUT/tests/$(basename FILE .py).log
+  find tests -name 'test_*.py' | sort | xargs -P "$JOBS" -I FILE sh -c '
+    log=$OUT/tests/$(printf %s FILE | tr / .).log
     $PYTHON -m pytest -q -p no:cacheprovider -k "cuda or cupy or gpu" FILE >"$log" 2>&1
     rc=$?
     [ $rc = 5 ] && rc=0 # none of its tests is about a GPU

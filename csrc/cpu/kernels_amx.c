@@ -33,8 +33,24 @@
 
 #if defined(PYLORA_AMX_BUILD)
 #define VEC_AMX 1
-#define TABLE pylora_kernels_amx
-#define TABLE_NAME "amx"
+#if !defined(SET) /* the tests have a second one */
+#define SET amx
+#endif
+#if defined(VEC_AVX512)
+#define F32_SET avx512
+#define PAIR_SET avx512bf16
+#define Q_SET avx512vnni
+#define ROW_SET avx512bf16
+#define ATTEND_SET avx512bf16
+#define MERGE_SET avx512
+#else /* tiles in software beside what any machine runs */
+#define F32_SET portable
+#define PAIR_SET portable
+#define Q_SET portable
+#define ROW_SET portable
+#define ATTEND_SET portable
+#define MERGE_SET portable
+#endif
 #include "table.inc"
 #if defined(__clang__) && !defined(PYLORA_AMX_EMULATED)
 #pragma clang attribute pop

@@ -9,8 +9,7 @@
 #pragma GCC target("avx2,fma")
 #endif
 #define VEC_AVX2 1
-#define TABLE pylora_kernels_avx2
-#define TABLE_NAME "avx2"
+#define SET avx2
 #include "table.inc"
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -10,8 +10,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #endif
 #define VEC_AVX512 1
-#define TABLE pylora_kernels_avx512
-#define TABLE_NAME "avx512"
+#define SET avx512
 #include "table.inc"
 #if defined(__clang__)
 #pragma clang attribute pop

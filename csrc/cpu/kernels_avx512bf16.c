@@ -13,8 +13,10 @@
 #define VEC_AVX512 1
 #define VEC_VNNI 1
 #define VEC_BF16 1
-#define TABLE pylora_kernels_avx512bf16
-#define TABLE_NAME "avx512bf16"
+#define SET avx512bf16
+#define F32_SET avx512
+#define Q_SET avx512vnni
+#define MERGE_SET avx512
 #include "table.inc"
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -12,8 +12,12 @@
 #endif
 #define VEC_AVX512 1
 #define VEC_VNNI 1
-#define TABLE pylora_kernels_avx512vnni
-#define TABLE_NAME "avx512vnni"
+#define SET avx512vnni
+#define F32_SET avx512
+#define PAIR_SET avx512
+#define ROW_SET avx512
+#define ATTEND_SET avx512
+#define MERGE_SET avx512
 #include "table.inc"
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -3,8 +3,7 @@
 
 #ifdef PYLORA_ARM64
 #define VEC_NEON 1
-#define TABLE pylora_kernels_neon
-#define TABLE_NAME "neon"
+#define SET neon
 #include "table.inc"
 #else
 typedef int pylora_not_for_this_cpu; /* ISO C forbids an empty file */

@@ -23,6 +23,12 @@ const char *pylora_status_text(int status) {
     return "the threads could not be started";
   case PYLORA_E_DEVICE:
     return "the GPU, its driver or cuBLAS reported an error; pylora_cuda_error() says which";
+  case PYLORA_E_FILE:
+    return "the file is missing, damaged or of another kind; the message says which and why";
+  case PYLORA_E_PLAN:
+    return "the adapter does not fit the model; the message names what does not";
+  case PYLORA_E_MEMORY:
+    return "there is no memory left";
   default:
     return "unknown status";
   }

@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pylora.errors import FileFormatError
+from pylora.errors import FileFormatError, UnsupportedError
+from pylora.files.kinds import what_is
 from pylora.formats.locate import as_path, as_text, in_hub_cache, not_there
 
 CONFIG = "adapter_config.json"
@@ -34,7 +35,9 @@ def find_adapter(path_or_id: str | os.PathLike[str]) -> Path:
 
 
 def _in_folder(folder: Path) -> Path:
-    if (folder / CONFIG).is_file() or any((folder / name).is_file() for name in _WEIGHTS):
+    mlx = (folder / "adapters.safetensors").is_file()
+    has_weights = any((folder / name).is_file() for name in _WEIGHTS)
+    if has_weights or ((folder / CONFIG).is_file() and not mlx):
         return folder
     if (folder / "adapter" / CONFIG).is_file():
         return folder / "adapter"
@@ -42,6 +45,11 @@ def _in_folder(folder: Path) -> Path:
         raise FileFormatError(
             f"{folder} is a base model, not an adapter; an adapter is a folder with {CONFIG} and "
             f"{_WEIGHTS[0]}, such as the one that training writes"
+        )
+    if mlx:
+        raise UnsupportedError(
+            f"{folder} is an adapter of mlx-lm (adapters.safetensors), which has names and an "
+            "order of its own; pylora reads PEFT's form"
         )
     checkpoints = sorted(p for p in folder.glob("checkpoint-*") if (p / CONFIG).is_file())
     if checkpoints:
@@ -58,12 +66,7 @@ def _in_folder(folder: Path) -> Path:
 def _refuse_file(file: Path) -> Path:
     if file.name in (CONFIG, *_WEIGHTS):
         return file.parent
-    try:
-        with open(file, "rb") as opened:
-            is_gguf = opened.read(4) == b"GGUF"
-    except OSError as error:
-        raise FileFormatError(f"{file}: cannot be read: {error.strerror or error}") from error
-    what = "a GGUF file, such as base models come in," if is_gguf else "a file,"
     raise FileFormatError(
-        f"{file} is {what} not an adapter; an adapter is a folder with {CONFIG} and {_WEIGHTS[0]}"
+        f"{file} is {what_is(file) or 'a file'}, not an adapter; an adapter is a folder with "
+        f"{CONFIG} and {_WEIGHTS[0]}"
     )

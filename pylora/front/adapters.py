@@ -180,7 +180,7 @@ class Adapters(Mapping[str, Adapter]):
         """Names and weights of a choice, checked."""
         if choice is None:
             return {}
-        if isinstance(choice, Mapping):
+        if isinstance(choice, Mapping) and not isinstance(choice, Adapter):
             found: dict[str, Any] = dict(choice)
         elif isinstance(choice, str):
             found = {choice: 1.0}
@@ -208,8 +208,8 @@ class Adapters(Mapping[str, Adapter]):
     def _known(self, name: Any) -> None:
         expect("name", name, "adapters")
         if name not in self._kept:
-            there = ", ".join(self._kept) or "none"
+            there = f"known: {', '.join(self._kept)}" if self._kept else "none has been added"
             path = (
                 "; a path is added first: adapters.add(name, path)" if os.path.exists(name) else ""
             )
-            raise ConfigError(f"there is no adapter {name!r}; there is {there}{path}")
+            raise ConfigError(f"there is no adapter {name!r}; {there}{path}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Mapping
 from typing import Any
 
 from pylora.adapters.adapter import Adapter
-from pylora.errors import WrongTypeError, describe
+from pylora.errors import ConfigError, WrongTypeError, describe
 from pylora.formats import open_checkpoint
 from pylora.front.model import Model, model_of
 from pylora.model.llama import Llama
@@ -18,6 +19,21 @@ from pylora.training.train import TrainResult
 OneAdapter = str | os.PathLike[str] | Adapter
 DEFAULT_NAME = "default"  # of an adapter that is given without one, as in PEFT
 
+# What the settings are called elsewhere: transformers, mlx-lm, PEFT, llama.cpp.
+_FOREIGN = {
+    "dtype": "precision",
+    "torch_dtype": "precision",
+    "quantization_config": "precision",
+    "load_in_4bit": "precision='int4'",
+    "load_in_8bit": "precision='int8'",
+    "device": "backend",
+    "device_map": "backend",
+    "adapter_path": "adapter",
+    "adapters": "adapter",
+    "lora_path": "adapter",
+    "peft_model_id": "adapter",
+}
+
 
 def load(
     path: str | os.PathLike[str],
@@ -25,6 +41,7 @@ def load(
     *,
     precision: str = "fp32",
     backend: str | Backend | None = None,
+    **others: Any,
 ) -> Model:
     """A base model, ready to generate, chat, train and merge.
 
@@ -37,8 +54,15 @@ def load(
 
     Raises FileFormatError for what is missing or damaged, saying where to get it, UnsupportedError
     for a model that pylora does not run, PlanError for an adapter that does not fit it, ConfigError
-    for an unknown precision, BackendError for a backend that is not there.
+    for an unknown precision or a setting of another name (`others`: there are none), BackendError
+    for a backend that is not there.
     """
+    known = ("adapter", "precision", "backend")
+    for name in others:
+        close = next(iter(difflib.get_close_matches(name, known, 1)), "")
+        meant = _FOREIGN.get(name, close)
+        hint = f"did you mean {meant}?" if meant else "there are adapter, precision, backend"
+        raise ConfigError(f"load has no setting {name!r}; {hint}")
     check_precision(precision)
     if adapter is None:
         named: dict[str, OneAdapter] = {}

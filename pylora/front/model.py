@@ -21,12 +21,27 @@ import numpy as np
 from pylora.adapters.adapter import Adapter
 from pylora.adapters.plan import Plan, resolve
 from pylora.adapters.pool import AdapterPool
-from pylora.errors import ConfigError, DataError, PyloraError, WrongTypeError, describe, expect
+from pylora.errors import (
+    ConfigError,
+    DataError,
+    PyloraError,
+    WrongTypeError,
+    describe,
+    expect,
+    kind_of,
+)
 from pylora.formats.base import Checkpoint
 from pylora.front import fit
 from pylora.front.adapters import ACTIVE, Active, Adapters, Choice
 from pylora.front.score import Score
-from pylora.front.speak import Conversation, Message, conversations_of, pieces, prompts_of
+from pylora.front.speak import (
+    Conversation,
+    Message,
+    conversations_of,
+    known_settings,
+    pieces,
+    prompts_of,
+)
 from pylora.front.speak import text_streams as streams_of
 from pylora.generation.prompt_cache import PromptCache
 from pylora.generation.sampling import Sampling
@@ -67,7 +82,7 @@ class Model:
         said = ", ".join(n if w == 1 else f"{w:g} {n}" for n, w in used.items())
         return (
             f"Model({self.checkpoint.path.name}: {c.model_type}, {c.num_hidden_layers} layers, "
-            f"{c.num_parameters / 1e6:.0f}M parameters in {self.llama.computes} on "
+            f"{c.num_parameters:,} parameters in {self.llama.computes} on "
             f"{self.llama.ops.name}, {f'adapter {said}' if said else 'no adapter in use'})"
         )
 
@@ -100,7 +115,7 @@ class Model:
     def generate(
         self, prompt: Sequence[str], *, stream: Literal[True], **settings: Any
     ) -> Iterator[tuple[int, str]]: ...
-    def generate(  # type: ignore[misc]
+    def generate(
         self,
         prompt: str | Sequence[str],
         *,
@@ -115,6 +130,7 @@ class Model:
         stream: bool = False,
         adapter: Chosen = ACTIVE,
         batch_size: int = 32,
+        **others: Any,
     ) -> str | list[str] | Iterator[str] | Iterator[tuple[int, str]]:
         """The text that the model continues `prompt` with; of a list of texts, a list.
 
@@ -131,8 +147,10 @@ class Model:
 
         Prompts of a list are computed together, `batch_size` at a time, and no answer depends on
         the others. Raises WrongTypeError for what is no text, ConfigError for a setting out of
-        range or a prompt too long for the model, DataError for an empty one.
+        range or of another name (`others`: there are none) or a prompt too long for the model,
+        DataError for an empty one.
         """
+        known_settings("generate", others)
         texts, single = prompts_of(prompt)
         bos = self.tokenizer.add_bos
         ids = [self.tokenizer.encode(text, bos=bos) for text in texts]
@@ -169,7 +187,7 @@ class Model:
     def chat(
         self, messages: Sequence[Conversation], *, stream: Literal[True], **settings: Any
     ) -> Iterator[tuple[int, str]]: ...
-    def chat(  # type: ignore[misc]
+    def chat(
         self,
         messages: str | Message | Conversation | Sequence[str] | Sequence[Conversation],
         *,
@@ -185,6 +203,7 @@ class Model:
         stream: bool = False,
         adapter: Chosen = ACTIVE,
         batch_size: int = 32,
+        **others: Any,
     ) -> str | list[str] | Iterator[str] | Iterator[tuple[int, str]]:
         """The model's answer, through its chat template.
 
@@ -195,6 +214,7 @@ class Model:
         A conversation that goes on where the last one ended is not computed again, with the same
         bits as if it were. Raises DataError where the model has no chat template.
         """
+        known_settings("chat", others)
         talks, single = conversations_of(messages, system)
         tokenizer = self.tokenizer
         ids = [
@@ -263,7 +283,7 @@ class Model:
         Of a list of texts, a list. Raises WrongTypeError for what is no text, DataError for a text
         without a token.
         """
-        if isinstance(text, (list, tuple)):
+        if isinstance(text, (list, tuple)) and kind_of(text) != "ids":
             return [self.score(one, adapter=adapter) for one in text]
         expect("text", text, "score")
         ids = self.tokenizer.encode(text, bos=self.tokenizer.add_bos)
@@ -351,8 +371,13 @@ class Model:
     def _some(self, choice: Choice | Active) -> Adapter:
         adapter = self.adapters.adapter(choice)
         if adapter is None:
-            there = ", ".join(self.adapters) or "none; adapters.add(name, path) adds one"
-            raise ConfigError(f"no adapter is in use; name one of those that are there: {there}")
+            there = ", ".join(self.adapters)
+            how = (
+                f"adapters.use(name) chooses one of {there}"
+                if there
+                else ("adapters.add(name, path) adds one, adapters.use(name) chooses it")
+            )
+            raise ConfigError(f"no adapter is in use; {how}")
         return adapter
 
     # ---- the end ------------------------------------------------------------------------------

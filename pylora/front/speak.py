@@ -5,10 +5,11 @@ Settings have transformers' names. Nothing here holds state.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pylora.errors import DataError, WrongDataError, describe, kind_of
+from pylora.errors import ConfigError, DataError, WrongDataError, describe, kind_of
 from pylora.generation.generate import stream
 from pylora.generation.prompt_cache import PromptCache
 from pylora.generation.sampling import Sampling, whole_number
@@ -23,6 +24,39 @@ DEFAULT_NEW_TOKENS = 512
 
 Message = Mapping[str, Any]
 Conversation = Sequence[Message]
+
+
+# What the settings are called elsewhere: OpenAI, mlx-lm, vLLM, llama.cpp, transformers.
+_FOREIGN = {
+    "max_tokens": "max_new_tokens",
+    "n_predict": "max_new_tokens",
+    "max_length": "max_new_tokens",
+    "temp": "temperature",
+    "do_sample": "temperature (0: greedy)",
+    "stop_strings": "stop",
+    "stop_sequences": "stop",
+    "repeat_penalty": "repetition_penalty",
+    "random_seed": "seed",
+    "system_prompt": "system",
+    "adapter_name": "adapter",
+    "adapter_names": "adapter",
+    "lora_request": "adapter",
+}
+_SETTINGS = (
+    "max_new_tokens temperature top_p top_k min_p repetition_penalty seed stop stream adapter "
+    "batch_size"
+).split()
+
+
+def known_settings(verb: str, others: Mapping[str, Any]) -> None:
+    """ConfigError for a setting that does not exist, with the one that may be meant."""
+    known = [*_SETTINGS, *(["system"] if verb == "chat" else [])]
+    for name in others:
+        meant = _FOREIGN.get(name) or next(iter(difflib.get_close_matches(name, known, 1)), "")
+        if meant == "system" and verb != "chat":
+            meant = ""
+        hint = f"did you mean {meant}?" if meant else f"there are {', '.join(known)}"
+        raise ConfigError(f"{verb} has no setting {name!r}; {hint}")
 
 
 def prompts_of(prompt: Any) -> tuple[list[str], bool]:

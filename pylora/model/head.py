@@ -7,12 +7,14 @@ from typing import Any
 
 from pylora.model.linear import DropKey, Grads, LinearCache, LoRALinear
 from pylora.ops.protocol import Backend
-from pylora.types import Array
+from pylora.types import Array, brief
 
 
 @dataclass(eq=False)
 class HeadCache:
     """What backward needs of one forward."""
+
+    __repr__ = brief
 
     x: Array  # [n, hidden], input of the final norm
     rstd: Array

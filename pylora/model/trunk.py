@@ -15,12 +15,14 @@ from pylora.model.block import Block, BlockCache
 from pylora.model.embedding import Embedding, EmbeddingCache
 from pylora.model.linear import DropKey, Grads
 from pylora.ops.llama import LayerWeights
-from pylora.types import Array, Seqs
+from pylora.types import Array, Seqs, brief
 
 
 @dataclass(eq=False)
 class TrunkCache:
     """What backward needs of the embedding and the blocks; `blocks` is used up from its end."""
+
+    __repr__ = brief
 
     seqs: Seqs
     position: np.ndarray

@@ -1,8 +1,8 @@
 """Tokenizer: text to token ids and back, and conversations to text.
 
-A thin face on the `tokenizers` library (extra "text"), made from a Hugging Face directory here, or
-from GGUF metadata in gguf_vocabulary.py. It checks what goes in and turns the library's failures
-into sentences; it trains no tokenizer.
+A thin face on the `tokenizers` library, made from a Hugging Face directory here, or from GGUF
+metadata in gguf_vocabulary.py. It checks what goes in and turns the library's failures into
+sentences; it trains no tokenizer.
 """
 
 from __future__ import annotations

@@ -188,7 +188,7 @@ static inline pylora_packed packed(const pylora_mat *W) {
   return P;
 }
 
-/* ---- bounds: see tests/bounds.py for the theorems ---- */
+/* ---- bounds: see tests/support/bounds.py for the theorems ---- */
 
 enum { EXP = 8 }; /* roundings that an exp or log may be off by: 2 ulp are at most 4 u */
 static const double U = 0x1p-24; /* unit roundoff of float */

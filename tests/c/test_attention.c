@@ -38,7 +38,7 @@ static setting random_setting(int cached, int64_t longest) {
   return t;
 }
 
-/* Bounds as in tests/bounds.py: scores are off by gamma_{D+2} of scale |q| |k|, which moves P by twice
+/* Bounds as in tests/support/bounds.py: scores are off by gamma_{D+2} of scale |q| |k|, which moves P by twice
  * that; dS by gamma_D of its magnitudes; then the sums. Written with doubles and no cleverness. */
 typedef struct bounds {
   pylora_mat o, lse, dq, dk, dv;

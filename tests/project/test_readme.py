@@ -1,4 +1,4 @@
-"""The Python in README.md and docs/ runs as printed, and the files they point to exist."""
+"""The Python in README.md and docs/ runs as printed, and the files that pages point to exist."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 
@@ -33,6 +33,8 @@ def test_python_block_runs(where: str, source: str, tmp_path: Path) -> None:
         encoding="utf-8",
         timeout=300,
     )
+    if result.returncode and "pylora.errors.FetchError" in result.stderr:
+        pytest.skip("needs the demo's model: from the cache, or from the network")
     assert result.returncode == 0, f"{where}\n{result.stdout}\n{result.stderr}"
 
 

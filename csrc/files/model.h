@@ -1,0 +1,96 @@
+/* model.h - what a model's readers share: its settings, its modules, where its tensors are. */
+#ifndef PYLORA_MODEL_INTERNAL_H
+#define PYLORA_MODEL_INTERNAL_H
+
+#include "files/files.h"
+#include "pylora_model.h"
+
+enum { MODULES = PYLORA_LAYER_MODULES, PYLORA_MAX_LAYERS = 10000 };
+
+typedef enum pylora_family { LLAMA, MISTRAL, QWEN2, QWEN3, FAMILIES } pylora_family;
+extern const char *const pylora_family_names[FAMILIES];
+
+/* Stretched angles of the rotary embedding. */
+typedef struct pylora_scaling {
+  enum { ROPE_PLAIN, ROPE_LINEAR, ROPE_LLAMA3 } kind;
+  double factor, low, high, original; /* LLAMA3: all of them */
+} pylora_scaling;
+
+/* A model's settings, with config.json's meanings. */
+typedef struct pylora_settings {
+  pylora_family family;
+  int64_t vocab, hidden, inner, layers, heads, kv_heads, head_dim, positions;
+  double eps, theta;
+  pylora_scaling scaling;
+  int qkv_bias, o_bias, mlp_bias, qk_norm, tied;
+  int64_t window, first_window; /* 0: none; the first layer that has it */
+  int64_t bos, eos[PYLORA_MAX_EOS];
+  int32_t eos_count;
+  int interleaved; /* the file's rows of q and k are llama.cpp's */
+} pylora_settings;
+
+/* From GGUF's metadata (config_gguf.c) and from config.json (config_hf.c). */
+int pylora_settings_gguf(const pylora_file *file, pylora_settings *out, pylora_message *why);
+int pylora_settings_hf(const char *path, pylora_settings *out, pylora_message *why);
+/* What both must keep (settings.c): PYLORA_E_FILE. */
+int pylora_settings_check(const char *where, const pylora_settings *s, pylora_message *why);
+
+/* Radians per position of each pair of a head, [head_dim / 2]. (rope.c) */
+void pylora_frequencies(const pylora_settings *s, double *out);
+
+/* ---- an open model ---- */
+
+typedef struct pylora_files { /* those that hold a model's tensors (weights.c) */
+  pylora_file **file;
+  int64_t files;
+  int gguf;
+} pylora_files;
+
+struct pylora_model {
+  char *path;
+  pylora_settings s;
+  pylora_files
+      files; /* open as long as the model is: an adapter may bring copies of base weights */
+  pylora_about about;
+  pylora_llama llama;
+  pylora_layer *layer;
+  pylora_packed *packed; /* [7 * layers + 2] */
+  void **aligned;        /* everything that pylora_give is for */
+  int64_t aligned_count;
+  double *frequency;
+  char *names; /* of modules, NAME bytes each */
+};
+
+/* Finds a tensor by Hugging Face's name, as the files call it; NULL: there is none. */
+const pylora_tensor *pylora_model_tensor(const pylora_files *files, const char *hf_name);
+void pylora_files_close(pylora_files *files);
+/* Opens what `path` is and reads its settings. */
+int pylora_files_open(const char *path, pylora_files *files, pylora_settings *s,
+                      pylora_message *why);
+/* The GGUF name of a Hugging Face one, written to `out`; 0: it has none. */
+enum { PYLORA_NAME = 96 };
+int pylora_gguf_name(const char *hf_name, char out[PYLORA_NAME]);
+
+/* ---- modules ---- */
+
+/* The number of a module behind the layers' and the head; how many there are. */
+static inline int64_t pylora_head_number(const pylora_model *m) { return MODULES * m->s.layers; }
+static inline int64_t pylora_module_count(const pylora_model *m) {
+  return MODULES * m->s.layers + 2;
+}
+/* Outputs and inputs of a module, an embedding's inputs being the vocabulary, and whether it has a bias. */
+void pylora_module_size(const pylora_settings *s, int64_t number, int64_t *d, int64_t *k,
+                        int *bias);
+extern const char *const pylora_module_suffix[MODULES]; /* "self_attn.q_proj", ... */
+
+/* Heads of a module's rows that the model's file has in llama.cpp's order; 0: they are in Hugging Face's. */
+static inline int64_t pylora_module_heads(const pylora_settings *s, int64_t number) {
+  if (!s->interleaved || number >= MODULES * s->layers) return 0;
+  const int64_t place = number % MODULES;
+  return place == PYLORA_Q ? s->heads : place == PYLORA_K ? s->kv_heads : 0;
+}
+
+/* "model.gguf: " before a sentence that does not name the file yet. */
+int pylora_prefix(pylora_message *why, const char *where, int status);
+
+#endif

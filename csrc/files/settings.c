@@ -1,0 +1,96 @@
+/* settings.c - what every model's settings must keep, and the sizes of its modules. */
+#include "files/model.h"
+
+const char *const pylora_family_names[FAMILIES] = {"llama", "mistral", "qwen2", "qwen3"};
+
+static int bad(const char *where, pylora_message *why, const char *what, long long value) {
+  return pylora_fail(why, PYLORA_E_FILE, "%.300s: %s, got %lld", where, what, value);
+}
+
+int pylora_settings_check(const char *where, const pylora_settings *s, pylora_message *why) {
+  const struct {
+    const char *what;
+    int64_t value, most;
+  } whole[] = {
+      {"the size of the vocabulary must be from 1 to 2147483647", s->vocab, INT32_MAX},
+      {"the hidden size must be from 1 to 2147483647", s->hidden, INT32_MAX},
+      {"the size of the MLP must be from 1 to 2147483647", s->inner, INT32_MAX},
+      {"the number of layers must be from 1 to 10000", s->layers, PYLORA_MAX_LAYERS},
+      {"the number of heads must be from 1 to 65536", s->heads, 65536},
+      {"the number of key-value heads must be from 1 to 65536", s->kv_heads, 65536},
+      {"the size of a head must be from 1 to 65536", s->head_dim, 65536},
+      {"the longest sequence must be from 1 to 2147483647 tokens", s->positions, INT32_MAX},
+  };
+  for (size_t i = 0; i < sizeof whole / sizeof *whole; i++)
+    if (whole[i].value < 1 || whole[i].value > whole[i].most)
+      return bad(where, why, whole[i].what, whole[i].value);
+  if (s->heads % s->kv_heads)
+    return bad(where, why, "the number of heads must be a multiple of that of key-value heads",
+               s->heads);
+  if (s->head_dim % 2)
+    return bad(where, why, "the size of a head must be even for rotary embedding", s->head_dim);
+  if (s->window < 0 || s->window > INT32_MAX)
+    return bad(where, why, "the sliding window must be from 1 to 2147483647", s->window);
+  if (!(s->eps > 0) || !(s->theta > 0) || s->eps > 1e300 || s->theta > 1e300)
+    return pylora_fail(why, PYLORA_E_FILE,
+                       "%.300s: the norms' epsilon and the rotary base must be positive finite "
+                       "numbers, got %g and %g",
+                       where, s->eps, s->theta);
+  const pylora_scaling *r = &s->scaling;
+  if (r->kind != ROPE_PLAIN && (!(r->factor > 0) || r->factor > 1e300))
+    return pylora_fail(
+        why, PYLORA_E_FILE,
+        "%.300s: the factor of rope scaling must be a positive finite number, got %g", where,
+        r->factor);
+  if (r->kind == ROPE_LLAMA3 &&
+      (!(r->low > 0) || !(r->high > r->low) || !(r->original > 0) || r->high > 1e300))
+    return pylora_fail(why, PYLORA_E_FILE,
+                       "%.300s: rope scaling of type llama3 needs 0 < low_freq_factor < "
+                       "high_freq_factor and a positive original length",
+                       where);
+  for (int i = -1; i < s->eos_count; i++) {
+    const int64_t id = i < 0 ? s->bos : s->eos[i];
+    if ((i >= 0 || id >= 0) && (id < 0 || id >= s->vocab))
+      return bad(where, why, "the tokens of beginning and end must be in the vocabulary", id);
+  }
+  return PYLORA_OK;
+}
+
+const char *const pylora_module_suffix[MODULES] = {
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "mlp.gate_proj",    "mlp.up_proj",      "mlp.down_proj",
+};
+
+void pylora_module_size(const pylora_settings *s, int64_t number, int64_t *d, int64_t *k,
+                        int *bias) {
+  const int64_t q = s->heads * s->head_dim, kv = s->kv_heads * s->head_dim;
+  const int64_t place = number - MODULES * s->layers; /* 0: the head, 1: the embedding */
+  if (place >= 0) {
+    *d = place ? s->hidden : s->vocab, *k = place ? s->vocab : s->hidden, *bias = 0;
+    return;
+  }
+  switch (number % MODULES) {
+  case PYLORA_Q:
+    *d = q, *k = s->hidden, *bias = s->qkv_bias;
+    break;
+  case PYLORA_K:
+  case PYLORA_V:
+    *d = kv, *k = s->hidden, *bias = s->qkv_bias;
+    break;
+  case PYLORA_O:
+    *d = s->hidden, *k = q, *bias = s->o_bias;
+    break;
+  case PYLORA_DOWN:
+    *d = s->hidden, *k = s->inner, *bias = s->mlp_bias;
+    break;
+  default:
+    *d = s->inner, *k = s->hidden, *bias = s->mlp_bias;
+  }
+}
+
+int pylora_prefix(pylora_message *why, const char *where, int status) {
+  if (!status || !why) return status;
+  pylora_message was = *why;
+  pylora_say(why, "%.300s: %.460s", where, was.text);
+  return status;
+}

@@ -1,0 +1,190 @@
+/* weights.c - the files that hold a model's tensors: which they are, and what they call a tensor. */
+#include <stdio.h>
+
+#include "files/json.h"
+#include "files/model.h"
+
+enum { MAX_INDEX = 64 << 20 }; /* bytes of model.safetensors.index.json */
+
+/* ---- names ---- */
+
+static const char *const gguf_stem[][2] = {
+    {"input_layernorm", "attn_norm"},    {"self_attn.q_proj", "attn_q"},
+    {"self_attn.k_proj", "attn_k"},      {"self_attn.v_proj", "attn_v"},
+    {"self_attn.o_proj", "attn_output"}, {"self_attn.q_norm", "attn_q_norm"},
+    {"self_attn.k_norm", "attn_k_norm"}, {"post_attention_layernorm", "ffn_norm"},
+    {"mlp.gate_proj", "ffn_gate"},       {"mlp.up_proj", "ffn_up"},
+    {"mlp.down_proj", "ffn_down"},
+};
+static const char *const gguf_top[][2] = {
+    {"model.embed_tokens", "token_embd"}, {"model.norm", "output_norm"}, {"lm_head", "output"}};
+
+int pylora_gguf_name(const char *name, char out[PYLORA_NAME]) {
+  const char *dot = strrchr(name, '.');
+  if (!dot) return 0;
+  const size_t n = (size_t)(dot - name);
+  for (size_t i = 0; i < sizeof gguf_top / sizeof *gguf_top; i++)
+    if (strlen(gguf_top[i][0]) == n && memcmp(gguf_top[i][0], name, n) == 0)
+      return snprintf(out, PYLORA_NAME, "%s%s", gguf_top[i][1], dot) > 0;
+  int layer = -1, used = 0;
+  if (sscanf(name, "model.layers.%5d.%n", &layer, &used) != 1 || !used || layer < 0) return 0;
+  for (size_t i = 0; i < sizeof gguf_stem / sizeof *gguf_stem; i++) {
+    const size_t length = strlen(gguf_stem[i][0]);
+    if (length == n - (size_t)used && memcmp(gguf_stem[i][0], name + used, length) == 0)
+      return snprintf(out, PYLORA_NAME, "blk.%d.%s%s", layer, gguf_stem[i][1], dot) > 0;
+  }
+  return 0;
+}
+
+const pylora_tensor *pylora_model_tensor(const pylora_files *files, const char *hf_name) {
+  char name[PYLORA_NAME];
+  if (files->gguf)
+    return pylora_gguf_name(hf_name, name) ? pylora_file_find(files->file[0], name) : NULL;
+  for (int64_t i = 0; i < files->files; i++) {
+    const pylora_tensor *t = pylora_file_find(files->file[i], hf_name);
+    if (t) return t;
+  }
+  return NULL;
+}
+
+/* ---- files ---- */
+
+void pylora_files_close(pylora_files *files) {
+  for (int64_t i = 0; i < files->files; i++) pylora_file_close(files->file[i]);
+  free(files->file);
+  *files = (pylora_files){NULL, 0, 0};
+}
+
+static int add(pylora_files *files, const char *path, pylora_message *why) {
+  pylora_file **more = realloc(files->file, (size_t)(files->files + 1) * sizeof *more);
+  if (!more) return pylora_no_memory(why, path, sizeof *more);
+  files->file = more;
+  TRY(pylora_file_open(path, &more[files->files], why));
+  files->files++;
+  return PYLORA_OK;
+}
+
+/* The name of a shard: a safetensors file beside the index, not a path out of the directory. */
+static int plain(const char *name) {
+  const size_t n = strlen(name);
+  return n > 12 && strcmp(name + n - 12, ".safetensors") == 0 && !strpbrk(name, "/\\:") &&
+         name[0] != '.';
+}
+
+static int by_text(const void *a, const void *b) {
+  return strcmp(*(const char *const *)a, *(const char *const *)b);
+}
+
+/* Each name in the index is in its shard, and no shard has a tensor that the index does not put there. */
+static int check_index(const pylora_files *files, const pylora_json *j,
+                       const pylora_json_value *map, char **shard, const char *index,
+                       pylora_message *why) {
+  int64_t listed = 0, there = 0;
+  JSON_EACH(item, j, map) {
+    const pylora_file *file = NULL;
+    for (int64_t i = 0; i < files->files && !file; i++)
+      if (strcmp(shard[i], item->u.text) == 0) file = files->file[i];
+    if (!pylora_file_find(file, item->key))
+      return pylora_fail(why, PYLORA_E_FILE, "%.300s: tensor '%.200s' is not in %.100s, as it says",
+                         index, item->key, item->u.text);
+    listed++;
+  }
+  for (int64_t i = 0; i < files->files; i++) {
+    there += files->file[i]->tensors;
+    for (int64_t k = 0; k < files->file[i]->tensors; k++) {
+      const pylora_json_value *in = pylora_json_member(j, map, files->file[i]->tensor[k].name);
+      if (!in || strcmp(in->u.text, shard[i]) != 0)
+        return pylora_fail(why, PYLORA_E_FILE, "%.300s: tensor '%.200s' is not listed for it in %s",
+                           files->file[i]->name, files->file[i]->tensor[k].name,
+                           "model.safetensors.index.json");
+    }
+  }
+  return listed == there
+             ? PYLORA_OK
+             : pylora_fail(why, PYLORA_E_FILE, "%.300s: tensors are listed twice", index);
+}
+
+static int open_shards(const char *directory, const char *index, pylora_files *files,
+                       pylora_message *why) {
+  pylora_json j;
+  int status = pylora_json_file(index, MAX_INDEX, &j, why);
+  const pylora_json_value *map = status ? NULL : pylora_json_member(&j, j.value, "weight_map");
+  if (!status && (!json_is(map, JSON_OBJECT) || !map->items))
+    status =
+        pylora_fail(why, PYLORA_E_FILE, "%.300s: weight_map is missing, empty or no object", index);
+  char **shard = status ? NULL : pylora_take((size_t)map->items, sizeof *shard);
+  size_t n = 0, unique = 0;
+  if (!status && !shard) status = pylora_no_memory(why, index, (double)map->items * sizeof *shard);
+  if (!status) JSON_EACH(item, &j, map) {
+      if (!status && (item->type != JSON_TEXT || !plain(item->u.text)))
+        status = pylora_fail(why, PYLORA_E_FILE,
+                             "%.300s: tensor '%.200s' is not in a safetensors file of the same "
+                             "directory",
+                             index, item->key);
+      if (!status) shard[n++] = (char *)(uintptr_t)item->u.text;
+    }
+  if (!status) {
+    qsort(shard, n, sizeof *shard, by_text);
+    for (size_t i = 0; i < n; i++)
+      if (i == 0 || strcmp(shard[i], shard[unique - 1]) != 0) shard[unique++] = shard[i];
+  }
+  for (size_t i = 0; i < unique && !status; i++) {
+    char *path = pylora_path(directory, shard[i]);
+    status = path ? add(files, path, why) : pylora_no_memory(why, index, 0);
+    free(path);
+  }
+  if (!status) status = check_index(files, &j, map, shard, index, why);
+  free(shard);
+  pylora_json_free(&j);
+  return status;
+}
+
+static int open_directory(const char *directory, pylora_files *files, pylora_settings *s,
+                          pylora_message *why) {
+  char *config = pylora_path(directory, "config.json"),
+       *one = pylora_path(directory, "model.safetensors"),
+       *index = pylora_path(directory, "model.safetensors.index.json");
+  int status = config && one && index ? PYLORA_OK : pylora_no_memory(why, directory, 0);
+  if (!status) status = pylora_settings_hf(config, s, why);
+  if (!status) {
+    if (pylora_is_file(one) && pylora_is_file(index))
+      status = pylora_fail(why, PYLORA_E_FILE,
+                           "%.300s: there are both model.safetensors and its index of shards; "
+                           "remove the one that is not meant",
+                           directory);
+    else if (pylora_is_file(index))
+      status = open_shards(directory, index, files, why);
+    else
+      status = add(files, one, why);
+  }
+  for (int64_t i = 0; i < files->files && !status; i++)
+    if (files->file[i]->gguf)
+      status = pylora_fail(why, PYLORA_E_FILE, "%.300s: this is a GGUF file, not safetensors",
+                           files->file[i]->name);
+  free(config);
+  free(one);
+  free(index);
+  return status;
+}
+
+int pylora_files_open(const char *path, pylora_files *files, pylora_settings *s,
+                      pylora_message *why) {
+  *files = (pylora_files){NULL, 0, 0};
+  if (pylora_is_directory(path)) return open_directory(path, files, s, why);
+  TRY(add(files, path, why));
+  files->gguf = files->file[0]->gguf;
+  if (!files->gguf)
+    return pylora_fail(why, PYLORA_E_FILE,
+                       "%.300s: a safetensors file alone does not say what model it is; give the "
+                       "directory that holds its config.json too",
+                       path);
+  const char *type;
+  size_t n;
+  if (pylora_file_text(files->file[0], "general.type", &type, &n) && n == 7 &&
+      memcmp(type, "adapter", 7) == 0)
+    return pylora_fail(why, PYLORA_E_FILE,
+                       "%.300s: this is an adapter, not a model; open its base model and then this "
+                       "with pylora_adapter_open",
+                       path);
+  return pylora_settings_gguf(files->file[0], s, why);
+}
