@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
-
-import numpy as np
 
 from pylora.adapters.adapter import Adapter
 from pylora.adapters.plan import Plan, resolve
@@ -25,15 +24,13 @@ from pylora.errors import (
     ConfigError,
     DataError,
     PyloraError,
-    WrongTypeError,
-    describe,
     expect,
     kind_of,
 )
 from pylora.formats.base import Checkpoint
 from pylora.front import fit
 from pylora.front.adapters import ACTIVE, Active, Adapters, Choice
-from pylora.front.score import Score
+from pylora.front.score import Score, score_of
 from pylora.front.speak import (
     Conversation,
     Message,
@@ -73,7 +70,7 @@ class Model:
         self.checkpoint, self.config = checkpoint, llama.config
         self._llama: Llama | None = llama
         self.adapters = Adapters(AdapterPool(llama), self._read)
-        self._cache = PromptCache(llama)
+        self._spare: list[PromptCache] = []  # the last conversation's, while nobody uses it
 
     def __repr__(self) -> str:
         if self._llama is None:
@@ -212,7 +209,8 @@ class Model:
         with a list. system: a message that goes first. The other settings are `generate`'s.
 
         A conversation that goes on where the last one ended is not computed again, with the same
-        bits as if it were. Raises DataError where the model has no chat template.
+        bits as if it were. Answers may be made in several threads, or taken in turns from several
+        streams. Raises DataError where the model has no chat template.
         """
         known_settings("chat", others)
         talks, single = conversations_of(messages, system)
@@ -240,24 +238,46 @@ class Model:
         batch_size: int,
     ) -> Any:
         texts = streams_of(self.tokenizer, ids, stop)
-        _ = self.llama  # that it is open
-        come = pieces(
-            self.adapters.pool,
-            self.tokenizer,
-            ids,
-            texts,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            seed=seed,
-            batch_size=batch_size,
-            names=self._names(adapter, len(ids)),
-            cache=self._cache if single else None,
-        )
+        names = self._names(adapter, len(ids))
+        cache = PromptCache(self.llama) if single else None
+        if single and self._spare:
+            with suppress(IndexError):  # another thread was quicker
+                cache = self._spare.pop()
+        try:
+            come = pieces(
+                self.adapters.pool,
+                self.tokenizer,
+                ids,
+                texts,
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                seed=seed,
+                batch_size=batch_size,
+                names=names,
+                cache=cache,
+            )
+        except PyloraError:
+            self._give_back(cache)
+            raise
+        come = self._ending(come, cache)
         if stream:
             return (text for _, text in come) if single else come
         for _ in come:
             pass
         return texts[0].text if single else [text.text for text in texts]
+
+    def _ending(
+        self, come: Iterator[tuple[int, str]], cache: PromptCache | None
+    ) -> Iterator[tuple[int, str]]:
+        """`come`; a cache belongs to one answer at a time, and is given back at its end."""
+        try:
+            yield from come
+        finally:
+            self._give_back(cache)
+
+    def _give_back(self, cache: PromptCache | None) -> None:
+        if cache is not None and self._llama is not None:
+            self._spare[:] = [cache]
 
     def _names(self, adapter: Chosen, n: int) -> list[str | None]:
         """The name in the pool of each prompt's adapter."""
@@ -286,21 +306,7 @@ class Model:
         if isinstance(text, (list, tuple)) and kind_of(text) != "ids":
             return [self.score(one, adapter=adapter) for one in text]
         expect("text", text, "score")
-        ids = self.tokenizer.encode(text, bos=self.tokenizer.add_bos)
-        if not ids:
-            raise DataError("the text to score has no token")
-        adapted = self.adapters.adapter(adapter)
-        llama = self.llama
-        logprobs = np.full(len(ids), np.nan)
-        if len(ids) > 1:
-            try:
-                if adapted is not None:
-                    llama.attach(adapted)
-                nll, _ = llama.loss(ids[:-1], ids[1:], grads=False)
-            finally:
-                llama.detach()
-            logprobs[1:] = -np.asarray(llama.ops.to_numpy(nll), np.float64)
-        return Score(tuple(ids), tuple(self.tokenizer.decode([i]) for i in ids), logprobs)
+        return score_of(self.llama, self.tokenizer, self.adapters.adapter(adapter), text)
 
     # ---- adapters, training, merging ----------------------------------------------------------
 
@@ -385,7 +391,7 @@ class Model:
     def close(self) -> None:
         """Gives the memory back and closes the file. Closing twice is fine."""
         self._llama = None
-        self._cache.clear()
+        self._spare.clear()
         self.adapters.pool.close()
         self.checkpoint.close()
 
@@ -400,16 +406,3 @@ class Model:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def model_of(value: Any, where: str) -> Model:
-    """`value`, if it is a Model; else the sentence that says how to get one."""
-    if isinstance(value, Model):
-        return value
-    advice = "model = pylora.load(path)"
-    if isinstance(value, Llama):
-        advice = (
-            "a Llama knows token ids alone: load the model with pylora.load(path), or use the "
-            "parts, pylora.generation.generate.generate and pylora.training.train.train"
-        )
-    raise WrongTypeError(f"{where} takes a pylora.Model, got {describe(value)}; {advice}")

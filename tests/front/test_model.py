@@ -264,6 +264,45 @@ def test_a_conversation_is_not_computed_twice(
         assert first < len(whole) / 2
 
 
+def test_streams_may_be_taken_in_turns(model: pylora.Model) -> None:
+    how: dict[str, Any] = {"max_new_tokens": 30, "temperature": 1.5}
+    want = [model.generate(t, seed=i, **how) for i, t in enumerate(TEXTS)]
+    streams = [model.generate(t, seed=i, stream=True, **how) for i, t in enumerate(TEXTS)]
+    got = [""] * len(streams)
+    for _ in range(40):
+        for i, pieces in enumerate(streams):
+            got[i] += next(pieces, "")
+        model.chat("a", max_new_tokens=1)
+    assert got == want
+
+
+def test_threads_may_share_a_model(model: pylora.Model) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    jobs = [(t, a) for t in TEXTS for a in ("legal", "verse", None, {"legal": 0.5})] * 3
+
+    def answer(job: Any) -> str:
+        return model.generate(job[0], adapter=job[1], max_new_tokens=10, temperature=1.0)
+
+    want = [answer(job) for job in jobs]
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(answer, jobs)) == want
+
+
+def test_a_stream_that_is_dropped_or_outlives_the_model(path: Path) -> None:
+    with pylora.load(path) as model:
+        want = model.generate("time", max_new_tokens=9)
+        for taken in (0, 1, 3):
+            pieces = model.generate("time", max_new_tokens=9, stream=True)
+            for _ in range(taken):
+                next(pieces)
+            del pieces
+            assert model.generate("time", max_new_tokens=9) == want
+        late = model.generate("time", max_new_tokens=9, stream=True)
+        first = next(late)
+    assert first + "".join(late) == want
+
+
 def test_score_is_the_log_of_the_softmax(model: pylora.Model, folders: dict[str, Path]) -> None:
     text = "truth exists, and so does time"
     for adapter in (None, "legal", {"legal": 0.5, "verse": 2}):
