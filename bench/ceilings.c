@@ -114,17 +114,27 @@ double amx(int64_t n, int kind) {
     uint8_t data[1024] __attribute__((aligned(64)));
     memset(data, 0, sizeof data);
     __asm__ volatile("" : : "r"(data) : "memory");
-    _tile_zero(0), _tile_zero(1), _tile_zero(2), _tile_zero(3);
-    _tile_loadd(4, data, 64), _tile_loadd(5, data, 64);
-    _tile_loadd(6, data, 64), _tile_loadd(7, data, 64);
+    _tile_zero(0); /* statements, each: in gcc these are macros around asm */
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_loadd(4, data, 64);
+    _tile_loadd(5, data, 64);
+    _tile_loadd(6, data, 64);
+    _tile_loadd(7, data, 64);
     if (kind)
       for (int64_t t = 0; t < n; t++) {
-        _tile_dpbssd(0, 4, 6), _tile_dpbssd(1, 4, 7), _tile_dpbssd(2, 5, 6), _tile_dpbssd(3, 5, 7);
+        _tile_dpbssd(0, 4, 6);
+        _tile_dpbssd(1, 4, 7);
+        _tile_dpbssd(2, 5, 6);
+        _tile_dpbssd(3, 5, 7);
       }
     else
       for (int64_t t = 0; t < n; t++) {
-        _tile_dpbf16ps(0, 4, 6), _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6), _tile_dpbf16ps(3, 5, 7);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
       }
     _tile_release();
   }

@@ -14,7 +14,7 @@ from pylora.display.palette import GREYS, INK, PRECISIONS, VERMILION
 try:
     from matplotlib.patches import Patch
 except ImportError:
-    raise SystemExit("pictures need matplotlib: pip install 'pylora[plot]'") from None
+    raise SystemExit("pictures need matplotlib: pip install 'pylora-engine[plot]'") from None
 
 PEERS = {"fp32": GREYS[0], "bf16": GREYS[1]}  # PyTorch + PEFT: greys, by precision
 LLAMA = VERMILION

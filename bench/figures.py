@@ -23,12 +23,22 @@ from records import Record, find, median, select, share, speed, tokens
 from report import ROOT, newest
 from work import step_flops
 
-from pylora.display.palette import BLACK, BLUE, GREYS, INK, MARKS, ORANGE, PRECISIONS, VERMILION
+from pylora.display.palette import (
+    BLACK,
+    BLUE,
+    GREYS,
+    INK,
+    MARKS,
+    ORANGE,
+    PAPER,
+    PRECISIONS,
+    VERMILION,
+)
 
 try:
     from matplotlib.figure import Figure
 except ImportError:
-    raise SystemExit("pictures need matplotlib: pip install 'pylora[plot]'") from None
+    raise SystemExit("pictures need matplotlib: pip install 'pylora-engine[plot]'") from None
 
 PEER_LINES = {"fp32": BLACK, "bf16": VERMILION}  # of PEFT, where lines cross
 VERSUS = {  # cases of bench/bars.py -> heading; a part in the key takes that part alone
@@ -151,7 +161,7 @@ def roofline_picture(document: dict[str, Any]) -> Figure | None:
     # Right of 100 % a column of its own says what the limit is, so that no word is on the line.
     most = max(100.0, *(1.08 * value for _, rows in groups for _, value, *_ in rows))
     axes.set_xlim(0, 1.36 * most)
-    axes.axvspan(most, 1.36 * most, color="#F2F2F2", zorder=-2, linewidth=0)
+    axes.axvspan(most, 1.36 * most, color=PAPER, zorder=-2, linewidth=0)
     for y, limit in zip(axes.get_yticks(), limits):
         axes.text(1.02 * most, y, limit, va="center", fontsize=8.5, color=INK)
     axes.text(1.02 * most, 0, "what limits it", va="center", fontsize=9.5, fontweight="bold")

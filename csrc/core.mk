@@ -23,3 +23,6 @@ $(CORE_LIB): $(CORE_OBJECTS)
 	rm -f $@
 	$(AR) rcs $@ $^
 endif
+
+.PHONY: core
+core: $(CORE_LIB)

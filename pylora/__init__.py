@@ -32,11 +32,20 @@ The parts, each usable alone (docs/architecture.md shows how they fit):
 Names are imported when first used, so that `import pylora` costs no more than NumPy.
 """
 
-from __future__ import annotations
+import _signal
+import sys
+
+# A command that is interrupted while it still imports ends without a traceback: until it listens
+# (commands/signals.py), by the system's own rule. For those who import pylora nothing changes.
+# _signal is part of the interpreter; the module signal would take its own time to import.
+_argv = getattr(sys, "argv", None) or [""]
+_command = sys.orig_argv[-len(_argv) :][:1] if _argv[0] == "-m" else _argv[:1]
+if _command and _command[0].replace("\\", "/").rpartition("/")[2] in ("pylora", "pylora.exe"):
+    if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+        _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
 import difflib
 import importlib
-import platform
 from typing import TYPE_CHECKING, Any
 
 from pylora.backends import use
@@ -179,6 +188,8 @@ def build_info() -> dict[str, Any]:
     `backend` is the one in use; "isa", "isas" and "num_threads" are there where the C core is.
     "precisions" are those that the backend computes as such here (pylora.numbers.precision).
     """
+    import platform
+
     import numpy
 
     from pylora import backends
@@ -226,6 +237,8 @@ def _computes(ops: Any, precision: str) -> bool:
 
 def _processor() -> str:
     """What the machine calls its processor."""
+    import platform
+
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as info:
             models = (line for line in info if line.startswith("model name"))

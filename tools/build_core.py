@@ -128,20 +128,36 @@ def compile_core(compiler: Any, folder: Path) -> list[str]:
     return [str(library)]
 
 
-ffibuilder = FFI()
-ffibuilder.cdef(declarations(HEADER.read_text(encoding="utf-8")))
-# setup.py compiles the core, as it likes; what is compiled here is cffi's own file.
-ffibuilder.set_source(
-    "pylora.backends._core",
-    '#include "pylora.h"',
-    include_dirs=["csrc"],
-    depends=[str(f.relative_to(ROOT)) for f in ROOT.glob("csrc/**/*.[hi]*")],
-    extra_compile_args=FLAGS,
-    libraries=[] if MSVC else ["m", "pthread"],
-)
+def builder(objects: list[str] | None = None) -> FFI:
+    """cffi's part of the core, which is linked with `objects`: setup.py gives them later."""
+    ffi = FFI()
+    ffi.cdef(declarations(HEADER.read_text(encoding="utf-8")))
+    ffi.set_source(
+        "pylora.backends._core",
+        '#include "pylora.h"',
+        include_dirs=["csrc"],
+        depends=[str(f.relative_to(ROOT)) for f in ROOT.glob("csrc/**/*.[hi]*")],
+        extra_compile_args=FLAGS,
+        extra_objects=objects or [],
+        libraries=[] if MSVC else ["m", "pthread"],
+    )
+    return ffi
+
+
+ffibuilder = builder()
 
 # `from pylora.backends._cuda_abi import ffi; lib = ffi.dlopen(path of libpylora_cuda)`.
 cuda_abi = FFI()
 for header in (HEADER, CUDA_HEADER):
     cuda_abi.cdef(declarations(header.read_text(encoding="utf-8"), compiled=False))
 cuda_abi.set_source("pylora.backends._cuda_abi", None)
+
+if __name__ == "__main__":  # in place, with nothing but a compiler, cffi and setuptools
+    from setuptools._distutils.ccompiler import new_compiler
+    from setuptools._distutils.sysconfig import customize_compiler
+
+    os.chdir(ROOT)
+    cuda_abi.compile(verbose=True)
+    compiler = new_compiler()
+    customize_compiler(compiler)
+    builder(compile_core(compiler, ROOT / "build" / "core")).compile(verbose=True)

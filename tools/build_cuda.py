@@ -1,9 +1,12 @@
-"""Builds libpylora_cuda with nvcc, where there is one, while the package is built (by setup.py).
+"""Builds libpylora_cuda with nvcc while the package is built (by setup.py), where it can be used.
 
-PYLORA_CUDA says what a missing nvcc means: `auto` (default) builds without the library and notes
-why, `on` is an error, `off` does not look. Beside the library, or in its place, the package gets
-the kernels as one source for CuPy's run-time compiler, and a note for `pylora doctor`.
-PYLORA_NVCC_FLAGS are more flags for nvcc, PYLORA_NVCC_JOBS how many run at a time.
+PYLORA_CUDA says when: `auto` (default) where an NVIDIA driver and nvcc are here, else the package
+is built without the library and a line says why; `on` in any case, and a missing nvcc is an error;
+`off` does not look. It takes minutes, which a machine without a GPU has no use for. Beside the
+library, or in its place, the package gets the kernels as one source for CuPy's run-time compiler,
+and a note for `pylora doctor`.
+PYLORA_NVCC_FLAGS are more flags for nvcc, PYLORA_NVCC_JOBS how many run at a time;
+PYLORA_CUDA_TARGETS names other GPUs than the usual ones: `90`, or `80,90`, the last as PTX, too.
 Nothing of CUDA is linked but its static runtime: building needs no GPU, driver or cuBLAS.
 """
 
@@ -15,6 +18,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,7 +31,8 @@ KERNELS = "_cuda_kernels.cu"
 NOTE = "_cuda_note.txt"
 
 # Machine code for A100 and H100, and PTX that drivers compile for what comes after.
-TARGETS = ["arch=compute_80,code=sm_80", "arch=compute_90,code=[sm_90,compute_90]"]
+TARGETS = ("80", "90")
+DRIVER = Path("/proc/driver/nvidia/version")
 FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-ffp-contract=off", "-Xfatbin=-compress-all"]
 # Of the library's symbols, those of the header and no others.
 EXPORTS = "{ global: pylora_cuda_*; local: *; };\n"
@@ -44,6 +50,32 @@ def wanted() -> str:
     if value not in ("auto", "on", "off"):
         raise SystemExit(f"PYLORA_CUDA is '{value}'; it may be auto, on or off")
     return value
+
+
+def driver_here() -> bool:
+    """Is there an NVIDIA driver? A toolkit alone says nothing: it is on many machines without."""
+    if DRIVER.is_file():
+        return True
+    tool = shutil.which("nvidia-smi")  # WSL and containers may have no /proc/driver/nvidia
+    if tool is None:
+        return False
+    try:
+        listed = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return listed.returncode == 0 and "GPU" in listed.stdout
+
+
+def targets() -> list[str]:
+    """nvcc's -gencode of TARGETS, or of those that PYLORA_CUDA_TARGETS names."""
+    asked = os.environ.get("PYLORA_CUDA_TARGETS", "").replace(",", " ").split()
+    if not all(re.fullmatch(r"\d{2,3}[af]?", a) for a in asked):
+        raise SystemExit(
+            f"PYLORA_CUDA_TARGETS is {' '.join(asked)!r}; it may be numbers such as 80,90"
+        )
+    *first, last = asked or TARGETS
+    made = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in first]
+    return [*made, f"-gencode=arch=compute_{last},code=[sm_{last},compute_{last}]"]
 
 
 def find_nvcc() -> str | None:
@@ -90,10 +122,14 @@ def compile_library(nvcc: str, target: Path, objects: Path) -> str:
     if sys.platform != "linux":
         raise BuildError("the CUDA library is built on Linux alone")
     version = re.search(r"release (\d+\.\d+)", run([nvcc, "--version"]))
-    targets = [f"-gencode={t}" for t in TARGETS]
-    flags = [*FLAGS, *targets, f"-I{SOURCES}", f"-I{SOURCES.parent}"]
+    flags = [*FLAGS, *targets(), f"-I{SOURCES}", f"-I{SOURCES.parent}"]
     flags += os.environ.get("PYLORA_NVCC_FLAGS", "").split()
     objects.mkdir(parents=True, exist_ok=True)
+
+    files = sorted(SOURCES.glob("*.cu"), key=lambda f: -f.stat().st_size)
+    # kernels.cu has the same kernels once more, for the run-time compiler.
+    files = [f for f in files if f.name != "kernels.cu"]
+    begun, lock, finished = time.monotonic(), threading.Lock(), [0]
 
     def compile_one(source: Path) -> Path:
         # An object's name has the hash of all that goes into it.
@@ -105,15 +141,18 @@ def compile_library(nvcc: str, target: Path, objects: Path) -> str:
             unfinished = made.with_suffix(".tmp.o")
             run([nvcc, *flags, "-c", str(source), "-o", str(unfinished)])
             unfinished.rename(made)
+        with lock:
+            finished[0] += 1
+            seconds = time.monotonic() - begun
+            text = f"CUDA: {finished[0]} of {len(files)} files, {seconds:.0f} s ({source.name})"
+            print(text, file=sys.stderr, flush=True)
         return made
 
-    files = sorted(SOURCES.glob("*.cu"), key=lambda f: -f.stat().st_size)
     with ThreadPoolExecutor(COMPILERS) as pool:
-        # kernels.cu has the same kernels once more, for the run-time compiler.
-        made = list(pool.map(compile_one, (f for f in files if f.name != "kernels.cu")))
+        made = list(pool.map(compile_one, files))
     script = objects / "exports.map"
     script.write_text(EXPORTS, encoding="utf-8")
-    link = [nvcc, "-shared", "-cudart=static", *targets, *map(str, made), "-o", str(target)]
+    link = [nvcc, "-shared", "-cudart=static", *targets(), *map(str, made), "-o", str(target)]
     run([*link, f"-Xlinker=--version-script={script}", "-Xlinker=-s"])
     return version[1] if version else "of an unknown version"
 
@@ -129,14 +168,18 @@ def build(package: Path, objects: Path) -> list[Path]:
     try:
         if want == "off":
             text = "PYLORA_CUDA was off when pylora was built"
+        elif want == "auto" and not driver_here():
+            raise BuildError(
+                "no NVIDIA driver is here (PYLORA_CUDA=on builds it all the same, with nvcc)"
+            )
         elif not (nvcc := find_nvcc()):
             raise BuildError(
                 f"no nvcc was found when pylora was built (PATH, CUDA_HOME, CUDA_PATH, {TOOLKIT})"
             )
         else:
-            text = (
-                f"built by nvcc {compile_library(nvcc, library, objects)} for sm_80, sm_90 and PTX"
-            )
+            version = compile_library(nvcc, library, objects)
+            names = ", ".join(re.findall(r"sm_\w+", " ".join(targets())))
+            text = f"built by nvcc {version} for {names} and PTX"
     except BuildError as error:
         library.unlink(missing_ok=True)
         if want == "on":

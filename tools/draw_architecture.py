@@ -17,7 +17,8 @@ import ast
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import combinations, permutations
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "docs" / "img" / "architecture.json"
 PICTURE = DATA.with_suffix(".png")
 DIGEST = "Edges"  # the picture's text field
+MOST = 7  # points of a floor whose orders are all tried
 
 # What a wing is about. One that is in none of these is an error, so that a new one is thought of.
 KINDS = {
@@ -159,23 +161,36 @@ def routed(
 
 
 def places(level: dict[str, int], ways: list[list[str]], wide: float) -> dict[str, float]:
-    """x of each point: centred on its floor, near to what it is joined with."""
-    near: dict[str, list[str]] = {n: [] for n in level}
-    for way in ways:
-        for a, b in zip(way, way[1:]):
-            near[a].append(b)
-            near[b].append(a)
-    x = dict.fromkeys(level, 0.0)
+    """x of each point: each floor is centred, in the order whose arrows are shortest and cross
+    least. One floor at a time is tried in every order, until none gets better."""
+    steps = [step for way in ways for step in zip(way, way[1:])]
     rows = [sorted(n for n in level if level[n] == i) for i in range(max(level.values()) + 1)]
-    for _ in range(30):
-        for row in (*rows, *rows[::-1]):
-            mean = {n: sum(x[m] for m in near[n]) / max(len(near[n]), 1) for n in row}
-            row.sort(key=lambda n: (mean[n], n))
-            sizes = [0.3 * wide if " " in n else wide for n in row]
-            start = -sum(sizes) / 2
-            for n, size in zip(row, sizes):
-                x[n], start = start + size / 2, start + size
-    return x
+
+    def spread(row: Sequence[str]) -> dict[str, float]:
+        sizes = [0.3 * wide if " " in n else wide for n in row]
+        starts = [sum(sizes[:i]) - sum(sizes) / 2 for i in range(len(row))]
+        return {n: start + size / 2 for n, start, size in zip(row, starts, sizes)}
+
+    def cost(x: dict[str, float], some: list[tuple[str, str]]) -> float:
+        crossings = sum(
+            level[a] == level[c] and (x[a] - x[c]) * (x[b] - x[d]) < 0
+            for (a, b), (c, d) in combinations(some, 2)
+        )
+        return sum(abs(x[a] - x[b]) for a, b in some) + wide * crossings
+
+    x: dict[str, float] = {}
+    for row in rows:
+        x |= spread(row)
+    best = cost(x, steps)
+    while True:
+        for i, row in enumerate(rows):
+            near = [s for s in steps if level[s[0]] == i or level[s[1]] == i]
+            if len(row) <= MOST:
+                x |= spread(min(permutations(row), key=lambda r: cost({**x, **spread(r)}, near)))
+        now = cost(x, steps)
+        if now >= best:
+            return x
+        best = now
 
 
 def draw(data: dict[str, Any], file: Path) -> None:
@@ -199,11 +214,10 @@ def draw(data: dict[str, Any], file: Path) -> None:
     x = places(points, ways, wide + 0.4)
     widest = max(abs(x[n]) for n in names) + wide / 2 + 0.3
     top = max(level.values()) * dy
-    figure, axes = plt.subplots(figsize=(11, 11 * (top + 1.4) / (2 * widest)))
+    figure, axes = plt.subplots(figsize=(0.84 * 2 * widest, 0.84 * (top + 2.0)))
     for way in ways:
-        corners = [(x[n], points[n] * dy) for n in way]
-        corners[0] = (corners[0][0], corners[0][1] - high / 2)
-        corners[-1] = (corners[-1][0], corners[-1][1] + high / 2)
+        # Past a floor straight down, between the boxes there.
+        corners = [(x[n], points[n] * dy + side * high / 2) for n in way for side in (1, -1)][1:-1]
         axes.add_patch(
             FancyArrowPatch(
                 path=MplPath(corners), arrowstyle="-|>", mutation_scale=11, color="#555555",
@@ -223,9 +237,9 @@ def draw(data: dict[str, Any], file: Path) -> None:
         axes.text(cx, cy + 0.12, n, fontsize=12, fontweight="bold", **text)
         axes.text(cx, cy - 0.14, WORDS[n], fontsize=8, **text)
     legend = [Patch(facecolor=c, edgecolor="#444444", label=k) for c, k in zip(COLORS, KINDS)]
-    axes.legend(handles=legend, loc="upper right", fontsize=9, frameon=False)
+    axes.legend(handles=legend, loc="lower center", ncol=len(legend), fontsize=9, frameon=False)
     axes.set_xlim(-widest, widest)
-    axes.set_ylim(-0.7, top + 0.7)
+    axes.set_ylim(-1.3, top + 0.7)
     axes.set_axis_off()
     figure.savefig(
         file, dpi=130, bbox_inches="tight", facecolor="white", metadata={DIGEST: digest(data)}

@@ -50,6 +50,22 @@ typedef struct merge_job {
   uint16_t *lossy;
 } merge_job;
 
+/* Tiles of bfloat16 products: c [n][m][32] = (GEMM_SET) or += the rows of a times n panels of 32 outputs,
+ * [pairs][32][2].  With low_b, float32 in halves: the lower ones lie low_a and low_b elements after
+ * the upper ones, and a b is a1 b1 + a1 b2 + a2 b1. */
+typedef struct panels_job {
+  int64_t m;
+  int n;
+  int64_t pairs;
+  const uint16_t *a;
+  int64_t lda, low_a;
+  const uint16_t *b;
+  int64_t step, low_b; /* from a panel to the next one */
+  float *c;
+  int64_t step_c;
+  int mode;
+} panels_job;
+
 /* ---- what each kernel does */
 
 /* c[i,j] = sum_t a[i*ars + t*acs] * b[t*ldb + j]  for i < m, j < n, t < kk, as `mode` says.
@@ -64,18 +80,21 @@ typedef void pylora_kernel_transpose(int64_t m, int64_t n, const float *src, int
 /* bfloat16, where b holds pairs of terms: c[i,j] = sum_t  a[i*lda + 2t + 1] b[t*ldb + 2j + 1]
  *                                                       + a[i*lda + 2t] b[t*ldb + 2j],  t < pairs.
  * Each element is one chain of fused multiply-adds in this order: t upwards, the odd term before the
- * even one (what vdpbf16ps does); but for amx, whose order is in gemm_amx.inc and where a sum that is
- * continued after a number of pairs that is no multiple of 256 is not as if both calls were one.
+ * even one (what vdpbf16ps does); but for amx, whose order is in gemm_amx.inc: there GEMM_ADD is
+ * GEMM_CONTINUE, and a sum that is continued after a number of pairs that is no multiple of 16 is not
+ * as if both calls were one.
  * Subnormal inputs and results may be taken as 0. n, modes as gemm.
  * lda, ldb in elements. */
 typedef void pylora_kernel_gemm_bf16(int64_t m, int n, int64_t pairs, const uint16_t *a,
                                      int64_t lda, const uint16_t *b, int64_t ldb, float *c,
                                      int64_t ldc, int mode);
-/* The same in that one chain on every table, amx too: attention's scores, which few_scores makes in
- * this order for a query alone. */
+/* The same in that one chain on every table, amx too. */
 typedef void pylora_kernel_gemm_pairs(int64_t m, int n, int64_t pairs, const uint16_t *a,
                                       int64_t lda, const uint16_t *b, int64_t ldb, float *c,
                                       int64_t ldc, int mode);
+/* gemm_bf16 for panels, in the same order of sums; with low_b in any order that is the same for all m
+ * and n. */
+typedef void pylora_kernel_panels_bf16(const panels_job *j);
 /* Up to PYLORA_FEW single rows, each with a matrix of its own: gemm and gemm_bf16 of m = 1, n = w,
  * lda = ldc = anything, ldb = w and 2 w, GEMM_SET or GEMM_ADD.  A row alone is one chain that waits for each of its sums. */
 typedef void pylora_kernel_few_rows(int jobs, int w, int64_t kk, const float *const *a,
@@ -91,6 +110,9 @@ typedef void pylora_kernel_transpose32_bf16(const uint16_t *src, uint16_t *dst);
 typedef void pylora_kernel_to_bf16(int64_t n, const float *x,
                                    uint16_t *y); /* to nearest even; NaN stays NaN */
 typedef void pylora_kernel_from_bf16(int64_t n, const uint16_t *x, float *y);
+/* x in two halves: rounded, and what is left, rounded.  A number that is not finite is its upper half; the
+ * halves of one that would be rounded to infinity are cut off instead. */
+typedef void pylora_kernel_halves(int64_t n, const float *x, uint16_t *high, uint16_t *low);
 
 /* Quantized weights; rows and panels lie as format_q.h says.
  * groups x 32 numbers of a row of x -> pylora_qrow [groups] */
@@ -140,7 +162,7 @@ typedef void pylora_kernel_softmax_columns_backward(int64_t n, int cols, float *
                                                     const float *lse, const float *delta,
                                                     float scale);
 /* A few heads of one query, each with a row of s, where the above has columns; every sum in the same
- * order.  s[h*lds + t] = q[h] k[t] for n keys: float32 terms, or pairs as in gemm_pairs if q is
+ * order.  s[h*lds + t] = q[h] k[t] for n keys: float32 terms, or pairs as in gemm_bf16 if q is
  * bfloat16 (then k is, too, and D is even).  q [heads][D]. */
 typedef void pylora_kernel_few_scores(int64_t n, int64_t D, int heads, pylora_vec q, pylora_vec k,
                                       int64_t ldk, float *s, int64_t lds);
@@ -166,25 +188,28 @@ typedef void pylora_kernel_merge_rows(int dtype, int mode, const merge_job *f);
 
 /* The kernels by the file that makes them; a table may have those of another table. */
 #define PYLORA_F32_KERNELS(K) K(gemm) K(transpose) K(few_rows)
-#define PYLORA_PAIR_KERNELS(K) K(gemm_pairs) K(transpose32_bf16) K(to_bf16) K(from_bf16)
-#define PYLORA_PRODUCT_KERNELS(K) K(gemm_bf16) K(few_rows_bf16) K(gemm_q)
+#define PYLORA_PAIR_KERNELS(K) K(gemm_pairs) K(transpose32_bf16) K(to_bf16) K(from_bf16) K(halves)
+#define PYLORA_PRODUCT_KERNELS(K) \
+  K(gemm_bf16) K(panels_bf16) K(few_rows_bf16) K(few_scores) K(gemm_q)
 #define PYLORA_Q_KERNELS(K) K(quantize_row) K(dequantize)
-#define PYLORA_ROW_KERNELS(K)                                                              \
-  K(put_tile)                                                                              \
-  K(sum_squares)                                                                           \
-  K(dot) K(scale) K(rms_forward) K(rms_backward) K(rms_weight) K(rotate) K(swiglu_forward) \
+#define PYLORA_ROW_KERNELS(K)                                                       \
+  K(put_tile)                                                                       \
+  K(sum_squares)                                                                    \
+  K(dot)                                                                            \
+  K(scale) K(rms_forward) K(rms_backward) K(rms_weight) K(rotate) K(swiglu_forward) \
       K(swiglu_backward) K(exp_sum) K(exp_scaled) K(adamw) K(philox) K(drop)
 #define PYLORA_ATTEND_KERNELS(K) \
-  K(softmax_columns) K(softmax_columns_backward) K(few_scores) K(softmax_row) K(few_values)
+  K(softmax_columns) K(softmax_columns_backward) K(softmax_row) K(few_values)
 #define PYLORA_MERGE_KERNELS(K) K(merge_rows)
-#define PYLORA_ALL_KERNELS(K)                                                                  \
-  PYLORA_F32_KERNELS(K)                                                                        \
-  PYLORA_PAIR_KERNELS(K)                                                                       \
-  PYLORA_PRODUCT_KERNELS(K) PYLORA_Q_KERNELS(K) PYLORA_ROW_KERNELS(K) PYLORA_ATTEND_KERNELS(K) \
-      PYLORA_MERGE_KERNELS(K)
+#define PYLORA_ALL_KERNELS(K) \
+  PYLORA_F32_KERNELS(K)       \
+  PYLORA_PAIR_KERNELS(K)      \
+  PYLORA_PRODUCT_KERNELS(K)   \
+  PYLORA_Q_KERNELS(K) PYLORA_ROW_KERNELS(K) PYLORA_ATTEND_KERNELS(K) PYLORA_MERGE_KERNELS(K)
 
 typedef struct pylora_kernels {
   const char *name;
+  int tiles; /* panels_bf16 multiplies matrices at once, and takes long sums in pieces by itself */
   int (*supported)(void); /* can this CPU run the table? */
 #define PYLORA_MEMBER(kernel) pylora_kernel_##kernel *kernel;
   PYLORA_ALL_KERNELS(PYLORA_MEMBER)

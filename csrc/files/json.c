@@ -125,7 +125,7 @@ static int number(reader *r, pylora_json_value *v) {
     if (*r->p == '+' || *r->p == '-') r->p++;
     if (!digits(r)) return bad(r, "a number that is none");
   }
-  if (v->is_whole && r->p - first <= 19) { /* at most 18 digits and a sign, or 19 digits */
+  if (v->is_whole && r->p - start <= 19) { /* UINT64_MAX has 20 digits */
     uint64_t u = 0;
     for (const char *p = start; p < r->p; p++) u = u * 10 + (uint64_t)(*p - '0');
     if (u <= INT64_MAX) {

@@ -35,6 +35,9 @@ typedef struct pylora_format {
   /* `stride` is the distance of prepared rows in bytes. Sums longer than PYLORA_CHUNK in pieces. */
   void (*product)(const pylora_kernels *K, int64_t n, int64_t k, const void *rows, size_t stride,
                   const void *panel, float *tile);
+  /* The same for w panels: tiles [w][n][32].  NULL: they are taken one after the other. */
+  void (*products)(const pylora_kernels *K, int64_t n, int64_t w, int64_t k, const void *rows,
+                   size_t stride, const void *panels, float *tiles);
   /* Up to PYLORA_FEW single rows, each with a panel of its own, or with a matrix of w <= 32 columns in the
    * order of a panel.  NULL where a format has no such kernel. */
   void (*few)(const pylora_kernels *K, int n, int w, int64_t k, const void *const *rows,
@@ -67,11 +70,17 @@ void pylora_product_bf16(const pylora_kernels *K, int64_t m, int64_t n, int64_t 
                          const uint16_t *a, int64_t lda, const uint16_t *b, int64_t ldb, float *c,
                          int64_t ldc);
 
-/* tile [n][32] = or += x W in three products of bfloat16 halves, for kk <= PYLORA_CHUNK terms: x has its
- * lower halves `low_x` elements after the upper ones, W (in pairs) `low_w`. (format_x3.c) */
-void pylora_three_products(const pylora_kernels *K, int64_t n, int64_t kk, const uint16_t *x,
-                           int64_t ldx, int64_t low_x, const uint16_t *W, int64_t low_w,
-                           float *tile, int mode);
+/* Tiles of all kk terms, with the cuts of pylora_piece: `j` is filled in but for pairs and mode. */
+void pylora_panels_bf16(const pylora_kernels *K, panels_job j, int64_t kk);
+/* Asks for memory that is needed soon; it need not exist. */
+static inline void pylora_prefetch(const void *p, size_t bytes) {
+#if defined(__GNUC__)
+  for (size_t i = 0; i < bytes; i += PYLORA_ALIGN) __builtin_prefetch((const char *)p + i, 0, 2);
+#else
+  (void)p, (void)bytes;
+#endif
+}
+
 /* Elements from the upper to the lower halves of a row. */
 static inline int64_t pylora_x3_low(int64_t k) {
   return (int64_t)(round_up((size_t)k * sizeof(uint16_t)) / sizeof(uint16_t));

@@ -38,9 +38,10 @@ static void unpack(const void *panel, int64_t k, int row, float *out) {
   for (int64_t t = 0; t < k; t++) out[t] = bf16_widen(p[t / 2 * (PANEL * 2) + t % 2]);
 }
 
+/* An odd number of lines, so that the rows of a tile fall into different sets of an L1 cache. */
 static size_t row_bytes(int64_t k) {
-  size_t n = round_up((size_t)k * sizeof(uint16_t));
-  return n % 2048 ? n : n + PYLORA_ALIGN;
+  const size_t n = round_up((size_t)k * sizeof(uint16_t));
+  return n / PYLORA_ALIGN % 2 ? n : n + PYLORA_ALIGN;
 }
 
 static void prepare(const pylora_kernels *K, const pylora_mat *x, int64_t first, int64_t n,
@@ -62,6 +63,30 @@ static void product(const pylora_kernels *K, int64_t n, int64_t k, const void *r
                     const void *panel, float *tile) {
   pylora_product_bf16(K, n, PANEL, k, rows, (int64_t)(stride / sizeof(uint16_t)), panel, 2 * PANEL,
                       tile, PANEL);
+}
+
+void pylora_panels_bf16(const pylora_kernels *K, panels_job j, int64_t kk) {
+  const int64_t pairs = ceil_div(kk, 2), step = max64(1, ceil_div(pylora_piece(kk), 2));
+  j.mode = GEMM_SET;
+  for (int64_t t = 0; t == 0 || t < pairs; t += step) {
+    j.pairs = min64(step, pairs - t);
+    K->panels_bf16(&j);
+    j.a += 2 * j.pairs, j.b += 2 * PANEL * j.pairs;
+    j.mode = GEMM_ADD;
+  }
+}
+
+static void products(const pylora_kernels *K, int64_t n, int64_t w, int64_t k, const void *rows,
+                     size_t stride, const void *panels, float *tiles) {
+  const panels_job j = {.m = n,
+                        .n = (int)w,
+                        .a = rows,
+                        .lda = (int64_t)(stride / sizeof(uint16_t)),
+                        .b = panels,
+                        .step = (int64_t)(panel_bytes(k) / sizeof(uint16_t)),
+                        .c = tiles,
+                        .step_c = n * PANEL};
+  pylora_panels_bf16(K, j, k);
 }
 
 static void few(const pylora_kernels *K, int n, int w, int64_t k, const void *const *rows,
@@ -87,6 +112,7 @@ static void transpose(const pylora_kernels *K, const void *panels, int64_t k, in
       memcpy(edge, tile, (size_t)ceil_div(cols, 2) * PANEL * 2 * sizeof(uint16_t));
       tile = edge;
     }
+    if (K->tiles) pylora_prefetch(tile + PANEL * PANEL, PANEL * PANEL * sizeof(uint16_t));
     K->transpose32_bf16(tile, to);
   }
 }
@@ -100,6 +126,7 @@ const pylora_format pylora_format_bf16 = {
     .row_bytes = row_bytes,
     .prepare = prepare,
     .product = product,
+    .products = products,
     .few = few,
     .back = PYLORA_BF16,
     .transpose = transpose,

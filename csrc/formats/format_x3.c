@@ -9,27 +9,6 @@
 
 enum { PANEL = PYLORA_PANEL, SOME = 64 };
 
-/* n <= SOME numbers.  A number that is not finite is its upper half; the halves of one that would be
- * rounded to infinity are cut off instead. */
-static void split(const pylora_kernels *K, int64_t n, const float *v, uint16_t *high,
-                  uint16_t *low) {
-  float rest[SOME];
-  uint32_t u;
-  K->to_bf16(n, v, high);
-  for (int64_t i = 0; i < n; i++) {
-    memcpy(&u, v + i, sizeof u);
-    const int finite = (u & 0x7f800000u) != 0x7f800000u;
-    if (finite && (high[i] & 0x7f80) == 0x7f80) high[i] = (uint16_t)(u >> 16);
-    rest[i] = finite ? v[i] - bf16_widen(high[i]) : 0;
-  }
-  K->to_bf16(n, rest, low);
-  for (int64_t i = 0; i < n; i++)
-    if ((high[i] & 0x7fff) == 0x7f7f) { /* the largest */
-      memcpy(&u, rest + i, sizeof u);
-      low[i] = (uint16_t)(u >> 16);
-    }
-}
-
 static int64_t low_panel(int64_t k) { return ceil_div(k, 2) * PANEL * 2; }
 
 static size_t panel_bytes(int64_t k) { return (size_t)low_panel(k) * 2 * sizeof(uint16_t); }
@@ -41,7 +20,7 @@ static void pack(const pylora_kernels *K, const pylora_mat *W, int64_t first, vo
   for (int64_t t0 = 0; t0 < k; t0 += SOME)
     for (int64_t i = 0; i < n; i++) {
       const int64_t some = min64(SOME, k - t0);
-      split(K, some, W->p + (first + i) * W->ld + t0, high, low);
+      K->halves(some, W->p + (first + i) * W->ld + t0, high, low);
       for (int64_t t = 0; t < some; t++) {
         uint16_t *to = out + (t0 + t) / 2 * (PANEL * 2) + i * 2 + t % 2;
         to[0] = high[t];
@@ -59,8 +38,7 @@ static void unpack(const void *panel, int64_t k, int row, float *out) {
 }
 
 static size_t row_bytes(int64_t k) {
-  const size_t n = (size_t)pylora_x3_low(k) * 2 * sizeof(uint16_t);
-  return n % 2048 ? n : n + PYLORA_ALIGN;
+  return (size_t)pylora_x3_low(k) * 2 * sizeof(uint16_t) + PYLORA_ALIGN; /* see format_bf16.c */
 }
 
 static void prepare(const pylora_kernels *K, const pylora_mat *x, int64_t first, int64_t n,
@@ -74,33 +52,30 @@ static void prepare(const pylora_kernels *K, const pylora_mat *x, int64_t first,
       memcpy(to, x->b + at, (size_t)k * sizeof(uint16_t));
       memset(to + behind, 0, (size_t)k * sizeof(uint16_t));
     } else {
-      for (int64_t t = 0; t < k; t += SOME)
-        split(K, min64(SOME, k - t), x->p + at + t, to + t, to + behind + t);
+      K->halves(k, x->p + at, to, to + behind);
     }
     if (k % 2) to[k] = to[behind + k] = 0;
   }
 }
 
-void pylora_three_products(const pylora_kernels *K, int64_t n, int64_t kk, const uint16_t *x,
-                           int64_t ldx, int64_t low_x, const uint16_t *W, int64_t low_w,
-                           float *tile, int mode) {
-  const int64_t pairs = ceil_div(kk, 2), ldb = 2 * PANEL;
-  K->gemm_bf16(n, PANEL, pairs, x, ldx, W, ldb, tile, PANEL, mode);
-  K->gemm_bf16(n, PANEL, pairs, x, ldx, W + low_w, ldb, tile, PANEL, GEMM_ADD);
-  K->gemm_bf16(n, PANEL, pairs, x + low_x, ldx, W, ldb, tile, PANEL, GEMM_ADD);
+static void products(const pylora_kernels *K, int64_t n, int64_t w, int64_t k, const void *rows,
+                     size_t stride, const void *panels, float *tiles) {
+  const panels_job j = {.m = n,
+                        .n = (int)w,
+                        .a = rows,
+                        .lda = (int64_t)(stride / sizeof(uint16_t)),
+                        .low_a = pylora_x3_low(k),
+                        .b = panels,
+                        .step = 2 * low_panel(k),
+                        .low_b = low_panel(k),
+                        .c = tiles,
+                        .step_c = n * PANEL};
+  pylora_panels_bf16(K, j, k);
 }
 
 static void product(const pylora_kernels *K, int64_t n, int64_t k, const void *rows, size_t stride,
                     const void *panel, float *tile) {
-  const uint16_t *x = rows, *W = panel;
-  const int64_t step = max64(2, ceil_div(pylora_piece(k), 2) * 2);
-  int64_t t = 0;
-  do {
-    pylora_three_products(K, n, min64(step, k - t), x + t, (int64_t)(stride / sizeof(uint16_t)),
-                          pylora_x3_low(k), W + t * PANEL, low_panel(k), tile,
-                          t ? GEMM_ADD : GEMM_SET);
-    t += step;
-  } while (t < k);
+  products(K, n, 1, k, rows, stride, panel, tile);
 }
 
 static void transpose(const pylora_kernels *K, const void *panels, int64_t k, int64_t d0,
@@ -117,6 +92,7 @@ static void transpose(const pylora_kernels *K, const void *panels, int64_t k, in
         memcpy(edge, tile, (size_t)ceil_div(cols, 2) * PANEL * 2 * sizeof(uint16_t));
         tile = edge;
       }
+      if (K->tiles) pylora_prefetch(tile + PANEL * PANEL, PANEL * PANEL * sizeof(uint16_t));
       K->transpose32_bf16(tile, out + q * PANEL);
     }
   }
@@ -131,6 +107,7 @@ const pylora_format pylora_format_f32x3 = {
     .row_bytes = row_bytes,
     .prepare = prepare,
     .product = product,
+    .products = products,
     .back = PYLORA_F32X3,
     .transpose = transpose,
 };

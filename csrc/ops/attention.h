@@ -79,7 +79,7 @@ scratch pylora_attention_scratch(const call *f, int thread);
 /* The sequence that task number n of `first` belongs to. */
 int64_t pylora_owner(const int64_t *first, int64_t sequences, int64_t n);
 
-/* Are products of these two matrices made of pairs of bfloat16? The rule of gemm_pairs. */
+/* Are products of these two matrices made of pairs of bfloat16? The rule of gemm_bf16. */
 static inline int in_pairs(const pylora_mat *x, const pylora_mat *y, int64_t D) {
   return x->b && y->b && D % 2 == 0;
 }
@@ -92,8 +92,8 @@ static inline void pylora_scores(const call *f, int64_t keys, int64_t cols, int 
                                  int64_t ldk, const float *qt, float *s) {
   const int64_t D = f->a->head_dim;
   if (pairs)
-    f->K->gemm_pairs(keys, (int)cols, D / 2, k.b, ldk, (const uint16_t *)(const void *)qt,
-                     2 * PANEL, s, PANEL, GEMM_SET);
+    f->K->gemm_bf16(keys, (int)cols, D / 2, k.b, ldk, (const uint16_t *)(const void *)qt, 2 * PANEL,
+                    s, PANEL, GEMM_SET);
   else
     f->K->gemm(keys, (int)cols, D, k.p, ldk, 1, qt, PANEL, s, PANEL, GEMM_SET);
 }

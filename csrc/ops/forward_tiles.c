@@ -41,12 +41,14 @@ static void sums(const forward *f, const projection *p, int64_t i, int64_t n, in
   const size_t bytes = f->F->panel_bytes(f->k);
   const char *rows = (const char *)f->rows + (size_t)i * f->stride,
              *panels = (const char *)l->W->data + (size_t)q * bytes;
-  const int together = n == 1 && f->F->few;
+  const int products = f->F->products && f->K->tiles, together = !products && n == 1 && f->F->few;
+  if (products) f->F->products(f->K, n, w, f->k, rows, f->stride, panels, tiles);
   for (int64_t u = 0; together && u < w; u += PYLORA_FEW)
     one_row(f, rows, panels + (size_t)u * bytes, (int)min64(PYLORA_FEW, w - u), tiles + u * PANEL);
   for (int64_t u = 0; u < w; u++) {
     float *tile = tiles + u * n * PANEL;
-    if (!together) f->F->product(f->K, n, f->k, rows, f->stride, panels + (size_t)u * bytes, tile);
+    if (!together && !products)
+      f->F->product(f->K, n, f->k, rows, f->stride, panels + (size_t)u * bytes, tile);
     if (!l->bias) continue;
     const float *bias = l->bias + (q + u) * PANEL;
     const int64_t cols = min64(PANEL, l->W->d - (q + u) * PANEL);

@@ -1,6 +1,6 @@
 /* lora_backward.c - gradients of projections that share x: dA, dB and dx.
  *
- * One task of dx = 32 inputs of a block of rows: W's panels are transposed on the way, which for many
+ * One task of dx = some strips of 32 inputs of a block of rows: W's panels are transposed on the way, which for many
  * rows costs a percent and saves a second copy of the weights in memory; the projections are summed in
  * the tile, in their order, and dx is stored once.
  *
@@ -9,7 +9,8 @@
 
 enum {
   PANEL = PYLORA_PANEL,
-  ROWS = 64, /* rows per task of g */
+  ROWS = 64,       /* rows per task of g */
+  TILE_ROWS = 512, /* rows of dx per task, where products run on tiles */
 };
 
 typedef struct part {
@@ -32,7 +33,7 @@ typedef struct bwd {
   const pylora_mat *dx;
   int64_t m, k, n;
   const part *p;
-  int64_t rows, strips;
+  int64_t rows, strips, per_group; /* of a task; strips: in all */
   int add;
   void *out;
   float *tiles;
@@ -155,44 +156,59 @@ static void add_low(const bwd *w, const part *p, int64_t i, int64_t n, int64_t j
   }
 }
 
-/* 32 columns of dx for a block of rows */
+/* tile [n][32] += rows t .. t + rows - 1 of dy's columns times W's, which come transposed as `chunk` */
+static void dx_chunk(const bwd *w, const part *p, int64_t i, int64_t n, int64_t t, int64_t rows,
+                     const float *chunk, float *tile) {
+  const char *dy = (const char *)p->dy + (int64_t)p->stride * i;
+  if (w->back->dtype == PYLORA_F32) {
+    w->K->gemm(n, PANEL, rows, (const float *)(const void *)dy + t, (int64_t)p->stride / 4, 1,
+               chunk, PANEL, tile, PANEL, GEMM_ADD);
+    return;
+  }
+  const int three = w->back->dtype == PYLORA_F32X3;
+  const panels_job job = {.m = n,
+                          .n = 1,
+                          .pairs = ceil_div(rows, 2),
+                          .a = (const uint16_t *)(const void *)dy + t,
+                          .lda = (int64_t)p->stride / 2,
+                          .low_a = three ? pylora_x3_low(p->d) : 0,
+                          .b = (const uint16_t *)(const void *)chunk,
+                          .low_b = three ? pad_panel(rows) * PANEL : 0,
+                          .c = tile,
+                          .mode = GEMM_ADD};
+  w->K->panels_bf16(&job);
+}
+
+static void put_dx(const bwd *w, int64_t i, int64_t n, int64_t j, int64_t cols, const float *tile) {
+  const float *more = w->add ? w->dx->p + i * w->dx->ld + j : NULL;
+  w->K->put_tile(n, (int)cols, tile, more, w->dx->ld, row_at(w->dx, i, j), w->dx->ld);
+}
+
+/* Some strips of 32 columns of dx for a block of rows: a chunk of dy goes through all of them while it is
+ * in the cache. */
 static void dx_block(void *ctx, int64_t task, int thread) {
   const bwd *w = ctx;
-  const int64_t i = task / w->strips * w->rows, n = min64(w->rows, w->m - i);
-  const int64_t j = task % w->strips * PANEL, cols = min64(PANEL, w->k - j);
-  float *tile = w->tiles + (int64_t)thread * PYLORA_TILE, *chunk = tile + PYLORA_MAX_ROWS * PANEL;
-  memset(tile, 0, (size_t)(n * PANEL) * sizeof(float));
+  const int64_t groups = ceil_div(w->strips, w->per_group);
+  const int64_t i = task / groups * w->rows, n = min64(w->rows, w->m - i);
+  const int64_t first = task % groups * w->per_group, end = min64(w->strips, first + w->per_group);
+  float *tiles = w->tiles + (int64_t)thread * PYLORA_TILE, *chunk = tiles + PYLORA_MAX_ROWS * PANEL;
+  memset(tiles, 0, (size_t)((end - first) * n * PANEL) * sizeof(float));
   for (int64_t q = 0; q < w->n; q++) {
     const part *p = w->p + q;
-    const char *dy = (const char *)p->dy + (int64_t)p->stride * i;
-    for (int64_t t = 0; t < p->d; t += PYLORA_CHUNK_D) {
-      const int64_t rows = min64(PYLORA_CHUNK_D, p->d - t);
-      w->F->transpose(w->K, p->l->W->data, w->k, t, pad_panel(rows), j, chunk);
-      if (w->back->dtype == PYLORA_F32X3)
-        pylora_three_products(w->K, n, rows, (const uint16_t *)(const void *)dy + t,
-                              (int64_t)p->stride / 2, pylora_x3_low(p->d),
-                              (const uint16_t *)(const void *)chunk, pad_panel(rows) * PANEL, tile,
-                              GEMM_ADD);
-      else if (w->back->dtype == PYLORA_BF16)
-        w->K->gemm_bf16(n, PANEL, ceil_div(rows, 2), (const uint16_t *)(const void *)dy + t,
-                        (int64_t)p->stride / 2, (const uint16_t *)(const void *)chunk, 2 * PANEL,
-                        tile, PANEL, GEMM_ADD);
-      else
-        w->K->gemm(n, PANEL, rows, (const float *)(const void *)dy + t, (int64_t)p->stride / 4, 1,
-                   chunk, PANEL, tile, PANEL, GEMM_ADD);
+    const int64_t most = pylora_chunk_d(w->K, p->d);
+    for (int64_t t = 0; t < p->d; t += most) {
+      const int64_t rows = min64(most, p->d - t);
+      for (int64_t s = first; s < end; s++) {
+        w->F->transpose(w->K, p->l->W->data, w->k, t, pad_panel(rows), s * PANEL, chunk);
+        dx_chunk(w, p, i, n, t, rows, chunk, tiles + (s - first) * n * PANEL);
+      }
     }
-    if (p->low) add_low(w, p, i, n, j, cols, tile, chunk);
+    for (int64_t s = first; p->low && s < end; s++)
+      add_low(w, p, i, n, s * PANEL, min64(PANEL, w->k - s * PANEL),
+              tiles + (s - first) * n * PANEL, chunk);
   }
-  for (int64_t q = 0; q < n; q++) {
-    const float *c = tile + q * PANEL;
-    const int64_t at = (i + q) * w->dx->ld + j;
-    if (w->dx->b)
-      w->K->to_bf16(cols, c, w->dx->b + at);
-    else if (w->add)
-      for (int64_t b = 0; b < cols; b++) w->dx->p[at + b] += c[b];
-    else
-      memcpy(w->dx->p + at, c, (size_t)cols * sizeof(float));
-  }
+  for (int64_t s = first; s < end; s++)
+    put_dx(w, i, n, s * PANEL, min64(PANEL, w->k - s * PANEL), tiles + (s - first) * n * PANEL);
 }
 
 static int check_grad(const pylora_linear_grad *l, const pylora_mat *x, const pylora_mat *dx,
@@ -293,6 +309,19 @@ static int one_part(const bwd *all, part *p, const pylora_mat *x, arena *a, int 
   return PYLORA_OK;
 }
 
+/* Rows and strips of a task.  On tiles a product takes so little time that dy and W must come from the
+ * cache; without, one strip of many rows is as good, and W is transposed less often. */
+static void share_out(bwd *w, int threads) {
+  w->strips = ceil_div(w->k, PANEL);
+  w->rows = min64(PYLORA_MAX_ROWS / 2, w->m);
+  w->per_group = 1;
+  if (!w->K->tiles) return;
+  const int64_t blocks = ceil_div(w->m, TILE_ROWS);
+  w->rows = min64(w->rows, ceil_div(ceil_div(w->m, blocks), 32) * 32);
+  w->per_group = max64(
+      1, min64(PYLORA_MAX_ROWS / w->rows, w->strips * ceil_div(w->m, w->rows) / (2 * threads)));
+}
+
 int pylora_linear_backward(const pylora_mat *x, int64_t n, const pylora_linear_grad *linear,
                            const pylora_mat *dx, int add_dx, void *ws, size_t ws_bytes) {
   if (n > 0 && !linear) return PYLORA_E_NULL;
@@ -329,9 +358,8 @@ int pylora_linear_backward(const pylora_mat *x, int64_t n, const pylora_linear_g
     TRY(one_part(&w, p + i, x, &a, threads));
   }
   if (dx && m && k) {
-    w.rows = min64(PYLORA_MAX_ROWS, m);
-    w.strips = ceil_div(k, PANEL);
-    pylora_parallel(dx_block, &w, ceil_div(m, w.rows) * w.strips, threads);
+    share_out(&w, threads);
+    pylora_parallel(dx_block, &w, ceil_div(m, w.rows) * ceil_div(w.strips, w.per_group), threads);
   }
   return PYLORA_OK;
 }

@@ -7,7 +7,9 @@ enum {
   PANEL = PYLORA_PANEL,
   BLOCK_BYTES = 384 * 1024, /* prepared rows per block: half of a usual L2 */
   GROUP = 4,                /* panels per task while there are many */
+  TILE_GROUP = 8,           /* the same where products run on tiles: long rows come from memory */
   ROWS = 64,                /* rows of x per task while there are many */
+  TILE_ROWS = 256,          /* rows per block, where products run on tiles */
 };
 
 size_t pylora_linear_workspace(int64_t m, int64_t n, int64_t d, int64_t k, int64_t r) {
@@ -210,7 +212,9 @@ int pylora_fused_forward(const pylora_mat *x, const pylora_norm *norm, int64_t n
   }
 
   const int64_t bytes = max64(1, (int64_t)f.F->row_bytes(k));
-  f.block = min64(PYLORA_MAX_ROWS, max64(48, BLOCK_BYTES / bytes / 12 * 12));
+  f.block = min64(PYLORA_MAX_ROWS / 2, max64(48, BLOCK_BYTES / bytes / 12 * 12));
+  if (f.K->tiles && f.F->products) /* equal blocks: long rows are multiplied in pieces */
+    f.block = ceil_div(ceil_div(m, ceil_div(m, TILE_ROWS)), 32) * 32;
   for (int64_t i = 0; i < n; i++) {
     p[i] = (projection){.l = linear + i, .panels = ceil_div(linear[i].W->d, PANEL), .pair = 1};
     p[i].finish = finish ? finish + i : NULL;
@@ -254,7 +258,8 @@ int pylora_fused_forward(const pylora_mat *x, const pylora_norm *norm, int64_t n
   /* Small tasks are shared out evenly; with many adapters each task better has a few panels of each. */
   const int64_t tasks = (segments > 1 ? 4 : 8) * threads;
   const int64_t least = m == 1 ? 2 : 1; /* sums of one row wait for each other less in two panels */
-  const int64_t each = min64(GROUP, max64(least, outputs * blocks / tasks));
+  const int64_t each =
+      min64(f.K->tiles ? TILE_GROUP : GROUP, max64(least, outputs * blocks / tasks));
   for (int64_t i = 0; i < n; i++) {
     p[i].per_group = ceil_div(each, p[i].unit) * p[i].unit;
     if (!finish || !finish[i].product) p[i].groups = ceil_div(p[i].panels, p[i].per_group);

@@ -5,13 +5,19 @@
 #include "formats/format.h"
 
 enum {
-  PYLORA_MAX_ROWS = 1024, /* rows of a tile at most; sizes the scratch tile */
+  PYLORA_MAX_ROWS = 2048, /* rows of all tiles of a task at most; sizes the scratch */
   PYLORA_CHUNK_D =
-      512, /* backward: rows of W transposed at a time (64 KiB); forward: ranks of a panel of B,
+      576, /* backward: rows of W transposed at a time (72 KiB); forward: ranks of a panel of B,
               or panels of heads that are rotated together */
   PYLORA_TILE = (PYLORA_MAX_ROWS + PYLORA_CHUNK_D) *
       PYLORA_PANEL, /* floats of scratch per thread */
 };
+
+/* Backward: rows of W transposed at a time.  Tiles like them equal. */
+static inline int64_t pylora_chunk_d(const pylora_kernels *K, int64_t d) {
+  if (!K->tiles) return 512;
+  return pad_panel(ceil_div(d, max64(1, ceil_div(d, PYLORA_CHUNK_D))));
+}
 
 /* A and B of one adapter, packed for a weight of `dtype`:
  * At: panels of 32 of the rank, [k][w] (in pairs for bfloat16, [ceil(k/2)][w][2]), w = min(32, left);

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from pylora.errors import FileFormatError
+from pylora.files.kinds import what_is
 from pylora.formats.locate import as_path, as_text, in_hub_cache, not_there
 
 CONFIG = "adapter_config.json"
@@ -58,12 +59,7 @@ def _in_folder(folder: Path) -> Path:
 def _refuse_file(file: Path) -> Path:
     if file.name in (CONFIG, *_WEIGHTS):
         return file.parent
-    try:
-        with open(file, "rb") as opened:
-            is_gguf = opened.read(4) == b"GGUF"
-    except OSError as error:
-        raise FileFormatError(f"{file}: cannot be read: {error.strerror or error}") from error
-    what = "a GGUF file, such as base models come in," if is_gguf else "a file,"
     raise FileFormatError(
-        f"{file} is {what} not an adapter; an adapter is a folder with {CONFIG} and {_WEIGHTS[0]}"
+        f"{file} is {what_is(file) or 'a file'}, not an adapter; an adapter is a folder with "
+        f"{CONFIG} and {_WEIGHTS[0]}"
     )

@@ -41,7 +41,7 @@ _REFUSED = {
 }
 # Initialisations that leave the base weights alone: an adapter made so can be read and used.
 _READABLE_INITS = ("eva", "orthogonal")
-FRESH_TARGETS: str | tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+FRESH_TARGETS: str | tuple[str, ...] = "all-linear"  # as the literature recommends
 _FOREIGN = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "use_rslora"}
 _MAX_PATTERN = 4096  # characters of one regular expression
 

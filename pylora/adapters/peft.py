@@ -9,12 +9,14 @@ repeated, misshapen or non-finite tensor is an error that names it. Pickle files
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pylora.adapters.fit import misfit
 from pylora.adapters.locate import find_adapter
 from pylora.adapters.loraconfig import LoraConfig
 from pylora.adapters.plan import Plan, resolve
@@ -89,7 +91,7 @@ def read(
     """
     directory = find_adapter(directory)
     config = read_config(directory)
-    with SafeTensors(_weights_file(Path(directory))) as file:
+    with SafeTensors(_weights_file(Path(directory))) as file, _saying_why(file, config, modules):
         _refuse_saved_modules(file, config)
         try:
             plan = resolve(config, modules)
@@ -103,6 +105,26 @@ def read(
             for key, (path, _, shape) in wanted.items()
         }
     return config, plan, assemble(config, plan, arrays)
+
+
+@contextmanager
+def _saying_why(
+    file: SafeTensors, config: LoraConfig, modules: Mapping[str, ModuleSpec]
+) -> Iterator[None]:
+    """Where the adapter is one of another base model, that is what the error says, not a list of
+    tensors."""
+    try:
+        yield
+    except PlanError as error:
+        why = misfit(
+            {key: file.shape(key) for key in file.tensors},
+            modules,
+            some_layers=config.layers_to_transform is not None,
+            base=config.base_model_name_or_path,
+        )
+        if not why:
+            raise
+        raise PlanError(f"{file.path}: {why}") from error
 
 
 def read_config(directory: str | os.PathLike[str]) -> LoraConfig:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pylora.errors import BackendError, expect
+from pylora.extras import install
 
 if TYPE_CHECKING:
     from pylora.ops.protocol import Backend
@@ -60,7 +61,7 @@ _GPU = ("cuda", "cupy")
 _ADVICE = {
     "c": "reinstall pylora with a C compiler present, or choose another backend",
     "cuda": "`pylora doctor` says what is missing; without a GPU choose c",
-    "cupy": "install CuPy (pip install 'pylora[cuda]'); without a GPU choose c",
+    "cupy": f"install CuPy ({install('cuda')}); without a GPU choose c",
 }
 _loaded: dict[str, Backend] = {}
 _chosen: Backend | None = None

@@ -1,42 +1,153 @@
-"""The typer application, and the arguments that several verbs share."""
+"""The typer application, how a verb registers, and the arguments that several verbs share."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ParamSpec, TypeVar
 
 import typer
 
 from pylora.commands.guard import verb
+from pylora.commands.parse import Verb, Verbs
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+MAKE, LOOK, TEST, HERE = "Train and use", "Look", "Test an implementation", "This machine"
+ADAPTER, DATA, HOW, RUN = "The adapter", "The data", "How it learns", "The run"
 
 app = typer.Typer(
+    cls=Verbs,
     help="LoRA without a deep-learning framework: train, run, merge and inspect adapters.",
-    no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[Path, typer.Argument(help="GGUF file or Hugging Face directory")]
-AdapterDir = Annotated[Path, typer.Argument(help="PEFT directory")]
-Seed = Annotated[int, typer.Option(help="of everything that is drawn at random")]
-Rank = Annotated[int, typer.Option("--rank", "-r", help="rank of A and B")]
-Alpha = Annotated[float | None, typer.Option(help="lora_alpha; default: twice the rank")]
+
+def command(part: str, *examples: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Registers a verb: the part of the help it stands in, and example command lines."""
+
+    def register(function: Callable[P, T]) -> Callable[P, T]:
+        app.command(cls=Verb, rich_help_panel=part, epilog="\n".join(examples))(verb(function))
+        return function
+
+    return register
+
+
+Model = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL",
+        help="a GGUF file, a Hugging Face folder, or an id of the Hub whose model is in its cache",
+    ),
+]
+AdapterDir = Annotated[
+    Path,
+    typer.Argument(metavar="ADAPTER", help="a PEFT folder, or the folder of a training run"),
+]
+Seed = Annotated[int, typer.Option(help="of everything that is drawn at random", metavar="N")]
+Rank = Annotated[
+    int,
+    typer.Option(
+        "--rank", "-r", "--r", "--lora-r", "--lora-rank", help="rank of A and B",
+        rich_help_panel=ADAPTER,
+    ),
+]  # fmt: skip
+Alpha = Annotated[
+    float | None,
+    typer.Option(
+        "--alpha", "--lora-alpha", help="lora_alpha; default: twice the rank",
+        metavar="X", rich_help_panel=ADAPTER,
+    ),
+]  # fmt: skip
 Targets = Annotated[
-    str, typer.Option(help="modules, separated by commas; or a regular expression; or all-linear")
-]
+    str,
+    typer.Option(
+        "--targets", "--target-modules", "--lora-target-modules", metavar="NAMES",
+        help="modules, separated by commas; or a regular expression; or all-linear",
+        rich_help_panel=ADAPTER,
+    ),
+]  # fmt: skip
+RsLora = Annotated[
+    bool,
+    typer.Option(
+        "--rslora/--no-rslora", "--use-rslora", help="scale by alpha / sqrt(r), not alpha / r",
+        rich_help_panel=ADAPTER,
+    ),
+]  # fmt: skip
 Precision = Annotated[
-    str, typer.Option(help="of the base model: fp32, fp32x3, bf16, int8, int4; fp16 on cuda")
+    str,
+    typer.Option(
+        metavar="NAME", help="of the base model: fp32, fp32x3, bf16, int8, int4; fp16 on cuda"
+    ),
 ]
-RsLora = Annotated[bool, typer.Option(help="scale by alpha / sqrt(r) in place of alpha / r")]
+EveryModule = Annotated[
+    bool, typer.Option("--all", help="a line for each module, where like ones share one")
+]
+
+
+_DRAW = "How tokens are chosen"
+Temperature = Annotated[
+    float,
+    typer.Option(
+        "--temperature", "--temp", "-t", metavar="X", rich_help_panel=_DRAW,
+        help="0 takes the likeliest token, and draws none",
+    ),
+]  # fmt: skip
+TopK = Annotated[
+    int,
+    typer.Option(metavar="N", rich_help_panel=_DRAW, help="draw from the N likeliest; 0: from all"),
+]
+TopP = Annotated[
+    float,
+    typer.Option( metavar="X", rich_help_panel=_DRAW,
+        help="draw from the likeliest that have this probability together",
+    ),
+]  # fmt: skip
+MinP = Annotated[
+    float,
+    typer.Option( metavar="X", rich_help_panel=_DRAW,
+        help="draw from those that have this share of the likeliest's probability",
+    ),
+]  # fmt: skip
+Penalty = Annotated[
+    float,
+    typer.Option(
+        "--repetition-penalty", "--repeat-penalty", metavar="X", rich_help_panel=_DRAW,
+        help="above 1: what was said becomes less likely",
+    ),
+]  # fmt: skip
+DrawSeed = Annotated[
+    int, typer.Option("--seed", metavar="N", rich_help_panel=_DRAW, help="of the draws")
+]
+NEW_TOKENS = ("--max-new-tokens", "-n", "--max-tokens", "--n-predict")
+ADAPTER_NAMES = ("--adapter", "-a", "--adapter-path")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import pylora
+
+        print(f"pylora {pylora.__version__}")
+        raise typer.Exit
 
 
 @app.callback()
 @verb
 def common(
     backend: Annotated[
-        str | None, typer.Option(help="c, numpy, cuda, cupy or auto; default: c where built")
+        str | None,
+        typer.Option(
+            metavar="NAME", help="what computes: c, numpy, cuda, cupy or auto; default: c if built"
+        ),
     ] = None,
+    version: Annotated[
+        bool,
+        typer.Option("--version", "-V", callback=_version, is_eager=True, help="show it and stop"),
+    ] = False,
 ) -> None:
     """LoRA without a deep-learning framework: train, run, merge and inspect adapters."""
     if backend is not None:

@@ -13,9 +13,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pylora.commands.app import Model, Precision, Seed, app
-from pylora.commands.guard import verb
+from pylora.commands.app import (
+    ADAPTER_NAMES,
+    MAKE,
+    NEW_TOKENS,
+    DrawSeed,
+    MinP,
+    Model,
+    Penalty,
+    Precision,
+    Temperature,
+    TopK,
+    TopP,
+    command,
+)
 from pylora.commands.prompts import adapter_folders
+from pylora.commands.template import TemplateArgs, use_template
 from pylora.errors import ConfigError, PyloraError
 
 if TYPE_CHECKING:
@@ -24,31 +37,37 @@ if TYPE_CHECKING:
 _BASE = ("none", "base")  # what names the model without an adapter
 
 
-@app.command()
-@verb
+@command(
+    MAKE,
+    "pylora chat SmolLM2.gguf",
+    "pylora chat SmolLM2.gguf --adapter runs/tone --system 'Be brief.'",
+)
 def chat(
     model: Model,
     adapter: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=DIR",
-            help="PEFT directory or run, by name, repeatedly; the first one answers",
+            *ADAPTER_NAMES, metavar="[NAME=]DIR",
+            help="PEFT folder or run, by name, repeatedly; the first one answers",
         ),
     ] = None,
-    system: Annotated[str | None, typer.Option(help="system message")] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", "-n", help="of an answer; default: 512")
+    system: Annotated[
+        str | None,
+        typer.Option("--system", "--system-prompt", metavar="TEXT", help="system message"),
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0: greedy")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="0: all")] = 0,
-    top_p: float = 1.0,
-    min_p: Annotated[
-        float, typer.Option(help="least share of the likeliest token's probability")
-    ] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="1: none")] = 1.0,
+    template_arg: TemplateArgs = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(*NEW_TOKENS, metavar="N", help="most tokens of an answer; default: 512"),
+    ] = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Penalty = 1.0,
+    seed: DrawSeed = 0,
     precision: Precision = "fp32",
-    seed: Seed = 0,
-) -> None:
+) -> None:  # fmt: skip
     """Talk with a model; /help shows what can be changed on the way, Ctrl-C stops an answer.
 
     Where standard input is a pipe or a file, each of its lines is a message or a command.
@@ -64,6 +83,7 @@ def chat(
         if name in _BASE:
             raise ConfigError(f"--adapter {name}=...: that name means the base model; take another")
     with load(model, dict(folders), precision=precision) as loaded:
+        use_template(loaded.tokenizer, template_arg)
         if folders:
             loaded.adapters.use(next(iter(folders)))
         talk = Chat(
@@ -97,8 +117,15 @@ def _typed(talk: Chat) -> Iterator[str]:
         except EOFError:
             print()
             return
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
+            _only_ctrl_c(stop)
             talk.say("\n/quit or Ctrl-D ends")
+
+
+def _only_ctrl_c(stop: KeyboardInterrupt) -> None:
+    """Ctrl-C stops an answer; a request to end the process (SIGTERM, SIGHUP) is not for that."""
+    if getattr(stop, "code", 130) != 130:
+        raise stop
 
 
 class Chat:
@@ -155,7 +182,8 @@ class Chat:
             for piece in pieces:
                 answer += piece
                 print(piece, end="", flush=True)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
+            _only_ctrl_c(stop)
             self.say("\n(stopped)" if answer else "(stopped)")
         if answer:
             print(flush=True)

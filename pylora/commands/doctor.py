@@ -1,7 +1,9 @@
-"""`pylora doctor`: what of a GPU is there, step by step, and what to do about what is not.
+"""`pylora doctor`: which extras are there and what each would bring; what of a GPU is there, step
+by step, and what to do about what is not.
 
-Each step is looked at by itself: the compiled library, its version, the driver and its devices,
-cuBLASLt, CuPy; then what computes. Nothing is changed, and nothing but the GPU's parts is loaded.
+Each step is looked at by itself: the extras, the compiled library, its version, the driver and its
+devices, cuBLASLt, CuPy; then what computes. Nothing is changed, and nothing but the GPU's parts is
+loaded. A Step of state `optional` is an extra that is not there, which is no fault.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-OK, MISSING = "ok", "missing"
+from pylora.extras import BRINGS, DISTRIBUTION, install, installed
+
+OK, MISSING, OPTIONAL = "ok", "missing", "optional"
 NOTE = Path(__file__).parents[1] / "backends" / "_cuda_note.txt"  # what the build says
 
 
@@ -20,7 +24,7 @@ class Step:
     """One thing that a GPU needs."""
 
     what: str
-    state: str  # "ok" or "missing"
+    state: str  # "ok", "missing" or "optional"
     text: str
     advice: str = ""  # what to do about a missing one
 
@@ -28,10 +32,25 @@ class Step:
 def examine() -> list[Step]:
     """All steps, the last one saying what computes here."""
     steps, library = _library()
+    steps = [*_extras(), *steps]
     steps += _driver(library)
     steps.append(_cublaslt())
     steps += _cupy()
     return [*steps, *_computes()]
+
+
+def _extras() -> list[Step]:
+    steps = []
+    for extra, brings in BRINGS.items():
+        here, missing = installed(extra)
+        what = f"extra {extra}" if extra else "plain install"
+        if not missing:
+            steps.append(Step(what, OK, f"{brings}: {', '.join(here)}"))
+            continue
+        text = f"{brings}; not installed: {', '.join(missing)}"
+        text += f"; here: {', '.join(here)}" if here else ""
+        steps.append(Step(what, OPTIONAL if extra else MISSING, text, install(extra)))
+    return steps
 
 
 def _library() -> tuple[list[Step], Any]:
@@ -41,7 +60,10 @@ def _library() -> tuple[list[Step], Any]:
     built = NOTE.read_text(encoding="utf-8").strip() if NOTE.is_file() else "no note of the build"
     path = library_path()
     if path is None:
-        advice = "reinstall pylora with PYLORA_CUDA=on; that needs nvcc, of a CUDA toolkit"
+        advice = (
+            "PYLORA_CUDA=on pip install --force-reinstall --no-deps --no-binary :all: "
+            f"{DISTRIBUTION} (or `.` in a clone); that needs nvcc, of a CUDA toolkit"
+        )
         return [Step("CUDA library", MISSING, built, advice)], None
     try:
         library = Library()
@@ -85,13 +107,13 @@ def _cublaslt() -> Step:
         "cuBLASLt",
         MISSING,
         "in no PyPI wheel and no CUDA toolkit here; one that is loaded already is used",
-        "pip install 'pylora[cuda]'",
+        install("cuda"),
     )
 
 
 def _cupy() -> list[Step]:
     if importlib.util.find_spec("cupy") is None:
-        return [Step("CuPy", MISSING, "not installed", "pip install 'pylora[cuda]'")]
+        return [Step("CuPy", MISSING, "not installed", install("cuda"))]
     try:
         import cupy
     except Exception as error:  # a broken installation may raise anything

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn, ParamSpec, TypeVar
 
 from pylora.errors import PyloraError
@@ -21,20 +23,54 @@ def verb(function: Callable[P, T]) -> Callable[P, T]:
         try:
             return function(*args, **kwargs)
         except PyloraError as error:
-            _stop(str(error), 1)
-        except KeyboardInterrupt:
-            _stop("interrupted", 130)
+            stop(str(error), 1)
+        except KeyboardInterrupt as error:
+            stop(str(error) or "interrupted", getattr(error, "code", 130))
         except BrokenPipeError:
             raise
         except OSError as error:  # no such file, no permission, disk full
-            named = error.filename is not None and error.strerror
-            _stop(f"{error.filename}: {error.strerror}" if named else str(error), 1)
+            stop(sentence(error), 1)
         except MemoryError:
-            _stop("there is not enough memory for this model and these settings", 1)
+            stop("there is not enough memory for this model and these settings", 1)
 
     return guarded
 
 
-def _stop(message: str, code: int) -> NoReturn:
-    print(f"pylora: {message}", file=sys.stderr)
+@contextmanager
+def unfinished(what: str) -> Iterator[None]:
+    """If the block is interrupted, the sentence about it goes on with `what`."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        error.args = (f"{error or 'interrupted'}; {what}",)
+        raise
+
+
+def sentence(error: OSError) -> str:
+    """What the system says, and of which file."""
+    named = error.filename is not None and error.strerror
+    said = f"{error.filename}: {error.strerror}" if named else error.strerror or str(error)
+    return said + (": free some space, or write elsewhere" if error.errno == errno.ENOSPC else "")
+
+
+def warn(message: str) -> None:
+    """A line on stderr about something that goes on, but that may not be what was meant."""
+    _print(f"pylora: warning: {message}")
+
+
+def note(message: str) -> None:
+    """A line on stderr that is no complaint."""
+    _print(f"pylora: {message}")
+
+
+def stop(message: str, code: int) -> NoReturn:
+    """Ends the verb with a sentence on stderr and this exit code."""
+    _print(f"pylora: {message}")
     raise SystemExit(code) from None
+
+
+def _print(line: str) -> None:
+    if sys.stderr is not None:
+        if sys.stdout is not None:
+            sys.stdout.flush()  # what was printed before comes before it in a log, too
+        print(line, file=sys.stderr, flush=True)

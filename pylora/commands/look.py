@@ -1,124 +1,48 @@
-"""The verbs that look: inspect, check, demo, vectors, info, doctor, conformance."""
+"""The verbs that check and tell: check, conformance, vectors, doctor, info, demo."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pylora.commands.app import Model, Seed, app
-from pylora.commands.guard import verb
-from pylora.display.console import Console, megabytes
-from pylora.errors import ConfigError
+from pylora.commands.app import ADAPTER_NAMES, HERE, LOOK, TEST, Model, Seed, command
+from pylora.commands.guard import unfinished
+from pylora.commands.inputs import file_or_stdin
+from pylora.commands.outputs import check_file, check_folder
+from pylora.display.console import Console
 
 
-@app.command()
-@verb
-def inspect(
-    adapter: Annotated[Path | None, typer.Argument(help="PEFT directory")] = None,
-    model: Annotated[
-        Path | None, typer.Option(help="check the adapter against this model's modules")
-    ] = None,
-    picture: Annotated[Path | None, typer.Option(help="PNG to draw")] = None,
-    numbers: Annotated[
-        bool, typer.Option("--numbers", help="the parameter counts LoRA is known by, computed")
-    ] = False,
-) -> None:
-    """Show how far an adapter moves each module: norm and singular values of its delta."""
-    from pylora.adapters.inspect import numbers as compute_numbers
-
-    screen = Console()
-    if numbers:
-        rows = [
-            (
-                n.what,
-                n.rank,
-                f"{n.trainable:,}",
-                f"{n.full:,}",
-                f"{100 * n.trainable / n.full:.3f} %",
-            )
-            for n in compute_numbers()
-        ]
-        columns = ("weight", "r", "trainable with LoRA", "all", "share")
-        screen.table(columns, rows, right=columns[1:])
-    if adapter is None:
-        if not numbers:
-            raise ConfigError("name a PEFT directory to inspect, or give --numbers")
-        return
-    _inspect_adapter(screen, adapter, model, picture)
-
-
-def _inspect_adapter(
-    screen: Console, directory: Path, model: Path | None, picture: Path | None
-) -> None:
-    from pylora.adapters.adapter import Adapter
-    from pylora.adapters.inspect import inspect as measure
-    from pylora.adapters.inspect import modules_of
-    from pylora.display.plots import adapter_picture
-    from pylora.formats import open_checkpoint
-
-    if model is None:
-        adapter = Adapter.load(directory, modules_of(directory))
-    else:
-        with open_checkpoint(model) as checkpoint:
-            adapter = Adapter.load(directory, checkpoint.config.modules(), base=checkpoint.load)
-    stats = measure(adapter)
-    screen.table(
-        ("module", "d × k", "r", "scale", "norm", "stable rank", "singular values"),
-        [
-            (
-                s.path,
-                f"{s.d} × {s.k}",
-                s.rank,
-                f"{s.scale:g}",
-                f"{s.norm:.4g}",
-                f"{s.stable_rank:.2f}",
-                _first(s.singular_values),
-            )
-            for s in stats
-        ],
-        right=("d × k", "r", "scale", "norm", "stable rank"),
-    )
-    full = sum(s.d * s.k for s in stats)
-    screen.say(
-        f"{adapter.num_parameters:,} parameters ({megabytes(4 * adapter.num_parameters)} in "
-        f"float32) in {len(stats)} modules whose weights have {full:,}: "
-        f"{100 * adapter.num_parameters / full:.2f} %"
-    )
-    if picture is not None:
-        adapter_picture(picture, stats, title=f"Adapter {directory.name}: {len(stats)} modules")
-        screen.say(f"picture: {picture}")
-
-
-def _first(values: Sequence[float], most: int = 5) -> str:
-    shown = " ".join(f"{value:.3g}" for value in values[:most])
-    return shown + (" …" if len(values) > most else "")
-
-
-@app.command()
-@verb
+@command(LOOK, "pylora check SmolLM2.gguf --adapter runs/tone --json report.json")
 def check(
     model: Model,
     adapter: Annotated[
-        Path | None, typer.Option(help="PEFT directory; default: random, on q, k, v and o")
+        Path | None,
+        typer.Option(
+            *ADAPTER_NAMES, metavar="DIR",
+            help="PEFT folder or run; default: random, on q, k, v and o",
+        ),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="JSONL to take tokens from; default: random tokens")
+        Path | None, typer.Option(help="records to take tokens from; default: random tokens")
     ] = None,
-    tokens: Annotated[int, typer.Option(help="tokens to check with")] = 24,
+    tokens: Annotated[int, typer.Option(metavar="N", help="tokens to check with")] = 24,
     seed: Seed = 0,
     as_json: Annotated[
-        Path | None, typer.Option("--json", help="file to write the report to")
+        Path | None, typer.Option("--json", metavar="FILE", help="file to write the report to")
     ] = None,
-) -> None:
+) -> None:  # fmt: skip
     """Prove gradients, merging and zero-init on a real model and adapter; exit code 1 if not."""
     from pylora.check.check import check_model
     from pylora.files.whole import atomic_write
 
-    report = check_model(model, adapter, data=data, tokens=tokens, seed=seed)
+    if as_json is not None:
+        check_file(as_json, what="--json")
+    data = file_or_stdin(data)
+    with unfinished("no report was written"):
+        report = check_model(model, adapter, data=data, tokens=tokens, seed=seed)
     if as_json is not None:
         with atomic_write(as_json) as file:
             file.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
@@ -140,61 +64,64 @@ def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
-@app.command()
-@verb
-def demo(
-    model: Annotated[
-        Path | None, typer.Option(help="GGUF file or folder, in place of the downloaded model")
+@command(TEST, "pylora conformance mypackage.mylora:Implementation", "pylora conformance --list")
+def conformance(
+    implementation: Annotated[
+        str | None,
+        typer.Argument(metavar="PACKAGE.MODULE:CLASS", help="found on PYTHONPATH or here"),
     ] = None,
-    out: Annotated[Path, typer.Option(help="folder for everything it writes")] = Path("out/demo"),
-    short: Annotated[bool, typer.Option("--short", help="fewer steps and items")] = False,
-    steps: Annotated[int | None, typer.Option(min=1, help="training steps")] = None,
-    precision: Annotated[
-        str, typer.Option(help="auto: bf16 where the processor multiplies it, else fp32")
-    ] = "auto",
+    profile: Annotated[
+        str, typer.Option(metavar="NAME", help="quick (100 examples a law) or nightly")
+    ] = "quick",
+    law: Annotated[
+        list[str] | None, typer.Option(metavar="ID", help="id of a law; may be repeated")
+    ] = None,
+    examples: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="per law, in place of a profile")
+    ] = None,
     seed: Seed = 0,
+    as_list: Annotated[bool, typer.Option("--list", help="show the laws and stop")] = False,
+    mutants: Annotated[
+        bool, typer.Option("--mutants", help="kill the kit's own wrong implementations and stop")
+    ] = False,
 ) -> None:
-    """Teach SmolLM2-135M a notation, measured before and after: minutes on two cores."""
-    from dataclasses import replace
+    """Test any implementation of LoRA against the laws; exit code 1 if one fails or breaks."""
+    from pylora.conformance.running import command as kit
 
-    from pylora.demo.demo import SHORT, Settings, run
+    screen = Console()
+    if mutants:
+        from pylora.conformance.mutants.hunt import hunt
 
-    settings = replace(SHORT if short else Settings(), seed=seed, precision=precision)
-    if steps is not None:
-        settings = replace(settings, steps=steps)
-    # With another model or length nobody knows what to expect: then the figures are only shown.
-    run(out, model=model, settings=settings, judge=model is None and steps is None)
+        if not hunt(screen.say, seed=seed):
+            raise typer.Exit(1)
+        return
+    if implementation is None:
+        screen.say(kit.listing(law or []).removesuffix("\n"))
+        return
+    if not kit.test(implementation, profile, law or [], examples, seed, screen.say):
+        raise typer.Exit(1)
 
 
-@app.command()
-@verb
+@command(TEST, "pylora vectors --out vectors")
 def vectors(
-    out: Annotated[Path, typer.Option(help="folder to write; see docs/porting.md")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="folder to write; docs/porting.md")],
 ) -> None:
     """Write the golden vectors that a port is checked against."""
     from pylora.conformance.vectors.all import all_cases
-    from pylora.conformance.vectors.cases import VERSION, write
+    from pylora.conformance.vectors.cases import VERSION, check_output, write
 
-    cases = all_cases()
-    write(out, cases)
+    check_folder(out, what="--out")
+    check_output(out)
+    with unfinished(f"{out} was not written"):
+        cases = all_cases()
+        write(out, cases)
     numbers = sum(expected.value.size for case in cases for expected in case.outputs.values())
-    print(f"{out}: version {VERSION}, {len(cases)} cases, {numbers} numbers to be met")
+    Console().say(f"{out}: version {VERSION}, {len(cases)} cases, {numbers} numbers to be met")
 
 
-@app.command()
-@verb
-def info() -> None:
-    """Show versions, backends, the instruction set in use and the number of threads."""
-    from pylora import build_info
-
-    for name, value in build_info().items():
-        print(f"{name}: {', '.join(value) if isinstance(value, list) else value}")
-
-
-@app.command()
-@verb
+@command(HERE, "pylora doctor")
 def doctor() -> None:
-    """Show what a GPU needs that is here, what is missing, and what to do about it."""
+    """Show the extras and a GPU's parts: what is here, what is not, and what to do about it."""
     from pylora.commands.doctor import examine
 
     screen, steps = Console(), examine()
@@ -204,41 +131,41 @@ def doctor() -> None:
             screen.say(f"{s.what}: {s.advice}")
 
 
-@app.command()
-@verb
-def conformance(
-    implementation: Annotated[
-        str | None, typer.Argument(help="package.module:Class, found on PYTHONPATH or here")
+@command(HERE, "pylora info", "pylora --backend numpy info")
+def info() -> None:
+    """Show versions, backends, the instruction set in use and the number of threads."""
+    from pylora import build_info
+
+    screen = Console()
+    for name, value in build_info().items():
+        screen.say(f"{name}: {', '.join(value) if isinstance(value, list) else value}")
+
+
+@command(HERE, "pylora demo", "pylora demo --short --model SmolLM2.gguf")
+def demo(
+    model: Annotated[
+        Path | None, typer.Option(help="GGUF file or folder, in place of the downloaded model")
     ] = None,
-    profile: Annotated[str, typer.Option(help="quick (100 examples a law) or nightly")] = "quick",
-    law: Annotated[list[str] | None, typer.Option(help="id of a law; may be repeated")] = None,
-    examples: Annotated[int | None, typer.Option(help="per law, in place of a profile")] = None,
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="folder for everything it writes")
+    ] = Path("out/demo"),
+    short: Annotated[bool, typer.Option("--short", help="fewer steps and items")] = False,
+    steps: Annotated[int | None, typer.Option(min=1, metavar="N", help="training steps")] = None,
+    precision: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="auto: bf16 where the processor has it, else fp32"),
+    ] = "auto",
     seed: Seed = 0,
-    as_list: Annotated[bool, typer.Option("--list", help="show the laws and stop")] = False,
-    mutants: Annotated[
-        bool, typer.Option("--mutants", help="kill the kit's own wrong implementations and stop")
-    ] = False,
 ) -> None:
-    """Test any implementation of LoRA against the laws; exit code 1 if one fails or breaks."""
-    from pylora.conformance.running import command
+    """Teach SmolLM2-135M a notation, measured before and after: minutes on two cores."""
+    from dataclasses import replace
 
-    if implementation is not None and (mutants or as_list):
-        flag = "--mutants" if mutants else "--list"
-        raise ConfigError(f"{flag} tests no implementation; leave {implementation!r} out")
-    if mutants and (law or examples is not None):
-        raise ConfigError("--mutants tries every law; leave --law and --examples out")
-    if mutants:
-        from pylora.conformance.mutants.hunt import hunt
+    from pylora.demo.demo import SHORT, Settings, run
 
-        if not hunt(print, seed=seed):
-            raise typer.Exit(1)
-        return
-    if as_list:
-        print(command.listing(law or []), end="")
-        return
-    if implementation is None:
-        raise ConfigError(
-            "name an implementation, package.module:Class, or give --list or --mutants"
-        )
-    if not command.test(implementation, profile, law or [], examples, seed, print):
-        raise typer.Exit(1)
+    check_folder(out, what="--out")
+    settings = replace(SHORT if short else Settings(), seed=seed, precision=precision)
+    if steps is not None:
+        settings = replace(settings, steps=steps)
+    # With another model or length nobody knows what to expect: then the figures are only shown.
+    with unfinished(f"what was written so far is in {out}"):
+        run(out, model=model, settings=settings, judge=model is None and steps is None)

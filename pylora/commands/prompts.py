@@ -17,6 +17,8 @@ def adapter_folders(options: Sequence[str]) -> dict[str | None, Path]:
     """
     folders: dict[str | None, Path] = {}
     for option in options:
+        if not option:
+            raise ConfigError("--adapter is empty; is a shell variable not set?")
         name, sign, folder = option.partition("=")
         key = name if sign and not Path(option).is_dir() else None
         if key == "" or (key is not None and not folder):
@@ -34,6 +36,24 @@ class Asked:
 
     text: str
     adapter: str | None
+
+
+def asked_of(
+    folders: dict[str | None, Path], *, prompt: str | None, prompts: Path | None
+) -> list[Asked]:
+    """One prompt with the only adapter, or those of a file. ConfigError for an adapter that none
+    of them would use."""
+    if prompts is None:
+        if len(folders) > 1:
+            raise ConfigError("one prompt takes one --adapter; give several with --prompts FILE")
+        return [Asked(prompt or "", next((name or "" for name in folders), None))]
+    asked = read_prompts(prompts, folders)
+    used = {a.adapter for a in asked}
+    for name, folder in folders.items():
+        if (name or "") not in used:
+            what = f"the adapter {name!r}" if name else f"the adapter without a name, {folder}"
+            raise ConfigError(f"{prompts}: no line uses {what}; leave it out, or name it in a line")
+    return asked
 
 
 def read_prompts(path: Path, folders: dict[str | None, Path]) -> list[Asked]:

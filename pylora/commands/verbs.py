@@ -1,11 +1,15 @@
-"""All verbs, registered: thin faces on the Python functions of the same names.
+"""All verbs, registered in the order in which --help lists them.
 
 A verb reads its arguments, calls, and prints; what it does is documented where it is done. Imports
-of the heavier parts are inside the verbs, so that `pylora --help` is quick. Needs the `cli` extra.
+of the heavier parts are inside the verbs, so that `pylora --help` is quick.
 """
 
-from pylora.commands import work  # isort: skip  (importing them registers their verbs, in order)
-from pylora.commands import chat, look
+from pylora.commands import train  # isort: skip  (importing them registers their verbs, in order)
+from pylora.commands import generate  # isort: skip
+from pylora.commands import chat  # isort: skip
+from pylora.commands import merge  # isort: skip
+from pylora.commands import plan  # isort: skip
+from pylora.commands import look
 from pylora.commands.app import app
 
-__all__ = ["app", "chat", "look", "work"]
+__all__ = ["app", "chat", "generate", "look", "merge", "plan", "train"]

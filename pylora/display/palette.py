@@ -16,7 +16,8 @@ YELLOW = "#F0E442"
 BLACK = "#000000"
 
 INK = "#333333"  # lines and words of a picture itself
-GREYS = ("#B3B3B3", "#8C8C8C", "#595959")  # what a result is compared with, light to dark
+PAPER = "#F2F2F2"  # behind what is not part of the plot
+GREYS = ("#BDBDBD", "#6B6B6B", "#404040")  # what a result is compared with, light to dark
 
 # In the order in which series take them. Yellow is last: a thin line of it is hard to see.
 SERIES = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK, YELLOW)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pylora.errors import FileFormatError
+from pylora.files.kinds import hint
 
 
 def read_text(path: str | os.PathLike[str], *, limit: int) -> str:
@@ -19,13 +20,18 @@ def read_text(path: str | os.PathLike[str], *, limit: int) -> str:
     larger than `limit` bytes; the size is checked before anything is read."""
     file = Path(path)
     if not file.is_file():
-        raise FileFormatError(f"{file}: there is no such file")
+        where = "a folder, not a file" if file.is_dir() else "there is no such file"
+        raise FileFormatError(f"{file}: {where}")
     if (size := file.stat().st_size) > limit:
-        raise FileFormatError(f"{file}: {size} bytes, more than the {limit} that are plausible")
+        raise FileFormatError(
+            f"{file}: {size} bytes; a text such as is expected here has at most {limit}{hint(file)}"
+        )
     try:
         return file.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise FileFormatError(f"{file}: cannot be read as UTF-8 text ({error})") from error
+    except OSError as error:
+        raise FileFormatError(f"{file}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise FileFormatError(f"{file}: this is not UTF-8 text ({error}){hint(file)}") from error
 
 
 def read_json(path: str | os.PathLike[str], *, limit: int) -> dict[str, Any]:
@@ -36,7 +42,7 @@ def read_json(path: str | os.PathLike[str], *, limit: int) -> dict[str, Any]:
     except FileFormatError:
         raise
     except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{path}: this is not JSON ({error})") from error
+        raise FileFormatError(f"{path}: this is not JSON ({error}){hint(path, 'JSON')}") from error
     if not isinstance(value, dict):
         raise FileFormatError(f"{path}: this JSON is a {type(value).__name__}, not an object")
     return value

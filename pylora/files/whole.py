@@ -33,8 +33,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield beside
         _flush(beside)
         os.replace(beside, target)
-    except BaseException:
+    except BaseException as error:
         beside.unlink(missing_ok=True)
+        _call_it(error, beside, target)
         raise
     _flush_directory(target.parent)
 
@@ -53,8 +54,8 @@ def atomic_dir(path: str | os.PathLike[str], *, replace: bool = False) -> Iterat
         raise ConfigError(f"cannot write the directory {target}: a file of that name is there")
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = _beside(target)
-    beside.mkdir()
     try:
+        beside.mkdir()
         yield beside
         for entry in beside.rglob("*"):
             _flush(entry) if entry.is_file() else _flush_directory(entry)
@@ -63,14 +64,27 @@ def atomic_dir(path: str | os.PathLike[str], *, replace: bool = False) -> Iterat
             _exchange(beside, target, replace)
         else:
             os.replace(beside, target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)
+        _call_it(error, beside, target)
         raise
     _flush_directory(target.parent)
 
 
 def _beside(target: Path) -> Path:
     return target.with_name(f".{target.stem}.{secrets.token_hex(6)}{target.suffix}")
+
+
+def _call_it(error: BaseException, beside: Path, target: Path) -> None:
+    """Lets an error of the system name the target: of the name beside it nobody knows."""
+    if isinstance(error, OSError):
+        if isinstance(error.filename, (str, os.PathLike)):
+            named = os.fspath(error.filename)
+            error.filename = named.replace(str(beside), str(target))
+        elif error.filename is None and error.errno is not None:  # written through a handle
+            error.filename = str(target)
+        if error.filename2 is not None:  # of a renaming: where it should have gone
+            error.filename, error.filename2 = str(target), None
 
 
 def _exchange(new: Path, target: Path, replace: bool) -> None:

@@ -1,6 +1,6 @@
 """GGUF checkpoints of Llama-type models, as Hugging Face names and layout, dequantized on load.
 
-Dequantization is gguf-py's own. Two things differ from a Hugging Face file and are undone here:
+Two things differ from a Hugging Face file and are undone here:
 llama.cpp's converter interleaves the rows of q_proj and k_proj of the architecture "llama" (for
 the other rotary layout), and the configuration is in the metadata (gguf_config.py).
 """
@@ -8,6 +8,7 @@ the other rotary layout), and the configuration is in the metadata (gguf_config.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ import numpy as np
 from pylora.errors import FileFormatError, UnsupportedError
 from pylora.extras import need
 from pylora.formats.base import Array, Checkpoint, Shape, check_tensors, read_config, widen
+from pylora.formats.ggml import BY_NAME
+from pylora.formats.ggml_decode import DECODERS
 from pylora.formats.gguf_config import ROPE_FACTORS, hf_config
 from pylora.formats.gguf_header import GGUFHeader, read_header
 from pylora.numbers.precision import Stored
@@ -147,20 +150,29 @@ def deinterleave(rows: Array, heads: int) -> Array:
 
 
 def dequantize(rows: Array, kind: str, where: str) -> Array:
-    """float32 [rows, elements] of uint8 [rows, bytes] in a ggml block format such as "q4_1"."""
-    constants, quants = need("gguf.constants"), need("gguf.quants")
-    qtype = constants.GGMLQuantizationType[kind.upper()]
-    block, size = constants.GGML_QUANT_SIZES[qtype]
-    width = rows.shape[1] // size * block
+    """float32 [rows, elements] of uint8 [rows, bytes] in a ggml block format such as "q4_1".
+
+    IQ1, IQ2 and IQ3 need the package gguf: MissingExtraError without. UnsupportedError for a type
+    that nothing here decodes."""
+    block = BY_NAME[kind.upper()]
+    decode = DECODERS.get(block.name) or _by_gguf(block.name, where)
+    width = rows.shape[1] // block.size * block.numbers
     out = np.empty((rows.shape[0], width), np.float32)
     step = max(1, _CHUNK // max(4 * width, 1))
-    try:
-        with np.errstate(all="ignore"):  # a scale may be infinite or NaN: values are not judged
-            for i in range(0, len(rows), step):
-                out[i : i + step] = quants.dequantize(rows[i : i + step], qtype)
-    except NotImplementedError as error:
-        raise UnsupportedError(f"{where}: no way is known to dequantize {kind}") from error
+    with np.errstate(all="ignore"):  # a scale may be infinite or NaN: values are not judged
+        for i in range(0, len(rows), step):
+            some = np.ascontiguousarray(rows[i : i + step]).reshape(-1, block.size)
+            out[i : i + step] = decode(some).reshape(-1, width)
     return out
+
+
+def _by_gguf(name: str, where: str) -> Callable[[Array], Array]:
+    """The decoder of the package gguf for a type whose tables are not in pylora."""
+    if not name.startswith(("IQ1", "IQ2", "IQ3")):
+        raise UnsupportedError(f"{where}: no way is known to dequantize {name.lower()}")
+    constants, quants = need("gguf.constants"), need("gguf.quants")
+    qtype = constants.GGMLQuantizationType[name]
+    return lambda blocks: np.asarray(quants.dequantize(blocks, qtype), np.float32)
 
 
 def hf_name(name: str) -> str | None:

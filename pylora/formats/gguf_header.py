@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from pylora.errors import FileFormatError, UnsupportedError
-from pylora.extras import need
+from pylora.files.kinds import hint
 from pylora.formats.base import Array, Shape
+from pylora.formats.ggml import BLOCK_TYPES
 from pylora.formats.safetensors import map_file
 from pylora.types import brief
 
@@ -65,7 +66,9 @@ def read_header(path: Path) -> GGUFHeader:
     data = map_file(path)
     walk = _Walk(path, data)
     if bytes(walk.take(4, "the magic number")) != b"GGUF":
-        raise FileFormatError(f"{path}: this is not a GGUF file (its first bytes are not 'GGUF')")
+        raise FileFormatError(
+            f"{path}: this is not a GGUF file (its first bytes are not 'GGUF'){hint(path)}"
+        )
     version = walk.u32("the version")
     if version not in (2, 3):
         swapped = version & 0xFFFF == 0
@@ -158,7 +161,6 @@ def _alignment(path: Path, metadata: dict[str, Any]) -> int:
 
 
 def _tensors(walk: _Walk, count: int, alignment: int) -> dict[str, GGUFTensor]:
-    constants = need("gguf.constants")
     found: dict[str, tuple[str, Shape, int, int]] = {}
     for _ in range(count):
         name = walk.string("a tensor name")
@@ -170,19 +172,14 @@ def _tensors(walk: _Walk, count: int, alignment: int) -> dict[str, GGUFTensor]:
             raise FileFormatError(f"{walk.path}: {where} has {dims} dimensions, not 1 to 4")
         shape = tuple(walk.u64(f"the shape of {where}") for _ in range(dims))[::-1]
         number, offset = walk.u32(f"the type of {where}"), walk.u64(f"the offset of {where}")
-        try:
-            kind = constants.GGMLQuantizationType(number)
-            block, size = constants.GGML_QUANT_SIZES[kind]
-        except (ValueError, KeyError):
-            raise UnsupportedError(
-                f"{walk.path}: {where} has the unknown ggml type {number}"
-            ) from None
-        if min(shape) < 1 or shape[-1] % block:
+        if (kind := BLOCK_TYPES.get(number)) is None:
+            raise UnsupportedError(f"{walk.path}: {where} has the unknown ggml type {number}")
+        if min(shape) < 1 or shape[-1] % kind.numbers:
             raise FileFormatError(
                 f"{walk.path}: {where} has the shape {shape}, which is empty or not made of whole "
-                f"{kind.name} blocks of {block}"
+                f"{kind.name} blocks of {kind.numbers}"
             )
-        nbytes = shape[-1] // block * size
+        nbytes = shape[-1] // kind.numbers * kind.size
         for n in shape[:-1]:
             nbytes *= n
         found[name] = (kind.name, shape, offset, nbytes)

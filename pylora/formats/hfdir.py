@@ -109,7 +109,8 @@ def _write_shard(file: Path, specs: Mapping[str, Spec], produce: Callable[[str],
             shape, dtype = specs[name]
             if array.shape != shape or array.dtype.itemsize != _BYTES[dtype]:
                 raise ValueError(f"{name}: {array.dtype} {array.shape} is not {dtype} {shape}")
-            array.astype(array.dtype.newbyteorder("<"), copy=False).tofile(out)
+            little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+            out.write(little.data)  # tofile would hide what the system says
 
 
 def write_tokenizer(directory: Path, source: Checkpoint) -> str:
@@ -126,7 +127,7 @@ def write_tokenizer(directory: Path, source: Checkpoint) -> str:
         tokenizer, library = source.tokenizer(), need("tokenizers")
     except PyloraError as error:
         return f"no tokenizer was written: {error}"
-    backend = library.Tokenizer.from_str(tokenizer._backend.to_str())
+    backend = tokenizer.backend_to_save()
     special = tokenizer.special_tokens
     if tokenizer.add_bos:  # transformers adds what the post-processor says, and nothing else
         bos = special["bos_token"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from pylora.errors import DtypeError, FileFormatError, UnsupportedError
+from pylora.files.kinds import hint
 from pylora.files.whole import atomic_write
 from pylora.formats.base import Array, Shape, widen
 from pylora.types import brief
@@ -65,12 +67,14 @@ class SafeTensors:
         if size < 8:
             raise FileFormatError(
                 f"{self.path}: {size} bytes are too few for a safetensors file; is it truncated?"
+                + hint(self.path)
             )
         length = int.from_bytes(self._data[:8].tobytes(), "little")
         if length > min(MAX_HEADER, size - 8):
             raise FileFormatError(
                 f"{self.path}: the header claims {length} bytes, but the file has {size} "
                 f"(and {MAX_HEADER} is the most allowed); it is truncated or no safetensors file"
+                + hint(self.path, "a safetensors")
             )
         self._start = 8 + length
         self.tensors, self.metadata = _parse(
@@ -128,7 +132,8 @@ class SafeTensors:
 def map_file(path: Path) -> Array:
     """The bytes of a file, uint8, memory-mapped read-only. Raises FileFormatError."""
     if not path.is_file():
-        raise FileFormatError(f"{path}: there is no such file")
+        where = "a folder, not a file" if path.is_dir() else "there is no such file"
+        raise FileFormatError(f"{path}: {where}")
     if path.stat().st_size == 0:
         raise FileFormatError(f"{path}: the file is empty")
     try:
@@ -238,7 +243,13 @@ def save(
     with atomic_write(path) as beside:
         beside.touch()
         mode = beside.stat().st_mode  # the library's file could be read by its owner alone
-        safetensors.serialize_file(entries, beside, dict(metadata) if metadata else None)
+        try:
+            safetensors.serialize_file(entries, beside, dict(metadata) if metadata else None)
+        except safetensors.SafetensorError as error:  # what the system said is in its text
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(beside)) from error
         if metadata and len(metadata) > 1:
             _sort_metadata(beside)
         beside.chmod(mode)

@@ -216,7 +216,7 @@ class Model:
         talks, single = conversations_of(messages, system)
         tokenizer = self.tokenizer
         ids = [
-            tokenizer.encode(tokenizer.apply_chat(talk, add_generation_prompt=True))
+            tokenizer.encode_chat(tokenizer.apply_chat(talk, add_generation_prompt=True))
             for talk in talks
         ]
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)

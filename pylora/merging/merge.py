@@ -101,6 +101,16 @@ def merge_checkpoint(
         return merge_adapter(checkpoint, adapter, out_dir, dtype=dtype, backend=backend)
 
 
+def check_merge_output(
+    model_path: str | os.PathLike[str], out_dir: str | os.PathLike[str], dtype: str | None = None
+) -> None:
+    """ConfigError for a dtype that there is not, and for an `out_dir` that `merge_checkpoint` would
+    refuse; to be asked before a model is opened."""
+    if dtype is not None and dtype not in _FLOATS:
+        raise ConfigError(f"dtype = {dtype!r}: expected one of {', '.join(_FLOATS)}")
+    check_output(Path(out_dir), Path(model_path), FILE)
+
+
 def merge_adapter(
     checkpoint: Checkpoint,
     adapter: Adapter,
@@ -113,10 +123,8 @@ def merge_adapter(
     expect("checkpoint", checkpoint, "merge_adapter(checkpoint, adapter, out)")
     expect("whole adapter", adapter, "merge_adapter(checkpoint, adapter, out)")
     expect("path", out_dir, "merge_adapter(checkpoint, adapter, out)")
-    if dtype is not None and dtype not in _FLOATS:
-        raise ConfigError(f"dtype = {dtype!r}: expected one of {', '.join(_FLOATS)}")
     target = Path(out_dir)
-    check_output(target, checkpoint.path, FILE)
+    check_merge_output(checkpoint.path, target, dtype)
     merge = _Merge(checkpoint, adapter, dtype, backends.get(backend))
     with atomic_dir(target) as beside:
         write_config(beside, merge.config, merge.specs)

@@ -9,12 +9,14 @@ where that is known to be there.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
+from datetime import datetime
 from functools import lru_cache, wraps
 from typing import Any
 
-from jinja2 import Template, nodes
+from jinja2 import Template, meta, nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
@@ -23,6 +25,7 @@ MAX_TEXT = 1 << 24  # characters of any text that a template makes, entries of a
 BUDGET = 500_000  # steps in one render
 CHARGE = 64  # a step also pays for so many characters or entries of a value that is made
 MAX_NUMBER = 1 << 64
+OPEN, CLOSE = "\ufdd0", "\ufdd1"  # around what {% generation %} holds; no character of any text
 
 _FILTERS = frozenset(
     "abs capitalize count d default dictsort e escape first float int items join last length list "
@@ -187,13 +190,16 @@ class Bounds(NodeTransformer):
 
 
 class Generation(Extension):
-    """{% generation %}: transformers' mark of the assistant's tokens; here only its content."""
+    """{% generation %}: transformers' mark of what the assistant writes. Its content, between two
+    characters that Unicode keeps out of texts; `render` takes them out and says where they were."""
 
     tags = {"generation"}
 
     def parse(self, parser: Any) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        marks = [nodes.Output([nodes.TemplateData(c)], lineno=line) for c in (OPEN, CLOSE)]
+        return [marks[0], *body, marks[1]]
 
 
 class Environment(ImmutableSandboxedEnvironment):
@@ -264,10 +270,44 @@ def _compile(template: str) -> Template:
     return _environment().from_string(template)
 
 
-def render(template: str, variables: dict[str, Any]) -> str:
-    """Renders within the bounds; raises whatever Jinja, the bounds or the template raise."""
+def variables_of(template: str) -> frozenset[str]:
+    """The names that a template asks for and does not set itself."""
+    return frozenset(meta.find_undeclared_variables(_environment().parse(template)))
+
+
+def strftime_at(now: datetime) -> Callable[[str], str]:
+    """`strftime_now` of templates, at one fixed time."""
+
+    def strftime_now(form: str) -> str:
+        text = str(form)
+        if len(text) > 256 or re.search(r"%[^a-zA-Z%]*\d", text):  # "%99999999d" pads to that width
+            raise TemplateFailure(f"strftime_now with the format {text[:40]!r}")
+        return now.strftime(text)
+
+    return strftime_now
+
+
+def render(template: str, variables: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]:
+    """The text, and where in it {% generation %} blocks begin and end.
+
+    Renders within the bounds; raises whatever Jinja, the bounds or the template raise.
+    """
     token = _left.set([BUDGET])
     try:
-        return joined(_compile(template).generate(variables))
+        text = joined(_compile(template).generate(variables))
     finally:
         _left.reset(token)
+    if OPEN not in text and CLOSE not in text:
+        return text, []
+    spans: list[tuple[int, int]] = []
+    parts: list[str] = []
+    length, opened = 0, -1
+    for part in re.split(f"([{OPEN}{CLOSE}])", text):
+        if part == OPEN:
+            opened = length
+        elif part == CLOSE:
+            spans.append((opened, length))
+        else:
+            parts.append(part)
+            length += len(part)
+    return "".join(parts), spans

@@ -78,6 +78,11 @@ class TrainConfig:
             )
         if self.packing and self.max_tokens is None:
             raise ConfigError("packing needs max_tokens, the number of tokens to fill up to")
+        if not self.packing and self.accumulation > self.batch_size:
+            raise ConfigError(
+                f"accumulation is {self.accumulation}, but a step of batch_size {self.batch_size} "
+                "examples cannot be cut into more parts than that; batch_size is the whole step's"
+            )
         if self.steps is not None and self.warmup_steps > self.steps:
             raise ConfigError(
                 f"warmup_steps is {self.warmup_steps}, but the run has only {self.steps} steps"

@@ -56,28 +56,34 @@ def evaluations(path: Path) -> list[tuple[int, float]]:
 
 
 class Interrupts:
-    """While active, the first SIGINT is only noted, for `check` to raise between two steps; the
-    second one is raised at once. In a thread other than the main one signals are left alone."""
+    """While active, the first signal that would raise something (SIGINT's KeyboardInterrupt, or
+    what a program has SIGTERM and SIGHUP do) is only noted, for `check` to raise between two steps;
+    the second one is raised at once. Signals that Python does not handle, or that are ignored, are
+    left alone, and so are all of them in a thread other than the main one."""
 
     def __enter__(self) -> Interrupts:
-        self._noted = False
-        self._before: Any = None
+        self._noted = 0
+        self._before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.getsignal(signal.SIGINT)
-            if self._before is not None:  # None: not set by Python, and not ours to replace
-                signal.signal(signal.SIGINT, self._note)
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)  # Windows has no SIGHUP
+                if number is not None and callable(before := signal.getsignal(number)):
+                    self._before[number] = before
+                    signal.signal(number, self._note)
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._noted:
-            raise KeyboardInterrupt
-        self._noted = True
+            self._before[number](number, frame)
+        self._noted = number
 
     def check(self) -> None:
-        """Raises KeyboardInterrupt if a SIGINT has come."""
+        """Does what the signal that has come would have done: raises KeyboardInterrupt, as a
+        rule."""
         if self._noted:
-            raise KeyboardInterrupt
+            number, self._noted = self._noted, 0
+            self._before[number](number, None)
 
     def __exit__(self, *exc: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+        for number, before in self._before.items():
+            signal.signal(number, before)

@@ -34,6 +34,8 @@ from pylora.training.schedule import learning_rate
 from pylora.training.step import step_gradients
 from pylora.types import LoRA, brief
 
+_LOG, _ADAPTER = "log.jsonl", "adapter"
+
 __all__ = ["StepInfo", "TrainConfig", "TrainResult", "step_gradients", "train"]
 
 
@@ -124,6 +126,34 @@ def train(
         model.collect()  # however it ends, the adapter's own arrays are as far as it came
 
 
+def check_out_dir(
+    out_dir: str | os.PathLike[str], *, resume: bool = False, overwrite: bool = False
+) -> None:
+    """ConfigError unless a run can be begun (or, with `resume`, continued) in this directory.
+
+    What `train` asks itself; to be asked before a model is loaded. Nothing is read or written.
+    """
+    where = Path(out_dir)
+    if resume and overwrite:
+        raise ConfigError("resume continues the run in out_dir, overwrite removes it: choose one")
+    found = checkpoint.checkpoints(where)
+    if resume and not found:
+        there = "there is no such directory" if not where.exists() else "it has no checkpoint"
+        raise ConfigError(f"{where}: {there} to resume from; start the run without resume")
+    if resume or overwrite:
+        return
+    if found or (where / _LOG).exists():
+        raise ConfigError(
+            f"{where} already holds a training run; resume it, overwrite it, or give another "
+            "directory"
+        )
+    if (where / _ADAPTER).exists():
+        raise ConfigError(
+            f"{where / _ADAPTER} is there already, and would be replaced; overwrite it, or give "
+            "another directory"
+        )
+
+
 class _Run:
     """One run: what is trained, how far it is, and where it is written."""
 
@@ -191,20 +221,14 @@ class _Run:
                 for path, lora in self.adapter.items()
             },
         }
+        check_out_dir(self.out_dir, resume=resume, overwrite=overwrite)
         self.out_dir.mkdir(parents=True, exist_ok=True)
-        self.log = Log(self.out_dir / "log.jsonl")
+        self.log = Log(self.out_dir / _LOG)
         found = checkpoint.checkpoints(self.out_dir)
         if resume:
-            if not found:
-                raise ConfigError(f"{self.out_dir} has no checkpoint to resume from")
             self._restore(found[-1])
             self.log.cut(self.progress.step)
-        elif found or self.log.path.exists():
-            if not overwrite:
-                raise ConfigError(
-                    f"{self.out_dir} already holds a training run; resume it, overwrite it, or "
-                    "give another directory"
-                )
+        else:
             checkpoint.remove(found)
             self.log.cut(-1)
 
@@ -257,7 +281,7 @@ class _Run:
             evaluation = evaluate(self.model, eval_examples, batch_size=c.batch_size)
         self.model.collect()
         if self.out_dir is not None:
-            self.adapter.save(self.out_dir / "adapter")  # type: ignore[attr-defined]
+            self.adapter.save(self.out_dir / _ADAPTER)  # type: ignore[attr-defined]
         rate = p.tokens / p.seconds if p.seconds > 0 else 0.0
         return TrainResult(
             list(p.losses), p.step, p.tokens, p.seconds, rate, self.adapter, evaluation

@@ -342,7 +342,6 @@ def test_bad_input_is_named(model: Path, tmp_path: Path) -> None:
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("typer")
-    pytest.importorskip("rich")
     pytest.importorskip("tokenizers")
     from tiny_model import write_tiny_model
 
@@ -370,7 +369,6 @@ def test_the_command_fails_with_the_check(
     model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("typer")
-    pytest.importorskip("rich")
     from pylora.commands import cli
 
     cls: Any = type(backends.get())

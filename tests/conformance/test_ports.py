@@ -13,6 +13,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from core import core_lib
 
 from pylora.conformance.vectors import cases as vectors
 from pylora.conformance.vectors.all import all_cases
@@ -90,7 +91,7 @@ def build(written: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("needs make and a C compiler")
     folder = tmp_path_factory.mktemp("build")
     flags = "CFLAGS=-O1 -Wall -Wextra -Wpedantic -Werror"
-    where = [f"BUILD={folder}", f"VECTORS={written}", f"CC={cc}", flags]
+    where = [f"BUILD={folder}", f"VECTORS={written}", f"CC={cc}", core_lib(make, cc), flags]
     result = run([make, "-s", "-C", str(PORTS), "c", *where])
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
     return folder / "check"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,11 @@ import numpy as np
 import pytest
 from small_models import CONFIG, REAL, interleave, weights, write_gguf
 
-from pylora.errors import FileFormatError, UnsupportedError
+from pylora.errors import FileFormatError, MissingExtraError, UnsupportedError
 from pylora.formats import open_checkpoint
 from pylora.formats.base import widen
+from pylora.formats.ggml import BLOCK_TYPES
+from pylora.formats.ggml_decode import DECODERS
 from pylora.formats.gguf import deinterleave, dequantize
 from pylora.formats.gguf_header import read_header
 from pylora.model.config import LlamaConfig
@@ -95,6 +99,62 @@ def test_k_formats_against_their_definition(
     for row in range(0, len(blocks), 37):
         expected = oracle(blocks[row].tobytes())
         np.testing.assert_allclose(got[row], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_ggml_types_are_those_of_gguf_py() -> None:
+    sizes = {int(t): (t.name, *size) for t, size in gguf.GGML_QUANT_SIZES.items()}
+    assert {number: sizes.get(number, t) for number, t in BLOCK_TYPES.items()} == BLOCK_TYPES
+    assert set(sizes) <= set(BLOCK_TYPES)
+
+
+@pytest.mark.parametrize("kind", sorted(DECODERS))
+def test_blocks_of_any_bits_are_decoded_as_gguf_py_does(
+    kind: str, rng: np.random.Generator
+) -> None:
+    qtype = gguf.GGMLQuantizationType.__members__.get(kind)
+    if qtype is None:
+        pytest.skip(f"this version of gguf does not know {kind}")
+    rows = rng.integers(0, 256, (40, 8 * gguf.GGML_QUANT_SIZES[qtype][1]), np.uint8)
+    with np.errstate(all="ignore"):
+        want = gguf.quants.dequantize(rows, qtype)
+    got = dequantize(rows, kind.lower(), "here")
+    assert got.dtype == np.float32 and got.shape == want.shape
+    # Random scales may be infinite or NaN; which NaN is not told.
+    same = (got.view(np.uint32) == want.view(np.uint32)) | (np.isnan(got) & np.isnan(want))
+    assert same.all()
+
+
+@pytest.mark.parametrize("kind", ["iq2_xxs", "iq3_s", "iq1_m"])
+def test_types_with_large_tables_need_the_package_gguf(
+    kind: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qtype = gguf.GGMLQuantizationType[kind.upper()]
+    rows = rng.integers(0, 256, (3, 2 * gguf.GGML_QUANT_SIZES[qtype][1]), np.uint8)
+    with np.errstate(all="ignore"):
+        want = gguf.quants.dequantize(rows, qtype)
+    np.testing.assert_array_equal(dequantize(rows, kind, "here"), want)
+    monkeypatch.setitem(sys.modules, "gguf.constants", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'pylora-engine\[iq\]'"):
+        dequantize(rows, kind, "here")
+
+
+def test_a_type_that_nothing_decodes_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="here: no way is known to dequantize q8_k"):
+        dequantize(np.zeros((1, 292), np.uint8), "q8_k", "here")
+
+
+def test_a_model_is_read_without_the_package_gguf(tmp_path: Path) -> None:
+    expected = write_gguf(tmp_path / "m.gguf", kind="Q4_1")
+    np.save(tmp_path / "want.npy", expected["model.layers.0.mlp.up_proj.weight"])
+    program = """
+import sys
+sys.modules["gguf"] = None
+import numpy, pylora
+with pylora.open_checkpoint(sys.argv[1] + "/m.gguf") as model:
+    got = model.load("model.layers.0.mlp.up_proj.weight")
+assert (got == numpy.load(sys.argv[1] + "/want.npy")).all()
+"""
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
 
 
 def test_rows_are_put_back_by_the_definition() -> None:

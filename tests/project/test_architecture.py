@@ -18,7 +18,7 @@ WINGS = {p.parent.name for p in PACKAGE.glob("*/__init__.py")}
 MODULES = {p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("__")}
 
 # Folders of tests that are no wing: what they are about is not one folder of pylora/.
-OTHERS = {"c", "cuda", "cupy_standin", "parity", "project", "support"}
+OTHERS = {"c", "clib", "cuda", "cupy_standin", "fuzz", "parity", "project", "support"}
 # Tests of several modules at once, by what they have in common.
 TOGETHER = {
     "backends/test_gpu.py",  # whole models on a GPU
@@ -27,6 +27,7 @@ TOGETHER = {
     "conformance/test_ports.py",  # examples/ports
     "demo/test_notation.py",  # the data set
     "formats/test_bad_files.py",  # damaged files of every format
+    "front/test_public.py",  # the names of pylora itself
     "model/test_concurrency.py",  # threads and forks
     "model/test_layers.py",  # the layers against formulas
     "model/test_tiny_transformers.py",  # every shape that the kit draws

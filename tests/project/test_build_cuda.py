@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -29,7 +30,7 @@ exit 2
 
 @pytest.fixture
 def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """The module, on a machine without CUDA and with a few sources."""
+    """The module, on a machine with a driver and no toolkit, and with a few sources."""
     spec = importlib.util.spec_from_file_location("build", ROOT / "tools" / "build_cuda.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -38,6 +39,9 @@ def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     monkeypatch.setattr(module, "TOOLKIT", tmp_path / "toolkit")
+    driver = tmp_path / "driver"
+    driver.write_text("NVRM version: 1")
+    monkeypatch.setattr(module, "DRIVER", driver)
     sources = tmp_path / "csrc" / "cuda"
     sources.mkdir(parents=True)
     (sources / "device.cuh").write_text("#ifndef D\n#define D\nint device;\n#endif\n")
@@ -113,6 +117,50 @@ def test_without_a_working_nvcc(
     with pytest.raises(SystemExit, match="PYLORA_CUDA=on") as error:
         build.build(package, tmp_path / "objects")
     assert reason in str(error.value)
+
+
+@pytest.mark.parametrize("listing", [None, "exit 9", "echo No devices were found", "echo GPU 0: X"])
+def test_without_a_driver_nothing_is_compiled_unless_asked(
+    build: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture,
+    listing: str | None,
+) -> None:
+    """nvcc alone is no reason. Where /proc does not tell, nvidia-smi does."""
+    tool = nvcc(build.TOOLKIT / "bin", WORKS)
+    build.DRIVER.unlink()
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}/bin")
+    monkeypatch.setattr(build, "find_nvcc", lambda: str(tool))
+    if listing:
+        smi = tmp_path / "bin" / "nvidia-smi"
+        smi.write_text(f"#!/bin/sh\n{listing}\n")
+        smi.chmod(0o755)
+    elif shutil.which("nvidia-smi"):
+        pytest.skip("this machine has an nvidia-smi of its distribution")
+    package = tmp_path / "package"
+    made = build.build(package, tmp_path / "objects")
+    if listing == "echo GPU 0: X":
+        assert package / "libpylora_cuda.so" in made
+        return
+    assert {f.name for f in made} == {"_cuda_kernels.cu", "_cuda_note.txt"}
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and "no NVIDIA driver" in said and "PYLORA_CUDA=on" in said
+    monkeypatch.setenv("PYLORA_CUDA", "on")
+    assert package / "libpylora_cuda.so" in build.build(package, tmp_path / "objects")
+
+
+def test_other_gpus_can_be_named(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [t.split("=", 2)[2] for t in build.targets()] == [
+        "compute_80,code=sm_80",
+        "compute_90,code=[sm_90,compute_90]",
+    ]
+    monkeypatch.setenv("PYLORA_CUDA_TARGETS", "90a")
+    assert build.targets() == ["-gencode=arch=compute_90a,code=[sm_90a,compute_90a]"]
+    monkeypatch.setenv("PYLORA_CUDA_TARGETS", "H100")
+    with pytest.raises(SystemExit, match="80,90"):
+        build.targets()
 
 
 def test_an_unknown_wish_is_an_error(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,14 +11,16 @@ from pathlib import Path
 import pytest
 
 import pylora
-from pylora.extras import EXTRAS
+from pylora import extras
+from pylora.commands.doctor import examine
+from pylora.extras import BRINGS, EXTRAS
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 PACKAGE = Path(pylora.__file__).parent
 
 try:
-    DISTRIBUTION = importlib.metadata.distribution("pylora")
+    DISTRIBUTION = importlib.metadata.distribution(extras.DISTRIBUTION)
 except importlib.metadata.PackageNotFoundError:  # tests may run on the source tree
     DISTRIBUTION = None
 installed = pytest.mark.skipif(DISTRIBUTION is None, reason="pylora is not installed")
@@ -28,10 +30,47 @@ def test_one_version() -> None:
     assert re.search(rf'^version = "{re.escape(pylora.__version__)}"$', PROJECT, re.MULTILINE)
 
 
+def promised(extra: str) -> str:
+    """What pyproject.toml lists for an extra, or for the plain install."""
+    name = re.escape(extra) if extra else "dependencies"
+    found = re.search(rf"^{name} = \[(.*?)\]$", PROJECT, re.MULTILINE | re.DOTALL)
+    assert found, f"pyproject.toml has no extra {extra!r}"
+    return found[1]
+
+
 @pytest.mark.parametrize("module", sorted(EXTRAS))
 def test_the_extra_that_an_error_names_brings_the_package(module: str) -> None:
-    names = re.search(rf"^{EXTRAS[module]} = \[(.*)\]$", PROJECT, re.MULTILINE)
-    assert names and re.search(rf'"{module}\b', names[1], re.IGNORECASE)
+    assert re.search(rf'"{module}\b', promised(EXTRAS[module]), re.IGNORECASE)
+
+
+def test_doctor_has_a_line_for_each_extra() -> None:
+    own = {"all", "parity", "lint"}  # others together, or for working on pylora
+    table = PROJECT[PROJECT.index("[project.optional-dependencies]") :]
+    names = re.findall(r"^([a-z]+) = \[", table[: table.index("\n[", 1)], re.MULTILINE)
+    assert set(names) - own == set(BRINGS) - {""} == set(EXTRAS.values()) - {""}
+    lines = {step.what: step for step in examine() if step.what.startswith(("extra", "plain"))}
+    assert set(lines) == {"plain install", *(f"extra {n}" for n in BRINGS if n)}
+    for step in lines.values():
+        assert step.state == "ok" or "pip install" in step.advice
+
+
+def test_doctor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(extras.EXTRAS, "no_such_module", "plot")
+    (step,) = (s for s in examine() if s.what == "extra plot")
+    assert step.state == "optional" and "not installed: no_such_module" in step.text
+    assert step.advice == "pip install 'pylora-engine[plot]'"
+
+
+def test_nothing_tells_to_install_somebody_elses_package() -> None:
+    """On PyPI the name `pylora` is a radio's driver."""
+    folders = ("pylora", "docs", "tools", "tests", "bench", "examples", "csrc")
+    files = [f for folder in folders for f in (ROOT / folder).rglob("*")]
+    kinds = (".py", ".md", ".sh", ".cu", ".c", ".h")
+    texts = [f for f in files if f.suffix in kinds and f != Path(__file__)]
+    for path in [*ROOT.glob("*.md"), ROOT / "pyproject.toml", ROOT / "Makefile", *texts]:
+        text = path.read_text(encoding="utf-8", errors="replace")
+        found = re.search(r"pip install ['\"]?pylora(?!-engine)|['\"]pylora\[\w", text)
+        assert not found, f"{path.relative_to(ROOT)}: {found[0]!r}"
 
 
 @pytest.mark.parametrize(
@@ -52,7 +91,7 @@ def test_only_the_promised_dependencies() -> None:
     assert DISTRIBUTION is not None
     needed = [r for r in DISTRIBUTION.requires or () if "extra ==" not in r]
     names = {re.split(r"[^\w-]", r)[0] for r in needed}
-    assert names == {"numpy", "cffi", "safetensors"}
+    assert names == {"numpy", "cffi", "safetensors", "tokenizers", "jinja2", "typer", "rich"}
 
 
 @installed

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from core import core_lib
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 PROGRAMS = sorted(p.name for p in EXAMPLES.glob("[0-9]*.py"))
@@ -35,5 +36,6 @@ def test_c_example(tmp_path: Path) -> None:
     make, cc = shutil.which("make"), shutil.which(os.environ.get("CC", "cc"))
     if not make or not cc:
         pytest.skip("needs make and a C compiler")
-    output = run([make, "-C", str(EXAMPLES / "c"), f"BUILD={tmp_path}", f"CC={cc}"], tmp_path)
+    where = [f"BUILD={tmp_path}", f"CC={cc}", core_lib(make, cc)]
+    output = run([make, "-C", str(EXAMPLES / "c"), *where], tmp_path)
     assert "unmerged: bit for bit the base" in output

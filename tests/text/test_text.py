@@ -11,41 +11,25 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from small_models import CONFIG, REAL, add_tokenizer, byte_alphabet, write_gguf
-from tokenizers import pre_tokenizers
+from small_models import CONFIG, add_tokenizer, write_gguf
+from tokenizer_samples import WHERE, K, byte_level, sentencepiece
 
 from pylora.errors import DataError, FileFormatError, PyloraError, UnsupportedError
 from pylora.formats import open_checkpoint
 from pylora.text.chat import render_chat
-from pylora.text.gguf_vocabulary import _SPLITS, tokenizer_from_gguf
+from pylora.text.gguf_vocabulary import tokenizer_from_gguf
 from pylora.text.tokenizer import Tokenizer, tokenizer_from_directory
 
-K = "tokenizer.ggml."
-WHERE = Path("m.gguf")
 USER = [{"role": "user", "content": "hi"}]
-
-
-def byte_level(pre: str = "smollm", **over: Any) -> dict[str, Any]:
-    """The metadata of small_models.add_tokenizer, without a file."""
-    tokens = ["<|im_start|>", "<|im_end|>", "<think>", *byte_alphabet(), "he", "ll", "hell", "Ġhe"]
-    tokens += ["11", "Ġ1"]
-    metadata = {
-        "model": "gpt2",
-        "pre": pre,
-        "tokens": tokens,
-        "token_type": np.array([3, 3, 4] + [1] * (len(tokens) - 3), np.int32),
-        "merges": ["h e", "l l", "he ll", "Ġ he", "1 1", "Ġ 1"],
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-    }
-    return {K + key: value for key, value in (metadata | over).items() if value is not None}
 
 
 def pieces(k: Tokenizer, text: str) -> list[str]:
     return [k._backend.id_to_token(i) for i in k.encode(text)]
 
 
-@pytest.fixture(params=sorted(_SPLITS))
+@pytest.fixture(
+    params=["default", "gpt-2", "llama-bpe", "qwen2", "smollm", "tekken", "deepseek-v3"]
+)
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     return tokenizer_from_gguf(WHERE, byte_level(request.param), 300)
 
@@ -58,12 +42,9 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40) | st.text(
 @hypothesis.given(TEXT)
 @hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 def test_decoding_undoes_encoding(tokenizer: Tokenizer, text: str) -> None:
-    import unicodedata
-
     ids = tokenizer.encode(text)
     assert all(0 <= i < tokenizer.vocab_size for i in ids)
-    got = tokenizer.decode(ids, skip_special_tokens=False)
-    assert got in (text, unicodedata.normalize("NFC", text))  # Qwen's normalizes
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
 
 
 def test_pre_tokenizers_split_as_defined() -> None:
@@ -98,7 +79,7 @@ def test_bos_is_added_where_asked_and_once() -> None:
 
 
 def test_wrong_input_is_a_sentence(tokenizer: Tokenizer) -> None:
-    for bad in ([-1], [10**9], [0, tokenizer.vocab_size], [1.5], ["x"], [None], [2**70]):
+    for bad in ([-1], [10**9], [0, tokenizer.padded_size], [1.5], ["x"], [None], [2**70]):
         with pytest.raises(DataError, match=r"ids\["):
             tokenizer.decode(bad)
     with pytest.raises(DataError, match="position 1"):
@@ -117,13 +98,10 @@ BAD_METADATA: dict[str, tuple[dict[str, Any], str]] = {
     "pre is a number": ({"pre": 3}, "pre must be"),
     "no tokens": ({"tokens": None}, "lack tokenizer.ggml.tokens"),
     "tokens are numbers": ({"tokens": np.zeros(3)}, "tokens"),
-    "a token twice": ({"tokens": ["a", "a"], "token_type": None}, "twice"),
     "no merges": ({"merges": None}, "merges"),
     "a merge of one": ({"merges": ["he"]}, "'he'"),
     "a merge of strangers": ({"merges": ["h zz"]}, "do not fit"),
     "too few types": ({"token_type": np.zeros(3, np.int32)}, "3 entries"),
-    "eos out of range": ({"eos_token_id": 10**6}, "eos_token_id is 1000000"),
-    "eos negative": ({"eos_token_id": -1}, "eos_token_id is -1"),
     "eos is text": ({"eos_token_id": "1"}, "eos_token_id"),
     "llama without scores": ({"model": "llama"}, "scores"),
 }
@@ -141,23 +119,6 @@ def test_bad_metadata_is_named(case: str) -> None:
 def test_more_tokens_than_embeddings() -> None:
     with pytest.raises(FileFormatError, match="embeddings"):
         tokenizer_from_gguf(WHERE, byte_level(), 10)
-
-
-def sentencepiece(**over: Any) -> dict[str, Any]:
-    special = ["<unk>", "<s>", "</s>"]
-    by = [f"<0x{b:02X}>" for b in range(256)]
-    words = ["▁", "h", "e", "l", "o", "he", "ll", "hell", "▁hell", "▁hello", "ell", "ello", "▁h"]
-    scores = [0.0] * 259 + [-20.0] * 5 + [-3, -1, -2, -4, -9, -6, -5, -7]
-    metadata = {
-        "model": "llama",
-        "tokens": [*special, *by, *words],
-        "scores": np.array(scores, np.float32),
-        "token_type": np.array([2, 3, 3] + [6] * 256 + [1] * len(words), np.int32),
-        "unknown_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    return {K + key: value for key, value in (metadata | over).items() if value is not None}
 
 
 def greedy(metadata: dict[str, Any], text: str) -> list[str]:
@@ -224,12 +185,11 @@ def test_a_directory_gives_its_tokenizer(tmp_path: Path) -> None:
         tmp_path,
         bos_token={"content": "<|im_start|>", "lstrip": False},
         eos_token="<|im_end|>",
-        add_bos_token=True,
         chat_template=[{"name": "other", "template": "x"}, {"name": "default", "template": "y"}],
     )
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 1, 99999]}')
     k = tokenizer_from_directory(tmp_path)
-    assert (k.bos_id, k.eos_ids, k.add_bos) == (0, (1, 2), True)
+    assert (k.bos_id, k.eos_ids, k.add_bos) == (0, (1, 2), False)
     assert len(k.encode("hello hello")) > 3  # a stored truncation is not applied
     assert k.apply_chat(USER) == "y"
     (tmp_path / "chat_template.jinja").write_text("z{{ bos_token }}")
@@ -260,7 +220,7 @@ def test_what_templates_use_works() -> None:
     {%- if add_generation_prompt %}!{% endif %}{{ 'x y'.replace(' ', '_') }}{{ '%'*3 }}
     {%- if strftime_now is defined %}{{ strftime_now('%Y') }}{% endif %}"""
     text = render_chat(template, [*USER, *USER], add_generation_prompt=True)
-    assert text == '<user1>hiFalse<user2>hiTrueIuser+user{"a": "é<"}!x_y%%%'
+    assert text == '<user1>hiFalse<user2>hiTrueIuser+user{"a": "é<"}!x_y%%%2024'
     assert render_chat(template, USER, now=datetime(2021, 6, 17)).endswith("%%%2021")
 
 
@@ -280,7 +240,8 @@ HOSTILE = {
     "refuses": ("{{ raise_exception('only one turn') }}", "only one turn"),
     "syntax": ("a\n{% if %}", "line 2"),
     "undefined": ("{{ a.b }}", "'a' is undefined"),
-    "no clock": ("{{ strftime_now('%Y') }}", "strftime_now"),
+    "a wide date": ("{{ strftime_now('%999999999Y') }}", "strftime_now"),
+    "a long date": ("{{ strftime_now('%Y' * 1000) }}", "strftime_now"),
     "include": ("{% include '/etc/passwd' %}", "loader"),
     "internals": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
     "globals": ("{{ raise_exception.__globals__.x }}", "unsafe"),
@@ -325,81 +286,6 @@ def test_a_hostile_template_is_stopped(case: str) -> None:
 def test_messages_that_are_none(messages: list[Any]) -> None:
     with pytest.raises(DataError, match=r"messages\[0\]"):
         render_chat("x", messages)
-
-
-# ---- against transformers -----------------------------------------------------------------------
-
-SAMPLES = [
-    "",
-    "Hello, world!",
-    "∃Ψ ⇒ ∃x: ¬(a ∧ b) ∀y",
-    "∃Ψ⇒",
-    "  leading and trailing  ",
-    "tabs\tand\nnew\r\nlines\n\n\n   x",
-    "1234567890 3.14159 2024-01-01 ½ ² Ⅷ ٣٤",
-    "a1b22c333d4444",
-    "don't won't I'LL we've it's THEY'RE",
-    "日本語のテキスト 中文 한국어 ไทย हिन्दी العربية עברית",
-    "👩‍👩‍👧‍👦 🏳️‍🌈 é e\u0301 \u200b\u00a0\ufeff",
-    "def f(x):\n    return x ** 2  # comment\n",
-    "<|im_start|>user\nhi<|im_end|>\n<|endoftext|> <|im_start|>",
-    "<|im_start|<|im_end|>|>",
-    "<repo_name>a<file_sep>b <empty_output>",
-    "\x00\x01\x7f\x80 \U0010ffff",
-    "a" * 300,
-    " " * 50 + "x" + "\n" * 20,
-    "CamelCaseAndUPPERlower_snake-kebab/path\\win",
-    "https://example.org/?q=1&r=%20#frag",
-]
-
-
-@pytest.fixture(scope="module")
-def real() -> tuple[Tokenizer, Any]:
-    transformers = pytest.importorskip("transformers")
-    if not REAL.is_file():
-        pytest.skip(f"no {REAL}; set PYLORA_TEST_GGUF")
-    theirs = transformers.AutoTokenizer.from_pretrained(REAL.parent, gguf_file=REAL.name)
-    return open_checkpoint(REAL).tokenizer(), theirs
-
-
-@pytest.mark.parity
-def test_the_real_tokenizer_against_transformers(real: tuple[Tokenizer, Any]) -> None:
-    """transformers does not know the pre-tokenizer "smollm" and falls back to GPT-2's, which keeps
-    a space together with a numeric character behind it. The vocabulary has no such token for the
-    digits 0 to 9, but it has for "½"; there the model's own tokenizer.json (Digits, then
-    ByteLevel) decides, which transformers reads for the original model.
-    """
-    ours, theirs = real
-    rng = np.random.default_rng(1)
-    random = ["".join(map(chr, rng.integers(1, 0xD7FF, 30))) for _ in range(300)]
-    random += ["".join(map(chr, rng.integers(1, 128, 40))) for _ in range(300)]
-    fallback = theirs.backend_tokenizer.pre_tokenizer
-    original = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
-    )
-    for text in SAMPLES + random:
-        theirs.backend_tokenizer.pre_tokenizer = original
-        expected = theirs.encode(text, add_special_tokens=False)
-        theirs.backend_tokenizer.pre_tokenizer = fallback
-        if not any(c.isnumeric() and not c.isascii() for c in text):
-            assert theirs.encode(text, add_special_tokens=False) == expected, text
-        assert ours.encode(text) == expected, text
-        assert ours.decode(expected, skip_special_tokens=False) == theirs.decode(expected)
-        assert ours.decode(expected) == theirs.decode(expected, skip_special_tokens=True)
-    assert ours.bos_id == theirs.bos_token_id and ours.eos_ids[0] == theirs.eos_token_id
-
-
-@pytest.mark.parity
-def test_the_real_chat_template_against_transformers(real: tuple[Tokenizer, Any]) -> None:
-    ours, theirs = real
-    system = {"role": "system", "content": "You translate."}
-    turns = [*USER, {"role": "assistant", "content": " é\n"}, *USER]
-    for messages in (USER, turns, [system, *turns]):
-        for prompt in (False, True):
-            expected = theirs.apply_chat_template(
-                messages, add_generation_prompt=prompt, tokenize=False
-            )
-            assert ours.apply_chat(messages, prompt) == expected
 
 
 def test_the_vocabulary_of_the_small_model_fits_it() -> None:

@@ -170,6 +170,9 @@ def test_other_data_model_and_adapter_are_named(tmp_path: Path) -> None:
 
 
 def test_nothing_to_resume_from(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such directory to resume from"):
+        run("numpy", tmp_path / "gone", resume=True)
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="no checkpoint to resume from"):
         run("numpy", tmp_path / "empty", resume=True)
     model, adapter = problem("numpy")

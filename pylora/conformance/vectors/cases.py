@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from pylora.errors import FileFormatError, UnsupportedError
+from pylora.errors import ConfigError, FileFormatError, UnsupportedError
 from pylora.files.bounded import read_json
 from pylora.files.whole import atomic_dir
 from pylora.types import Array
@@ -67,6 +67,15 @@ class Case:
     def exact(self, name: str, value: Array) -> None:
         """An output whose bits are the same on every machine."""
         self.outputs[name] = Expected(np.asarray(value))
+
+
+def check_output(directory: str | os.PathLike[str]) -> None:
+    """ConfigError for a directory that `write` would refuse; to be asked before cases are made."""
+    target = Path(directory)
+    if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
+        raise ConfigError(
+            f"{target} holds files that are no vectors; name a new directory or empty this one"
+        )
 
 
 def write(directory: str | os.PathLike[str], cases: list[Case]) -> Path:

@@ -1,0 +1,223 @@
+"""`pylora plan` and `pylora inspect`: which modules an adapter touches, and how far it moves them.
+
+Modules that are alike in all but their layer share a line; --all gives each its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pylora.commands.adapters import lora_config, refuse_other_base, warn_about_size
+from pylora.commands.app import (
+    LOOK,
+    Alpha,
+    EveryModule,
+    Model,
+    Rank,
+    RsLora,
+    Targets,
+    command,
+)
+from pylora.commands.guard import unfinished
+from pylora.commands.outputs import check_file
+from pylora.display.console import Console, megabytes
+
+if TYPE_CHECKING:
+    from pylora.adapters.inspect import ModuleStats
+    from pylora.adapters.plan import Plan
+
+
+@command(LOOK, "pylora plan SmolLM2.gguf -r 16", "pylora plan SmolLM2.gguf runs/tone --all")
+def plan(
+    model: Model,
+    adapter: Annotated[
+        Path | None,
+        typer.Argument(metavar="ADAPTER", help="PEFT folder, run, or adapter_config.json"),
+    ] = None,
+    rank: Rank = 8,
+    alpha: Alpha = None,
+    targets: Targets = "all-linear",
+    rslora: RsLora = False,
+    every: EveryModule = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="one JSON object per module, unfolded")
+    ] = False,
+) -> None:
+    """Show what an adapter would touch: r, alpha and scale of each module, and the rules behind."""
+    from pylora.adapters.plan import resolve
+    from pylora.formats import open_checkpoint
+
+    with open_checkpoint(model) as checkpoint:
+        config = lora_config(adapter, rank, alpha, targets, rslora, 0.0, checkpoint.path)
+        modules = checkpoint.config.modules()
+        if adapter is not None and not adapter.is_file():
+            refuse_other_base(adapter, config, modules)
+        resolved = resolve(config, modules)
+        total = checkpoint.config.num_parameters
+    warn_about_size(resolved, total)
+    screen = Console()
+    if as_json:
+        for entry in resolved.entries:
+            screen.say(json.dumps(vars(entry)))
+        return
+    columns = ("module", "d × k", "r", "alpha", "scale", "because of")
+    numbers = ("d × k", "r", "alpha", "scale")
+    if every:
+        rows = [(e.path, *_settings(e), _rules(e)) for e in resolved.entries]
+        screen.table(columns, rows, right=numbers)
+    else:
+        screen.table(("modules", *columns), _folded(resolved), right=("modules", *numbers))
+    if resolved.bias_only:
+        screen.say(f"and the biases of {len(resolved.bias_only)} modules without LoRA")
+    screen.say(
+        f"{len(resolved.entries)} modules, {resolved.num_parameters:,} trainable parameters, "
+        f"{100 * resolved.num_parameters / total:.3f} % of {total:,}"
+    )
+
+
+def _settings(e: Any) -> tuple[str, int, str, str]:
+    return f"{e.d} × {e.k}", e.r, f"{e.alpha:g}", f"{e.scale:g}"
+
+
+def _rules(entry: Any) -> str:
+    return "; ".join((entry.rule_target, entry.rule_r, entry.rule_alpha, entry.rule_scale))
+
+
+def _folded(plan: Plan) -> list[tuple[object, ...]]:
+    """A row for all modules that are alike in everything but the layer."""
+    from pylora.adapters.fold import fold, without_layer
+
+    groups = fold(
+        plan.entries,
+        lambda e: e.path,
+        lambda e: (*_settings(e), e.kind, e.lora_bias, e.base_bias, without_layer(_rules(e))),
+    )
+    return [
+        (len(g), g.pattern, *_settings(g.items[0]), without_layer(_rules(g.items[0])))
+        for g in groups
+    ]
+
+
+@command(
+    LOOK,
+    "pylora inspect runs/tone --picture delta.png",
+    "pylora inspect runs/tone --model SmolLM2.gguf",
+    "pylora inspect --numbers",
+)
+def inspect(
+    adapter: Annotated[
+        Path | None, typer.Argument(metavar="ADAPTER", help="PEFT folder, or folder of a run")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="check the adapter against this model's modules")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="picture to draw")
+    ] = None,
+    every: EveryModule = False,
+    numbers: Annotated[
+        bool, typer.Option("--numbers", help="the parameter counts LoRA is known by, computed")
+    ] = False,
+) -> None:
+    """Show how far an adapter moves each module: norm and singular values of its delta."""
+    screen = Console()
+    if picture is not None:
+        from pylora.extras import need
+
+        check_file(picture, what="--picture", suffix=".png")
+        need("matplotlib")
+    if numbers:
+        _show_numbers(screen)
+    if adapter is not None:
+        with unfinished(f"{picture} was not written") if picture else unfinished("no file written"):
+            _inspect_adapter(screen, adapter, model, picture, every)
+
+
+def _show_numbers(screen: Console) -> None:
+    from pylora.adapters.inspect import numbers
+
+    rows = [
+        (n.what, n.rank, f"{n.trainable:,}", f"{n.full:,}", f"{100 * n.trainable / n.full:.3f} %")
+        for n in numbers()
+    ]
+    columns = ("weight", "r", "trainable with LoRA", "all", "share")
+    screen.table(columns, rows, right=columns[1:])
+
+
+def _inspect_adapter(
+    screen: Console, directory: Path, model: Path | None, picture: Path | None, every: bool
+) -> None:
+    from pylora.adapters.adapter import Adapter
+    from pylora.adapters.inspect import inspect as measure
+    from pylora.adapters.inspect import modules_of
+    from pylora.display.plots import adapter_picture
+    from pylora.formats import open_checkpoint
+
+    if model is None:
+        adapter = Adapter.load(directory, modules_of(directory))
+    else:
+        with open_checkpoint(model) as checkpoint:
+            adapter = Adapter.load(directory, checkpoint.config.modules(), base=checkpoint.load)
+    stats = measure(adapter)
+    numbers = ("d × k", "r", "scale", "norm", "stable rank")
+    if every:
+        rows: list[tuple[object, ...]] = [
+            (
+                s.path,
+                *_shape(s),
+                f"{s.norm:.4g}",
+                f"{s.stable_rank:.2f}",
+                _first(s.singular_values),
+            )
+            for s in stats
+        ]
+        screen.table(("module", *numbers, "singular values"), rows, right=numbers)
+    else:
+        columns = ("modules", "module", *numbers, "largest singular value")
+        screen.table(columns, _ranges(stats), right=("modules", *numbers, columns[-1]))
+    full = sum(s.d * s.k for s in stats)
+    screen.say(
+        f"{adapter.num_parameters:,} parameters ({megabytes(4 * adapter.num_parameters)} in "
+        f"float32) in {len(stats)} modules whose weights have {full:,}: "
+        f"{100 * adapter.num_parameters / full:.2f} %"
+    )
+    if picture is not None:
+        adapter_picture(picture, stats, title=f"Adapter {directory.name}: {len(stats)} modules")
+        screen.say(f"picture: {picture}")
+
+
+def _shape(s: ModuleStats) -> tuple[str, int, str]:
+    return f"{s.d} × {s.k}", s.rank, f"{s.scale:g}"
+
+
+def _ranges(stats: Sequence[ModuleStats]) -> list[tuple[object, ...]]:
+    """A row for all modules of a pattern: from the least to the greatest of each figure."""
+    from pylora.adapters.fold import fold
+
+    groups = fold(stats, lambda s: s.path, _shape)
+    return [
+        (
+            len(g),
+            g.pattern,
+            *_shape(g.items[0]),
+            _span([s.norm for s in g.items], ".4g"),
+            _span([s.stable_rank for s in g.items], ".2f"),
+            _span([max(s.singular_values, default=0.0) for s in g.items], ".3g"),
+        )
+        for g in groups
+    ]
+
+
+def _span(values: Sequence[float], form: str) -> str:
+    low, high = f"{min(values):{form}}", f"{max(values):{form}}"
+    return low if low == high else f"{low} … {high}"
+
+
+def _first(values: Sequence[float], most: int = 5) -> str:
+    shown = " ".join(f"{value:.3g}" for value in values[:most])
+    return shown + (" …" if len(values) > most else "")

@@ -1,0 +1,317 @@
+"""`pylora train`: reads the data, trains, and says where everything lies, also when interrupted."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pylora.commands.adapters import lora_config, refuse_too_large, warn_about_size
+from pylora.commands.app import (
+    ADAPTER,
+    DATA,
+    HOW,
+    MAKE,
+    RUN,
+    Alpha,
+    Model,
+    Precision,
+    Rank,
+    RsLora,
+    Seed,
+    Targets,
+    command,
+)
+from pylora.commands.guard import sentence, unfinished
+from pylora.commands.inputs import file_or_stdin
+from pylora.commands.outputs import check_folder
+from pylora.commands.template import TemplateArgs, use_template
+from pylora.display.console import Console
+from pylora.errors import ConfigError
+from pylora.numbers.precision import check_precision
+
+if TYPE_CHECKING:
+    from pylora.training.train import StepInfo, TrainResult
+
+
+def _option(*names: str, part: str, help: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=part)
+
+
+@command(
+    MAKE,
+    "pylora train SmolLM2.gguf data.jsonl runs/tone --epochs 3",
+    "pylora train SmolLM2.gguf data.jsonl runs/tone --epochs 3 --resume",
+)
+def train(
+    context: typer.Context,
+    model: Model,
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATA", help="JSONL: prompt and completion, messages, or text; - reads them"
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", help="folder of the run; the adapter will be OUT/adapter"),
+    ],
+    rank: Rank = 8,
+    alpha: Alpha = None,
+    targets: Targets = "all-linear",
+    rslora: RsLora = False,
+    dropout: Annotated[
+        float, _option("--dropout", "--lora-dropout", part=ADAPTER, help="lora_dropout")
+    ] = 0.0,
+    config: Annotated[
+        Path | None,
+        _option("--config", part=ADAPTER, help="adapter_config.json, in place of the above"),
+    ] = None,
+    eval_data: Annotated[
+        Path | None,
+        _option(
+            "--eval", "--eval-data", "--eval-file", part=DATA, help="records to evaluate on"
+        ),
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        _option(
+            "--max-length", "--max-seq-length", "--max-seq-len",
+            part=DATA, help="most tokens of a record; a longer one is an error",
+        ),
+    ] = None,
+    truncate: Annotated[
+        bool, _option("--truncate/--no-truncate", part=DATA, help="cut longer records")
+    ] = False,
+    packing: Annotated[
+        bool, _option("--packing/--no-packing", part=DATA, help="fill batches up to --max-tokens")
+    ] = False,
+    max_tokens: Annotated[
+        int | None,
+        _option("--max-tokens", part=DATA, help="most tokens that are computed at a time"),
+    ] = None,
+    template_arg: TemplateArgs = None,
+    learning_rate: Annotated[
+        float, _option("--lr", "--learning-rate", part=HOW, help="peak learning rate")
+    ] = 2e-4,
+    epochs: Annotated[
+        int,
+        _option(
+            "--epochs", "--num-epochs", "--num-train-epochs",
+            part=HOW, help="passes over the data",
+        ),
+    ] = 1,
+    steps: Annotated[
+        int | None,
+        _option("--steps", "--max-steps", "--iters", part=HOW, help="updates, in place of epochs"),
+    ] = None,
+    batch_size: Annotated[
+        int, _option("--batch-size", "--train-batch-size", part=HOW, help="examples per update")
+    ] = 8,
+    accumulation: Annotated[
+        int, _option("--accumulation", part=HOW, help="parts that an update is computed in")
+    ] = 1,
+    schedule: Annotated[
+        str,
+        _option(
+            "--schedule", "--lr-scheduler-type", "--lr-scheduler",
+            part=HOW, metavar="NAME", help="of the rate: cosine, linear or constant",
+        ),
+    ] = "cosine",
+    warmup: Annotated[
+        int, _option("--warmup", "--warmup-steps", part=HOW, help="steps until the peak rate")
+    ] = 0,
+    floor: Annotated[
+        float, _option("--floor", "--min-lr-ratio", part=HOW, help="rate at the end / peak rate")
+    ] = 0.0,
+    weight_decay: Annotated[
+        float, _option("--weight-decay", part=HOW, help="decoupled, of A and B")
+    ] = 0.0,
+    max_grad_norm: Annotated[
+        float, _option("--max-grad-norm", part=HOW, help="the gradient is clipped to this norm")
+    ] = 1.0,
+    lora_plus: Annotated[
+        float,
+        _option(
+            "--lora-plus", "--loraplus-lr-ratio", part=HOW, help="rate of B over rate of A (LoRA+)"
+        ),
+    ] = 1.0,
+    precision: Precision = "fp32",
+    recompute: Annotated[
+        bool,
+        _option(
+            "--recompute/--no-recompute", "--gradient-checkpointing", "--grad-checkpoint",
+            part=RUN, help="gradient checkpointing: less memory, one more forward pass",
+        ),
+    ] = False,
+    eval_every: Annotated[
+        int | None,
+        _option(
+            "--eval-every", "--eval-steps", "--steps-per-eval",
+            part=RUN, help="steps between evaluations; one is at the end in any case",
+        ),
+    ] = None,
+    save_every: Annotated[
+        int | None,
+        _option(
+            "--save-every", "--save-steps",
+            part=RUN, help="steps between checkpoints; one is at the end in any case",
+        ),
+    ] = None,
+    keep: Annotated[
+        int, _option("--keep", "--save-total-limit", part=RUN, help="checkpoints kept")
+    ] = 2,
+    log_every: Annotated[
+        int,
+        _option(
+            "--log-every", "--logging-steps", "--steps-per-report",
+            part=RUN, help="steps between lines of OUT/log.jsonl",
+        ),
+    ] = 1,
+    resume: Annotated[
+        bool, _option("--resume/--no-resume", part=RUN, help="continue the run in OUT, bit for bit")
+    ] = False,
+    overwrite: Annotated[
+        bool, _option("--overwrite/--no-overwrite", part=RUN, help="replace the run in OUT")
+    ] = False,
+    seed: Seed = 0,
+) -> None:  # fmt: skip
+    """Fine-tune an adapter. Writes OUT/adapter (PEFT), log.jsonl, loss.png and checkpoints.
+
+    Names of these options in transformers, PEFT, TRL and mlx-lm are taken, too, where they mean
+    the same (docs/training.md).
+    """
+    from pylora import backends
+    from pylora.adapters.adapter import Adapter
+    from pylora.adapters.plan import resolve
+    from pylora.formats import open_checkpoint
+    from pylora.model.llama import Llama
+    from pylora.training.examples import load_examples
+    from pylora.training.train import TrainConfig, check_out_dir
+    from pylora.training.train import train as run
+
+    settings = TrainConfig(
+        learning_rate=learning_rate,
+        epochs=epochs,
+        steps=steps,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        packing=packing,
+        max_tokens=max_tokens,
+        schedule=schedule,
+        warmup_steps=warmup,
+        floor=floor,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        lora_plus_ratio=lora_plus,
+        recompute=recompute,
+        seed=seed,
+        log_every=log_every,
+        eval_every=eval_every,
+        save_every=save_every,
+        keep=keep,
+    )
+    check_precision(precision)
+    check_folder(out)
+    check_out_dir(out, resume=resume, overwrite=overwrite)
+    screen = Console()
+    with unfinished("nothing was trained yet"), open_checkpoint(model) as checkpoint:
+        tokenizer = checkpoint.tokenizer()
+        use_template(tokenizer, template_arg)
+        lora = lora_config(config, rank, alpha, targets, rslora, dropout, checkpoint.path)
+        plan = resolve(lora, checkpoint.config.modules())
+        warn_about_size(plan, checkpoint.config.num_parameters)
+        refuse_too_large(plan, backends.get().name)
+        limit = {"max_length": max_length, "too_long": "truncate" if truncate else "error"}
+        data, eval_data = _files(data, eval_data)
+        examples = load_examples(data, tokenizer, **limit)  # type: ignore[arg-type]
+        evals = load_examples(eval_data, tokenizer, **limit) if eval_data else None  # type: ignore[arg-type]
+        llama = Llama.from_checkpoint(checkpoint, precision=precision)
+        adapter = Adapter.init(plan, lora, seed, base=checkpoint.load)
+    screen.say(
+        f"{len(examples):,} examples; {adapter.num_parameters:,} trainable parameters "
+        f"({100 * adapter.num_parameters / llama.config.num_parameters:.2f} %); "
+        f"base model in {llama.precision_report}"
+    )
+    if examples.truncated:
+        screen.say(f"{examples.truncated:,} examples were cut to {max_length} tokens")
+    with _saying_where(out, context.find_root().obj) as seen, screen.training() as show:
+
+        def on_step(info: StepInfo) -> None:
+            seen.append((info.step, info.steps))
+            show(info)
+
+        result = run(
+            llama,
+            adapter,
+            examples,
+            settings,
+            out,
+            evals,
+            on_step,
+            resume=resume,
+            overwrite=overwrite,
+        )
+    _after_training(screen, result, out)
+
+
+def _files(data: Path, evals: Path | None) -> tuple[Path, Path | None]:
+    """The two files of records; one of them may be standard input."""
+    if str(data) == "-" and evals is not None and str(evals) == "-":
+        raise ConfigError("DATA and --eval cannot both be standard input")
+    return file_or_stdin(data) or data, file_or_stdin(evals)
+
+
+@contextmanager
+def _saying_where(out: Path, args: Any) -> Iterator[list[tuple[int, int]]]:
+    """Yields a list for (step, steps). If the block is interrupted, the sentence about it says how
+    far it came, what is on disk, and with which command it goes on."""
+    from pylora.training.checkpoint import checkpoints
+
+    seen: list[tuple[int, int]] = []
+    try:
+        yield seen
+    except KeyboardInterrupt as error:
+        came = f" after step {seen[-1][0]} of {seen[-1][1]}" if seen else " before a step was done"
+        saved = checkpoints(out)
+        if saved:
+            step = int(saved[-1].name.rpartition("-")[2])
+            what = f"saved in {saved[-1]}"
+            if seen and step < seen[-1][0]:
+                what = f"the newest checkpoint is of step {step}: {saved[-1]}"
+            what += f"; to go on: {_again(args)}"
+        else:
+            what = "no checkpoint was written"
+        error.args = (f"{error or 'interrupted'}{came}; {what}",)
+        raise
+
+
+def _again(args: Any) -> str:
+    """The command line that continues the run."""
+    kept = [a for a in args or ["train", "…"] if a not in ("--overwrite", "--resume")]
+    return shlex.join(["pylora", *kept, "--resume"])
+
+
+def _after_training(screen: Console, result: TrainResult, out: Path) -> None:
+    from pylora.display.plots import loss_curve, sparkline
+    from pylora.errors import MissingExtraError
+    from pylora.training.log import evaluations
+
+    screen.say(
+        f"loss {result.losses[0]:.4f} {sparkline(result.losses)} {result.losses[-1]:.4f}; "
+        f"{result.tokens_per_second:.0f} tokens/s"
+    )
+    if result.evaluation is not None:
+        e = result.evaluation
+        screen.say(f"evaluation: loss {e.nll:.4f}, perplexity {e.perplexity:.2f}")
+    try:
+        seen = evaluations(out / "log.jsonl")
+        loss_curve(out / "loss.png", result.losses, evaluations=seen)
+    except (MissingExtraError, OSError) as error:  # the adapter is there all the same
+        said = sentence(error) if isinstance(error, OSError) else error
+        screen.say(f"no picture of the loss: {said}")
+    screen.say(f"adapter: {out / 'adapter'}")
