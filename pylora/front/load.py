@@ -10,6 +10,7 @@ from typing import Any
 from pylora.adapters.adapter import Adapter
 from pylora.errors import ConfigError, WrongTypeError, describe
 from pylora.formats import open_checkpoint
+from pylora.front.adapters import read_adapter
 from pylora.front.model import Model
 from pylora.model.llama import Llama
 from pylora.numbers.precision import check_precision
@@ -77,16 +78,15 @@ def load(
         )
     checkpoint = open_checkpoint(path)
     try:
-        modules = checkpoint.config.modules()
         loaded = {  # before the weights: what does not fit is said at once
-            name: Adapter.load(one, modules, base=checkpoint.load)
+            name: read_adapter(checkpoint, one)
             if isinstance(one, (str, os.PathLike))
-            else one
+            else (one, None)
             for name, one in named.items()
         }
         model = Model(checkpoint, Llama.from_checkpoint(checkpoint, backend, precision))
-        for name, one in loaded.items():
-            model.adapters.add(name, one)
+        for name, (one, tokenizer) in loaded.items():
+            model.adapters.add(name, one, tokenizer=tokenizer)
         if named and not isinstance(adapter, Mapping) or isinstance(adapter, Adapter):
             model.adapters.use(DEFAULT_NAME)
     except BaseException:

@@ -241,6 +241,50 @@ def test_chat_takes_what_people_write(model: pylora.Model) -> None:
             model.chat(empty)
 
 
+def test_an_adapter_is_used_with_the_tokenizer_it_was_trained_with(
+    path: Path, tmp_path: Path
+) -> None:
+    other = "{% for m in messages %}Q: {{ m['content'] }}\\nA:{% endfor %}"
+    random_adapter(path, 3, target_modules="all-linear").save(tmp_path / "own")
+    (tmp_path / "own" / "chat_template.jinja").write_text(other.replace("\\\\n", "\n"))
+    random_adapter(path, 3, target_modules="all-linear").save(tmp_path / "plain")
+    n = {"max_new_tokens": 6}
+    with pytest.warns(UserWarning, match="the adapter's own chat template is used"):
+        model = pylora.load(path, {"own": tmp_path / "own", "plain": tmp_path / "plain"})
+    with model:
+        assert set(model.adapters.tokenizers) == {"own"}
+        text = model.adapters.tokenizers["own"].apply_chat([{"role": "user", "content": "a"}])
+        assert text.startswith("Q: a") and text.endswith("A:")
+        want = model.generate(text, adapter="plain", **n)
+        assert model.chat("a", adapter="own", **n) == want
+        plain = model.chat("a", adapter="plain", **n)
+        assert plain != want
+        assert model.chat(["a"] * 2, adapter=["own", "plain"], **n) == [want, plain]
+        model.adapters.remove("own")
+        assert not model.adapters.tokenizers
+
+
+def test_what_a_template_takes(path: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(path, tmp_path / "model")
+    template = (
+        "{{ tools | length if tools else 0 }}{% if loud %}!{% endif %}"
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    )
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    n = {"max_new_tokens": 4}
+    with pylora.load(tmp_path / "model") as model:
+        assert model.chat("a", **n) == model.generate("0a", **n)
+        assert model.chat("a", template_args={"loud": True}, **n) == model.generate("0!a", **n)
+        tool = {"type": "function", "function": {"name": "f"}}
+        assert model.chat("a", tools=[tool], **n) == model.generate("1a", **n)
+        with pytest.raises(DataError, match="no argument 'soft'"):
+            model.chat("a", template_args={"soft": True}, **n)
+        with pytest.raises(ConfigError, match="did you mean template_args"):
+            model.chat("a", chat_template_kwargs={"loud": True})
+
+
 def test_a_conversation_is_not_computed_twice(
     model: pylora.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
