@@ -3,6 +3,7 @@
 # make lint   ruff, mypy, imports, clang-format          make ctest   the C core's own tests
 # make cudatest  the CUDA core's own tests, on a CPU     make gputest   the Python tests on the GPU's backends
 # make parity installs PyTorch, transformers and PEFT, so that `make test` compares with them too
+# make clib   the C library by CMake in build/prefix, and its tests beside Python      make fuzz   its readers of files
 # make clean  removes .venv, out and what was built
 #
 # Needs Python >= 3.10 with its headers, a C compiler and make. The CUDA library is built too where an NVIDIA
@@ -17,7 +18,7 @@ PYTEST_ARGS ?=
 CC ?= cc
 
 .DELETE_ON_ERROR:
-.PHONY: demo test parity lint ctest cudatest gputest clean install
+.PHONY: demo test parity lint ctest cudatest gputest clib fuzz clean install
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -102,11 +103,21 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m mypy pylora
 	$(BIN)/lint-imports
-	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests/c tests/cuda examples -name '*.c' -o -name '*.h' -o -name '*.inc' \
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests/c tests/cuda tests/fuzz examples -name '*.c' -o -name '*.h' -o -name '*.inc' \
 	  -o -name '*.cu' -o -name '*.cuh' -o -name '*.cpp')
 
 ctest:
 	$(MAKE) -j$(JOBS) -C tests/c check CC="$(CC)"
+
+# Installed where it can be looked at; kernels that the wheel was built of are not compiled again.
+clib: $(VENV)/.test
+	cmake -S csrc -B build/cmake $(CORE_LIB:%=-DPYLORA_KERNELS=%)
+	cmake --build build/cmake -j $(JOBS)
+	cmake --install build/cmake --prefix build/prefix
+	cd $(VENV) && PYLORA_C_PREFIX="$(CURDIR)/build/prefix" $(PYTEST) "$(CURDIR)/tests/clib" $(PYTEST_ARGS)
+
+fuzz:
+	$(MAKE) -j$(JOBS) -C tests/fuzz run $(CORE_LIB:%=CORE_LIB=%)
 
 # The CUDA core without a GPU: its tests over an emulation of CUDA. See also tools/gpu_check.sh.
 cudatest:
@@ -116,4 +127,4 @@ clean:
 	rm -rf $(VENV) build dist pylora*.egg-info out
 	find pylora -name '_core*.so' -o -name '_core*.c' | xargs rm -f
 	rm -f pylora/backends/libpylora_cuda.so pylora/backends/_cuda_abi.py pylora/backends/_cuda_kernels.cu pylora/backends/_cuda_note.txt
-	for d in tests/c tests/cuda; do if [ -f $$d/Makefile ]; then $(MAKE) -C $$d clean; fi; done
+	for d in tests/c tests/cuda tests/fuzz; do if [ -f $$d/Makefile ]; then $(MAKE) -C $$d clean; fi; done

@@ -28,6 +28,7 @@ EXTRAS: dict[str, str] = {
     "hypothesis": "conformance",
     "ml_dtypes": "conformance",
     "pytest": "test",
+    "pyarrow": "parquet",
 }
 # What each extra is for, as `pylora doctor` says it.
 BRINGS: dict[str, str] = {

@@ -10,13 +10,14 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from pylora.adapters import peft
 from pylora.adapters.loraconfig import LoraConfig
 from pylora.adapters.peft import Array, Load
-from pylora.adapters.plan import Plan, PlanEntry, resolve
+from pylora.adapters.plan import Plan, PlanEntry, named_targets, resolve
 from pylora.errors import ConfigError, PlanError, UnsupportedError, expect, wrong_type
 from pylora.model.config import ModuleSpec
 from pylora.numbers import random
@@ -106,9 +107,10 @@ class Adapter(Mapping[str, LoRA]):
         return cls(*peft.read(directory, modules, base))
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes a PEFT directory, float32; loading it gives the same bits."""
+        """Writes a PEFT directory, float32; loading it gives the same bits. The word "all-linear"
+        is written as the names that it stood for, as PEFT does: servers do not know the word."""
         expect("path", directory, "Adapter.save(directory)")
-        peft.write(directory, self.config, parameters(self))
+        peft.write(directory, named_targets(self.config, self.plan), parameters(self))
 
     @property
     def num_parameters(self) -> int:
@@ -149,7 +151,8 @@ def _initial(
     e: PlanEntry, field: str, shape: tuple[int, ...], config: LoraConfig, seed: int
 ) -> Array:
     """The first values of A, B or the bias of B, as PEFT fills them."""
-    how = config.init_lora_weights
+    how: Any = config.init_lora_weights
+    how = how.lower() if isinstance(how, str) else how
     if not isinstance(how, bool) and how != "gaussian":
         raise UnsupportedError(
             f"init_lora_weights = {how!r} is only read from files; a fresh adapter can be made "

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pylora.errors import FileFormatError
+from pylora.errors import FileFormatError, UnsupportedError
 from pylora.files.kinds import what_is
 from pylora.formats.locate import as_path, as_text, in_hub_cache, not_there
 
@@ -35,7 +35,9 @@ def find_adapter(path_or_id: str | os.PathLike[str]) -> Path:
 
 
 def _in_folder(folder: Path) -> Path:
-    if (folder / CONFIG).is_file() or any((folder / name).is_file() for name in _WEIGHTS):
+    mlx = (folder / "adapters.safetensors").is_file()
+    has_weights = any((folder / name).is_file() for name in _WEIGHTS)
+    if has_weights or ((folder / CONFIG).is_file() and not mlx):
         return folder
     if (folder / "adapter" / CONFIG).is_file():
         return folder / "adapter"
@@ -43,6 +45,11 @@ def _in_folder(folder: Path) -> Path:
         raise FileFormatError(
             f"{folder} is a base model, not an adapter; an adapter is a folder with {CONFIG} and "
             f"{_WEIGHTS[0]}, such as the one that training writes"
+        )
+    if mlx:
+        raise UnsupportedError(
+            f"{folder} is an adapter of mlx-lm (adapters.safetensors), which has names and an "
+            "order of its own; pylora reads PEFT's form"
         )
     checkpoints = sorted(p for p in folder.glob("checkpoint-*") if (p / CONFIG).is_file())
     if checkpoints:

@@ -40,7 +40,9 @@ _REFUSED = {
     "ensure_weight_tying": "the adapters of tied layers share their tensors",
 }
 # Initialisations that leave the base weights alone: an adapter made so can be read and used.
-_READABLE_INITS = ("eva", "orthogonal")
+_READABLE_INITS = ("eva", "orthogonal", "mica")
+# Those that change the base weights as well: the adapter is relative to a base that nobody has.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 FRESH_TARGETS: str | tuple[str, ...] = "all-linear"  # as the literature recommends
 _FOREIGN = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "use_rslora"}
 _MAX_PATTERN = 4096  # characters of one regular expression
@@ -255,10 +257,17 @@ def _check_scalars(c: LoraConfig) -> None:
             "linear module of the supported models stores [out, in]: set it to false"
         )
     init = c.init_lora_weights
-    if not isinstance(init, bool) and init not in ("gaussian", *_READABLE_INITS):
+    if not isinstance(init, bool) and str(init).lower() not in ("gaussian", *_READABLE_INITS):
+        if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
+            raise UnsupportedError(
+                f"init_lora_weights = {init!r} changed the base weights before training, so this "
+                "adapter does not fit the base model that it names; in PEFT, save it as an "
+                "ordinary one (save_pretrained(..., path_initial_model_for_weight_conversion=...), "
+                "which keeps the first values to subtract), or merge it there"
+            )
         raise UnsupportedError(
-            f"init_lora_weights = {init!r} is not supported (it may change the base weights); "
-            "expected true, false or 'gaussian'"
+            f"init_lora_weights = {init!r} is not known; expected true, false, "
+            f"'gaussian', {', '.join(_READABLE_INITS)}"
         )
 
 

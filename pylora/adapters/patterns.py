@@ -1,7 +1,10 @@
-"""Regular expressions out of files from strangers: compiled only if matching is sure to end soon.
+"""Regular expressions out of files from strangers: they match as Python's do, in bounded time.
 
-Python's matcher tries every way to match before it says no. How many there are for a module path is
-estimated from the pattern's repeats and branches; a pattern with more than `_MOST` is refused.
+Python's matcher tries every way to match before it says no, and a pattern can have exponentially
+many. Most patterns are seen to have few (`_ways`): those run on Python's own matcher. The others
+run on a matcher of ours over the same parsed pattern (stepwise.py), which counts its steps and
+gives up, with an error that names the pattern, when they are too many for what it is used for.
+No pattern is refused for its looks.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import functools
 import math
 import re
 
+from pylora.adapters.stepwise import Stepwise
 from pylora.errors import PlanError
 
 _MOST = 10_000_000  # ways to match; as many steps take about a second for all modules of a model
@@ -25,22 +29,24 @@ _TOKEN = re.compile(
     re.DOTALL | re.VERBOSE,
 )
 
+Pattern = re.Pattern[str] | Stepwise
+
 
 @functools.lru_cache(maxsize=256)
-def compiled(pattern: str, name: str, frame: tuple[str, str] = ("", "")) -> re.Pattern[str]:
-    """The compiled pattern between the two parts of `frame`. PlanError, which begins with `name`,
-    if it is invalid (also by itself) or could take exponential time to match."""
+def compiled(pattern: str, name: str, frame: tuple[str, str] = ("", "")) -> Pattern:
+    """The compiled pattern between the two parts of `frame`; it has `match` and `fullmatch`.
+
+    PlanError, which begins with `name`, if it is invalid (also by itself); its `match` raises one
+    where matching takes more steps than any sensible pattern needs.
+    """
     try:
         re.compile(pattern)
         result = re.compile(frame[0] + pattern + frame[1])
     except (re.error, OverflowError, RecursionError) as error:
         raise PlanError(f"{name}: {pattern!r} is not a regular expression: {error}") from None
-    if _ways(result.pattern) > _MOST:
-        raise PlanError(
-            f"{name}: {pattern!r} can take exponential time to match: it has too many of * + ? |, "
-            "or a repeated group that holds one of them; write it with fewer"
-        )
-    return result
+    if _ways(result.pattern) <= _MOST:
+        return result
+    return Stepwise(result.pattern, f"{name}: {pattern!r}")
 
 
 class _Group:

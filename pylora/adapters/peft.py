@@ -9,6 +9,7 @@ repeated, misshapen or non-finite tensor is an error that names it. Pickle files
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +36,9 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _CONFIG_LIMIT = 16 << 20  # bytes; target_modules may list every module of a large model
-_DTYPES = ("f32", "f16", "bf16")
+_DTYPES = ("f32", "f16", "bf16", "f64")
+# PEFT keeps an adapter's name in the keys of its model's state; files are written without it.
+_NAMED = re.compile(r"\.(lora_(?:embedding_)?[AB])\.([^.]+)(\.weight|\.bias)?$")
 
 
 def tensor_names(plan: Plan) -> dict[str, tuple[str, str, tuple[int, ...]]]:
@@ -192,7 +195,8 @@ def _match(
     adapted = {e.path for e in plan.entries}
     source: dict[str, str] = {}
     extra: list[str] = []
-    for key in file.tensors:
+    for stored in file.tensors:
+        key = _plain(stored, file)
         alias = _PREFIX + key[len(_PREFIX) : -len(".bias")] + ".base_layer.bias"
         if key in wanted:
             name = key
@@ -201,14 +205,23 @@ def _match(
         else:
             path = key[len(_PREFIX) : -len(".base_layer.weight")]
             if key == f"{_PREFIX}{path}.base_layer.weight" and path in adapted:
-                _check_copy(file, key, path, base)
+                _check_copy(file, stored, path, base)
             else:
-                extra.append(key)
+                extra.append(stored)
             continue
         if name in source:
-            raise PlanError(f"{file.path}: {source[name]!r} and {key!r} are the same tensor, twice")
-        source[name] = key
+            raise PlanError(
+                f"{file.path}: {source[name]!r} and {stored!r} are the same tensor, twice"
+            )
+        source[name] = stored
     missing = [key for key in wanted if key not in source]
+    if missing and not extra and all(wanted[key][1] == "base_bias" for key in missing):
+        raise PlanError(
+            f"{file.path}: {CONFIG} says that biases of the base model were trained, but the file "
+            f"has none of the {len(missing)}: PEFT of some versions did not save them. Save the "
+            "adapter with PEFT 0.13 or newer from the trained model; or, to use it with the base "
+            f'model\'s own biases, set "bias" to "none" in {CONFIG}'
+        )
     if missing or extra:
         parts = [f"missing {_some(missing)}"] * bool(missing)
         parts += [f"not expected {_some(extra)}"] * bool(extra)
@@ -217,6 +230,15 @@ def _match(
             f"{'; '.join(parts)}"
         )
     return source
+
+
+def _plain(key: str, file: SafeTensors) -> str:
+    """The key as PEFT writes it to files: without an adapter's name, with the wrappers' prefix."""
+    named = _NAMED.search(key)
+    if named and named[2] not in ("weight", "bias"):
+        parts = key[: named.start()], named[1], named[3] or ""
+        key = f"{parts[0]}.{parts[1]}{parts[2]}"
+    return key if key.startswith(_PREFIX) or ".lora_" not in key else _PREFIX + key
 
 
 def _load(file: SafeTensors, key: str, shape: tuple[int, ...], rule: str) -> Array:
@@ -228,15 +250,24 @@ def _load(file: SafeTensors, key: str, shape: tuple[int, ...], rule: str) -> Arr
         )
     if dtype not in _DTYPES:
         raise PlanError(
-            f"{file.path}: tensor {key!r} is {dtype.upper()}, expected F32, F16 or BF16"
+            f"{file.path}: tensor {key!r} is {dtype.upper()}, expected F32, F16, BF16 or F64"
         )
-    array = np.array(file.load(key), np.float32, order="C")
+    array = _float32(file, key)
     if not np.isfinite(array).all():
         raise FileFormatError(
             f"{file.path}: tensor {key!r} contains NaN or infinity; the training that wrote it "
             "diverged, or the file is damaged"
         )
     return array
+
+
+def _float32(file: SafeTensors, key: str) -> Array:
+    """A tensor in float32: exact, but for float64, which is rounded once. What does not fit becomes
+    infinite, which is refused with all that is not finite."""
+    if file.dtype(key) != "f64":
+        return np.array(file.load(key), np.float32, order="C")
+    with np.errstate(over="ignore"):
+        return np.array(file.view(key), np.float32, order="C")
 
 
 def _check_copy(file: SafeTensors, key: str, path: str, base: Load | None) -> None:
@@ -253,7 +284,8 @@ def _check_copy(file: SafeTensors, key: str, path: str, base: Load | None) -> No
             f"{file.path}: tensor {key!r} is {dtype.upper()} of shape {file.shape(key)}, expected "
             f"the base model's weight of shape {want.shape}"
         )
-    if not np.array_equal(widen(narrow(want, dtype), dtype), file.load(key)):
+    same = _float32(file, key) if dtype == "f64" else file.load(key)
+    if not np.array_equal(want if dtype == "f64" else widen(narrow(want, dtype), dtype), same):
         raise PlanError(
             f"{file.path}: tensor {key!r} differs from the base model's weight of {path}: this "
             "adapter belongs to another base model, or that weight was trained too"

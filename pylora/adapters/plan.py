@@ -6,6 +6,7 @@ an exclusion, a pattern or a layer that matches nothing. No array is touched.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 import re
@@ -121,6 +122,15 @@ def resolve(config: LoraConfig, modules: Mapping[str, ModuleSpec]) -> Plan:
     return Plan(entries, others)
 
 
+def named_targets(config: LoraConfig, plan: Plan) -> LoraConfig:
+    """The config with the names of its modules in place of the word "all-linear"."""
+    target = config.target_modules
+    if not isinstance(target, str) or target.lower() != ALL_LINEAR:
+        return config
+    names = dict.fromkeys(e.path.rsplit(".", 1)[-1] for e in plan.entries)
+    return dataclasses.replace(config, target_modules=tuple(names))
+
+
 def _entry(config: LoraConfig, path: str, spec: ModuleSpec, rule: str) -> PlanEntry:
     if spec.kind == "embedding" and config.lora_bias:
         raise UnsupportedError(f"{path}: lora_bias is not defined for an embedding (as in PEFT)")
@@ -215,8 +225,8 @@ def _layer(config: LoraConfig, path: str) -> int | None:
         return int(match[1]) if match else None
     for pattern in patterns:
         frame = r"(?:^|.*?\.)", r"\.(?P<idx>\d+)\."
-        if match := compiled(pattern, "layers_pattern", frame).match(path):
-            return None if match["idx"] is None else int(match["idx"])
+        if found := compiled(pattern, "layers_pattern", frame).match(path):
+            return None if found["idx"] is None else int(found["idx"])
     return None
 
 

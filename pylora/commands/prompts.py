@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pylora.errors import ConfigError, DataError
-from pylora.training.records import read_records, string, type_name
+from pylora.training.reading import read_records, type_name
+from pylora.training.records import string
 
 
 def adapter_folders(options: Sequence[str]) -> dict[str | None, Path]:

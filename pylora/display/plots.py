@@ -60,25 +60,9 @@ def loss_curve(
         seen = [(step, value) for step, value in evaluations if math.isfinite(value)]
         if seen:
             at, values = zip(*seen, strict=True)
-            axes.plot(
-                at,
-                values,
-                "D--",
-                color=VERMILION,
-                markersize=6,
-                linewidth=1.2,
-                zorder=3,
-                label="evaluation, examples not trained on",
-            )
-            axes.annotate(
-                f"{values[-1]:.3g}",
-                (at[-1], values[-1]),
-                xytext=(-8, 8),
-                textcoords="offset points",
-                ha="right",
-                color=VERMILION,
-                fontsize=9,
-            )
+            label = f"evaluation, examples not trained on: {values[-1]:.2g} at the end"
+            style = {"color": VERMILION, "markersize": 6, "linewidth": 1.2, "zorder": 3}
+            axes.plot(at, values, "D--", label=label, **style)
         if loss and min([*loss, *(value for _, value in seen)]) > 0:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -121,9 +105,11 @@ def adapter_picture(
             ]
             index, (color, mark) = range(1, length + 1), series(column)
             middle = [values[len(values) // 2] for values in at]
-            right.plot(index, middle, color=color, marker=mark, markersize=4, label=kind)
+            # Beside each other, as bands of many kinds would hide one another.
+            x = [i + 0.7 * ((column + 0.5) / len(by_kind) - 0.5) for i in index]
+            right.plot(x, middle, color=color, marker=mark, markersize=4.5, label=kind)
             least, most = [values[0] for values in at], [values[-1] for values in at]
-            right.fill_between(index, least, most, color=color, alpha=0.15, linewidth=0)
+            right.vlines(x, least, most, color=color, alpha=0.45, linewidth=1.6)
         if any(one.norm > 0 for one in stats):
             right.set_yscale("log")
         widest = max((len(one.singular_values) for one in stats), default=1)

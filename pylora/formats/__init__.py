@@ -6,7 +6,7 @@ import os
 
 from pylora.errors import FileFormatError
 from pylora.formats.base import Checkpoint, narrow, widen
-from pylora.formats.locate import find_model
+from pylora.formats.locate import FURTHER_PART, find_model
 
 __all__ = ["Checkpoint", "narrow", "open_checkpoint", "widen"]
 
@@ -22,6 +22,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     where = find_model(path)
     if where.is_dir():
         ggufs = sorted(where.glob("*.gguf"))
+        ggufs = [f for f in ggufs if not FURTHER_PART.search(f.name)]
         if (where / "config.json").exists():
             from pylora.formats.huggingface import HuggingFaceCheckpoint
 

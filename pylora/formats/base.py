@@ -7,7 +7,7 @@ layout, whatever the file calls them. Nothing is read before it is asked for, no
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,12 @@ class Checkpoint(ABC):
 
     path: Path
     config: LlamaConfig
+    notes: tuple[str, ...] = ()  # what a user should know of files that lie beside the weights
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The content of the model's config.json, whole; {} where there is none."""
+        return {}
 
     def __repr__(self) -> str:
         c = self.config
@@ -63,6 +69,15 @@ class Checkpoint(ABC):
 
         Raises UnsupportedError for a quantized tensor.
         """
+
+    def parts(self, name: str) -> Iterator[Array]:
+        """The rows of a matrix as `load` gives them, some at a time: float32 [rows, k]."""
+        yield self.load(name)
+
+    def blocks(self, name: str) -> Array:
+        """The stored bytes of a quantized matrix, uint8 [d, bytes of a row]. UnsupportedError
+        where the file's form has none."""
+        raise UnsupportedError(f"{self.path}: tensor {name!r} is not made of ggml blocks")
 
     def stored(self, name: str) -> Stored | None:
         """A matrix as the file stores it, where that is bfloat16 or blocks that can be multiplied

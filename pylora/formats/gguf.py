@@ -8,7 +8,7 @@ the other rotary layout), and the configuration is in the metadata (gguf_config.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,8 @@ from pylora.formats.base import Array, Checkpoint, Shape, check_tensors, read_co
 from pylora.formats.ggml import BY_NAME
 from pylora.formats.ggml_decode import DECODERS
 from pylora.formats.gguf_config import ROPE_FACTORS, hf_config
-from pylora.formats.gguf_header import GGUFHeader, read_header
+from pylora.formats.gguf_header import GGUFHeader
+from pylora.formats.gguf_split import read_gguf
 from pylora.numbers.precision import Stored
 from pylora.numbers.quantize import BLOCK_BYTES
 
@@ -55,7 +56,7 @@ class GGUFCheckpoint(Checkpoint):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        header = read_header(path)
+        header = read_gguf(path)
         self._header: GGUFHeader | None = header
         self.config = read_config(path, hf_config(header))
         self._stored: dict[str, str] = {}
@@ -114,6 +115,20 @@ class GGUFCheckpoint(Checkpoint):
         if kind not in BLOCK_BYTES or len(shape) != 2:
             return super().stored(name)
         return Stored(kind, self._rows(name), (shape[0], shape[1]))
+
+    def parts(self, name: str) -> Iterator[Array]:
+        kind, rows, (_, k) = self.dtype(name), self._rows(name), self.shape(name)
+        if kind in ("f32", "f16", "bf16"):
+            yield self.load(name)
+            return
+        step = max(1, _CHUNK // (4 * k))
+        for i in range(0, len(rows), step):
+            yield dequantize(rows[i : i + step], kind, f"{self.path}: tensor {name!r}")
+
+    def blocks(self, name: str) -> Array:
+        if self.dtype(name) in ("f32", "f16", "bf16"):
+            return super().blocks(name)
+        return self._rows(name)
 
     def _rows(self, name: str) -> Array:
         """The stored bytes, one row of uint8 per row of the tensor, in Hugging Face's row order."""

@@ -38,6 +38,7 @@ class GGUFTensor:
     shape: Shape
     start: int
     end: int
+    part: int = 0  # which file of a split model
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class GGUFHeader:
     data: Array  # the whole file, uint8, mapped
     metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor]
+    more: tuple[Array, ...] = ()  # the further files of a split model
 
     def rows(self, name: str) -> Array:
         """The stored bytes of a tensor, uint8 [rows, bytes per row], a read-only view."""
@@ -57,7 +59,8 @@ class GGUFHeader:
         rows = 1
         for n in tensor.shape[:-1]:
             rows *= n
-        return self.data[tensor.start : tensor.end].reshape(rows, -1)
+        data = self.more[tensor.part - 1] if tensor.part else self.data
+        return data[tensor.start : tensor.end].reshape(rows, -1)
 
 
 def read_header(path: Path) -> GGUFHeader:

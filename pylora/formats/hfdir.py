@@ -28,9 +28,10 @@ _BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 _TORCH = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 _TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json tokenizer.model special_tokens_map.json "
-    "added_tokens.json vocab.json merges.txt chat_template.jinja chat_template.json "
-    "generation_config.json"
+    "added_tokens.json vocab.json vocab.txt merges.txt spiece.model tekken.json "
+    "chat_template.jinja chat_template.json generation_config.json"
 ).split()
+_LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
 
 def check_output(directory: Path, source: Path, marker: str | None = None) -> None:
@@ -49,12 +50,34 @@ def check_output(directory: Path, source: Path, marker: str | None = None) -> No
         )
 
 
-def write_config(directory: Path, config: LlamaConfig, specs: Mapping[str, Spec]) -> None:
-    """config.json; its torch_dtype is the one that most weights have."""
+def write_config(
+    directory: Path,
+    config: LlamaConfig,
+    specs: Mapping[str, Spec],
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """config.json; its torch_dtype is the one that most weights have.
+
+    `settings` is the content of the file that the model came with: every key of it is carried over,
+    also those that pylora does not know, but for those that say something else now.
+    """
     sizes: dict[str, int] = {}
     for shape, dtype in specs.values():
         sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape)
-    values = config.to_hf() | {"torch_dtype": _TORCH[max(sizes, key=lambda d: sizes[d])]}
+    made = _TORCH[max(sizes, key=lambda d: sizes[d])]
+    if not settings:
+        _write_json(directory / "config.json", config.to_hf() | {"torch_dtype": made})
+        return
+    values = dict(settings)
+    before = LlamaConfig.from_hf(settings)
+    if config != before:
+        old, new = before.to_hf(), config.to_hf()
+        values |= {key: new[key] for key in new if new[key] != old.get(key)}
+    # transformers 5 calls it dtype; an older file that has both is given both.
+    for name in [n for n in ("dtype", "torch_dtype") if n in values] or ["torch_dtype"]:
+        values[name] = made
+    if LlamaConfig.from_hf(values) != config:
+        raise ConfigError(f"{directory}: the source's config.json cannot say what was written")
     _write_json(directory / "config.json", values)
 
 
@@ -113,16 +136,21 @@ def _write_shard(file: Path, specs: Mapping[str, Spec], produce: Callable[[str],
             out.write(little.data)  # tofile would hide what the system says
 
 
-def write_tokenizer(directory: Path, source: Checkpoint) -> str:
+def write_tokenizer(directory: Path, source: Checkpoint, own: Path | None = None) -> str:
     """Copies the tokenizer's files, or writes them from a GGUF's metadata; says what was done.
 
-    A tokenizer that cannot be had does not stop the writing of a model: the sentence says why.
+    `own`: a directory whose files take the place of the source's, file by file. A tokenizer that
+    cannot be had does not stop the writing of a model: the sentence says why.
     """
+    if own is not None:
+        said = write_tokenizer(directory, source)
+        if (own / "tokenizer.json").is_file():  # what belongs to another one must not stay
+            for name in _TOKENIZER_FILES:
+                if name != "generation_config.json":
+                    (directory / name).unlink(missing_ok=True)
+        return f"{said}; from the adapter: {_copy_tokenizer(directory, own)}"
     if source.path.is_dir():
-        found = [name for name in _TOKENIZER_FILES if (source.path / name).is_file()]
-        for name in found:
-            shutil.copyfile(source.path / name, directory / name)
-        return f"copied {', '.join(found)}" if found else "the source directory has no tokenizer"
+        return _copy_tokenizer(directory, source.path)
     try:
         tokenizer, library = source.tokenizer(), need("tokenizers")
     except PyloraError as error:
@@ -150,6 +178,19 @@ def write_tokenizer(directory: Path, source: Checkpoint) -> str:
     if len(tokenizer.eos_ids) > 1:
         _write_json(directory / "generation_config.json", {"eos_token_id": list(tokenizer.eos_ids)})
     return "written from the GGUF metadata"
+
+
+def _copy_tokenizer(directory: Path, source: Path) -> str:
+    found = [name for name in _TOKENIZER_FILES if (source / name).is_file()]
+    templates = "additional_chat_templates"
+    if (source / templates).is_dir():
+        found += [f"{templates}/{p.name}" for p in sorted((source / templates).glob("*.jinja"))]
+    said = f"copied {', '.join(found)}" if found else "the source directory has no tokenizer"
+    found += sorted(p.name for mark in _LICENCES for p in source.glob(mark) if p.is_file())
+    for name in found:
+        (directory / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, directory / name)
+    return said
 
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:

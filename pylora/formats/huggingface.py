@@ -7,8 +7,9 @@ embeddings) is recognised by name and checked. Values, such as NaN, are not judg
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from pylora.errors import FileFormatError, UnsupportedError
 from pylora.files.bounded import read_json
 from pylora.formats.base import Array, Checkpoint, Shape, check_tensors, read_config, widen
 from pylora.formats.safetensors import SafeTensors
+from pylora.model.config import LlamaConfig
 
 if TYPE_CHECKING:
     from pylora.text.tokenizer import Tokenizer
@@ -33,8 +35,16 @@ class HuggingFaceCheckpoint(Checkpoint):
     def __init__(self, path: Path) -> None:
         self.path = path
         file = path / "config.json"
-        self.config = read_config(file, read_json(file, limit=MAX_CONFIG))
-        self._files = _open_files(path)
+        self._settings = read_json(file, limit=MAX_CONFIG)
+        _refuse_mlx(path, self._settings)
+        self.config = read_config(file, self._settings)
+        self._files, notes = _open_files(path, self.config)
+        if (path / "adapter_config.json").is_file():
+            notes += (
+                f"{path} holds an adapter beside the model (adapter_config.json), which is not "
+                "used unless it is named as the adapter",
+            )
+        self.notes = notes
         shapes = {
             name: file.shape(name)
             for name, file in self._files.items()
@@ -64,6 +74,10 @@ class HuggingFaceCheckpoint(Checkpoint):
                 f"{self.path}: config.json says tie_word_embeddings, but {_HEAD!r} is stored and "
                 f"differs from {_EMBEDDING!r}; one of the two is wrong"
             )
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return self._settings
 
     def names(self) -> tuple[str, ...]:
         return self._names
@@ -102,8 +116,46 @@ def _bits(x: Array) -> Array:
     return x.reshape(-1).view(np.uint8)
 
 
-def _open_files(directory: Path) -> dict[str, SafeTensors]:
-    """Tensor name -> the open file that holds it."""
+def _refuse_mlx(path: Path, settings: Mapping[str, Any]) -> None:
+    """MLX keeps quantized weights in a form of its own, in files that look like Hugging Face's."""
+    if isinstance(settings.get("quantization"), Mapping):
+        raise UnsupportedError(
+            f"{path}: this is a model that MLX quantized ({dict(settings['quantization'])!r:.80}); "
+            "pylora reads it dequantized: mlx_lm.convert --dequantize --hf-path DIR --mlx-path NEW"
+        )
+
+
+def _open_files(
+    directory: Path, config: LlamaConfig
+) -> tuple[dict[str, SafeTensors], tuple[str, ...]]:
+    """Tensor name -> the open file that holds it; and what to say of files that are passed over.
+
+    Where there are a whole file and an index, the one that has all tensors of the model counts.
+    """
+    whole, index = directory / WHOLE, directory / INDEX
+    if not (whole.is_file() and index.is_file()):
+        return _one_form(directory), ()
+    file = SafeTensors(whole)
+    optional = {_HEAD} if config.tie_word_embeddings else set()
+    missing = [
+        name for name in config.tensors() if name not in file.tensors and name not in optional
+    ]
+    table = read_json(index, limit=MAX_INDEX).get("weight_map")
+    lacks = [n for n in config.tensors() if n not in (table or {}) and n not in optional]
+    if missing and not lacks:
+        note = f"{whole} was passed over: it lacks {len(missing)} tensors that {INDEX} lists"
+        return _sharded(directory), (note,)
+    if lacks and not missing:
+        note = f"{index} was passed over: it lacks {len(lacks)} tensors that {WHOLE} has"
+        return dict.fromkeys(file.tensors, file), (note,)
+    raise FileFormatError(
+        f"{directory}: there are {WHOLE} and {INDEX}, "
+        + ("and both lack tensors" if missing else "each with a whole model")
+        + "; take away the one that does not belong there"
+    )
+
+
+def _one_form(directory: Path) -> dict[str, SafeTensors]:
     whole, index = directory / WHOLE, directory / INDEX
     if whole.is_file():
         file = SafeTensors(whole)
@@ -112,6 +164,11 @@ def _open_files(directory: Path) -> dict[str, SafeTensors]:
         pickles = sorted(p.name for p in directory.glob("pytorch_model*.bin"))
         hint = f"; {pickles[0]} is a pickle, which pylora does not read" if pickles else ""
         raise FileFormatError(f"{directory}: there is neither {WHOLE} nor {INDEX}{hint}")
+    return _sharded(directory)
+
+
+def _sharded(directory: Path) -> dict[str, SafeTensors]:
+    index = directory / INDEX
     table = read_json(index, limit=MAX_INDEX).get("weight_map")
     if not isinstance(table, dict) or not table:
         raise FileFormatError(f"{index}: weight_map is missing, empty or not an object")

@@ -20,6 +20,8 @@ _ID = re.compile(
     r"(?:@(?P<revision>[\w.-]+))?(?::(?P<tag>[\w.-]+)|/(?P<file>[\w./+-]+\.gguf))?"
 )
 _ENDINGS = (".gguf", ".safetensors", ".json", ".jsonl", ".bin", ".pt", ".pth", ".txt")  # of files
+# Of a model in several files the first stands for all.
+FURTHER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
 _MAX_ID = 200  # characters; the Hub allows 96 in a name
 _ADAPTER_CONFIG = "adapter_config.json"
 _MAX_ADAPTER_CONFIG = 16 << 20  # bytes
@@ -93,7 +95,11 @@ def in_hub_cache(text: str) -> Path | None:
     snapshot = _snapshot(folder, match["revision"])
     if snapshot is None:
         return None
-    ggufs = sorted(gguf for gguf in snapshot.rglob("*.gguf") if gguf.is_file())
+    ggufs = sorted(
+        gguf
+        for gguf in snapshot.rglob("*.gguf")
+        if gguf.is_file() and not FURTHER_PART.search(gguf.name)
+    )
     file, tag = match["file"], match["tag"]
     if file is None and tag is None:
         if not ggufs or (snapshot / "config.json").is_file():

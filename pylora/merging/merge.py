@@ -18,6 +18,8 @@ import numpy as np
 
 from pylora import backends
 from pylora.adapters.adapter import Adapter
+from pylora.adapters.locate import find_adapter
+from pylora.adapters.own_tokenizer import has_own, tokenizer_for
 from pylora.errors import ConfigError, UnsupportedError, expect
 from pylora.files.whole import atomic_dir
 from pylora.formats import Checkpoint, narrow, open_checkpoint, widen
@@ -90,15 +92,22 @@ def merge_checkpoint(
     """Merges the PEFT adapter in `adapter_dir` into the GGUF or Hugging Face model at `model_path`.
 
     `out_dir` becomes a Hugging Face directory that transformers loads, with the file that undoes
-    the merge. `dtype` ("f32", "f16", "bf16") converts the base first; by default weights keep the
-    dtype they are stored in, and those of a GGUF file become f32. Where the adapter targets one of
-    two tied embeddings, they are untied. Nothing is left behind if it fails. ConfigError for an
-    `out_dir` that holds anything else than an earlier merge: no model is overwritten by mistake.
+    the merge; a tokenizer or chat template that lies beside the adapter goes with it. `dtype`
+    ("f32", "f16", "bf16") converts the base first; by default weights keep the dtype they are
+    stored in, and those of a GGUF file become f32. Where the adapter targets one of two tied
+    embeddings, they are untied. Nothing is left behind if it fails. ConfigError for an `out_dir`
+    that holds anything else than an earlier merge: no model is overwritten by mistake.
     """
     expect("path", out_dir, "merge_checkpoint(model, adapter, out)")
     with open_checkpoint(model_path) as checkpoint:
         adapter = Adapter.load(adapter_dir, checkpoint.config.modules(), base=checkpoint.load)
-        return merge_adapter(checkpoint, adapter, out_dir, dtype=dtype, backend=backend)
+        folder = find_adapter(adapter_dir)
+        own = folder if has_own(folder) else None
+        if own is not None:
+            tokenizer_for(checkpoint, own)  # refuses one that does not fit
+        return merge_adapter(
+            checkpoint, adapter, out_dir, dtype=dtype, backend=backend, tokenizer=own
+        )
 
 
 def check_merge_output(
@@ -118,8 +127,10 @@ def merge_adapter(
     *,
     dtype: str | None = None,
     backend: str | Backend | None = None,
+    tokenizer: Path | None = None,
 ) -> MergeReport:
-    """`merge_checkpoint` for a checkpoint and an adapter that are open already."""
+    """`merge_checkpoint` for a checkpoint and an adapter that are open already. `tokenizer` is a
+    directory whose tokenizer's files take the place of the base model's."""
     expect("checkpoint", checkpoint, "merge_adapter(checkpoint, adapter, out)")
     expect("whole adapter", adapter, "merge_adapter(checkpoint, adapter, out)")
     expect("path", out_dir, "merge_adapter(checkpoint, adapter, out)")
@@ -127,10 +138,10 @@ def merge_adapter(
     check_merge_output(checkpoint.path, target, dtype)
     merge = _Merge(checkpoint, adapter, dtype, backends.get(backend))
     with atomic_dir(target) as beside:
-        write_config(beside, merge.config, merge.specs)
+        write_config(beside, merge.config, merge.specs, checkpoint.settings)
         size = write_weights(beside, merge.specs, merge.tensor)
         merge.record.write(beside)
-        said = write_tokenizer(beside, checkpoint)
+        said = write_tokenizer(beside, checkpoint, tokenizer)
     order = list(adapter)
     modules = tuple(sorted(merge.modules, key=lambda m: order.index(m.path)))
     return MergeReport(target, modules, size, sum(m.bytes for m in modules), said)

@@ -66,7 +66,7 @@ def unmerge_checkpoint(
         _check_record(reader, checkpoint)
         restore = _restorer(reader, checkpoint, ops)
         with atomic_dir(target) as beside:
-            write_config(beside, config, specs)
+            write_config(beside, config, specs, checkpoint.settings)
             write_weights(beside, specs, restore)
             for name in checkpoint.names():  # an output layer that is tied again is checked too
                 if name not in specs:

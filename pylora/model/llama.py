@@ -166,8 +166,13 @@ class Llama:
 
     @property
     def precision_report(self) -> str:
-        """Both in words, as every report states them."""
-        return describe(self.precision, self.computes)
+        """Both in words, as every report states them; and how a file's blocks are kept, where
+        that is not what the precision's name says."""
+        said = describe(self.precision, self.computes)
+        kinds = {k: n for k, n in (self.stored_as or {}).items() if k != "f32"}
+        if self.precision not in ("int8", "int4") or not kinds:
+            return said
+        return f"{said} ({', '.join(f'{n} matrices as {k.upper()}' for k, n in kinds.items())})"
 
     # ---- adapters -----------------------------------------------------------------------------
 

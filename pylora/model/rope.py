@@ -26,7 +26,10 @@ def inverse_frequencies(
     `scaling` stretches them: {"rope_type": "linear", "factor"} divides all by the factor;
     "llama3" (Llama 3.1) divides the long wavelengths, keeps the short ones, and blends between.
     """
-    frequency: np.ndarray = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    # Python's power is the C library's, as in csrc/files/rope.c; NumPy's has another last bit on
+    # some processors.
+    powers = [float(theta) ** (-i / head_dim) for i in range(0, head_dim, 2)]
+    frequency = np.array(powers, np.float64)
     if scaling is None:
         return frequency
     factor = float(scaling["factor"])

@@ -11,6 +11,7 @@ from pylora.errors import ShapeError
 from pylora.model.config import LlamaConfig
 from pylora.numbers.precision import Stored
 from pylora.numbers.quantize import quantize
+from pylora.numbers.recode import RECODED, recode
 from pylora.ops.protocol import Backend
 from pylora.types import Array
 
@@ -52,20 +53,24 @@ def checked_weights(config: LlamaConfig, weights: Weights) -> Weights:
 class FromCheckpoint:
     """The tensors of an open checkpoint, as a model of `precision` wants them.
 
-    In int8 and int4, blocks of Q8_0, Q4_0 and Q4_1 are taken as the file has them, numbers are
-    quantized (Q8_0, Q4_1), and blocks of any other kind are decoded and stored as Q8_0, which loses
-    least of them. In bf16, bfloat16 is taken as it is. `stored_as` counts the matrices by kind.
+    In int8 and int4, blocks of Q8_0, Q4_0 and Q4_1 are taken as the file has them, and numbers are
+    quantized (Q8_0, Q4_1). Blocks of other kinds become Q8_0, a few rows at a time; in int4 those
+    of Q4_K become Q4_1 with the same codes (numbers/recode.py). In bf16, bfloat16 is taken as it
+    is. `stored_as` counts the matrices by kind, `sources` by what the file had.
     """
 
     def __init__(self, checkpoint: Any, precision: str) -> None:
         self.checkpoint, self.precision = checkpoint, precision
         self.stored_as: dict[str, int] = {}
+        self.sources: dict[tuple[str, str], int] = {}  # (the file's kind, the kind here)
 
     def __call__(self, name: str) -> Any:
         if len(self.checkpoint.shape(name)) != 2:
             return self.checkpoint.load(name)
         kind, W = self._matrix(name)
         self.stored_as[kind] = self.stored_as.get(kind, 0) + 1
+        way = self.checkpoint.dtype(name), kind
+        self.sources[way] = self.sources.get(way, 0) + 1
         return W
 
     def _matrix(self, name: str) -> tuple[str, Any]:
@@ -75,10 +80,19 @@ class FromCheckpoint:
         stored: Stored | None = self.checkpoint.stored(name)
         if stored is not None and (stored.kind == "bf16") == (keeps == "bf16"):
             return stored.kind, stored
-        W = self.checkpoint.load(name)
-        if keeps == "q4_1" and self.checkpoint.dtype(name) not in ("f32", "f16", "bf16"):
-            return "q8_0", quantize(W, "q8_0")
-        return keeps, W
+        if self.checkpoint.dtype(name) in ("f32", "f16", "bf16") or keeps == "bf16":
+            return keeps, self.checkpoint.load(name)
+        return self._recoded(name, keeps)
+
+    def _recoded(self, name: str, keeps: str) -> tuple[str, Stored]:
+        """A matrix of blocks that products do not take, in blocks that they do."""
+        (d, k), kind = self.checkpoint.shape(name), self.checkpoint.dtype(name)
+        if RECODED.get(kind) in (keeps, "q8_0"):
+            rows = recode(self.checkpoint.blocks(name), kind)
+            if rows is not None:
+                return RECODED[kind], Stored(RECODED[kind], rows, (d, k))
+        parts = [quantize(part, "q8_0").rows for part in self.checkpoint.parts(name)]
+        return "q8_0", Stored("q8_0", np.concatenate(parts), (d, k))
 
 
 def vector(weights: Weights, name: str, ops: Backend) -> Array:

@@ -1,15 +1,12 @@
-"""Training records: JSONL files become token ids, and a label for each token to be predicted.
+"""Training examples: records become token ids, and a label for each token to be predicted.
 
-Three kinds of record, one kind per file, one record per line:
-
-    {"prompt": "...", "completion": "..."}     loss on the completion and the end-of-sequence token
-    {"messages": [{"role": ..., "content": ...}, ...]}   chat template; loss on assistant turns
-    {"text": "..."}                            loss on every token and the end-of-sequence token
-
-Prompt and completion are encoded apart, as they are when a prompt is continued by generation; so
-are the turns of a chat. A sequence starts with the begin-of-sequence token if the tokenizer says so
-(in a chat: if the template says so). Fields of other names are left alone. Nothing is skipped or
-shortened silently: a record that cannot be used is a DataError that names the file and the line.
+What a record may be is in records.py, in which forms of file in reading.py. The loss is on the
+completion and the end-of-sequence token; on the assistant's turns of a conversation; or on every
+token of a text and its end. One kind of record a file. Prompt and completion, and the turns of a
+conversation, are encoded as one text, as a server does it. A sequence starts with the
+begin-of-sequence token if the tokenizer says so (in a chat: if the template says so). Nothing is
+skipped or shortened silently: a record that cannot be used is a DataError that names its place, and
+what was converted is in `Examples.notes`.
 """
 
 from __future__ import annotations
@@ -25,7 +22,20 @@ import numpy as np
 from pylora.errors import ConfigError, DataError, WrongTypeError, describe, expect
 from pylora.model.config import LlamaConfig
 from pylora.reference import IGNORE
-from pylora.training.records import kind_of, messages_of, read_records, string
+from pylora.training.fields import Fields
+from pylora.training.reading import read_records
+from pylora.training.records import Conversation, Notes, Pair, Text, interpret
+
+
+class Pieces(Protocol):
+    """What a tokenizer makes of a conversation: pylora.text.conversation.Conversation is one."""
+
+    @property
+    def pieces(self) -> Sequence[Any]: ...  # each with `ids` and `trained`
+    @property
+    def hidden(self) -> int: ...
+    @property
+    def rewritten(self) -> bool: ...
 
 
 class Tokenizer(Protocol):
@@ -38,9 +48,17 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str, *, bos: bool = False) -> list[int]: ...
 
-    def apply_chat(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False
-    ) -> str: ...
+    def encode_pair(
+        self, prompt: str, rest: str, *, bos: bool = False
+    ) -> tuple[list[int], int]: ...
+
+    def conversation(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        trained: Sequence[bool] | None = None,
+        **options: Any,
+    ) -> Pieces: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,10 +96,13 @@ class Example:
 
 
 class Examples(Sequence[Example]):
-    """The examples of a file in its order, and how many of them were cut to max_length."""
+    """The examples of a file in its order; how many of them were cut to max_length; and sentences
+    about what was converted or split, which a program shows its user."""
 
-    def __init__(self, examples: Sequence[Example], truncated: int = 0) -> None:
-        self._examples, self.truncated = tuple(examples), truncated
+    def __init__(
+        self, examples: Sequence[Example], truncated: int = 0, notes: Sequence[str] = ()
+    ) -> None:
+        self._examples, self.truncated, self.notes = tuple(examples), truncated, tuple(notes)
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -151,12 +172,17 @@ def load_examples(
     *,
     max_length: int | None = None,
     too_long: str = "error",
+    fields: str | None = None,
+    template_args: Mapping[str, Any] | None = None,
 ) -> Examples:
-    """Reads a JSONL file of one kind of record (see the top of this file), or a list of records.
+    """Reads a file of records of one kind (see the top of this file), or a list of records.
 
-    max_length: the most tokens a record may have, end-of-sequence included. A longer record is a
+    max_length: the most tokens an example may have, end-of-sequence included. A longer one is a
     DataError, or with too_long="truncate" it is cut at its end and counted in `.truncated`.
-    Raises DataError naming file and line for anything that is not a usable record.
+    fields: names that the file has for pylora's fields, and fields to pass over, such as
+    "prompt=question,completion=answer,-label". template_args: variables of the chat template for
+    every record, such as {"enable_thinking": False}; a record's own chat_template_kwargs come
+    first. Raises DataError naming file and line for anything that is not a usable record.
     """
     if too_long not in ("error", "truncate"):
         raise ConfigError(f"too_long is {too_long!r}; it must be 'error' or 'truncate'")
@@ -169,10 +195,11 @@ def load_examples(
             f"{name}: the tokenizer names no end-of-sequence token, "
             "so the model could not learn where to stop"
         )
+    named, notes = Fields.parse(fields), Notes()
     examples: list[Example] = []
     truncated, first = 0, ""
     for where, record in records:
-        kind = kind_of(record, where)
+        kind, content = interpret(record, where, named, notes)
         if not first:
             first, first_where = kind, where
         elif kind != first:
@@ -180,24 +207,14 @@ def load_examples(
                 f"{where}: this record has {kind}, but the one at {first_where} has {first}; "
                 "keep one kind of record per file"
             )
-        tokens, counted = _ENCODERS[kind](record, tokenizer, where)
-        if max_length is not None and len(tokens) > max_length:
-            if too_long == "error":
-                raise DataError(
-                    f"{where}: the record has {len(tokens)} tokens, more than max_length "
-                    f"{max_length}; raise max_length, shorten the record, or truncate"
-                )
-            tokens, counted = tokens[:max_length], counted[:max_length]
-            truncated += 1
-            if not any(counted[1:]):
-                raise DataError(
-                    f"{where}: cut to max_length {max_length} tokens, the record has nothing "
-                    "left to learn; raise max_length or shorten its prompt"
-                )
-        examples.append(Example.of(tokens, counted, where))
+        for tokens, counted in _encoded(content, tokenizer, template_args or {}, where, notes):
+            if max_length is not None and len(tokens) > max_length:
+                tokens, counted = _cut(tokens, counted, max_length, too_long, where)
+                truncated += 1
+            examples.append(Example.of(tokens, counted, where))
     if not examples:
         raise DataError(f"{name}: the file has no records")
-    return Examples(examples, truncated)
+    return Examples(examples, truncated, notes.lines())
 
 
 def _source(data: Any) -> tuple[str, Iterable[tuple[str, dict[str, Any]]]]:
@@ -220,60 +237,60 @@ def _source(data: Any) -> tuple[str, Iterable[tuple[str, dict[str, Any]]]]:
 Encoded = tuple[list[int], list[bool]]  # tokens, and which of them count in the loss
 
 
-def _closed(tokens: list[int], tokenizer: Tokenizer) -> list[int]:
-    """With the end-of-sequence token at the end, unless one is there."""
-    done = bool(tokens) and tokens[-1] in tokenizer.eos_ids
-    return tokens if done else [*tokens, tokenizer.eos_ids[0]]
-
-
-def _encode_pair(record: dict[str, Any], tokenizer: Tokenizer, where: str) -> Encoded:
-    prompt = tokenizer.encode(string(record, "prompt", where), bos=tokenizer.add_bos)
-    completion = _closed(tokenizer.encode(string(record, "completion", where)), tokenizer)
-    return prompt + completion, [False] * len(prompt) + [True] * len(completion)
-
-
-def _encode_text(record: dict[str, Any], tokenizer: Tokenizer, where: str) -> Encoded:
-    text = string(record, "text", where)
-    tokens = _closed(tokenizer.encode(text, bos=tokenizer.add_bos), tokenizer)
-    return tokens, [True] * len(tokens)
-
-
-def _encode_messages(record: dict[str, Any], tokenizer: Tokenizer, where: str) -> Encoded:
-    """Renders the chat up to each assistant turn and up to its end: the difference is the turn."""
-    messages = messages_of(record["messages"], where)
-    tokens: list[int] = []
-    counted: list[bool] = []
-    done = ""  # the text that `tokens` stand for
-
-    def take(text: str, count: bool) -> bool:
-        """Adds what `text` has beyond `done`; returns whether an end-of-sequence token is in it."""
-        nonlocal done
-        if not text.startswith(done):
-            raise DataError(
-                f"{where}: the chat template changes earlier turns when later ones follow, so "
-                "the assistant's tokens cannot be told apart; give prompt and completion instead"
-            )
-        piece = tokenizer.encode(text[len(done) :]) if len(text) > len(done) else []
-        # What a template puts behind the end of a turn, such as a line break, is not generated.
-        ends = [i for i, token in enumerate(piece) if token in tokenizer.eos_ids]
-        last = ends[-1] if ends else len(piece)
-        tokens.extend(piece)
-        counted.extend(count and i <= last for i in range(len(piece)))
-        done = text
-        return bool(ends)
-
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            take(tokenizer.apply_chat(messages[:i], add_generation_prompt=True), False)
-            closed = take(tokenizer.apply_chat(messages[: i + 1]), True)
-            if i + 1 == len(messages) and not closed:  # a template that leaves the last turn open
-                tokens.append(tokenizer.eos_ids[0])
-                counted.append(True)
+def _cut(
+    tokens: list[int], counted: list[bool], max_length: int, too_long: str, where: str
+) -> Encoded:
+    if too_long == "error":
+        raise DataError(
+            f"{where}: the record has {len(tokens)} tokens, more than max_length "
+            f"{max_length}; raise max_length, shorten the record, or truncate"
+        )
+    tokens, counted = tokens[:max_length], counted[:max_length]
+    if not any(counted[1:]):
+        raise DataError(
+            f"{where}: cut to max_length {max_length} tokens, the record has nothing "
+            "left to learn; raise max_length or shorten its prompt"
+        )
     return tokens, counted
 
 
-_ENCODERS = {
-    "prompt and completion": _encode_pair,
-    "messages": _encode_messages,
-    "text": _encode_text,
-}
+def _encoded(
+    content: Text | Pair | Conversation,
+    tokenizer: Tokenizer,
+    template_args: Mapping[str, Any],
+    where: str,
+    notes: Notes,
+) -> list[Encoded]:
+    if isinstance(content, Text):
+        return [_closed(tokenizer.encode(content.text, bos=tokenizer.add_bos), 0, tokenizer)]
+    if isinstance(content, Pair):
+        bos = tokenizer.add_bos
+        return [
+            _closed(*tokenizer.encode_pair(content.prompt, content.completion, bos=bos), tokenizer)
+        ]
+    options: dict[str, Any] = {}
+    if content.tools:
+        options["tools"] = content.tools
+    if content.documents:
+        options["documents"] = content.documents
+    if template_args or content.template_args:
+        options["arguments"] = {**template_args, **content.template_args}
+    try:
+        made = tokenizer.conversation(content.messages, trained=content.trained, **options)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+    if made.rewritten:
+        notes.say(
+            "the template shows earlier turns otherwise once later ones follow, so that the "
+            "conversation became an example for each turn, as it was shown then"
+        )
+    if made.hidden:
+        notes.say("a turn's thinking is not shown by the template, and is not learnt")
+    return [(list(piece.ids), list(piece.trained)) for piece in made.pieces]
+
+
+def _closed(tokens: list[int], prompt: int, tokenizer: Tokenizer) -> Encoded:
+    """With the end-of-sequence token at the end, unless one is there. The prompt does not count."""
+    if not tokens or tokens[-1] not in tokenizer.eos_ids:
+        tokens = [*tokens, tokenizer.eos_ids[0]]
+    return tokens, [i >= prompt for i in range(len(tokens))]

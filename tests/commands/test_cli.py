@@ -201,7 +201,7 @@ def test_missing_and_empty_files(
     assert str(gone) in sentence(capsys, "unmerge", gone, out)
     assert str(gone) in sentence(capsys, "demo", "--model", gone, "--out", out)
     assert str(empty) in sentence(capsys, "plan", empty)
-    assert "no records" in sentence(capsys, "train", model, empty, out)
+    assert "the file is empty" in sentence(capsys, "train", model, empty, out)
     assert not out.exists() or not list(out.rglob("adapter*"))
 
 
@@ -355,7 +355,7 @@ def test_each_line_of_a_file_of_prompts_may_name_its_adapter(
         ('{"prompt": "a", "adapter": "b"}', (), "prompts.jsonl:1: no adapter is named 'b'"),
         ('{"prompt": "a", "adapter": 3}', (), "must be a name or null"),
         ('{"prompt": "a", "adaptor": "b"}', (), "this one has 'adaptor'"),
-        ("", (), "there are no prompts"),
+        ("", (), "the file is empty"),
         ('{"prompt": "a"}', ("--adapter", "=b"), "write NAME=DIR"),
         ('{"prompt": "a"}', ("--adapter", "b="), "write NAME=DIR"),
         ('{"prompt": "a"}', ("--adapter", "a=b", "--adapter", "a=c"), "two adapters named 'a'"),

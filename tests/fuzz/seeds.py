@@ -204,7 +204,7 @@ def models() -> dict[str, bytes]:
 
 
 def adapters() -> dict[str, bytes]:
-    """Seeds of fuzz_adapter: a byte 0 and a GGUF, or a byte 1, the length of a config, both files."""
+    """Seeds of fuzz_adapter: a byte 0 and a GGUF; or a byte 1, a config's length, both files."""
 
     def peft(config: bytes, file: bytes) -> bytes:
         return b"\1" + struct.pack("<H", len(config)) + config + file

@@ -18,7 +18,7 @@ WINGS = {p.parent.name for p in PACKAGE.glob("*/__init__.py")}
 MODULES = {p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("__")}
 
 # Folders of tests that are no wing: what they are about is not one folder of pylora/.
-OTHERS = {"c", "cuda", "cupy_standin", "parity", "project", "support"}
+OTHERS = {"c", "clib", "cuda", "cupy_standin", "fuzz", "parity", "project", "support"}
 # Tests of several modules at once, by what they have in common.
 TOGETHER = {
     "backends/test_gpu.py",  # whole models on a GPU

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from pylora.errors import ConfigError, DataError
 from pylora.model.config import LlamaConfig
 from pylora.reference import IGNORE
+from pylora.text.chat import Rendered
+from pylora.text.conversation import conversation
 from pylora.training.examples import Example, check_examples, digest, load_examples
 
 BOS, EOS = 1, 2
@@ -32,12 +34,45 @@ class Characters:
         ids = [self.own.get(c, ord(c) - ord("a") + 10) for c in text]
         return [BOS, *ids] if bos else ids
 
+    bos_in_chat = False
+
+    def decode(self, ids: Sequence[int]) -> str:
+        raise NotImplementedError
+
+    def encode_pair(self, prompt: str, rest: str, *, bos: bool = False) -> tuple[list[int], int]:
+        before = self.encode(prompt, bos=bos)
+        return before + self.encode(rest), len(before)
+
+    def encode_spans(self, text: str, *, bos: bool = False) -> tuple[list[int], Any]:
+        return self.encode(text, bos=bos), [(i, i + 1) for i in range(len(text))]
+
     def apply_chat(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = False,
+        tools: Any = None,
+        documents: Any = None,
+        arguments: Mapping[str, Any] | None = None,
     ) -> str:
         end = ">\n" if self.closes_turns else "\n"
-        turns = [f"<{m['role'][0]}\n{m['content']}{end}" for m in messages]
-        return "".join(turns) + ("<a\n" if add_generation_prompt else "")
+        head = "".join(f"<t\n{t['function']['name']}{end}" for t in tools or ())
+        head += "".join(f"<d\n{d}{end}" for d in documents or ())
+        head += "".join(f"<k\n{v}{end}" for v in (arguments or {}).values())
+        turns = [
+            f"<{m['role'][0]}\n{m.get('reasoning_content', '')}{m['content']}"
+            + "".join(c["function"]["name"] for c in m.get("tool_calls", ()))
+            + end
+            for m in messages
+        ]
+        return head + "".join(turns) + ("<a\n" if add_generation_prompt else "")
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], add: bool = False, **options: Any
+    ) -> Any:
+        return Rendered(self.apply_chat(messages, add, **options), [])
+
+    def conversation(self, messages: Any, **options: Any) -> Any:
+        return conversation(self, messages, **options)
 
 
 def write(path: Path, *records: object) -> Path:
@@ -99,17 +134,27 @@ def test_a_template_that_leaves_turns_open_is_closed_at_the_end(tmp_path: Path) 
     assert [t for t in e.labels.tolist() if t != IGNORE] == [12, 3, EOS]
 
 
-def test_a_template_that_rewrites_the_past_is_refused(tmp_path: Path) -> None:
-    class Counts(Characters):
-        def apply_chat(
-            self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False
-        ) -> str:
-            return "abc"[len(messages)] + super().apply_chat(messages, add_generation_prompt)
+def test_a_template_that_rewrites_the_past_gives_an_example_for_each_turn(tmp_path: Path) -> None:
+    class Forgets(Characters):
+        """Shows the assistant's last turn alone, as templates that strip earlier thinking do."""
 
-    with pytest.raises(DataError, match="chat template changes earlier turns"):
-        load(
-            tmp_path, {"messages": [turn("user", "b"), turn("assistant", "c")]}, tokenizer=Counts()
-        )
+        def apply_chat(
+            self, messages: Sequence[Mapping[str, Any]], add: bool = False, **options: Any
+        ) -> str:
+            last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
+            if messages[-1]["role"] != "assistant":
+                last = len(messages)
+            shown = [
+                m if m["role"] != "assistant" or i == last else {**m, "content": ""}
+                for i, m in enumerate(messages)
+            ]
+            return super().apply_chat(shown, add, **options)
+
+    chat = [turn("user", "b"), turn("assistant", "cd"), turn("user", "e"), turn("assistant", "f")]
+    made = load(tmp_path, {"messages": chat}, tokenizer=Forgets())
+    learnt = [[t for t in e.labels.tolist() if t != IGNORE] for e in made]
+    assert learnt == [[12, 13, EOS], [15, EOS]]
+    assert ["an example for each turn" in note for note in made.notes] == [True]
 
 
 def test_blank_lines_and_a_byte_order_mark_are_no_records(tmp_path: Path) -> None:
@@ -137,7 +182,7 @@ GOOD = {"prompt": "a", "completion": "b"}
         (b'{"prompt": "a", "completion": "\\ud800"}', "half of a UTF-16 surrogate pair"),
         (b'{"prompt": "a", "completion": "b", "text": "c"}', "mixes prompt and completion with"),
         (b'{"text": "abc"}', "has text, but the one at .*:1 has prompt and completion"),
-        (b'{"question": "a"}', "this one has 'question'"),
+        (b'{"question": "a"}', "this one has 'question'.*--fields prompt=question"),
         (b"{}", "this one has no field"),
         (b'{"prompt": "a", "prompt": "b", "completion": "c"}', "occurs twice"),
         (b"[" * 100_000, "not a usable JSON value|not JSON"),
@@ -158,7 +203,6 @@ def test_a_bad_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
         ("hello", "'messages' must be an array, not a string"),
         ([], "no assistant turn"),
         ([turn("user", "a")], "no assistant turn"),
-        ([turn("assistant", "a")], "first message is the assistant's"),
         ([turn("user", "a"), "b"], r"messages\[1\] must be an object, not a string"),
         (
             [turn("user", "a"), {"role": "assistant"}],
@@ -170,8 +214,8 @@ def test_a_bad_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
         ),
         ([{"role": 1, "content": "a"}], r"messages\[0\]: the field 'role' must be a string"),
         (
-            [turn("user", ["a"])],
-            r"messages\[0\]: the field 'content' must be a string, not an array",
+            [turn("user", [{"type": "image"}])],
+            r"messages\[0\]: part 0 of the content is of type 'image'",
         ),  # type: ignore[arg-type]
     ],
 )
@@ -186,7 +230,7 @@ def test_files_without_records(tmp_path: Path) -> None:
         load_examples(tmp_path / "empty.jsonl", Characters())
     with pytest.raises(DataError, match="missing.jsonl: cannot be read"):
         load_examples(tmp_path / "missing.jsonl", Characters())
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="is a directory; name one of its files: empty.jsonl"):
         load_examples(tmp_path, Characters())
 
 

@@ -1,0 +1,72 @@
+"""The tokenizer and chat template that lie beside an adapter, as trainers save them.
+
+An adapter is used with what it was trained with: where its directory has a tokenizer or a template
+of its own, that counts, if its tokens have the ids that the base model's have. Nothing is written
+here, and no tokenizer is made but by pylora.text.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pylora.errors import PlanError
+from pylora.files.bounded import read_text
+from pylora.formats.base import Checkpoint
+from pylora.text.tokenizer import MAX_SMALL, Tokenizer, tokenizer_from_directory
+
+TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
+
+
+def has_own(adapter_dir: str | os.PathLike[str]) -> bool:
+    """Whether an adapter's directory has a tokenizer or a chat template."""
+    folder = Path(adapter_dir)
+    return any((folder / name).is_file() for name in (TOKENIZER, TEMPLATE))
+
+
+def tokenizer_for(
+    checkpoint: Checkpoint, adapter_dir: str | os.PathLike[str] | None
+) -> tuple[Tokenizer, str | None]:
+    """The tokenizer to use with an adapter, and a sentence where it is not the base model's.
+
+    Raises PlanError where the adapter's tokenizer gives a token another id than the base model's,
+    or one beyond the model's vocabulary: such an adapter was trained on another model.
+    """
+    base = checkpoint.tokenizer()
+    if adapter_dir is None or not has_own(adapter_dir):
+        return base, None
+    folder = Path(adapter_dir)
+    if not (folder / TOKENIZER).is_file():
+        template = read_text(folder / TEMPLATE, limit=MAX_SMALL)
+        if template == base.chat_template:
+            return base, None
+        base.chat_template = template
+        return base, f"the adapter's own chat template is used ({folder / TEMPLATE})"
+    own = tokenizer_from_directory(folder)
+    _compare(base, own, checkpoint.config.vocab_size, folder)
+    if own.chat_template is None:
+        own.chat_template = base.chat_template
+    same = own.chat_template == base.chat_template and own.eos_ids == base.eos_ids
+    same = same and _vocabulary(own) == _vocabulary(base) and own.add_bos == base.add_bos
+    return own, None if same else f"the adapter's own tokenizer is used ({folder / TOKENIZER})"
+
+
+def _compare(base: Tokenizer, own: Tokenizer, vocab_size: int, folder: Path) -> None:
+    where = f"{folder / TOKENIZER}"
+    known_ids = _vocabulary(base)
+    for token, number in _vocabulary(own).items():
+        known = known_ids.get(token)
+        if known is not None and known != number:
+            raise PlanError(
+                f"{where}: the token {token!r} has id {number}, but the base model's tokenizer "
+                f"gives it {known}; this adapter was trained on another model"
+            )
+        if number >= vocab_size:
+            raise PlanError(
+                f"{where}: the token {token!r} has id {number}, beyond the model's vocabulary of "
+                f"{vocab_size}: the adapter was trained on a model with more tokens"
+            )
+
+
+def _vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
+    return dict(tokenizer._backend.get_vocab(with_added_tokens=True))
