@@ -107,7 +107,6 @@ def train(
         "template_args": rest.pop("template_args", None),
         "max_length": rest.pop("max_length", None),
         "too_long": "truncate" if rest.pop("truncate", False) else "error",
-        "fields": rest.pop("fields", None),
     }
     examples = _examples(model, data, limit)
     evals = rest.pop("eval_data", None)
