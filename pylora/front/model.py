@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from pylora.adapters.adapter import Adapter
+from pylora.adapters.own_tokenizer import tokenizer_of
 from pylora.adapters.plan import Plan, resolve
 from pylora.adapters.pool import AdapterPool
 from pylora.errors import (
@@ -95,8 +96,10 @@ class Model:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Read when it is first needed. MissingExtraError where its libraries are not installed."""
-        return self.checkpoint.tokenizer()
+        """The base model's, read when it is first needed; `notes` say what is odd in its files. An
+        adapter's own is in `adapters.tokenizers`. MissingExtraError where its libraries are not
+        installed."""
+        return tokenizer_of(self.checkpoint, ())
 
     # ---- text ---------------------------------------------------------------------------------
 
