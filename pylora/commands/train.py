@@ -53,7 +53,9 @@ def train(
     data: Annotated[
         Path,
         typer.Argument(
-            metavar="DATA", help="JSONL: prompt and completion, messages, or text; - reads them"
+            metavar="DATA",
+            help="records (JSONL, JSON, CSV, parquet): prompt and completion, messages, or text; "
+            "- reads standard input",
         ),
     ],
     out: Annotated[
@@ -75,6 +77,15 @@ def train(
         Path | None,
         _option(
             "--eval", "--eval-data", "--eval-file", part=DATA, help="records to evaluate on"
+        ),
+    ] = None,
+    fields: Annotated[
+        str | None,
+        _option(
+            "--fields",
+            part=DATA,
+            metavar="LIST",
+            help="the file's names for ours, and what to pass over: prompt=question,-label",
         ),
     ] = None,
     max_length: Annotated[
@@ -228,6 +239,7 @@ def train(
         warn_about_size(plan, checkpoint.config.num_parameters)
         refuse_too_large(plan, backends.get().name)
         limit = {"max_length": max_length, "too_long": "truncate" if truncate else "error"}
+        limit["fields"] = fields
         data, eval_data = _files(data, eval_data)
         examples = load_examples(data, tokenizer, **limit)  # type: ignore[arg-type]
         evals = load_examples(eval_data, tokenizer, **limit) if eval_data else None  # type: ignore[arg-type]
@@ -239,6 +251,8 @@ def train(
         f"({100 * adapter.num_parameters / llama.config.num_parameters:.2f} %); "
         f"base model in {llama.precision_report}"
     )
+    for note in (*examples.notes, *(evals.notes if evals is not None else ())):
+        screen.say(note)
     if examples.truncated:
         screen.say(f"{examples.truncated:,} examples were cut to {max_length} tokens")
     with _saying_where(out, context.find_root().obj) as seen, screen.training() as show:

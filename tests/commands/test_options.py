@@ -71,7 +71,7 @@ VALUES: dict[str, Any] = {
     "model": "{model}", "picture": "{out}/p.png", "data": "{data}", "as_json": "{out}/r.json",
     "out": "{out}/other", "dtype": "bf16", "profile": "nightly", "law": "A1", "examples": "3",
     "backend": "numpy", "template_arg": "a=1", "max_new_tokens": "3", "min_p": "0.2",
-    "repetition_penalty": "1.5", "dropout": "0.25", "top_p": "0.5",
+    "repetition_penalty": "1.5", "fields": "-label", "dropout": "0.25", "top_p": "0.5",
 }  # fmt: skip
 # What an option needs beside it (and what the least command line then has, too), or takes away.
 BESIDE: dict[tuple[str, str], list[str]] = {
