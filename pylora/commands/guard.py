@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn, ParamSpec, TypeVar
 
+from pylora.commands.signals import interrupted_import
 from pylora.errors import PyloraError
 
 P = ParamSpec("P")
@@ -23,6 +24,8 @@ def verb(function: Callable[P, T]) -> Callable[P, T]:
         try:
             return function(*args, **kwargs)
         except PyloraError as error:
+            if isinstance(error, ImportError):  # it may be the import that a signal ended
+                interrupted_import()
             stop(str(error), 1)
         except KeyboardInterrupt as error:
             stop(str(error) or "interrupted", getattr(error, "code", 130))
