@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import functools
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn, ParamSpec, TypeVar
@@ -52,7 +54,10 @@ def unfinished(what: str) -> Iterator[None]:
 def sentence(error: OSError) -> str:
     """What the system says, and of which file."""
     named = error.filename is not None and error.strerror
-    said = f"{error.filename}: {error.strerror}" if named else error.strerror or str(error)
+    place = str(error.filename)
+    if place.startswith(os.path.join(tempfile.gettempdir(), tempfile.gettempprefix())):
+        place = f"the folder for temporary files, {tempfile.gettempdir()}"
+    said = f"{place}: {error.strerror}" if named else error.strerror or str(error)
     return said + (": free some space, or write elsewhere" if error.errno == errno.ENOSPC else "")
 
 

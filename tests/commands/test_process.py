@@ -188,5 +188,5 @@ def test_terminals(model: Path, data: Path, tmp_path: Path) -> None:
     assert "\r" not in at_terminal(*train, TERM="dumb").replace("\r\n", "\n")
     plain = at_terminal(*train, TERM="xterm", NO_COLOR="1", PYTHONIOENCODING="ascii")
     assert plain.isascii() and "#" in plain and "\x1b[" not in plain
-    table = at_terminal("plan", model, TERM="xterm", COLUMNS="60", PYTHONIOENCODING="ascii")
-    assert "24 x 24" in table and all(len(line) <= 60 for line in table.splitlines())
+    table = at_terminal("plan", model, TERM="xterm", COLUMNS="72", PYTHONIOENCODING="ascii")
+    assert "24 x 24" in table and all(len(line) <= 72 for line in table.splitlines())
