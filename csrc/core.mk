@@ -6,7 +6,7 @@
 CORE := $(patsubst %/,%,$(dir $(lastword $(MAKEFILE_LIST))))
 CORE_BUILD ?= $(CORE)/../build/make/core
 CORE_CFLAGS ?= -O3 -g -Wall -Wextra
-CORE_HEADERS := $(wildcard $(CORE)/*.h $(CORE)/*/*.h $(CORE)/cpu/*.inc)
+CORE_HEADERS := $(wildcard $(CORE)/*.h $(CORE)/*/*.h $(CORE)/*/*.inc)
 # No contraction: a fused multiply-add happens where the source says so and nowhere else.
 CORE_FLAGS := -std=c11 -fPIC -ffp-contract=off -fno-math-errno -I$(CORE)
 

@@ -97,7 +97,8 @@ def compile_core(compiler: Any, folder: Path) -> list[str]:
         digest = hashlib.sha256(command.encode())
         for file in sorted(included(source)):
             digest.update(file.name.encode() + file.read_bytes())
-        made = folder / f"{source.stem}-{digest.hexdigest()[:16]}.o"
+        name = f"{source.parent.name}-{source.stem}"
+        made = folder / f"{name}-{digest.hexdigest()[:16]}.o"
         if not made.exists():
             unfinished = folder / f"{made.stem}.{os.getpid()}"  # a folder of its own
             relative = os.path.relpath(source)  # of the compiler's messages and the object's place
@@ -107,7 +108,7 @@ def compile_core(compiler: Any, folder: Path) -> list[str]:
                 include_dirs=[str(ROOT / "csrc")],
                 extra_postargs=FLAGS,
             )
-            for old in folder.glob(f"{source.stem}-*.o"):
+            for old in folder.glob(f"{name}-{'?' * 16}.o"):
                 old.unlink(missing_ok=True)
             Path(produced).replace(made)
             shutil.rmtree(unfinished, ignore_errors=True)

@@ -8,6 +8,7 @@
 #include "files/adapter.h"
 
 enum { MAX_CONFIG = 16 << 20, MAX_PATTERN = 4096 };
+enum { MAX_NAMES = 1 << 16, MAX_KEYS = 1 << 14 }; /* more than a model has modules */
 
 #define WRONG(...) return pylora_fail(why, PYLORA_E_PLAN, __VA_ARGS__)
 #define REFUSE(...) return pylora_fail(why, PYLORA_E_UNSUPPORTED, __VA_ARGS__)
@@ -121,9 +122,11 @@ static int names(const pylora_lora_config *c, const char *key, const pylora_json
       WRONG("%.300s: %s is longer than %d characters", c->path, key, MAX_PATTERN);
     return PYLORA_OK;
   }
-  int fine = v->type == JSON_LIST;
+  int fine = v->type == JSON_LIST && v->items <= MAX_NAMES;
   if (fine) JSON_EACH(item, &c->j, v) fine &= item->type == JSON_TEXT && item->u.text[0] != 0;
-  if (!fine) WRONG("%.300s: %s must be a text or a list of names that are not empty", c->path, key);
+  if (!fine)
+    WRONG("%.300s: %s must be a text or a list of names that are not empty, at most 65536 of them",
+          c->path, key);
   return PYLORA_OK;
 }
 
@@ -133,6 +136,8 @@ static int patterns(pylora_lora_config *c, pylora_message *why) {
   if ((v && v->type != JSON_OBJECT) || (w && w->type != JSON_OBJECT))
     WRONG("%.300s: rank_pattern and alpha_pattern must be objects of patterns and numbers",
           c->path);
+  if ((v && v->items > MAX_KEYS) || (w && w->items > MAX_KEYS))
+    WRONG("%.300s: rank_pattern and alpha_pattern have at most %d keys", c->path, MAX_KEYS);
   int64_t r;
   double a;
   if (v) JSON_EACH(item, &c->j, v) TRY(rank(c, item->key, item, &r, why));

@@ -29,6 +29,7 @@ int pylora_tensor_read(const pylora_tensor *t, int64_t first, int64_t rows, floa
 }
 
 int pylora_tensor_dtype(const pylora_tensor *t, int precision) {
+  if (!t) return precision;
   const pylora_kind *kind = pylora_kind_of(t->kind);
   if (precision != PYLORA_Q8_0 && precision != PYLORA_Q4_1) return precision;
   if (kind->dtype == PYLORA_Q8_0 || kind->dtype == PYLORA_Q4_0 || kind->dtype == PYLORA_Q4_1)

@@ -8,8 +8,10 @@ here, and no tokenizer is made but by pylora.text.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
+from pylora.adapters.locate import find_adapter
 from pylora.errors import PlanError
 from pylora.files.bounded import read_text
 from pylora.formats.base import Checkpoint
@@ -49,6 +51,26 @@ def tokenizer_for(
     same = own.chat_template == base.chat_template and own.eos_ids == base.eos_ids
     same = same and _vocabulary(own) == _vocabulary(base) and own.add_bos == base.add_bos
     return own, None if same else f"the adapter's own tokenizer is used ({folder / TOKENIZER})"
+
+
+def tokenizer_of(checkpoint: Checkpoint, adapters: Sequence[str | os.PathLike[str]]) -> Tokenizer:
+    """The tokenizer for a model with these adapters: one adapter's own, or the base model's.
+
+    Its `notes` say what lies beside the weights and is used or not. Several adapters share the
+    base model's tokenizer: one that has its own is named there. Errors: see `tokenizer_for`.
+    """
+    one = find_adapter(adapters[0]) if len(adapters) == 1 else None
+    tokenizer, note = tokenizer_for(checkpoint, one)
+    notes = [*checkpoint.notes, *([note] if note else [])]
+    for path in adapters if len(adapters) > 1 else ():
+        folder = find_adapter(path)
+        if has_own(folder) and tokenizer_for(checkpoint, folder)[1]:
+            notes.append(
+                f"the adapter {folder} has a tokenizer or chat template of its own, which is not "
+                "used: several adapters share the base model's"
+            )
+    tokenizer.notes += tuple(notes)
+    return tokenizer
 
 
 def _compare(base: Tokenizer, own: Tokenizer, vocab_size: int, folder: Path) -> None:

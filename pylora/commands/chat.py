@@ -83,7 +83,8 @@ def chat(
         if name in _BASE:
             raise ConfigError(f"--adapter {name}=...: that name means the base model; take another")
     with load(model, dict(folders), precision=precision) as loaded:
-        use_template(loaded.tokenizer, template_arg)
+        for tokenizer in (loaded.tokenizer, *loaded.adapters.tokenizers.values()):
+            use_template(tokenizer, template_arg)
         if folders:
             loaded.adapters.use(next(iter(folders)))
         talk = Chat(

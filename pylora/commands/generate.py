@@ -94,6 +94,7 @@ def generate(
     {"adapter", "text"} for each.
     """
     from pylora.adapters.adapter import Adapter
+    from pylora.adapters.own_tokenizer import tokenizer_of
     from pylora.adapters.pool import AdapterPool
     from pylora.commands.prompts import adapter_folders, asked_of
     from pylora.formats import open_checkpoint
@@ -112,7 +113,7 @@ def generate(
         prompts=file_or_stdin(prompts),
     )
     with open_checkpoint(model) as checkpoint:
-        tokenizer = checkpoint.tokenizer()
+        tokenizer = tokenizer_of(checkpoint, list(folders.values()))
         use_template(tokenizer, template_arg)
         modules = checkpoint.config.modules()
         loaded = {

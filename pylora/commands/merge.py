@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -35,6 +36,8 @@ def merge(
     with unfinished(f"{out} was not written"):
         report = merge_checkpoint(model, adapter, out, dtype=dtype)
     weights, residue = megabytes(report.weight_bytes), megabytes(report.residue_bytes)
+    for note in report.notes:
+        print(f"note: {note}", file=sys.stderr)
     Console().say(
         f"{report.directory}: {len(report.modules)} modules merged, {weights} of weights, "
         f"{residue} that make `pylora unmerge` exact; tokenizer: {report.tokenizer}"

@@ -29,7 +29,7 @@ from pylora.commands.app import (
 from pylora.commands.guard import sentence, unfinished
 from pylora.commands.inputs import file_or_stdin
 from pylora.commands.outputs import check_folder
-from pylora.commands.template import TemplateArgs, use_template
+from pylora.commands.template import TemplateArgs, refuse_unused, use_template
 from pylora.display.console import Console
 from pylora.errors import ConfigError
 from pylora.numbers.precision import check_precision
@@ -53,7 +53,9 @@ def train(
     data: Annotated[
         Path,
         typer.Argument(
-            metavar="DATA", help="JSONL: prompt and completion, messages, or text; - reads them"
+            metavar="DATA",
+            help="records (JSONL, JSON, CSV, parquet): prompt and completion, messages, or text; "
+            "- reads them",
         ),
     ],
     out: Annotated[
@@ -93,6 +95,16 @@ def train(
     max_tokens: Annotated[
         int | None,
         _option("--max-tokens", part=DATA, help="most tokens that are computed at a time"),
+    ] = None,
+    fields: Annotated[
+        str | None,
+        _option(
+            "--fields",
+            part=DATA,
+            metavar="OURS=THEIRS,-NAME",
+            help="names that the records have for fields and roles, and fields to pass over, "
+            "such as prompt=question,completion=answer,-label; see docs/data.md",
+        ),
     ] = None,
     template_arg: TemplateArgs = None,
     learning_rate: Annotated[
@@ -187,6 +199,7 @@ def train(
     """
     from pylora import backends
     from pylora.adapters.adapter import Adapter
+    from pylora.adapters.own_tokenizer import tokenizer_of
     from pylora.adapters.plan import resolve
     from pylora.formats import open_checkpoint
     from pylora.model.llama import Llama
@@ -220,16 +233,19 @@ def train(
     check_out_dir(out, resume=resume, overwrite=overwrite)
     screen = Console()
     with unfinished("nothing was trained yet"), open_checkpoint(model) as checkpoint:
-        tokenizer = checkpoint.tokenizer()
+        tokenizer = tokenizer_of(checkpoint, ())
         use_template(tokenizer, template_arg)
+        refuse_unused_arguments = refuse_unused(template_arg, tokenizer)
         lora = lora_config(config, rank, alpha, targets, rslora, dropout, checkpoint.path)
         plan = resolve(lora, checkpoint.config.modules())
         warn_about_size(plan, checkpoint.config.num_parameters)
         refuse_too_large(plan, backends.get().name)
-        limit = {"max_length": max_length, "too_long": "truncate" if truncate else "error"}
+        limit: dict[str, Any] = {"max_length": max_length, "fields": fields}
+        limit["too_long"] = "truncate" if truncate else "error"
         data, eval_data = _files(data, eval_data)
-        examples = load_examples(data, tokenizer, **limit)  # type: ignore[arg-type]
-        evals = load_examples(eval_data, tokenizer, **limit) if eval_data else None  # type: ignore[arg-type]
+        examples = load_examples(data, tokenizer, **limit)
+        evals = load_examples(eval_data, tokenizer, **limit) if eval_data else None
+        refuse_unused_arguments()
         llama = Llama.from_checkpoint(checkpoint, precision=precision)
         adapter = Adapter.init(plan, lora, seed, base=checkpoint.load)
     screen.say(
@@ -237,6 +253,8 @@ def train(
         f"({100 * adapter.num_parameters / llama.config.num_parameters:.2f} %); "
         f"base model in {llama.precision_report}"
     )
+    for note in examples.notes:
+        screen.say(f"note: {note}")
     if examples.truncated:
         screen.say(f"{examples.truncated:,} examples were cut to {max_length} tokens")
     with _saying_where(out, context.find_root().obj) as seen, screen.training() as show:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 
 _LORA = {f.name for f in dataclasses.fields(LoraConfig)} | {"lora"}
 _RUN = {f.name for f in dataclasses.fields(TrainConfig)}
-_REST = {"eval_data", "max_length", "truncate", "on_step", "resume", "overwrite"}
+_REST = {"eval_data", "max_length", "truncate", "fields", "template_args", "on_step", "resume"}
+_REST |= {"overwrite"}
 # What the settings are called elsewhere: transformers' Trainer, TRL, mlx-lm, the command line.
 _FOREIGN = {
     "lr": "learning_rate",
@@ -101,6 +103,8 @@ def train(
             f"{', '.join(lora)}, or give another name (adapter=...)"
         )
     limit = {
+        "fields": rest.pop("fields", None),
+        "template_args": rest.pop("template_args", None),
         "max_length": rest.pop("max_length", None),
         "too_long": "truncate" if rest.pop("truncate", False) else "error",
     }
@@ -148,4 +152,7 @@ def _examples(model: Parts, data: Any, limit: Mapping[str, Any]) -> Any:
     if hasattr(data, "__getitem__") and not isinstance(data, (str, bytes, Mapping)):
         if len(data) and isinstance(data[0], Example):
             return data
-    return load_examples(data, model.tokenizer, **limit)
+    examples = load_examples(data, model.tokenizer, **limit)
+    for note in examples.notes:  # what was converted or split
+        warnings.warn(note, stacklevel=4)
+    return examples

@@ -74,6 +74,7 @@ class MergeReport:
     weight_bytes: int
     residue_bytes: int
     tokenizer: str  # what was done about it, in words
+    notes: tuple[str, ...] = ()  # of files that lie beside the base model's weights
 
     @property
     def positions(self) -> int:
@@ -144,7 +145,8 @@ def merge_adapter(
         said = write_tokenizer(beside, checkpoint, tokenizer)
     order = list(adapter)
     modules = tuple(sorted(merge.modules, key=lambda m: order.index(m.path)))
-    return MergeReport(target, modules, size, sum(m.bytes for m in modules), said)
+    kept = sum(m.bytes for m in modules)
+    return MergeReport(target, modules, size, kept, said, checkpoint.notes)
 
 
 class _Merge:

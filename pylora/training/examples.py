@@ -181,8 +181,9 @@ def load_examples(
     DataError, or with too_long="truncate" it is cut at its end and counted in `.truncated`.
     fields: names that the file has for pylora's fields, and fields to pass over, such as
     "prompt=question,completion=answer,-label". template_args: variables of the chat template for
-    every record, such as {"enable_thinking": False}; a record's own chat_template_kwargs come
-    first. Raises DataError naming file and line for anything that is not a usable record.
+    every record, such as {"enable_thinking": False}, over the tokenizer's own `arguments`; a
+    record's chat_template_kwargs come first. Raises DataError naming file and line for anything
+    that is not a usable record.
     """
     if too_long not in ("error", "truncate"):
         raise ConfigError(f"too_long is {too_long!r}; it must be 'error' or 'truncate'")
