@@ -5,7 +5,10 @@
 # CORE_CFLAGS  what it is built with
 CORE := $(patsubst %/,%,$(dir $(lastword $(MAKEFILE_LIST))))
 CORE_BUILD ?= $(CORE)/../build/make/core
-CORE_CFLAGS ?= -O3 -g -Wall -Wextra
+CORE_CFLAGS ?= $(CORE_OPTIMIZE) -g -Wall -Wextra
+# What GCC's -O3 does for these kernels, in half its time; -O2 of clang does as much without.
+CORE_OPTIMIZE := -O2 $(if $(findstring clang,$(shell $(CC) --version 2>&1)),,-ftree-vectorize \
+  -fvect-cost-model=dynamic -fpeel-loops)
 CORE_HEADERS := $(wildcard $(CORE)/*.h $(CORE)/*/*.h $(CORE)/*/*.inc)
 # No contraction: a fused multiply-add happens where the source says so and nowhere else.
 CORE_FLAGS := -std=c11 -fPIC -ffp-contract=off -fno-math-errno -I$(CORE)

@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -49,8 +50,10 @@ MSVC = sys.platform == "win32"
 FLAGS = (
     ["/std:c11", "/O2", "/fp:precise", "/experimental:c11atomics"]
     if MSVC
-    else ["-std=c11", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"]
+    else ["-std=c11", "-O2", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"]
 )
+# What GCC's -O3 does for these kernels, in half its time: -O2 of clang does as much without.
+GCC_FLAGS = ["-ftree-vectorize", "-fvect-cost-model=dynamic", "-fpeel-loops"]
 # More flags for the core alone; CI's are -Wall -Wextra -Werror.
 FLAGS += os.environ.get("PYLORA_CORE_FLAGS", "").split()
 
@@ -85,12 +88,22 @@ def effort(path: Path) -> tuple[bool, int]:
     return path.parent.name == "cpu", sum(f.stat().st_size for f in included(path))
 
 
+def flags_for(command: list[str] | None) -> list[str]:
+    """The core's flags for a compiler, such as ["cc", "-fPIC"]; None: MSVC."""
+    if not command:
+        return FLAGS
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True)
+    return FLAGS if "clang" in done.stdout else FLAGS + GCC_FLAGS
+
+
 def compile_core(compiler: Any, folder: Path) -> list[str]:
     """Compiles what changed with a setuptools compiler; gives the objects' paths, or that of
     libpylora.a with all of them in it, and says on standard error how far it is."""
     folder.mkdir(parents=True, exist_ok=True)
     files = sorted((ROOT / name for name in sources()), key=effort, reverse=True)
-    command = repr((getattr(compiler, "compiler_so", None) or sys.platform, FLAGS))
+    executable = getattr(compiler, "compiler_so", None)
+    flags = flags_for(executable)
+    command = repr((executable or sys.platform, flags))
     begun, lock, finished = time.monotonic(), threading.Lock(), [0]
 
     def compile_one(source: Path) -> str:
@@ -106,7 +119,7 @@ def compile_core(compiler: Any, folder: Path) -> list[str]:
                 [relative],
                 output_dir=str(unfinished),
                 include_dirs=[str(ROOT / "csrc")],
-                extra_postargs=FLAGS,
+                extra_postargs=flags,
             )
             for old in folder.glob(f"{name}-{'?' * 16}.o"):
                 old.unlink(missing_ok=True)

@@ -160,6 +160,32 @@ INLINE void v_store_bf16(uint16_t *p, vf x) {
 INLINE void v_store_bf16_n(uint16_t *p, vf x, int n) {
   _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1u), v_to_bf16(x));
 }
+#elif defined(VEC_AVX2)
+INLINE vf v_load_bf16(const uint16_t *p) {
+  const __m128i x = _mm_loadu_si128((const __m128i *)(const void *)p);
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+}
+INLINE vf v_load_bf16_n(const uint16_t *p, int n) {
+  uint16_t t[VL] = {0};
+  for (int i = 0; i < n; i++) t[i] = p[i];
+  return v_load_bf16(t);
+}
+INLINE void v_store_bf16(uint16_t *p, vf x) {
+  const __m256i u = _mm256_castps_si256(x);
+  const __m256i even = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const __m256i near = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), even);
+  const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  const __m256i r = _mm256_srli_epi32(_mm256_blendv_epi8(near, quiet, nan), 16);
+  /* Within each 128 bits four numbers, then the same again. */
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08);
+  _mm_storeu_si128((__m128i *)(void *)p, _mm256_castsi256_si128(packed));
+}
+INLINE void v_store_bf16_n(uint16_t *p, vf x, int n) {
+  uint16_t t[VL];
+  v_store_bf16(t, x);
+  for (int i = 0; i < n; i++) p[i] = t[i];
+}
 #else
 INLINE vf v_load_bf16(const uint16_t *p) {
   float t[VL];

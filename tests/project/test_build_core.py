@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 class Compiler:
     """As much of setuptools' as is used."""
 
-    compiler_so = ("cc", "-fPIC")
+    compiler_so = ("true", "a compiler without a version")
 
     def __init__(self) -> None:
         self.compiled: list[str] = []
@@ -88,10 +88,16 @@ def test_only_what_changed_is_compiled(
     (tmp_path / "csrc" / "cpu" / "rows.inc").write_text("/* changed */\n")
     build.compile_core(compiler, objects)
     assert compiler.took() == ["kernels"]
-    compiler.compiler_so = ("clang",)
+    compiler.compiler_so = ("true", "another")
     build.compile_core(compiler, objects)
     assert compiler.took() == ["a", "b", "kernels"]
     assert len(list(objects.glob("*.o"))) == 3  # what is out of date is not kept
+
+
+@pytest.mark.parametrize(("version", "more"), [("gcc 12", True), ("Apple clang 15", False)])
+def test_gccs_own_flags_are_for_gcc(build: ModuleType, version: str, more: bool) -> None:
+    assert (build.flags_for(["echo", version]) == build.FLAGS + build.GCC_FLAGS) == more
+    assert build.flags_for(None) == build.FLAGS
 
 
 def test_as_many_at_a_time_as_asked(
