@@ -23,8 +23,11 @@
 static const struct {
   const char *name;
   int dtype;
-} precisions[] = {{"fp32", PYLORA_F32},  {"fp32x3", PYLORA_F32X3}, {"bf16", PYLORA_BF16},
-                  {"int8", PYLORA_Q8_0}, {"int4", PYLORA_Q4_1}};
+} precisions[] = {{"fp32", PYLORA_F32},
+                  {"fp32x3", PYLORA_F32X3},
+                  {"bf16", PYLORA_BF16},
+                  {"int8", PYLORA_Q8_0},
+                  {"int4", PYLORA_Q4_1}};
 
 /* Everything that is open, so that it is closed in one place. */
 typedef struct program {
