@@ -313,6 +313,12 @@ def tokenizer_from_directory(directory: Path) -> Tokenizer:
     eos = [
         i for i in (named, *stops) if type(i) is int and 0 <= i < 1 << 31 and backend.id_to_token(i)
     ]
+    chosen = [i for i in _as_list(generation.get("eos_token_id")) if i in eos]
+    if named is not None and chosen and named not in chosen:
+        notes.append(
+            f"tokenizer_config.json says that {names['eos_token']!r} ends a text, "
+            f"generation_config.json {chosen}: any of them does"
+        )
     for name, i in by_name.items():
         if eos and i not in eos:
             notes.append(f"text also ends at {name!r}, though no file says that it is an end")

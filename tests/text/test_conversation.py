@@ -109,6 +109,9 @@ def test_a_prompt_that_opens_thinking() -> None:
     assert learnt(k, turns("a", "b")) == ["b<|im_end|>"]
     # The turn begins like the opening that it does not have.
     assert learnt(k, turns("a", "<thanks")) == ["<thanks<|im_end|>"]
+    calls = OPENING.replace("}}<|im_end|>", "}}{% if m.tool_calls %}<tool>{% endif %}<|im_end|>")
+    call = [{"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}]
+    assert learnt(tokenizer(calls), turns("a") + call) == ["<tool><|im_end|>"]
     hidden = k.conversation(turns("a", "<think>\nbecause\n</think>b"))
     assert hidden.hidden == 1  # the template does not show it, which has to be said
     assert k.conversation(turns("a", "b", "c", "d")).hidden == 0
@@ -119,6 +122,11 @@ def test_a_first_turn_by_the_assistant() -> None:
     for template in (CHATML, OPENING):
         k = tokenizer(template)
         assert learnt(k, talk) == ["Hello<|im_end|>b<|im_end|>"]
+    asked = "{% if messages | selectattr('role', 'equalto', 'user') | list | length == 0 %}"
+    asked += "{{ raise_exception('no question') }}{% endif %}"
+    assert learnt(tokenizer(asked + CHATML), talk) == ["Hello<|im_end|>b<|im_end|>"]
+    with pytest.raises(DataError, match="no question"):
+        tokenizer(asked + CHATML).conversation(talk[:1])
     strict = "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}"
     with pytest.raises(DataError, match="user first"):
         tokenizer(strict + CHATML).conversation(talk)

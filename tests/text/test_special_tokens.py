@@ -225,6 +225,9 @@ def test_ends_from_every_file(tmp_path: Path) -> None:
     turn = backend.token_to_id("<|eot_id|>")
     assert k.eos_ids == (2, 5, 6, 1, turn)
     assert any("'<|eot_id|>'" in note for note in k.notes)
+    files["generation_config"] = {"eos_token_id": 5}
+    k = load(directory(tmp_path, backend, tokenizer_config={"eos_token": "<think>"}, **files))
+    assert any("'<think>' ends a text, generation_config.json [5]" in note for note in k.notes)
 
 
 @pytest.mark.parametrize("says", [None, True, False])
