@@ -28,7 +28,7 @@ from pylora.commands.app import (
     command,
 )
 from pylora.commands.prompts import adapter_folders
-from pylora.commands.template import TemplateArgs, use_template
+from pylora.commands.template import TemplateArgs, say_notes, use_template
 from pylora.errors import ConfigError, PyloraError
 
 if TYPE_CHECKING:
@@ -85,6 +85,9 @@ def chat(
     with load(model, dict(folders), precision=precision) as loaded:
         for tokenizer in (loaded.tokenizer, *loaded.adapters.tokenizers.values()):
             use_template(tokenizer, template_arg)
+            say_notes(tokenizer)
+            if template_arg:  # a name that the template does not have is said before the first word
+                tokenizer.render([{"role": "user", "content": "-"}], True)
         if folders:
             loaded.adapters.use(next(iter(folders)))
         talk = Chat(
