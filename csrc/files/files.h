@@ -68,6 +68,10 @@ static inline int pylora_is_float(const pylora_tensor *t) {
   return dtype == PYLORA_F32 || dtype == PYLORA_F16 || dtype == PYLORA_BF16;
 }
 
+/* Whether a matrix is stored as `dtype` by recoding its blocks, and row i of it as that dtype's. (recode.c) */
+int pylora_recodes(const pylora_tensor *t, int dtype);
+void pylora_recode_row(const pylora_tensor *t, int64_t i, uint8_t *out);
+
 /* ---- an open file (open.c) ---- */
 
 /* A value of GGUF's metadata, where it lies. */

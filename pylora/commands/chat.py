@@ -28,7 +28,12 @@ from pylora.commands.app import (
     command,
 )
 from pylora.commands.prompts import adapter_folders
-from pylora.commands.template import TemplateArgs, say_notes, use_template
+from pylora.commands.template import (
+    TemplateArgs,
+    say_notes,
+    template_arguments,
+    use_template,
+)
 from pylora.errors import ConfigError, PyloraError
 
 if TYPE_CHECKING:
@@ -83,11 +88,11 @@ def chat(
         if name in _BASE:
             raise ConfigError(f"--adapter {name}=...: that name means the base model; take another")
     with load(model, dict(folders), precision=precision) as loaded:
-        for tokenizer in (loaded.tokenizer, *loaded.adapters.tokenizers.values()):
-            use_template(tokenizer, template_arg)
-            say_notes(tokenizer)
-            if template_arg:  # a name that the template does not have is said before the first word
-                tokenizer.render([{"role": "user", "content": "-"}], True)
+        use_template(loaded.tokenizer, template_arg)
+        say_notes(loaded.tokenizer)
+        for name, own in loaded.adapters.tokenizers.items():
+            own.arguments |= template_arguments(template_arg)
+            print(f"note: adapter {name}: {own.notes[-1]}", file=sys.stderr)
         if folders:
             loaded.adapters.use(next(iter(folders)))
         talk = Chat(

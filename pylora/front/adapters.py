@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -246,11 +245,11 @@ def read_adapter(
     checkpoint: Checkpoint, path: str | os.PathLike[str]
 ) -> tuple[Adapter, Tokenizer | None]:
     """The adapter in a PEFT directory for this model, and the tokenizer that lies beside it, if
-    that is another than the model's (pylora.adapters.own_tokenizer); a warning then says so."""
+    that is another than the model's (pylora.adapters.own_tokenizer); its `notes` then say so."""
     folder = find_adapter(path)
     adapter = Adapter.load(folder, checkpoint.config.modules(), base=checkpoint.load)
     tokenizer, note = tokenizer_for(checkpoint, folder) if has_own(folder) else (None, None)
-    if note is None:
+    if tokenizer is None or note is None:
         return adapter, None
-    warnings.warn(note, stacklevel=4)
+    tokenizer.notes += (note,)
     return adapter, tokenizer

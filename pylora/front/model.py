@@ -96,8 +96,9 @@ class Model:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The base model's, read when it is first needed; `notes` say what lies beside the weights.
-        MissingExtraError where its libraries are not installed."""
+        """The base model's, read when it is first needed; `notes` say what is odd in its files. An
+        adapter's own is in `adapters.tokenizers`. MissingExtraError where its libraries are not
+        installed."""
         return tokenizer_of(self.checkpoint, ())
 
     # ---- text ---------------------------------------------------------------------------------

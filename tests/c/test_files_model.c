@@ -10,6 +10,7 @@ static char path[300];
 static const char config_path[] = "adapter_config.json";
 
 static void save(const bytes *b, size_t n) {
+  remove(path); /* or some file systems write the old one out first */
   FILE *f = fopen(path, "wb");
   if (!f || fwrite(b->p, 1, n, f) != n || fclose(f)) abort();
 }

@@ -6,6 +6,7 @@ import io
 import os
 import pty
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,6 +110,27 @@ def test_the_first_adapter_answers_and_others_can_be_chosen(
     assert "verse: answers, weight 1" in err and "the base model answers" in err
     out, _ = piped([ask], "--adapter", adapters["tone"])
     assert out == f"{tone}\n"
+
+
+def test_an_adapter_with_a_template_of_its_own_is_said_and_used(
+    model: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(adapters["tone"], tmp_path / "own")
+    (tmp_path / "own" / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    )
+    with pylora.load(model, adapters["tone"]) as loaded:
+        want = loaded.generate("what is truth?", max_new_tokens=5)
+    done = subprocess.run(
+        [sys.executable, "-m", "pylora", "chat", str(model), "-n", "5"]
+        + ["--adapter", f"tone={tmp_path / 'own'}"],
+        input="what is truth?\n",
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+    assert done.stdout == want + "\n"
+    assert done.stderr.count("adapter tone: the adapter's own chat template is used") == 1
 
 
 def test_weights(piped: Any, model: Path, adapters: dict[str, Path]) -> None:

@@ -249,10 +249,10 @@ def test_an_adapter_is_used_with_the_tokenizer_it_was_trained_with(
     (tmp_path / "own" / "chat_template.jinja").write_text(other.replace("\\\\n", "\n"))
     random_adapter(path, 3, target_modules="all-linear").save(tmp_path / "plain")
     n = {"max_new_tokens": 6}
-    with pytest.warns(UserWarning, match="the adapter's own chat template is used"):
-        model = pylora.load(path, {"own": tmp_path / "own", "plain": tmp_path / "plain"})
-    with model:
+    with pylora.load(path, {"own": tmp_path / "own", "plain": tmp_path / "plain"}) as model:
         assert set(model.adapters.tokenizers) == {"own"}
+        notes = model.adapters.tokenizers["own"].notes
+        assert "the adapter's own chat template is used" in notes[-1]
         text = model.adapters.tokenizers["own"].apply_chat([{"role": "user", "content": "a"}])
         assert text.startswith("Q: a") and text.endswith("A:")
         want = model.generate(text, adapter="plain", **n)
@@ -279,6 +279,15 @@ def test_what_a_template_takes(path: Path, tmp_path: Path) -> None:
         assert model.chat("a", template_args={"loud": True}, **n) == model.generate("0!a", **n)
         tool = {"type": "function", "function": {"name": "f"}}
         assert model.chat("a", tools=[tool], **n) == model.generate("1a", **n)
+        said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        losses = [
+            model.train([{"messages": said}], adapter=str(args), steps=1, template_args=args).losses
+            for args in (None, {"loud": True})
+        ]
+        assert losses[0] != losses[1] and model.tokenizer.arguments == {}
+        with pytest.raises(WrongTypeError, match="template_args"):
+            model.train([{"messages": said}], template_args="loud")
+        model.adapters.use(None)
         with pytest.raises(DataError, match="no argument 'soft'"):
             model.chat("a", template_args={"soft": True}, **n)
         with pytest.raises(ConfigError, match="did you mean template_args"):
