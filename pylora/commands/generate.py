@@ -24,7 +24,7 @@ from pylora.commands.app import (
     command,
 )
 from pylora.commands.inputs import file_or_stdin, text_or_stdin
-from pylora.commands.template import TemplateArgs, use_template
+from pylora.commands.template import TemplateArgs, say_notes, use_template
 from pylora.numbers.precision import check_precision
 
 _UNNAMED = "="  # of the adapter without a name; no name that is given has this sign
@@ -121,6 +121,7 @@ def generate(
             for name, folder in folders.items()
         }
         llama = Llama.from_checkpoint(checkpoint, precision=precision)
+    say_notes(tokenizer)
     pool = AdapterPool(llama)
     for name, one in loaded.items():
         pool.add(name or _UNNAMED, one)

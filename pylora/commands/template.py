@@ -64,7 +64,11 @@ def refuse_unused(given: Sequence[str] | None, tokenizer: Any) -> Callable[[], N
 
 
 def use_template(tokenizer: Any, given: Sequence[str] | None) -> None:
-    """Gives the arguments to every conversation, and says on stderr what the tokenizer notes."""
+    """Gives the arguments to every conversation."""
     tokenizer.arguments |= template_arguments(given)
+
+
+def say_notes(tokenizer: Any) -> None:
+    """Says on stderr what was odd in the tokenizer's files: stdout is the answer's."""
     for note in tokenizer.notes:
         print(f"note: {note}", file=sys.stderr)

@@ -253,7 +253,8 @@ def train(
         f"({100 * adapter.num_parameters / llama.config.num_parameters:.2f} %); "
         f"base model in {llama.precision_report}"
     )
-    for note in (*examples.notes, *(evals.notes if evals is not None else ())):
+    more = () if evals is None else evals.notes
+    for note in (*tokenizer.notes, *examples.notes, *more):
         screen.say(f"note: {note}")
     if examples.truncated:
         screen.say(f"{examples.truncated:,} examples were cut to {max_length} tokens")
