@@ -2,7 +2,7 @@
 # make test   sets up what the tests need and runs them against the installed package
 # make lint   ruff, mypy, imports, clang-format          make ctest   the C core's own tests
 # make cudatest  the CUDA core's own tests, on a CPU     make gputest   the Python tests on the GPU's backends
-# make parity installs PyTorch, transformers and PEFT, so that `make test` compares with them too
+# make parity installs PyTorch, transformers, PEFT and llama.cpp, so that `make test` compares with them too
 # make clib   the C library by CMake in build/prefix, and its tests beside Python      make fuzz   its readers of files
 # make clean  removes .venv, out and what was built
 #
@@ -89,10 +89,14 @@ $(VENV)/.test: $(VENV)/.needs-test $(VENV)/.built
 $(VENV)/.lint: $(VENV)/.needs-test $(VENV)/.needs-lint $(VENV)/.built
 	@touch $@
 
+# Of llama.cpp only the tokenizer is asked, so it is compiled for time of compiling, not of running.
+LLAMA_CPP := -DGGML_NATIVE=OFF -DGGML_OPENMP=OFF -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF \
+  -DCMAKE_C_FLAGS_RELEASE=-O1 -DCMAKE_CXX_FLAGS_RELEASE=-O1
+
 # torch first and pinned, so that nothing else decides which build of it is fetched.
 $(VENV)/.needs-parity: $(VENV)/.needs-test
 	$(TOLD) "Installing PyTorch" $(INSTALL) torch==2.13.0
-	$(TOLD) "Installing transformers, PEFT and others" $(INSTALL) $(call needs,parity)
+	CMAKE_ARGS="$(LLAMA_CPP)" $(TOLD) "Installing transformers, PEFT, llama.cpp and others" $(INSTALL) $(call needs,parity)
 	@touch $@
 
 $(VENV)/.parity: $(VENV)/.needs-parity $(VENV)/.test

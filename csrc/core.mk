@@ -9,7 +9,7 @@ CORE_CFLAGS ?= $(CORE_OPTIMIZE) -g -Wall -Wextra
 # What GCC's -O3 does for these kernels, in half its time; -O2 of clang does as much without.
 CORE_OPTIMIZE := -O2 $(if $(findstring clang,$(shell $(CC) --version 2>&1)),,-ftree-vectorize \
   -fvect-cost-model=dynamic -fpeel-loops)
-CORE_HEADERS := $(wildcard $(CORE)/*.h $(CORE)/*/*.h $(CORE)/cpu/*.inc)
+CORE_HEADERS := $(wildcard $(CORE)/*.h $(CORE)/*/*.h $(CORE)/*/*.inc)
 # No contraction: a fused multiply-add happens where the source says so and nowhere else.
 CORE_FLAGS := -std=c11 -fPIC -ffp-contract=off -fno-math-errno -I$(CORE)
 

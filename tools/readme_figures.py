@@ -1,12 +1,12 @@
 """Writes measured figures into README.md, between markers: of a demo run, and of benchmarks.
 
-    make demo && python tools/readme_figures.py [out/demo/report.json]
+    make demo && python tools/readme_figures.py [out/demo/report.json ...]
     python tools/readme_figures.py --speed [FILE.json ...]
 
 Every figure comes from a file; nothing is typed. Without files, --speed takes the newest that
 bench/run.py wrote (speed-*.json) and all of medians alone (compared-*.json), which say where they
 are from. Each case is compared with the fastest of the peer's settings that was measured, and what
-pylora loses stands beside what it wins.
+pylora loses stands beside what it wins. A file may hold one report of the demo or a list of them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 FIGURES = "<!-- figures: tools/readme_figures.py -->", "<!-- end of figures -->"
 SPEED = "<!-- speed: tools/readme_figures.py --speed -->", "<!-- end of speed -->"
+FIRST = ("consciousness exists", "∃Ψ")  # the first statement of the demo's table
 PICTURE = "docs/img/versus.png"
 STEP = {"batch": 4, "length": 256, "recompute": False}
 CASES = [  # name, case and part in a file of bench/run.py, key, pylora's precision, the peer's
@@ -41,25 +42,35 @@ def markdown(rows: list[Row], head: Row = HEAD) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in (head, ("---",) * len(head), *rows)]
 
 
-def demo(report: dict[str, Any]) -> str:
-    """The Markdown of a demo run's figures."""
+def demo(reports: list[dict[str, Any]]) -> str:
+    """The Markdown of a demo run's figures; of the runs after the first, the accuracy alone."""
+    report, others = reports[0], reports[1:]
     build, merge, items = report["build"], report["merge"], report["test_items"]
     share = report["trainable_parameters"] / report["total_parameters"]
     settings = report["settings"]
+    load, threads = report.get("load_before"), build["num_threads"]
+    # The build before it leaves a load of about one for each core.
+    busy = load is not None and load > 1.5 * threads
+    training = f"{settings['steps']} steps, {report['training_tokens']:,} tokens"
     rows = [
         (
             f"exact match on {items} held-out statements, before → after",
-            f"{report['exact_match_before']:.1%} → {report['exact_match_after']:.1%}",
+            f"{report['exact_match_before']:.1%} → **{report['exact_match_after']:.1%}**",
         ),
-        (
-            f"exact match on {report['validation_items']} validation statements",
-            f"{report['exact_match_validation']:.1%}",
+        (f"{FIRST[0]} → `{FIRST[1]}`", "right" if report["first_statement_right"] else "**wrong**"),
+        *(
+            (
+                f"the same, seed {one['settings']['seed']}, {one['precision']}, kernels "
+                f"`{one['build']['isa']}`",
+                f"{one['exact_match_after']:.1%}; {FIRST[0]}: "
+                + ("right" if one["first_statement_right"] else "**wrong**"),
+            )
+            for one in others
         ),
-        ("all of the demo, after installation", f"{report['seconds']:.0f} s"),
+        *([] if busy else [("all of the demo, after installation", f"{report['seconds']:.0f} s")]),
         (
             "training",
-            f"{settings['steps']} steps, {report['training_tokens']:,} tokens, "
-            f"{report['tokens_per_second']:.0f} tokens/s",
+            training if busy else f"{training}, {report['tokens_per_second']:.0f} tokens/s",
         ),
         (
             "trainable parameters",
@@ -75,26 +86,23 @@ def demo(report: dict[str, Any]) -> str:
             f"{merge['residue_share']:.2%} of the merged weights",
         ),
     ]
-    load, threads = report.get("load_before"), build["num_threads"]
-    busy = ""
-    if load is not None and load > 0.5 * threads:
-        busy = (
-            f" **The machine was busy with other work** (load average {load:.1f} on {threads} "
-            "cores), so seconds and tokens/s are not those of a quiet one."
+    lines = [
+        f"`make demo` on {build['processor']}, {threads} thread{'s' if threads > 1 else ''}, "
+        f"kernels `{build['isa']}`, {report['precision']}, r = {settings['rank']} on "
+        f"{', '.join(report['targets'])}, seed {settings['seed']}:",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in rows),
+        "",
+        "A run writes its own figures to `out/demo/report.json`.",
+    ]
+    if busy:
+        lines[-1] += (
+            f" Seconds are left out: other work had that machine (load average {load:.0f}). "
+            "[What to expect on a quiet one](docs/demo.md#what-it-takes)."
         )
-    return "\n".join(
-        [
-            f"`make demo` on {build['processor']}, {threads} threads, kernels `{build['isa']}`, "
-            f"{report['precision']}, r = {settings['rank']} on {', '.join(report['targets'])}:",
-            "",
-            "| | |",
-            "|---|---|",
-            *(f"| {name} | {value} |" for name, value in rows),
-            "",
-            f"Seed {settings['seed']}; a run writes its own figures to `out/demo/report.json`."
-            f"{busy}",
-        ]
-    )
+    return "\n".join(lines)
 
 
 def of_samples(document: dict[str, Any]) -> list[Row]:
@@ -208,9 +216,12 @@ def main() -> int:
         (begin, end) = SPEED
         new = speed_tables([json.loads(path.read_text(encoding="utf-8")) for path in paths])
     else:
-        path = Path(arguments[0] if arguments else "out/demo/report.json")
+        reports: list[dict[str, Any]] = []
+        for path in map(Path, arguments or ["out/demo/report.json"]):
+            found = json.loads(path.read_text(encoding="utf-8"))
+            reports += found if isinstance(found, list) else [found]
         (begin, end) = FIGURES
-        new = demo(json.loads(path.read_text(encoding="utf-8")))
+        new = demo(reports)
     text = README.read_text(encoding="utf-8")
     if begin not in text or end not in text:
         raise SystemExit(f"README.md has no place for it: put {begin} and {end} in")

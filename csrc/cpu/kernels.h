@@ -192,12 +192,13 @@ typedef void pylora_kernel_merge_rows(int dtype, int mode, const merge_job *f);
 #define PYLORA_PRODUCT_KERNELS(K) \
   K(gemm_bf16) K(panels_bf16) K(few_rows_bf16) K(few_scores) K(gemm_q)
 #define PYLORA_Q_KERNELS(K) K(quantize_row) K(dequantize)
-#define PYLORA_ROW_KERNELS(K)                                                       \
-  K(put_tile)                                                                       \
-  K(sum_squares)                                                                    \
-  K(dot)                                                                            \
-  K(scale) K(rms_forward) K(rms_backward) K(rms_weight) K(rotate) K(swiglu_forward) \
-      K(swiglu_backward) K(exp_sum) K(exp_scaled) K(adamw) K(philox) K(drop)
+/* The formatter finds another way to break these lines each time. */
+/* clang-format off */
+#define PYLORA_ROW_KERNELS(K) \
+  K(put_tile) K(sum_squares) K(dot) K(scale) K(rms_forward) K(rms_backward) K(rms_weight) \
+  K(rotate) K(swiglu_forward) K(swiglu_backward) K(exp_sum) K(exp_scaled) K(adamw) \
+  K(philox) K(drop)
+/* clang-format on */
 #define PYLORA_ATTEND_KERNELS(K) \
   K(softmax_columns) K(softmax_columns_backward) K(softmax_row) K(few_values)
 #define PYLORA_MERGE_KERNELS(K) K(merge_rows)

@@ -34,6 +34,17 @@ static int no_memory(const maker *x, double bytes) {
   return pylora_no_memory(x->why, x->file->name, bytes);
 }
 
+int pylora_adapter_row(const pylora_tensor *t, int64_t i, float *out, pylora_message *why) {
+  if (!pylora_is_f64(t)) return pylora_tensor_read(t, i, 1, out, why);
+  const int64_t n = pylora_columns(t);
+  for (int64_t j = 0; j < n; j++) { /* what does not fit becomes infinite, which is refused */
+    double v;
+    memcpy(&v, (const char *)t->data + (i * n + j) * 8, sizeof v);
+    out[j] = (float)v;
+  }
+  return PYLORA_OK;
+}
+
 /* A tensor's numbers [rows, cols], in Hugging Face's order of rows, transposed where it asks for that; to be freed.
  * None may be NaN or infinite. */
 static int read(const maker *x, const pylora_tensor *t, int64_t rows, int64_t cols, int64_t heads,
@@ -45,8 +56,7 @@ static int read(const maker *x, const pylora_tensor *t, int64_t rows, int64_t co
   int finite = 1;
   for (int64_t i = 0; i < n && !status; i++) {
     const int64_t from = transposed ? i : pylora_source_row(rows, heads, i);
-    status = t->dims == 1 ? pylora_tensor_read(t, 0, 1, line, x->why)
-                          : pylora_tensor_read(t, from, 1, line, x->why);
+    status = pylora_adapter_row(t, t->dims == 1 ? 0 : from, line, x->why);
     for (int64_t j = 0; j < width && !status; j++) {
       finite &= isfinite(line[j]) != 0;
       to[transposed ? j * cols + i : i * cols + j] = line[j];

@@ -57,6 +57,10 @@ int pylora_peft_match(const pylora_model *m, const pylora_file *file, pylora_par
 int pylora_gguf_adapter(const pylora_model *m, const pylora_file *file, pylora_part *part,
                         pylora_message *why);
 
+/* Whether an adapter's tensor may have its type; row i of it as float32, float64 rounded once. */
+static inline int pylora_is_f64(const pylora_tensor *t) { return strcmp(t->type, "F64") == 0; }
+int pylora_adapter_row(const pylora_tensor *t, int64_t i, float *out, pylora_message *why);
+
 /* Parts, checked, as the engine takes them. (adapter.c) */
 int pylora_adapter_make(const pylora_model *m, const pylora_file *file, const pylora_part *part,
                         pylora_adapter_file **out, pylora_message *why);

@@ -8,6 +8,7 @@
 #include "files/adapter.h"
 
 enum { MAX_CONFIG = 16 << 20, MAX_PATTERN = 4096 };
+enum { MAX_NAMES = 1 << 16, MAX_KEYS = 1 << 14 }; /* more than a model has modules */
 
 #define WRONG(...) return pylora_fail(why, PYLORA_E_PLAN, __VA_ARGS__)
 #define REFUSE(...) return pylora_fail(why, PYLORA_E_UNSUPPORTED, __VA_ARGS__)
@@ -121,9 +122,11 @@ static int names(const pylora_lora_config *c, const char *key, const pylora_json
       WRONG("%.300s: %s is longer than %d characters", c->path, key, MAX_PATTERN);
     return PYLORA_OK;
   }
-  int fine = v->type == JSON_LIST;
+  int fine = v->type == JSON_LIST && v->items <= MAX_NAMES;
   if (fine) JSON_EACH(item, &c->j, v) fine &= item->type == JSON_TEXT && item->u.text[0] != 0;
-  if (!fine) WRONG("%.300s: %s must be a text or a list of names that are not empty", c->path, key);
+  if (!fine)
+    WRONG("%.300s: %s must be a text or a list of names that are not empty, at most 65536 of them",
+          c->path, key);
   return PYLORA_OK;
 }
 
@@ -133,6 +136,8 @@ static int patterns(pylora_lora_config *c, pylora_message *why) {
   if ((v && v->type != JSON_OBJECT) || (w && w->type != JSON_OBJECT))
     WRONG("%.300s: rank_pattern and alpha_pattern must be objects of patterns and numbers",
           c->path);
+  if ((v && v->items > MAX_KEYS) || (w && w->items > MAX_KEYS))
+    WRONG("%.300s: rank_pattern and alpha_pattern have at most %d keys", c->path, MAX_KEYS);
   int64_t r;
   double a;
   if (v) JSON_EACH(item, &c->j, v) TRY(rank(c, item->key, item, &r, why));
@@ -164,6 +169,33 @@ static int is_text(const pylora_json_value *v, const char *text) {
   return json_is(v, JSON_TEXT) && strcmp(v->u.text, text) == 0;
 }
 
+/* Whether a text begins with, or is, a word, whatever its capitals. */
+static int begins(const char *text, const char *word, int whole) {
+  for (; *word; text++, word++)
+    if ((*text >= 'A' && *text <= 'Z' ? *text + 32 : *text) != *word) return 0;
+  return !whole || !*text;
+}
+
+/* How A and B were first filled matters only where the base was changed with them. */
+static int initial(const pylora_lora_config *c, const pylora_json_value *v, pylora_message *why) {
+  static const char *const fine[] = {"gaussian", "eva", "orthogonal", "mica"};
+  static const char *const changes[] = {"pissa", "olora", "corda", "loftq", "lora_ga"};
+  if (!v || v->type == JSON_TRUE || v->type == JSON_FALSE) return PYLORA_OK;
+  const char *text = v->type == JSON_TEXT ? v->u.text : "?";
+  for (size_t i = 0; i < sizeof fine / sizeof *fine; i++)
+    if (begins(text, fine[i], 1)) return PYLORA_OK;
+  for (size_t i = 0; i < sizeof changes / sizeof *changes; i++)
+    if (begins(text, changes[i], 0))
+      REFUSE(
+          "%.300s: init_lora_weights '%.40s' changed the base weights before training, so this "
+          "adapter does not fit the base model that it names; save it as an ordinary one in PEFT "
+          "(path_initial_model_for_weight_conversion), or merge it there",
+          c->path, text);
+  REFUSE("%.300s: init_lora_weights '%.40s' is not known; expected true, false, 'gaussian', 'eva', "
+         "'orthogonal' or 'mica'",
+         c->path, text);
+}
+
 static int settings(pylora_lora_config *c, pylora_message *why) {
   const pylora_json_value *v = get(c, "peft_type");
   if (v && !is_text(v, "LORA"))
@@ -188,12 +220,7 @@ static int settings(pylora_lora_config *c, pylora_message *why) {
   c->bias = is_text(v, "all") ? BIAS_ALL : is_text(v, "lora_only") ? BIAS_LORA : BIAS_NONE;
   if (v && c->bias == BIAS_NONE && !is_text(v, "none"))
     WRONG("%.300s: bias must be 'none', 'all' or 'lora_only'", c->path);
-  v = pylora_json_member(&c->j, c->j.value, "init_lora_weights");
-  if (v && v->type != JSON_TRUE && v->type != JSON_FALSE && !is_text(v, "gaussian") &&
-      !is_text(v, "eva") && !is_text(v, "orthogonal"))
-    REFUSE("%.300s: init_lora_weights '%.40s' is not supported (it may change the base weights); "
-           "expected true, false or 'gaussian'",
-           c->path, v->type == JSON_TEXT ? v->u.text : "?");
+  TRY(initial(c, pylora_json_member(&c->j, c->j.value, "init_lora_weights"), why));
   v = get(c, "modules_to_save");
   if (v && !pylora_json_empty(v))
     REFUSE(

@@ -11,7 +11,8 @@
 #define ROPE_FACTORS "rope_freqs.weight"
 
 typedef struct meta {
-  const pylora_file *file;
+  const pylora_file *file; /* the first, which has the metadata */
+  const pylora_files *files;
   char arch[16];
   pylora_message *why;
 } meta;
@@ -181,7 +182,7 @@ static int scaling(const meta *m, pylora_settings *s) {
   if (!is_linear && !(n == 4 && memcmp(text, "none", 4) == 0))
     return pylora_fail(m->why, PYLORA_E_UNSUPPORTED, "%.300s: rope scaling of type '%.*s'",
                        m->file->name, (int)(n < 40 ? n : 40), text);
-  const pylora_tensor *factors = pylora_file_find(m->file, ROPE_FACTORS);
+  const pylora_tensor *factors = pylora_files_find(m->files, ROPE_FACTORS);
   if (is_linear) s->scaling = (pylora_scaling){ROPE_LINEAR, factor, 0, 0, 0};
   if (!factors) return PYLORA_OK;
   if (is_linear)
@@ -201,8 +202,9 @@ static int token(const meta *m, const char *name, int64_t *out) {
   return PYLORA_OK;
 }
 
-int pylora_settings_gguf(const pylora_file *file, pylora_settings *s, pylora_message *why) {
-  meta m_ = {file, "", why}, *m = &m_;
+int pylora_settings_gguf(const pylora_files *files, pylora_settings *s, pylora_message *why) {
+  const pylora_file *file = files->file[0];
+  meta m_ = {file, files, "", why}, *m = &m_;
   *s = (pylora_settings){.interleaved = 0};
   TRY(architecture(m, s));
   s->interleaved = s->family == LLAMA;
@@ -221,7 +223,7 @@ int pylora_settings_gguf(const pylora_file *file, pylora_settings *s, pylora_mes
                        file->name, m->arch);
   /* llama.cpp has no architecture of Mistral's own; its window is all that tells it apart. */
   if (s->window) s->family = MISTRAL;
-  const pylora_tensor *embedding = pylora_file_find(file, "token_embd.weight");
+  const pylora_tensor *embedding = pylora_files_find(files, "token_embd.weight");
   if (embedding)
     s->vocab = embedding->shape[0];
   else
@@ -231,12 +233,12 @@ int pylora_settings_gguf(const pylora_file *file, pylora_settings *s, pylora_mes
   TRY(whole(m, "attention.head_count_kv", s->heads > 0 ? s->heads : 0, &s->kv_heads));
   TRY(whole(m, "context_length", -1, &s->positions));
   TRY(real(m, "attention.layer_norm_rms_epsilon", -1, &s->eps));
-  const int biased = pylora_file_find(file, "blk.0.attn_q.bias") != NULL;
+  const int biased = pylora_files_find(files, "blk.0.attn_q.bias") != NULL;
   s->qkv_bias = s->family == QWEN2 || (biased && s->family != MISTRAL);
   s->o_bias = biased && (s->family == LLAMA || s->family == QWEN3);
-  s->mlp_bias = s->family == LLAMA && pylora_file_find(file, "blk.0.ffn_gate.bias") != NULL;
+  s->mlp_bias = s->family == LLAMA && pylora_files_find(files, "blk.0.ffn_gate.bias") != NULL;
   s->qk_norm = s->family == QWEN3;
-  s->tied = pylora_file_find(file, "output.weight") == NULL;
+  s->tied = pylora_files_find(files, "output.weight") == NULL;
   TRY(token(m, "tokenizer.ggml.bos_token_id", &s->bos));
   TRY(token(m, "tokenizer.ggml.eos_token_id", &s->eos[0]));
   s->eos_count = s->eos[0] >= 0;

@@ -71,6 +71,10 @@ static int refuse(const config *c) {
            act->type == JSON_TEXT ? act->u.text : "?");
   if (get(c, "quantization_config"))
     REFUSE("%.300s: quantization_config is set; use unquantized weights, or a GGUF file", c->path);
+  if (json_is(get(c, "quantization"), JSON_OBJECT))
+    REFUSE("%.300s: this is a model that MLX quantized; it is read dequantized: mlx_lm.convert "
+           "--dequantize",
+           c->path);
   return whole_head(c, c->j.value);
 }
 

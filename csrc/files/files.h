@@ -68,6 +68,10 @@ static inline int pylora_is_float(const pylora_tensor *t) {
   return dtype == PYLORA_F32 || dtype == PYLORA_F16 || dtype == PYLORA_BF16;
 }
 
+/* Whether a matrix is stored as `dtype` by recoding its blocks, and row i of it as that dtype's. (recode.c) */
+int pylora_recodes(const pylora_tensor *t, int dtype);
+void pylora_recode_row(const pylora_tensor *t, int64_t i, uint8_t *out);
+
 /* ---- an open file (open.c) ---- */
 
 /* A value of GGUF's metadata, where it lies. */
@@ -123,12 +127,12 @@ static inline int64_t pylora_source_row(int64_t d, int64_t heads, int64_t i) {
   return i - in + in % (n / 2) * 2 + in / (n / 2);
 }
 
-/* rows * columns of a tensor: all axes but the last, and the last; a scalar is [1, 1]. */
+/* All axes but the last, and the last; a scalar is [1, 1]. */
 static inline int64_t pylora_columns(const pylora_tensor *t) {
   return t->dims ? t->shape[t->dims - 1] : 1;
 }
 static inline int64_t pylora_rows(const pylora_tensor *t) {
-  int64_t n = 1;
+  int64_t n = t->bytes > 0; /* without numbers it has no rows: the other axes may be of any size */
   for (int i = 0; i + 1 < t->dims; i++) n *= t->shape[i];
   return n;
 }

@@ -29,8 +29,16 @@ typedef struct pylora_settings {
   int interleaved; /* the file's rows of q and k are llama.cpp's */
 } pylora_settings;
 
+typedef struct pylora_files { /* those that hold a model's tensors (weights.c) */
+  pylora_file **file;
+  int64_t files;
+  int gguf;
+} pylora_files;
+/* The tensor of this name in one of the files; NULL: none has it. */
+const pylora_tensor *pylora_files_find(const pylora_files *files, const char *name);
+
 /* From GGUF's metadata (config_gguf.c) and from config.json (config_hf.c). */
-int pylora_settings_gguf(const pylora_file *file, pylora_settings *out, pylora_message *why);
+int pylora_settings_gguf(const pylora_files *files, pylora_settings *out, pylora_message *why);
 int pylora_settings_hf(const char *path, pylora_settings *out, pylora_message *why);
 /* What both must keep (settings.c): PYLORA_E_FILE. */
 int pylora_settings_check(const char *where, const pylora_settings *s, pylora_message *why);
@@ -39,12 +47,6 @@ int pylora_settings_check(const char *where, const pylora_settings *s, pylora_me
 void pylora_frequencies(const pylora_settings *s, double *out);
 
 /* ---- an open model ---- */
-
-typedef struct pylora_files { /* those that hold a model's tensors (weights.c) */
-  pylora_file **file;
-  int64_t files;
-  int gguf;
-} pylora_files;
 
 struct pylora_model {
   char *path;

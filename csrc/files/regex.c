@@ -263,11 +263,11 @@ static void follow(const compiler *c, uint8_t *on, int16_t *stack, int at) {
 
 static int run(const compiler *c, const char *text, size_t length, uint8_t *lists, int16_t *stack) {
   uint8_t *on = lists, *next = lists + CODE + 1;
-  memset(on, 0, CODE + 1);
+  memset(on, 0, (size_t)c->n + 1);
   follow(c, on, stack, 0);
   for (size_t i = 0; i < length; i++) {
     const unsigned char sign = (unsigned char)text[i];
-    memset(next, 0, CODE + 1);
+    memset(next, 0, (size_t)c->n + 1);
     for (int at = 0; at < c->n; at++) {
       if (!on[at]) continue;
       const instruction *in = &c->code[at];

@@ -29,11 +29,12 @@ int pylora_tensor_read(const pylora_tensor *t, int64_t first, int64_t rows, floa
 }
 
 int pylora_tensor_dtype(const pylora_tensor *t, int precision) {
+  if (!t) return precision;
   const pylora_kind *kind = pylora_kind_of(t->kind);
   if (precision != PYLORA_Q8_0 && precision != PYLORA_Q4_1) return precision;
   if (kind->dtype == PYLORA_Q8_0 || kind->dtype == PYLORA_Q4_0 || kind->dtype == PYLORA_Q4_1)
     return kind->dtype;
-  return pylora_is_float(t) ? precision : PYLORA_Q8_0;
+  return pylora_is_float(t) || pylora_recodes(t, precision) ? precision : PYLORA_Q8_0;
 }
 
 typedef struct job {
@@ -41,7 +42,7 @@ typedef struct job {
   const pylora_format *F;
   const pylora_kernels *K;
   int64_t d, k, heads;
-  int blocks; /* taken as the file has them */
+  enum { NUMBERS, BLOCKS, RECODED } as; /* decoded, or the file's blocks as they are, or recoded */
   char *out, *scratch;
   size_t panel, room; /* bytes of a panel, of a thread's scratch */
 } job;
@@ -50,13 +51,16 @@ static void panel(void *ctx, int64_t p, int thread) {
   const job *j = ctx;
   char *scratch = j->scratch + (size_t)thread * j->room, *to = j->out + (size_t)p * j->panel;
   const int64_t first = p * PYLORA_PANEL, n = min64(PYLORA_PANEL, j->d - first);
-  if (j->blocks) {
+  if (j->as != NUMBERS) {
     const size_t bytes = j->F->blocks_bytes(j->k);
-    for (int64_t i = 0; i < n; i++)
-      memcpy(scratch + (size_t)i * bytes,
-             (const char *)j->t->data +
-                 (size_t)pylora_source_row(j->d, j->heads, first + i) * bytes,
-             bytes);
+    for (int64_t i = 0; i < n; i++) {
+      const int64_t from = pylora_source_row(j->d, j->heads, first + i);
+      char *line = scratch + (size_t)i * bytes;
+      if (j->as == RECODED)
+        pylora_recode_row(j->t, from, (uint8_t *)line);
+      else
+        memcpy(line, (const char *)j->t->data + (size_t)from * bytes, bytes);
+    }
     j->F->pack_blocks(scratch, (int64_t)bytes, n, j->k, 0, to);
     return;
   }
@@ -94,7 +98,9 @@ int pylora_tensor_pack(const pylora_tensor *t, int dtype, int64_t heads, void *b
            d,
            k,
            heads,
-           F->pack_blocks && kind->dtype == dtype,
+           F->pack_blocks && kind->dtype == dtype ? BLOCKS
+           : pylora_recodes(t, dtype)             ? RECODED
+                                                  : NUMBERS,
            buffer,
            NULL,
            F->panel_bytes(k),

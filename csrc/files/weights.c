@@ -36,15 +36,18 @@ int pylora_gguf_name(const char *name, char out[PYLORA_NAME]) {
   return 0;
 }
 
-const pylora_tensor *pylora_model_tensor(const pylora_files *files, const char *hf_name) {
-  char name[PYLORA_NAME];
-  if (files->gguf)
-    return pylora_gguf_name(hf_name, name) ? pylora_file_find(files->file[0], name) : NULL;
+const pylora_tensor *pylora_files_find(const pylora_files *files, const char *name) {
   for (int64_t i = 0; i < files->files; i++) {
-    const pylora_tensor *t = pylora_file_find(files->file[i], hf_name);
+    const pylora_tensor *t = pylora_file_find(files->file[i], name);
     if (t) return t;
   }
   return NULL;
+}
+
+const pylora_tensor *pylora_model_tensor(const pylora_files *files, const char *hf_name) {
+  char name[PYLORA_NAME];
+  if (!files->gguf) return pylora_files_find(files, hf_name);
+  return pylora_gguf_name(hf_name, name) ? pylora_files_find(files, name) : NULL;
 }
 
 /* ---- files ---- */
@@ -167,24 +170,87 @@ static int open_directory(const char *directory, pylora_files *files, pylora_set
   return status;
 }
 
-int pylora_files_open(const char *path, pylora_files *files, pylora_settings *s,
-                      pylora_message *why) {
-  *files = (pylora_files){NULL, 0, 0};
-  if (pylora_is_directory(path)) return open_directory(path, files, s, why);
+/* ---- GGUF ---- */
+
+/* A model in several files, NAME-00001-of-00003.gguf and so on, any of which may be named: the others are opened, too,
+ * and each must be what its name says. */
+static int open_parts(const char *path, int64_t count, pylora_files *files, pylora_message *why) {
+  const size_t n = strlen(path), tail = sizeof "-00001-of-00003.gguf" - 1;
+  char end[40];
+  snprintf(end, sizeof end, "-of-%05lld.gguf", (long long)count);
+  if (count > 10000 || n <= tail || strcmp(path + n - strlen(end), end) != 0 ||
+      path[n - tail] != '-')
+    return pylora_fail(
+        why, PYLORA_E_FILE,
+        "%.300s: this is one of %lld parts of a split model, so its name must end in "
+        "-NNNNN%s for the others to be found; give it its name back",
+        path, (long long)count, count > 10000 ? "" : end);
+  char *part = malloc(n + 1);
+  if (!part) return pylora_no_memory(why, path, (double)n);
+  pylora_files_close(files);
+  int64_t tensors = 0, all;
+  int status = PYLORA_OK;
+  for (int64_t i = 0; i < count && !status; i++) {
+    memcpy(part, path, n + 1);
+    char number[24];
+    snprintf(number, sizeof number, "%05lld", (long long)i + 1);
+    memcpy(part + n - tail + 1, number, 5);
+    status = add(files, part, why);
+    int64_t no = -1, said = -1;
+    const pylora_file *file = status ? NULL : files->file[i];
+    if (file) {
+      pylora_file_whole(file, "split.no", &no);
+      pylora_file_whole(file, "split.count", &said);
+      if (!file->gguf || no != i || said != count)
+        status = pylora_fail(
+            why, PYLORA_E_FILE,
+            "%.300s: its metadata say that it is part %lld of %lld, counted from 0, but "
+            "its name says %lld of %lld",
+            part, (long long)no, (long long)said, (long long)i, (long long)count);
+    }
+    for (int64_t k = 0; file && k < file->tensors && !status; k++, tensors++)
+      if (pylora_files_find(files, file->tensor[k].name) != &file->tensor[k])
+        status =
+            pylora_fail(why, PYLORA_E_FILE, "%.300s: the tensor '%.200s' is in another part, too",
+                        part, file->tensor[k].name);
+  }
+  free(part);
+  if (!status && pylora_file_whole(files->file[0], "split.tensors.count", &all) && all != tensors)
+    return pylora_fail(
+        why, PYLORA_E_FILE,
+        "%.300s: the model was split with %lld tensors, but its parts have %lld; they "
+        "belong to different models",
+        path, (long long)all, (long long)tensors);
+  return status;
+}
+
+static int open_file(const char *path, pylora_files *files, pylora_settings *s,
+                     pylora_message *why) {
   TRY(add(files, path, why));
-  files->gguf = files->file[0]->gguf;
-  if (!files->gguf)
+  const pylora_file *file = files->file[0];
+  if (!file->gguf)
     return pylora_fail(why, PYLORA_E_FILE,
                        "%.300s: a safetensors file alone does not say what model it is; give the "
                        "directory that holds its config.json too",
                        path);
   const char *type;
   size_t n;
-  if (pylora_file_text(files->file[0], "general.type", &type, &n) && n == 7 &&
+  int64_t count = 0;
+  if (pylora_file_text(file, "general.type", &type, &n) && n == 7 &&
       memcmp(type, "adapter", 7) == 0)
     return pylora_fail(why, PYLORA_E_FILE,
                        "%.300s: this is an adapter, not a model; open its base model and then this "
                        "with pylora_adapter_open",
                        path);
-  return pylora_settings_gguf(files->file[0], s, why);
+  pylora_file_whole(file, "split.count", &count);
+  if (count > 1) TRY(open_parts(path, count, files, why));
+  files->gguf = 1;
+  return pylora_settings_gguf(files, s, why);
+}
+
+int pylora_files_open(const char *path, pylora_files *files, pylora_settings *s,
+                      pylora_message *why) {
+  *files = (pylora_files){NULL, 0, 0};
+  return pylora_is_directory(path) ? open_directory(path, files, s, why)
+                                   : open_file(path, files, s, why);
 }

@@ -28,7 +28,7 @@ from pylora.commands.app import (
     command,
 )
 from pylora.commands.prompts import adapter_folders
-from pylora.commands.template import TemplateArgs, use_template
+from pylora.commands.template import TemplateArgs, template_arguments, use_template
 from pylora.errors import ConfigError, PyloraError
 
 if TYPE_CHECKING:
@@ -84,6 +84,9 @@ def chat(
             raise ConfigError(f"--adapter {name}=...: that name means the base model; take another")
     with load(model, dict(folders), precision=precision) as loaded:
         use_template(loaded.tokenizer, template_arg)
+        for name, own in loaded.adapters.tokenizers.items():
+            own.arguments |= template_arguments(template_arg)
+            print(f"note: adapter {name}: {own.notes[-1]}", file=sys.stderr)
         if folders:
             loaded.adapters.use(next(iter(folders)))
         talk = Chat(

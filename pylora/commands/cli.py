@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from signal import SIGINT
 
-from pylora.commands.signals import Signals, Stopped, silence
+from pylora.commands.signals import Signals, Stopped, interrupted_import, silence
 from pylora.errors import MissingExtraError
 from pylora.extras import need
 
@@ -61,6 +61,7 @@ def _run(args: list[str]) -> int:
     try:
         need("typer")
     except MissingExtraError as error:
+        interrupted_import()
         _say(str(error))
         return 1
     _encoding()

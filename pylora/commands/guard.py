@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import functools
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn, ParamSpec, TypeVar
 
+from pylora.commands.signals import interrupted_import
 from pylora.errors import PyloraError
 
 P = ParamSpec("P")
@@ -23,6 +26,8 @@ def verb(function: Callable[P, T]) -> Callable[P, T]:
         try:
             return function(*args, **kwargs)
         except PyloraError as error:
+            if isinstance(error, ImportError):  # it may be the import that a signal ended
+                interrupted_import()
             stop(str(error), 1)
         except KeyboardInterrupt as error:
             stop(str(error) or "interrupted", getattr(error, "code", 130))
@@ -49,7 +54,10 @@ def unfinished(what: str) -> Iterator[None]:
 def sentence(error: OSError) -> str:
     """What the system says, and of which file."""
     named = error.filename is not None and error.strerror
-    said = f"{error.filename}: {error.strerror}" if named else error.strerror or str(error)
+    place = str(error.filename)
+    if place.startswith(os.path.join(tempfile.gettempdir(), tempfile.gettempprefix())):
+        place = f"the folder for temporary files, {tempfile.gettempdir()}"
+    said = f"{place}: {error.strerror}" if named else error.strerror or str(error)
     return said + (": free some space, or write elsewhere" if error.errno == errno.ENOSPC else "")
 
 

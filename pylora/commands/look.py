@@ -54,6 +54,8 @@ def check(
     columns = ("check", "verdict", "measured", "allowed", "of what")
     screen.table(columns, rows, right=("measured", "allowed"))
     screen.say(f"{report.tokens} tokens; {report.scope}; backend {report.backend}")
+    if as_json is not None:
+        screen.say(f"report: {as_json}")
     failed = sum(f.verdict == "FAIL" for f in report.findings)
     screen.say(f"FAILED: {failed} of {len(rows)} checks" if failed else "everything holds")
     if failed:

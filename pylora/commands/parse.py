@@ -178,6 +178,8 @@ def unknown_option(typed: str, ctx: Any) -> str:
     if name in HINTS:
         return f"there is no option {typed}; {HINTS[name].format(verb=command.name)}"
     near = difflib.get_close_matches(name, known, n=4, cutoff=0.6)
+    likeness = {n: difflib.SequenceMatcher(None, n, name).ratio() for n in near}
+    near = [n for n in near if likeness[n] > likeness[near[0]] - 0.1]  # the best, and its equals
     near = near or [k for k in known if len(name) > 2 and k.startswith(name)]
     owners = {o: p.name for p in command.params for o in _spellings(p)}
     near = [n for i, n in enumerate(near) if owners.get(n) not in map(owners.get, near[:i])][:2]

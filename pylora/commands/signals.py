@@ -20,6 +20,9 @@ _RECENT = 2.0  # seconds
 _WORDS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "terminated"}
 
 
+_active: Signals | None = None
+
+
 class Stopped(KeyboardInterrupt):
     """A signal asked the process to end. Its text is what is said about it."""
 
@@ -37,6 +40,8 @@ class Signals:
         self._hook = sys.unraisablehook
 
     def __enter__(self) -> Signals:
+        global _active
+        _active = self
         if threading.current_thread() is threading.main_thread():
             for name in _WORDS:
                 number = getattr(signal, name, None)  # Windows has no SIGHUP
@@ -72,6 +77,20 @@ class Signals:
             signal.signal(number, before)
         if sys.unraisablehook == self._unraisable:
             sys.unraisablehook = self._hook
+
+
+def interrupted_import() -> None:
+    """Raises what the signal raised, if one came just now: an import that it ended may have come
+    out as a package that cannot be imported."""
+    if _active is not None and _active.just_now:
+        raise SystemExit(_say_stopped(_active.number))
+
+
+def _say_stopped(number: int) -> int:
+    stopped = Stopped(number)
+    if sys.stderr is not None:
+        print(f"pylora: {stopped}", file=sys.stderr)
+    return stopped.code
 
 
 def silence() -> None:

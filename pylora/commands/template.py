@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -39,6 +39,28 @@ def template_arguments(given: Sequence[str] | None) -> dict[str, Any]:
         except (ValueError, RecursionError):
             found[name] = value
     return found
+
+
+def refuse_unused(given: Sequence[str] | None, tokenizer: Any) -> Callable[[], None]:
+    """To be called when all texts were encoded: ConfigError if arguments were given and none of
+    them went through the chat template."""
+    rendered: list[bool] = []
+    render = tokenizer.render
+
+    def noted(*args: Any, **options: Any) -> Any:
+        rendered.append(True)
+        return render(*args, **options)
+
+    def check() -> None:
+        tokenizer.render = render
+        if given and not rendered:
+            raise ConfigError(
+                f"--template-arg {given[0]} would change nothing: the data has no conversation, "
+                "and nothing else goes through the chat template; leave it out"
+            )
+
+    tokenizer.render = noted
+    return check
 
 
 def use_template(tokenizer: Any, given: Sequence[str] | None) -> None:

@@ -29,7 +29,7 @@ from pylora.commands.app import (
 from pylora.commands.guard import sentence, unfinished
 from pylora.commands.inputs import file_or_stdin
 from pylora.commands.outputs import check_folder
-from pylora.commands.template import TemplateArgs, use_template
+from pylora.commands.template import TemplateArgs, refuse_unused, use_template
 from pylora.display.console import Console
 from pylora.errors import ConfigError
 from pylora.numbers.precision import check_precision
@@ -55,7 +55,7 @@ def train(
         typer.Argument(
             metavar="DATA",
             help="records (JSONL, JSON, CSV, parquet): prompt and completion, messages, or text; "
-            "- reads them",
+            "- reads standard input",
         ),
     ],
     out: Annotated[
@@ -235,6 +235,7 @@ def train(
     with unfinished("nothing was trained yet"), open_checkpoint(model) as checkpoint:
         tokenizer = tokenizer_of(checkpoint, ())
         use_template(tokenizer, template_arg)
+        refuse_unused_arguments = refuse_unused(template_arg, tokenizer)
         lora = lora_config(config, rank, alpha, targets, rslora, dropout, checkpoint.path)
         plan = resolve(lora, checkpoint.config.modules())
         warn_about_size(plan, checkpoint.config.num_parameters)
@@ -244,6 +245,7 @@ def train(
         data, eval_data = _files(data, eval_data)
         examples = load_examples(data, tokenizer, **limit)
         evals = load_examples(eval_data, tokenizer, **limit) if eval_data else None
+        refuse_unused_arguments()
         llama = Llama.from_checkpoint(checkpoint, precision=precision)
         adapter = Adapter.init(plan, lora, seed, base=checkpoint.load)
     screen.say(
@@ -251,7 +253,7 @@ def train(
         f"({100 * adapter.num_parameters / llama.config.num_parameters:.2f} %); "
         f"base model in {llama.precision_report}"
     )
-    for note in examples.notes:
+    for note in (*examples.notes, *(evals.notes if evals is not None else ())):
         screen.say(f"note: {note}")
     if examples.truncated:
         screen.say(f"{examples.truncated:,} examples were cut to {max_length} tokens")

@@ -8,6 +8,7 @@ given its nearest ASCII.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import sys
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
 from pylora.display import table as tables
+from pylora.display.waiting import EVERY
 
 if TYPE_CHECKING:
     from pylora.training.train import StepInfo
@@ -24,7 +26,19 @@ if TYPE_CHECKING:
     OnStep = Callable[[StepInfo], None]
 
 _ASCII = str.maketrans(
-    {"×": "x", "…": "...", "→": "->", "≤": "<=", "≥": ">=", "─": "-", "█": "#", "░": ".", "–": "-"}
+    {
+        "×": "x",
+        "✓": "+",
+        "✗": "x",
+        "…": "...",
+        "→": "->",
+        "≤": "<=",
+        "≥": ">=",
+        "─": "-",
+        "█": "#",
+        "░": ".",
+        "–": "-",
+    }
     | dict(zip("▁▂▃▄▅▆▇", "_.,-=+*", strict=True))
 )
 _BAR = 24  # cells
@@ -109,14 +123,18 @@ class Console:
             bar.end()
 
     def _now_and_then(self) -> OnStep:
-        began, before = time.monotonic(), -1
+        began, before, spoke = time.monotonic(), -1, -math.inf
 
         def on_step(info: StepInfo) -> None:
-            nonlocal before
+            nonlocal before, spoke
             step, steps = info.step, info.steps
             before = step - 1 if before < 0 else before  # a resumed run begins in the middle
-            if step % max(1, steps // 10) == 0 or step in (before + 1, steps):
-                self.say(f"step {step}/{steps}  {_figures(info, began, before)}")
+            tenth, now = max(1, steps // 10), time.monotonic()
+            if step % tenth == 0 or step in (before + 1, steps) or now - spoke >= EVERY:
+                spoke = now
+                self.say(
+                    f"step {step}/{steps}  {_figures(info, began, before)}  {now - began:.0f} s"
+                )
 
         return on_step
 

@@ -156,7 +156,7 @@ def write_tokenizer(directory: Path, source: Checkpoint, own: Path | None = None
     except PyloraError as error:
         return f"no tokenizer was written: {error}"
     backend = tokenizer.backend_to_save()
-    special = tokenizer.special_tokens
+    special = {name: token for name, token in tokenizer.special_tokens.items() if token}
     if tokenizer.add_bos:  # transformers adds what the post-processor says, and nothing else
         bos = special["bos_token"]
         backend.post_processor = library.processors.TemplateProcessing(

@@ -16,14 +16,23 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pylora.adapters.adapter import Adapter
+from pylora.adapters.locate import find_adapter
+from pylora.adapters.own_tokenizer import has_own, tokenizer_for
 from pylora.adapters.pool import AdapterPool
 from pylora.errors import ConfigError, WrongTypeError, describe, expect
 
+if TYPE_CHECKING:
+    from pylora.formats.base import Checkpoint
+    from pylora.text.tokenizer import Tokenizer
+
 Choice = str | None | Mapping[str, float] | Sequence[str]
 _MIXTURES = 8  # packed sums that are kept besides the adapters themselves
+
+
+Read = Callable[[str | os.PathLike[str]], "tuple[Adapter, Tokenizer | None]"]
 
 
 class Active(Enum):
@@ -38,11 +47,11 @@ ACTIVE = Active.ACTIVE
 class Adapters(Mapping[str, Adapter]):
     """Name -> Adapter, and which of them answer."""
 
-    def __init__(
-        self, pool: AdapterPool, read: Callable[[str | os.PathLike[str]], Adapter]
-    ) -> None:
-        """`read` gives the adapter in a PEFT directory, for the model of `pool`."""
+    def __init__(self, pool: AdapterPool, read: Read) -> None:
+        """`read` gives the adapter in a PEFT directory, for the model of `pool`, and the tokenizer
+        that lies beside it, if that is another than the model's."""
         self.pool, self._read = pool, read
+        self.tokenizers: dict[str, Tokenizer] = {}  # of those that have one of their own
         self._kept: dict[str, Adapter] = {}
         self._use: dict[str, float] = {}
         self._mixtures: dict[tuple[tuple[str, float], ...], str] = {}
@@ -70,12 +79,19 @@ class Adapters(Mapping[str, Adapter]):
         return f"Adapters({', '.join(map(shown, self._kept)) or 'none'})"
 
     def add(
-        self, name: str, adapter: Adapter | str | os.PathLike[str], *, replace: bool = False
+        self,
+        name: str,
+        adapter: Adapter | str | os.PathLike[str],
+        *,
+        replace: bool = False,
+        tokenizer: Tokenizer | None = None,
     ) -> Adapter:
         """Adds an adapter under a name, and returns it; which one is in use does not change.
 
         `adapter` is an Adapter, a PEFT directory, the folder of a training run, or the id of an
-        adapter in the Hugging Face Hub's cache. Raises ConfigError for a name that is taken (unless
+        adapter in the Hugging Face Hub's cache. `tokenizer` is what it was trained with, and is
+        used where it answers alone; default: the one in its folder, else the model's. Raises
+        ConfigError for a name that is taken (unless
         `replace`), PlanError where it does not fit the model, and what `Adapter.load` raises.
         """
         expect("name", name, "adapters.add(name, adapter)")
@@ -84,10 +100,14 @@ class Adapters(Mapping[str, Adapter]):
                 f"there is an adapter {name!r} already; remove it, or add with replace=True"
             )
         if isinstance(adapter, (str, os.PathLike)):
-            adapter = self._read(adapter)
+            adapter, own = self._read(adapter)
+            tokenizer = own if tokenizer is None else tokenizer
         expect("whole adapter", adapter, "adapters.add(name, adapter)")
         self.pool.add(name, adapter, replace=replace)
         self._kept[name] = adapter
+        self.tokenizers.pop(name, None)
+        if tokenizer is not None:
+            self.tokenizers[name] = tokenizer
         self._forget_mixtures(name)
         return adapter
 
@@ -105,6 +125,7 @@ class Adapters(Mapping[str, Adapter]):
         self._forget_mixtures(name)
         self.pool.remove(name)
         del self._kept[name]
+        self.tokenizers.pop(name, None)
         self._use.pop(name, None)
 
     def use(self, *names: Choice) -> None:
@@ -157,6 +178,11 @@ class Adapters(Mapping[str, Adapter]):
             self.pool.add(name, mixture)
             self._mixtures[key] = name
         return self._mixtures[key]
+
+    def tokenizer(self, choice: Choice | Active = ACTIVE) -> Tokenizer | None:
+        """The tokenizer that `choice` brings; None: the model's, also of several adapters."""
+        chosen = self._use if isinstance(choice, Active) else self._weights(choice)
+        return self.tokenizers.get(next(iter(chosen))) if len(chosen) == 1 else None
 
     def adapter(self, choice: Choice | Active = ACTIVE) -> Adapter | None:
         """What `choice` means as one Adapter; None: the base model."""
@@ -213,3 +239,17 @@ class Adapters(Mapping[str, Adapter]):
                 "; a path is added first: adapters.add(name, path)" if os.path.exists(name) else ""
             )
             raise ConfigError(f"there is no adapter {name!r}; {there}{path}")
+
+
+def read_adapter(
+    checkpoint: Checkpoint, path: str | os.PathLike[str]
+) -> tuple[Adapter, Tokenizer | None]:
+    """The adapter in a PEFT directory for this model, and the tokenizer that lies beside it, if
+    that is another than the model's (pylora.adapters.own_tokenizer); its `notes` then say so."""
+    folder = find_adapter(path)
+    adapter = Adapter.load(folder, checkpoint.config.modules(), base=checkpoint.load)
+    tokenizer, note = tokenizer_for(checkpoint, folder) if has_own(folder) else (None, None)
+    if tokenizer is None or note is None:
+        return adapter, None
+    tokenizer.notes += (note,)
+    return adapter, tokenizer

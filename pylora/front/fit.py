@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pylora.adapters.adapter import Adapter
 from pylora.adapters.loraconfig import LoraConfig
 from pylora.adapters.plan import resolve
-from pylora.errors import ConfigError, expect
+from pylora.errors import ConfigError, expect, wrong_type
 from pylora.formats.base import Checkpoint
 from pylora.front.adapters import Adapters
 from pylora.model.llama import Llama
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 
 _LORA = {f.name for f in dataclasses.fields(LoraConfig)} | {"lora"}
 _RUN = {f.name for f in dataclasses.fields(TrainConfig)}
-_REST = {"eval_data", "max_length", "truncate", "fields", "on_step", "resume", "overwrite"}
+_REST = {"eval_data", "max_length", "truncate", "fields", "template_args", "on_step", "resume"}
+_REST |= {"overwrite"}
 # What the settings are called elsewhere: transformers' Trainer, TRL, mlx-lm, the command line.
 _FOREIGN = {
     "lr": "learning_rate",
@@ -101,13 +103,16 @@ def train(
             f"{', '.join(lora)}, or give another name (adapter=...)"
         )
     limit = {
+        "fields": rest.pop("fields", None),
         "max_length": rest.pop("max_length", None),
         "too_long": "truncate" if rest.pop("truncate", False) else "error",
-        "fields": rest.pop("fields", None),
     }
-    examples = _examples(model, data, limit)
+    arguments = rest.pop("template_args", None)
+    if not isinstance(arguments, (Mapping, type(None))):
+        wrong_type("train(template_args=...)", "a dict of the template's variables", arguments)
+    examples = _examples(model, data, limit, arguments)
     evals = rest.pop("eval_data", None)
-    rest["eval_examples"] = None if evals is None else _examples(model, evals, limit)
+    rest["eval_examples"] = None if evals is None else _examples(model, evals, limit, arguments)
     if there:
         adapter = model.adapters[name]
     else:
@@ -144,9 +149,17 @@ def _sorted(
     return lora, how, rest
 
 
-def _examples(model: Parts, data: Any, limit: Mapping[str, Any]) -> Any:
+def _examples(model: Parts, data: Any, limit: Mapping[str, Any], arguments: Any) -> Any:
     """Examples of a file, of records, or as they are."""
     if hasattr(data, "__getitem__") and not isinstance(data, (str, bytes, Mapping)):
         if len(data) and isinstance(data[0], Example):
             return data
-    return load_examples(data, model.tokenizer, **limit)
+    tokenizer, kept = model.tokenizer, model.tokenizer.arguments
+    try:
+        tokenizer.arguments = kept | dict(arguments or {})
+        examples = load_examples(data, tokenizer, **limit)
+    finally:
+        tokenizer.arguments = kept
+    for note in examples.notes:  # what was converted or split
+        warnings.warn(note, stacklevel=4)
+    return examples

@@ -10,7 +10,8 @@ from typing import Any
 from pylora.adapters.adapter import Adapter
 from pylora.errors import ConfigError, WrongTypeError, describe
 from pylora.formats import open_checkpoint
-from pylora.front.model import Model, model_of
+from pylora.front.adapters import read_adapter
+from pylora.front.model import Model
 from pylora.model.llama import Llama
 from pylora.numbers.precision import check_precision
 from pylora.ops.protocol import Backend
@@ -77,17 +78,15 @@ def load(
         )
     checkpoint = open_checkpoint(path)
     try:
-        modules = checkpoint.config.modules()
         loaded = {  # before the weights: what does not fit is said at once
-            name: Adapter.load(one, modules, base=checkpoint.load)
+            name: read_adapter(checkpoint, one)
             if isinstance(one, (str, os.PathLike))
-            else one
+            else (one, None)
             for name, one in named.items()
         }
-        folders = [one for one in named.values() if not isinstance(one, Adapter)]
-        model = Model(checkpoint, Llama.from_checkpoint(checkpoint, backend, precision), folders)
-        for name, one in loaded.items():
-            model.adapters.add(name, one)
+        model = Model(checkpoint, Llama.from_checkpoint(checkpoint, backend, precision))
+        for name, (one, tokenizer) in loaded.items():
+            model.adapters.add(name, one, tokenizer=tokenizer)
         if named and not isinstance(adapter, Mapping) or isinstance(adapter, Adapter):
             model.adapters.use(DEFAULT_NAME)
     except BaseException:
@@ -111,7 +110,7 @@ def generate(model: Model | str | os.PathLike[str], prompt: Any, **settings: Any
                     "model.generate(prompt, stream=True)"
                 )
             return loaded.generate(prompt, **settings)
-    return model_of(model, "pylora.generate").generate(prompt, **settings)
+    return _model_of(model, "pylora.generate").generate(prompt, **settings)
 
 
 def train(
@@ -128,10 +127,23 @@ def train(
         opening = {k: settings.pop(k) for k in ("precision", "backend") if k in settings}
         with load(model, **opening) as loaded:
             return loaded.train(data, out, **settings)
-    return model_of(model, "pylora.train").train(data, out, **settings)
+    return _model_of(model, "pylora.train").train(data, out, **settings)
 
 
 def _of_load(settings: dict[str, Any]) -> dict[str, Any]:
     """Takes the settings of `load` out of `settings`."""
     names = ("adapter", "precision", "backend")
     return {name: settings.pop(name) for name in names if name in settings}
+
+
+def _model_of(value: Any, where: str) -> Model:
+    """`value`, if it is a Model; else the sentence that says how to get one."""
+    if isinstance(value, Model):
+        return value
+    advice = "model = pylora.load(path)"
+    if isinstance(value, Llama):
+        advice = (
+            "a Llama knows token ids alone: load the model with pylora.load(path), or use the "
+            "parts, pylora.generation.generate.generate and pylora.training.train.train"
+        )
+    raise WrongTypeError(f"{where} takes a pylora.Model, got {describe(value)}; {advice}")

@@ -11,12 +11,11 @@ merging, adapters), and the parts stay usable alone; `model.llama`, `model.token
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
-
-import numpy as np
 
 from pylora.adapters.adapter import Adapter
 from pylora.adapters.own_tokenizer import tokenizer_of
@@ -24,20 +23,18 @@ from pylora.adapters.plan import Plan, resolve
 from pylora.adapters.pool import AdapterPool
 from pylora.errors import (
     ConfigError,
-    DataError,
     PyloraError,
-    WrongTypeError,
-    describe,
     expect,
     kind_of,
 )
 from pylora.formats.base import Checkpoint
 from pylora.front import fit
-from pylora.front.adapters import ACTIVE, Active, Adapters, Choice
-from pylora.front.score import Score
+from pylora.front.adapters import ACTIVE, Active, Adapters, Choice, read_adapter
+from pylora.front.score import Score, score_of
 from pylora.front.speak import (
     Conversation,
     Message,
+    begin,
     conversations_of,
     known_settings,
     pieces,
@@ -67,21 +64,14 @@ class Model:
         checkpoint: the open file, which is only read
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        llama: Llama,
-        adapters: Sequence[str | os.PathLike[str]] = (),
-    ) -> None:
-        """Of an open checkpoint, which `close` closes, and the Llama that was made of it.
-        `adapters`: directories that the model is opened with; one brings its own tokenizer."""
+    def __init__(self, checkpoint: Checkpoint, llama: Llama) -> None:
+        """Of an open checkpoint, which `close` closes, and the Llama that was made of it."""
         expect("checkpoint", checkpoint, "Model")
         expect("model", llama, "Model")
         self.checkpoint, self.config = checkpoint, llama.config
-        self._opened_with = tuple(adapters)
         self._llama: Llama | None = llama
         self.adapters = Adapters(AdapterPool(llama), self._read)
-        self._cache = PromptCache(llama)
+        self._spare: list[PromptCache] = []  # the last conversation's, while nobody uses it
 
     def __repr__(self) -> str:
         if self._llama is None:
@@ -94,8 +84,8 @@ class Model:
             f"{self.llama.ops.name}, {f'adapter {said}' if said else 'no adapter in use'})"
         )
 
-    def _read(self, path: str | os.PathLike[str]) -> Adapter:
-        return Adapter.load(path, self.config.modules(), base=self.checkpoint.load)
+    def _read(self, path: str | os.PathLike[str]) -> tuple[Adapter, Tokenizer | None]:
+        return read_adapter(self.checkpoint, path)
 
     @property
     def llama(self) -> Llama:
@@ -106,10 +96,10 @@ class Model:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Read when it is first needed: the base model's, or that of the one adapter that the model
-        was opened with, if it has its own; `notes` say so. MissingExtraError where its libraries
-        are not installed."""
-        return tokenizer_of(self.checkpoint, self._opened_with)
+        """The base model's, read when it is first needed; `notes` say what is odd in its files. An
+        adapter's own is in `adapters.tokenizers`. MissingExtraError where its libraries are not
+        installed."""
+        return tokenizer_of(self.checkpoint, ())
 
     # ---- text ---------------------------------------------------------------------------------
 
@@ -162,18 +152,11 @@ class Model:
         """
         known_settings("generate", others)
         texts, single = prompts_of(prompt)
-        bos = self.tokenizer.add_bos
-        ids = [self.tokenizer.encode(text, bos=bos) for text in texts]
-        for i, encoded in enumerate(ids):
-            if not encoded:
-                if self.tokenizer.bos_id is None:
-                    raise DataError(
-                        f"prompt {i} is empty, and the model has no token to begin with"
-                    )
-                encoded.append(self.tokenizer.bos_id)
+        choices = self._choices(adapter, len(texts))
+        ids = [begin(self._tokenizer(c), t) for c, t in zip(choices, texts, strict=True)]
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         answer: str | list[str] | Iterator[str] | Iterator[tuple[int, str]] = self._answer(
-            ids, single, max_new_tokens, sampling, seed, stop, stream, adapter, batch_size
+            ids, single, max_new_tokens, sampling, seed, stop, stream, choices, batch_size
         )
         return answer
 
@@ -202,6 +185,9 @@ class Model:
         messages: str | Message | Conversation | Sequence[str] | Sequence[Conversation],
         *,
         system: str | None = None,
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[Any] | None = None,
+        template_args: Mapping[str, Any] | None = None,
         max_new_tokens: int | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -219,21 +205,26 @@ class Model:
 
         messages: a text, which is one user's message; a message {"role": ..., "content": ...}, or
         the list of them that a conversation is; a list of texts or of conversations is answered
-        with a list. system: a message that goes first. The other settings are `generate`'s.
+        with a list. system: a message that goes first. tools, documents, template_args (such as
+        {"enable_thinking": False}): what the template is to show, and its variables. The other
+        settings are `generate`'s.
 
         A conversation that goes on where the last one ended is not computed again, with the same
-        bits as if it were. Raises DataError where the model has no chat template.
+        bits as if it were. Answers may be made in several threads, or taken in turns from several
+        streams. Raises DataError where the model has no chat template.
         """
         known_settings("chat", others)
         talks, single = conversations_of(messages, system)
-        tokenizer = self.tokenizer
+        choices = self._choices(adapter, len(talks))
+        tokenizers = [self._tokenizer(choice) for choice in choices]
+        more: dict[str, Any] = {"tools": tools, "documents": documents, "arguments": template_args}
         ids = [
-            tokenizer.encode_chat(tokenizer.apply_chat(talk, add_generation_prompt=True))
-            for talk in talks
+            k.encode_chat(k.apply_chat(talk, add_generation_prompt=True, **more))
+            for k, talk in zip(tokenizers, talks, strict=True)
         ]
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         answer: str | list[str] | Iterator[str] | Iterator[tuple[int, str]] = self._answer(
-            ids, single, max_new_tokens, sampling, seed, stop, stream, adapter, batch_size
+            ids, single, max_new_tokens, sampling, seed, stop, stream, choices, batch_size
         )
         return answer
 
@@ -246,40 +237,68 @@ class Model:
         seed: int,
         stop: str | Sequence[str] | None,
         stream: bool,
-        adapter: Chosen,
+        choices: Sequence[Choice | Active],
         batch_size: int,
     ) -> Any:
-        texts = streams_of(self.tokenizer, ids, stop)
-        _ = self.llama  # that it is open
-        come = pieces(
-            self.adapters.pool,
-            self.tokenizer,
-            ids,
-            texts,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            seed=seed,
-            batch_size=batch_size,
-            names=self._names(adapter, len(ids)),
-            cache=self._cache if single else None,
-        )
+        tokenizers = [self._tokenizer(choice) for choice in choices]
+        texts = streams_of(tokenizers, ids, stop)
+        names = [self.adapters.named(choice) for choice in choices]
+        cache = PromptCache(self.llama) if single else None
+        if single and self._spare:
+            with suppress(IndexError):  # another thread was quicker
+                cache = self._spare.pop()
+        try:
+            come = pieces(
+                self.adapters.pool,
+                ids,
+                texts,
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                seed=seed,
+                batch_size=batch_size,
+                names=names,
+                cache=cache,
+            )
+        except PyloraError:
+            self._give_back(cache)
+            raise
+        come = self._ending(come, cache)
         if stream:
             return (text for _, text in come) if single else come
         for _ in come:
             pass
         return texts[0].text if single else [text.text for text in texts]
 
-    def _names(self, adapter: Chosen, n: int) -> list[str | None]:
-        """The name in the pool of each prompt's adapter."""
+    def _ending(
+        self, come: Iterator[tuple[int, str]], cache: PromptCache | None
+    ) -> Iterator[tuple[int, str]]:
+        """`come`; a cache belongs to one answer at a time, and is given back at its end."""
+        try:
+            yield from come
+        finally:
+            self._give_back(cache)
+
+    def _give_back(self, cache: PromptCache | None) -> None:
+        if cache is not None and self._llama is not None:
+            self._spare[:] = [cache]
+
+    def _tokenizer(self, choice: Choice | Active) -> Tokenizer:
+        """That of the adapter, where it has one, else the model's."""
+        return self.adapters.tokenizer(choice) or self.tokenizer
+
+    def _choices(self, adapter: Chosen, n: int) -> list[Choice | Active]:
+        """Each prompt's adapter."""
+        _ = self.llama  # that it is open
         if isinstance(adapter, (list, tuple)):
             if len(adapter) != n:
                 raise ConfigError(
                     f"{n} prompts need a list of {n} adapters, or one for all, got {len(adapter)}; "
                     "for a sum of several give {name: weight, ...}"
                 )
-            return [self.adapters.named(choice) for choice in adapter]
+            return list(adapter)
         one: Any = adapter
-        return [self.adapters.named(one)] * n
+        self.adapters.named(one)  # also where there is no prompt that would ask for it
+        return [one] * n
 
     @overload
     def score(  # type: ignore[overload-overlap]
@@ -296,21 +315,8 @@ class Model:
         if isinstance(text, (list, tuple)) and kind_of(text) != "ids":
             return [self.score(one, adapter=adapter) for one in text]
         expect("text", text, "score")
-        ids = self.tokenizer.encode(text, bos=self.tokenizer.add_bos)
-        if not ids:
-            raise DataError("the text to score has no token")
         adapted = self.adapters.adapter(adapter)
-        llama = self.llama
-        logprobs = np.full(len(ids), np.nan)
-        if len(ids) > 1:
-            try:
-                if adapted is not None:
-                    llama.attach(adapted)
-                nll, _ = llama.loss(ids[:-1], ids[1:], grads=False)
-            finally:
-                llama.detach()
-            logprobs[1:] = -np.asarray(llama.ops.to_numpy(nll), np.float64)
-        return Score(tuple(ids), tuple(self.tokenizer.decode([i]) for i in ids), logprobs)
+        return score_of(self.llama, self._tokenizer(adapter), adapted, text)
 
     # ---- adapters, training, merging ----------------------------------------------------------
 
@@ -346,13 +352,15 @@ class Model:
         settings: those of the adapter (r, lora_alpha, target_modules, lora_dropout, use_rslora,
         ...: `LoraConfig.fresh`; lora_alpha is 2 r by default), those of the run (learning_rate,
         epochs, steps, batch_size, warmup_steps, seed, ...: `TrainConfig`), and eval_data,
-        max_length, truncate, on_step, resume, overwrite. A name that is none of these is a
-        ConfigError that suggests one.
+        max_length, truncate, fields, template_args (those of `load_examples`), on_step, resume,
+        overwrite. A name that is none of these is a ConfigError that suggests one. A warning says
+        what was converted in the records.
 
         Ctrl-C ends the run after the step, with a checkpoint if there is `out`. Raises what
         `pylora.training.train.train` raises.
         """
-        parts = fit.Parts(self.llama, self.checkpoint, self.tokenizer, self.adapters)
+        own = self.adapters.tokenizers.get(adapter) if isinstance(adapter, str) else None
+        parts = fit.Parts(self.llama, self.checkpoint, own or self.tokenizer, self.adapters)
         return fit.train(parts, data, out, adapter, settings)
 
     def merge(
@@ -395,7 +403,7 @@ class Model:
     def close(self) -> None:
         """Gives the memory back and closes the file. Closing twice is fine."""
         self._llama = None
-        self._cache.clear()
+        self._spare.clear()
         self.adapters.pool.close()
         self.checkpoint.close()
 
@@ -410,16 +418,3 @@ class Model:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def model_of(value: Any, where: str) -> Model:
-    """`value`, if it is a Model; else the sentence that says how to get one."""
-    if isinstance(value, Model):
-        return value
-    advice = "model = pylora.load(path)"
-    if isinstance(value, Llama):
-        advice = (
-            "a Llama knows token ids alone: load the model with pylora.load(path), or use the "
-            "parts, pylora.generation.generate.generate and pylora.training.train.train"
-        )
-    raise WrongTypeError(f"{where} takes a pylora.Model, got {describe(value)}; {advice}")

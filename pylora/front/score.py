@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from pylora.errors import DataError
+
+if TYPE_CHECKING:
+    from pylora.adapters.adapter import Adapter
+    from pylora.model.llama import Llama
+    from pylora.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -42,3 +50,20 @@ class Score:
             f"Score({len(self)} tokens, total logprob {self.total:.4f}, "
             f"perplexity {self.perplexity:.4g})"
         )
+
+
+def score_of(llama: Llama, tokenizer: Tokenizer, adapter: Adapter | None, text: str) -> Score:
+    """The score of a text with this adapter, which is attached meanwhile and taken away again."""
+    ids = tokenizer.encode(text, bos=tokenizer.add_bos)
+    if not ids:
+        raise DataError("the text to score has no token")
+    logprobs = np.full(len(ids), np.nan)
+    if len(ids) > 1:
+        try:
+            if adapter is not None:
+                llama.attach(adapter)
+            nll, _ = llama.loss(ids[:-1], ids[1:], grads=False)
+        finally:
+            llama.detach()
+        logprobs[1:] = -np.asarray(llama.ops.to_numpy(nll), np.float64)
+    return Score(tuple(ids), tuple(tokenizer.decode([i]) for i in ids), logprobs)

@@ -38,6 +38,7 @@ _FOREIGN = {
     "repeat_penalty": "repetition_penalty",
     "random_seed": "seed",
     "system_prompt": "system",
+    "chat_template_kwargs": "template_args",
     "adapter_name": "adapter",
     "adapter_names": "adapter",
     "lora_request": "adapter",
@@ -46,14 +47,15 @@ _SETTINGS = (
     "max_new_tokens temperature top_p top_k min_p repetition_penalty seed stop stream adapter "
     "batch_size"
 ).split()
+_OF_CHAT = ("system", "tools", "documents", "template_args")
 
 
 def known_settings(verb: str, others: Mapping[str, Any]) -> None:
     """ConfigError for a setting that does not exist, with the one that may be meant."""
-    known = [*_SETTINGS, *(["system"] if verb == "chat" else [])]
+    known = [*_SETTINGS, *(_OF_CHAT if verb == "chat" else ())]
     for name in others:
         meant = _FOREIGN.get(name) or next(iter(difflib.get_close_matches(name, known, 1)), "")
-        if meant == "system" and verb != "chat":
+        if meant in _OF_CHAT and verb != "chat":
             meant = ""
         hint = f"did you mean {meant}?" if meant else f"there are {', '.join(known)}"
         raise ConfigError(f"{verb} has no setting {name!r}; {hint}")
@@ -116,9 +118,18 @@ def conversations_of(messages: Any, system: str | None) -> tuple[list[list[Messa
     )
 
 
+def begin(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a prompt; of an empty one the token that a sequence starts with."""
+    ids = tokenizer.encode(text, bos=tokenizer.add_bos)
+    if ids:
+        return ids
+    if tokenizer.bos_id is None:
+        raise DataError("the prompt is empty, and the model has no token to begin with")
+    return [tokenizer.bos_id]
+
+
 def pieces(
     pool: AdapterPool,
-    tokenizer: Tokenizer,
     prompts: Sequence[list[int]],
     streams: Sequence[TextStream],
     *,
@@ -134,7 +145,7 @@ def pieces(
 
     def stop(row: int, token: int) -> bool:
         latest[row] = streams[row].push(token)
-        return streams[row].stopped
+        return streams[row].stopped or streams[row].ended
 
     tokens = stream(
         pool.model,
@@ -142,7 +153,7 @@ def pieces(
         _most(pool.model, prompts, max_new_tokens),
         sampling=sampling,
         seed=seed,
-        eos_ids=tokenizer.eos_ids or None,
+        eos_ids=(),  # each prompt's tokenizer has its own: TextStream knows them
         batch_size=batch_size,
         stop=stop,
         pool=pool,
@@ -160,11 +171,13 @@ def pieces(
 
 
 def text_streams(
-    tokenizer: Tokenizer, prompts: Sequence[list[int]], stop: str | Sequence[str] | None
+    tokenizers: Sequence[Tokenizer], prompts: Sequence[list[int]], stop: str | Sequence[str] | None
 ) -> list[TextStream]:
-    """One for each prompt."""
+    """One for each prompt, by the tokenizer of each."""
     stops = stop_strings(stop)
-    return [TextStream(tokenizer, ids, stops) for ids in prompts]
+    return [
+        TextStream(k, ids, stops, k.eos_ids) for k, ids in zip(tokenizers, prompts, strict=True)
+    ]
 
 
 def _most(model: Llama, prompts: Sequence[list[int]], asked: int | None) -> int:

@@ -8,7 +8,7 @@ less in the whole than in the part: what has been given out stays.)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from pylora.errors import ConfigError, WrongTypeError, describe
@@ -36,11 +36,19 @@ class TextStream:
     """One answer: `push` takes its tokens in order and gives the text that is sure by then.
 
     Attributes: ids, the answer's tokens; text, all text given out so far; stopped, whether a stop
-    string has come (it is no part of the text, nor is what came behind it).
+    string has come (it is no part of the text, nor is what came behind it); ended, whether one of
+    the tokens `ends` has, which have no text.
     """
 
-    def __init__(self, tokenizer: Decodes, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
-        self.tokenizer, self.stop = tokenizer, tuple(stop)
+    def __init__(
+        self,
+        tokenizer: Decodes,
+        prompt: Sequence[int],
+        stop: Sequence[str] = (),
+        ends: Collection[int] = (),
+    ) -> None:
+        self.tokenizer, self.stop, self.ends = tokenizer, tuple(stop), frozenset(ends)
+        self.ended = False
         self.ids: list[int] = []
         self.text, self.stopped = "", False
         self._waiting = ""  # decoded, but it may be the beginning of a stop string
@@ -57,7 +65,10 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """The text that this token makes certain; "" while it has to wait."""
-        if self.stopped:
+        if self.stopped or self.ended:
+            return ""
+        if token in self.ends:
+            self.ended = True
             return ""
         self.ids.append(token)
         self._new.append(token)

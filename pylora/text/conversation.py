@@ -99,13 +99,40 @@ def _indices(wanted: Sequence[bool]) -> list[int]:
 def _turn(
     tokenizer: Any, messages: Sequence[Mapping[str, Any]], i: int, options: dict[str, Any]
 ) -> _Turn:
-    shown = tokenizer.render(messages[: i + 1], **options)
-    text, last = shown.text, i + 1 == len(messages)
+    last = i + 1 == len(messages)
+    try:
+        shown = tokenizer.render(messages[: i + 1], **options)
+    except DataError as error:
+        turn = None if last else _within(tokenizer, messages, i, options)
+        if turn is None:
+            raise error
+        return turn
+    text = shown.text
     if shown.generated:
         begin, end = shown.generated[-1]
         return _Turn(text, begin, end, True, last)
     begin = _begin(tokenizer, messages, i, text, options)
     return _Turn(text, begin, len(text), False, last)
+
+
+def _within(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], i: int, options: dict[str, Any]
+) -> _Turn | None:
+    """Turn i in the whole conversation, for a template that refuses what ends with it (a first turn
+    by the assistant, without a question). Found by rendering another content there."""
+    other = {"role": "assistant", "content": _MARK}
+    try:
+        whole = tokenizer.render(messages, **options).text
+        marked = tokenizer.render([*messages[:i], other, *messages[i + 1 :]], **options).text
+    except DataError:
+        return None
+    head, found, tail = marked.partition(_MARK)
+    if not (found and whole.startswith(head) and whole.endswith(tail)):
+        return None
+    ids, spans = tokenizer.encode_spans(tail)
+    close = spans[0][1] if ids and ids[0] in tokenizer.eos_ids else 0
+    end = len(whole) - len(tail) + close
+    return _Turn(whole[:end], len(head), end, False, False)
 
 
 def _begin(
@@ -129,10 +156,19 @@ def _begin(
     # The prompt opens something that this turn does not have, such as <think>: what both share is
     # the prompt. It must reach beyond the turns before, or those would be learnt, too.
     before = tokenizer.render(messages[:i], **options).text
-    shared = len(commonprefix([prompt, text]))
+    shared = _outside(prompt, len(commonprefix([prompt, text])))
     if prompt.startswith(before) and shared >= len(before):
         return min(shared, _head(tokenizer, messages, i, text, options, shared))
     return _head(tokenizer, messages, i, text, options)
+
+
+def _outside(prompt: str, end: int) -> int:
+    """`end`, or where the tag begins that it stands in: <think> and <tool_call> share a "<t"."""
+    for opening, closing in ("<>", "[]"):
+        at = prompt.rfind(opening, 0, end)
+        if at >= 0 and closing not in prompt[at:end]:
+            end = at
+    return end
 
 
 def _head(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from datetime import datetime
 from functools import lru_cache, wraps
+from string import Formatter
 from typing import Any
 
 from jinja2 import Template, meta, nodes
@@ -146,12 +147,29 @@ def _tojson(
     )
 
 
-def _indent(text: str, width: int = 4, first: bool = False, blank: bool = False) -> str:
-    if not 0 <= int(width) <= 64:
-        raise TemplateFailure(f"indent with a width of {width}")
-    pad, lines = " " * int(width), str(text).splitlines()
-    padded = joined(f"{pad if line or blank else ''}{line}\n" for line in lines)[:-1]
-    return padded if first or not lines or not (lines[0] or blank) else padded[len(pad) :]
+def _indent(text: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
+    pad = width if isinstance(width, str) else " " * max(0, min(int(width), 65))
+    if len(pad) > 64:
+        raise TemplateFailure(f"indent with a width of {width if isinstance(width, int) else pad}")
+    head, *lines = f"{text}\n".splitlines()  # Jinja's keeps a line break at the end in this way
+    parts = [pad, head] if first else [head]
+    for line in lines:
+        parts.append(f"\n{pad if line or blank else ''}{line}")
+    return joined(parts)
+
+
+def _check_format(function: Any, values: list[Any]) -> None:
+    """Refuses a "...".format(...) with widths, and bounds what it makes."""
+    text = getattr(getattr(function, "__wrapped__", None), "__self__", None)
+    if not isinstance(text, str):
+        raise TemplateFailure("format() is only supported on text; use ~ instead")
+    fields = [field for field in Formatter().parse(text) if field[1] is not None]
+    if any(spec or how or not re.fullmatch(r"\w*", str(name)) for _, name, spec, how in fields):
+        raise TemplateFailure("format() with a width, a conversion or a part of a value; use ~")
+    size = len(text) + len(fields) * max((len(_text(value)) for value in values), default=0)
+    if size > MAX_TEXT:
+        raise TemplateFailure(f"it makes a text of more than {MAX_TEXT} characters")
+    _spend(1 + size // CHARGE)
 
 
 def _raise_exception(message: Any = "") -> None:
@@ -218,11 +236,13 @@ class Environment(ImmutableSandboxedEnvironment):
         _spend(_cost(args))
         name = getattr(function, "__name__", "")
         if name in ("format", "format_map"):  # Jinja hands these out before asking if they are safe
-            raise TemplateFailure(f"{name}() is not supported; use ~ instead")
+            _check_format(function, [*args, *kwargs.values()])
         text = getattr(function, "__self__", None)
-        if isinstance(text, str) and name == "replace":
-            return _replace(text, *args, **kwargs)
-        if isinstance(text, str) and name == "join":
+        if isinstance(text, str) and name in ("replace", "join"):
+            # What Jinja adds inside of loops and blocks is for its own functions.
+            given = {k: v for k, v in kwargs.items() if k not in ("_loop_vars", "_block_vars")}
+            if name == "replace":
+                return _replace(text, *args, **given)
             return _join_filter(args[0], text)
         return super().call(context, function, *args, **kwargs)
 

@@ -310,7 +310,15 @@ def tokenizer_from_directory(directory: Path) -> Tokenizer:
     named = backend.token_to_id(names["eos_token"]) if "eos_token" in names else None
     stops = _as_list(generation.get("eos_token_id")) + _as_list(model.get("eos_token_id"))
     by_name = ending({t.content: i for i, t in backend.get_added_tokens_decoder().items()})
-    eos = [i for i in (named, *stops) if type(i) is int and i >= 0 and backend.id_to_token(i)]
+    eos = [
+        i for i in (named, *stops) if type(i) is int and 0 <= i < 1 << 31 and backend.id_to_token(i)
+    ]
+    chosen = [i for i in _as_list(generation.get("eos_token_id")) if i in eos]
+    if named is not None and chosen and named not in chosen:
+        notes.append(
+            f"tokenizer_config.json says that {names['eos_token']!r} ends a text, "
+            f"generation_config.json {chosen}: any of them does"
+        )
     for name, i in by_name.items():
         if eos and i not in eos:
             notes.append(f"text also ends at {name!r}, though no file says that it is an end")

@@ -173,15 +173,17 @@ def load_examples(
     max_length: int | None = None,
     too_long: str = "error",
     fields: str | None = None,
+    template_args: Mapping[str, Any] | None = None,
 ) -> Examples:
     """Reads a file of records of one kind (see the top of this file), or a list of records.
 
     max_length: the most tokens an example may have, end-of-sequence included. A longer one is a
     DataError, or with too_long="truncate" it is cut at its end and counted in `.truncated`.
     fields: names that the file has for pylora's fields, and fields to pass over, such as
-    "prompt=question,completion=answer,-label". A record's own chat_template_kwargs come before the
-    tokenizer's `arguments`. Raises DataError naming file and line for anything that is not a usable
-    record.
+    "prompt=question,completion=answer,-label". template_args: variables of the chat template for
+    every record, such as {"enable_thinking": False}, over the tokenizer's own `arguments`; a
+    record's chat_template_kwargs come first. Raises DataError naming file and line for anything
+    that is not a usable record.
     """
     if too_long not in ("error", "truncate"):
         raise ConfigError(f"too_long is {too_long!r}; it must be 'error' or 'truncate'")
@@ -206,7 +208,7 @@ def load_examples(
                 f"{where}: this record has {kind}, but the one at {first_where} has {first}; "
                 "keep one kind of record per file"
             )
-        for tokens, counted in _encoded(content, tokenizer, where, notes):
+        for tokens, counted in _encoded(content, tokenizer, template_args or {}, where, notes):
             if max_length is not None and len(tokens) > max_length:
                 tokens, counted = _cut(tokens, counted, max_length, too_long, where)
                 truncated += 1
@@ -256,6 +258,7 @@ def _cut(
 def _encoded(
     content: Text | Pair | Conversation,
     tokenizer: Tokenizer,
+    template_args: Mapping[str, Any],
     where: str,
     notes: Notes,
 ) -> list[Encoded]:
@@ -271,8 +274,8 @@ def _encoded(
         options["tools"] = content.tools
     if content.documents:
         options["documents"] = content.documents
-    if content.template_args:
-        options["arguments"] = content.template_args
+    if template_args or content.template_args:
+        options["arguments"] = {**template_args, **content.template_args}
     try:
         made = tokenizer.conversation(content.messages, trained=content.trained, **options)
     except DataError as error:

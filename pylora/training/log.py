@@ -20,8 +20,12 @@ class Log:
 
     def add(self, record: dict[str, Any]) -> None:
         """Appends a line. Numbers are written so that reading gives the same bits."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record, allow_nan=False) + "\n")
+        except OSError as error:
+            error.filename = error.filename or str(self.path)  # a full disk does not say of what
+            raise
 
     def cut(self, last: int) -> None:
         """Drops what was logged after step `last`, and a line that was only half written."""

@@ -15,6 +15,7 @@ import itertools
 import json
 import lzma
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
@@ -82,7 +83,7 @@ def _unpacked(raw: IO[bytes], name: str) -> Iterator[tuple[str, Record]]:
             inside = io.BufferedReader(cast(io.RawIOBase, unpack(buffered)), 1 << 16)
             try:
                 yield from _of_kind(inside, name, Path(name).with_suffix("").suffix)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, zlib.error) as error:
                 if isinstance(error, DataError):
                     raise
                 raise DataError(

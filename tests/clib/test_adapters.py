@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -140,6 +141,36 @@ def test_copies_of_base_weights(path: Path, tmp_path: Path) -> None:
         changed[key][-1, -1] += 1
         save(file, parameters(adapter) | changed)
         assert key in refused(path, tmp_path / "a")
+
+
+@pytest.mark.parametrize("form", ["default", "other", "bare", "float64"])
+def test_other_spellings_of_a_file(path: Path, tmp_path: Path, form: str) -> None:
+    """Keys with an adapter's name, without the wrappers' prefix; numbers in float64."""
+    targets = ["q_proj", "embed_tokens"]
+    adapter = random_adapter(path, tmp_path / "a", target_modules=targets, lora_bias=False)
+
+    def spelt(key: str) -> str:
+        if form == "bare":
+            return key.removeprefix("base_model.model.")
+        if form == "float64":
+            return key
+        return re.sub(r"\.(lora_(?:embedding_)?[AB])", rf".\1.{form}", key)
+
+    kind = np.float64 if form == "float64" else np.float32
+    tensors = {spelt(k): v.astype(kind) for k, v in parameters(adapter).items()}
+    if form == "float64":
+        tensors = {k: v * (1 + 1e-12) for k, v in tensors.items()}
+    assert form == "float64" or not set(tensors) & set(parameters(adapter))
+    save(tmp_path / "a" / "adapter_model.safetensors", tensors)
+    check_same(path, tmp_path / "a")
+
+
+def test_a_tensor_in_two_spellings(plain: Path, tmp_path: Path) -> None:
+    adapter = random_adapter(plain, tmp_path / "a", target_modules=["q_proj"])
+    tensors: dict[str, Any] = dict(parameters(adapter))
+    tensors[f"{Q0}.lora_A.default.weight"] = tensors[f"{Q0}.lora_A.weight"]
+    save(tmp_path / "a" / "adapter_model.safetensors", tensors)
+    assert "twice" in refused(plain, tmp_path / "a")
 
 
 # ---- GGUF adapters ----------------------------------------------------------------------------
@@ -306,6 +337,8 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"use_rslora": 1}, "use_rslora"),
     ({"fan_in_fan_out": True}, "fan_in_fan_out"),
     ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
+    ({"init_lora_weights": "mystery"}, "mystery"),
     ({"target_modules": ["q_prj"]}, "q_prj"),
     ({"target_modules": []}, "target_modules"),
     ({"target_modules": None}, "target_modules"),

@@ -109,10 +109,10 @@ def with_pkg_config(folder: Path, *, static: bool) -> Path:
         flags = [f"-l:{'libpylora.a'}" if f == "-lpylora" else f for f in flags]
     else:
         flags.append(f"-Wl,-rpath,{folder_of('libpylora.so')}")
-    program = folder / "generate"
     strict = ["-std=c11", "-O2", "-Wall", "-Wextra", "-Werror"]
-    run(CC, *strict, EXAMPLE / "generate.c", *flags, "-o", program)
-    return program
+    for name in ("embed", "generate"):
+        run(CC, *strict, EXAMPLE / f"{name}.c", *flags, "-o", folder / name)
+    return folder / "generate"
 
 
 def with_cmake(folder: Path, *, static: bool) -> Path:
@@ -144,6 +144,7 @@ def test_the_example_prints_what_python_prints(build: str, static: bool, tmp_pat
     path = tmp_path / "m.gguf"
     write_gguf(path)
     check_program(program, path, tmp_path / "a", "fp32", 4)
+    assert "unmerged: bit for bit the base" in run(program.with_name("embed"))
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="needs the weights of SmolLM2")

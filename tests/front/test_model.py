@@ -241,6 +241,59 @@ def test_chat_takes_what_people_write(model: pylora.Model) -> None:
             model.chat(empty)
 
 
+def test_an_adapter_is_used_with_the_tokenizer_it_was_trained_with(
+    path: Path, tmp_path: Path
+) -> None:
+    other = "{% for m in messages %}Q: {{ m['content'] }}\\nA:{% endfor %}"
+    random_adapter(path, 3, target_modules="all-linear").save(tmp_path / "own")
+    (tmp_path / "own" / "chat_template.jinja").write_text(other.replace("\\\\n", "\n"))
+    random_adapter(path, 3, target_modules="all-linear").save(tmp_path / "plain")
+    n = {"max_new_tokens": 6}
+    with pylora.load(path, {"own": tmp_path / "own", "plain": tmp_path / "plain"}) as model:
+        assert set(model.adapters.tokenizers) == {"own"}
+        notes = model.adapters.tokenizers["own"].notes
+        assert "the adapter's own chat template is used" in notes[-1]
+        text = model.adapters.tokenizers["own"].apply_chat([{"role": "user", "content": "a"}])
+        assert text.startswith("Q: a") and text.endswith("A:")
+        want = model.generate(text, adapter="plain", **n)
+        assert model.chat("a", adapter="own", **n) == want
+        plain = model.chat("a", adapter="plain", **n)
+        assert plain != want
+        assert model.chat(["a"] * 2, adapter=["own", "plain"], **n) == [want, plain]
+        model.adapters.remove("own")
+        assert not model.adapters.tokenizers
+
+
+def test_what_a_template_takes(path: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(path, tmp_path / "model")
+    template = (
+        "{{ tools | length if tools else 0 }}{% if loud %}!{% endif %}"
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    )
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    n = {"max_new_tokens": 4}
+    with pylora.load(tmp_path / "model") as model:
+        assert model.chat("a", **n) == model.generate("0a", **n)
+        assert model.chat("a", template_args={"loud": True}, **n) == model.generate("0!a", **n)
+        tool = {"type": "function", "function": {"name": "f"}}
+        assert model.chat("a", tools=[tool], **n) == model.generate("1a", **n)
+        said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        losses = [
+            model.train([{"messages": said}], adapter=str(args), steps=1, template_args=args).losses
+            for args in (None, {"loud": True})
+        ]
+        assert losses[0] != losses[1] and model.tokenizer.arguments == {}
+        with pytest.raises(WrongTypeError, match="template_args"):
+            model.train([{"messages": said}], template_args="loud")
+        model.adapters.use(None)
+        with pytest.raises(DataError, match="no argument 'soft'"):
+            model.chat("a", template_args={"soft": True}, **n)
+        with pytest.raises(ConfigError, match="did you mean template_args"):
+            model.chat("a", chat_template_kwargs={"loud": True})
+
+
 def test_a_conversation_is_not_computed_twice(
     model: pylora.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,6 +315,45 @@ def test_a_conversation_is_not_computed_twice(
     whole = model.tokenizer.encode(model.tokenizer.apply_chat(talk[:-1], True))
     if model.llama.ops.bitwise:
         assert first < len(whole) / 2
+
+
+def test_streams_may_be_taken_in_turns(model: pylora.Model) -> None:
+    how: dict[str, Any] = {"max_new_tokens": 30, "temperature": 1.5}
+    want = [model.generate(t, seed=i, **how) for i, t in enumerate(TEXTS)]
+    streams = [model.generate(t, seed=i, stream=True, **how) for i, t in enumerate(TEXTS)]
+    got = [""] * len(streams)
+    for _ in range(40):
+        for i, pieces in enumerate(streams):
+            got[i] += next(pieces, "")
+        model.chat("a", max_new_tokens=1)
+    assert got == want
+
+
+def test_threads_may_share_a_model(model: pylora.Model) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    jobs = [(t, a) for t in TEXTS for a in ("legal", "verse", None, {"legal": 0.5})] * 3
+
+    def answer(job: Any) -> str:
+        return model.generate(job[0], adapter=job[1], max_new_tokens=10, temperature=1.0)
+
+    want = [answer(job) for job in jobs]
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(answer, jobs)) == want
+
+
+def test_a_stream_that_is_dropped_or_outlives_the_model(path: Path) -> None:
+    with pylora.load(path) as model:
+        want = model.generate("time", max_new_tokens=9)
+        for taken in (0, 1, 3):
+            pieces = model.generate("time", max_new_tokens=9, stream=True)
+            for _ in range(taken):
+                next(pieces)
+            del pieces
+            assert model.generate("time", max_new_tokens=9) == want
+        late = model.generate("time", max_new_tokens=9, stream=True)
+        first = next(late)
+    assert first + "".join(late) == want
 
 
 def test_score_is_the_log_of_the_softmax(model: pylora.Model, folders: dict[str, Path]) -> None:

@@ -33,6 +33,9 @@ TOGETHER = {
     "model/test_tiny_transformers.py",  # every shape that the kit draws
     "reference/test_gradients.py",  # the reference is one module
     "reference/test_lora_laws.py",
+    "text/test_hostile_tokenizers.py",  # files with anything in them
+    "text/test_special_tokens.py",  # from every file that has some
+    "text/test_text_docs.py",  # the lists in docs/text.md
 }
 
 

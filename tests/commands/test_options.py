@@ -1,0 +1,423 @@
+"""Every option of every verb is carried out or refused by name: this walks over all of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("typer")
+pytest.importorskip("tokenizers")
+
+import typer
+from tiny_model import write_tiny_model
+
+from pylora.check.report import Report
+from pylora.commands import cli, foreign, rules
+from pylora.commands.verbs import app
+
+COMMAND: Any = typer.main.get_command(app)
+VERBS: dict[str, Any] = dict(COMMAND.commands)
+OPTIONS = [
+    (verb, param.name)
+    for verb, command in VERBS.items()
+    for param in command.params
+    if param.param_type_name == "option" and param.name != "help"
+]
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model, data, an adapter on it, prompts, and its adapter_config.json."""
+    where = tmp_path_factory.mktemp("there")
+    model, data = write_tiny_model(where / "model"), where / "data.jsonl"
+    records = [{"prompt": f"{w} exists:", "completion": f" {w}"} for w in ("truth", "life", "time")]
+    data.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    assert cli.main(["train", str(model), str(data), str(where / "run"), "--steps", "1"]) == 0
+    prompts = where / "prompts.jsonl"
+    prompts.write_text('{"prompt": "truth exists:"}\n', encoding="utf-8")
+    config = where / "config.json"
+    config.write_text('{"r": 3, "target_modules": ["q_proj"]}', encoding="utf-8")
+    return {"model": model, "data": data, "run": where / "run", "prompts": prompts, "c": config}
+
+
+def base(verb: str, there: dict[str, Path], out: Path) -> list[str]:
+    """The least command line of a verb, to which one option is added."""
+    model, run = str(there["model"]), str(there["run"])
+    return {
+        "train": ["train", model, str(there["data"]), str(out / "run")],
+        "generate": ["generate", model, "truth"],
+        "chat": ["chat", model],
+        "merge": ["merge", model, run, str(out / "merged")],
+        "unmerge": ["unmerge", str(there["model"]), str(out / "base")],
+        "plan": ["plan", model],
+        "inspect": ["inspect", run],
+        "check": ["check", model],
+        "demo": ["demo", "--out", str(out / "demo")],
+        "vectors": ["vectors", "--out", str(out / "vectors")],
+        "conformance": ["conformance", "package.module:Class"],
+    }.get(verb, [verb])
+
+
+# Where another value is not simply the next number: what to give.
+VALUES: dict[str, Any] = {
+    "alpha": "3.5", "targets": "q_proj", "config": "{c}", "eval_data": "{data}",
+    "schedule": "linear",
+    "precision": "bf16", "max_tokens": "64", "max_length": "64", "steps": "2", "eval_every": "1",
+    "save_every": "1", "floor": "0.5", "adapter": "{run}", "prompts": "{prompts}", "system": "s",
+    "model": "{model}", "picture": "{out}/p.png", "data": "{data}", "as_json": "{out}/r.json",
+    "out": "{out}/other", "dtype": "bf16", "profile": "nightly", "law": "A1", "examples": "3",
+    "backend": "numpy", "template_arg": "a=1", "max_new_tokens": "3", "min_p": "0.2",
+    "repetition_penalty": "1.5", "fields": "-label", "dropout": "0.25", "top_p": "0.5",
+}  # fmt: skip
+# What an option needs beside it (and what the least command line then has, too), or takes away.
+BESIDE: dict[tuple[str, str], list[str]] = {
+    ("train", "truncate"): ["--max-length", "64"],
+    ("train", "packing"): ["--max-tokens", "64"],
+    ("train", "eval_every"): ["--eval", "{data}"],
+    ("train", "keep"): ["--save-every", "1"],
+    ("generate", "system"): ["--chat"],
+    ("generate", "template_arg"): ["--chat"],
+    **{(v, o): ["--temperature", "1"] for v in ("generate", "chat") for o in rules._DRAWS},
+}
+INSTEAD: dict[tuple[str, str], list[str]] = {
+    ("generate", "prompts"): ["generate", "{model}"],
+    ("conformance", "as_list"): ["conformance"],
+    ("conformance", "mutants"): ["conformance"],
+    ("vectors", "out"): ["vectors"],
+    ("demo", "out"): ["demo"],
+}
+
+
+REFUSED = {"resume": "resume from", "template_arg": "has no argument 'a'"}
+
+
+class Enough(Exception):
+    """What is recorded has been handed down."""
+
+
+@pytest.fixture
+def handed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What reaches the functions that do the work, in words: the verbs' own code runs, theirs not,
+    but for what only reads files."""
+    log: list[str] = []
+
+    def spy(target: str, last: bool = False, result: Any = None) -> None:
+        module, name = target.rsplit(".", 1)
+        before: Callable[..., Any] = getattr(__import__(module, fromlist=[name]), name)
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            log.append(f"{target} {_words(args)} {_words(sorted(kwargs.items()))}")
+            if last:
+                raise Enough
+            return before(*args, **kwargs) if result is None else result
+
+        monkeypatch.setattr(target, record)
+
+    spy("pylora.training.train.train", last=True)
+    spy("pylora.training.train.check_out_dir")
+    spy("pylora.training.examples.load_examples")
+    spy("pylora.adapters.plan.resolve")
+    spy("pylora.generation.generate.generate", last=True)
+    spy("pylora.commands.chat.Chat", last=True)
+    spy("pylora.front.load.load")
+    spy("pylora.merging.merge.merge_checkpoint", last=True)
+    spy("pylora.merging.merge.unmerge_checkpoint", last=True)
+    spy("pylora.check.check.check_model", result=Report("m", "a", "c", 1, 0, "all of it"))
+    spy("pylora.demo.demo.run", last=True)
+    spy("pylora.conformance.vectors.all.all_cases", result=[])
+    spy("pylora.conformance.vectors.cases.write")
+    spy("pylora.conformance.running.command.test", last=True)
+    spy("pylora.conformance.running.command.listing")
+    spy("pylora.conformance.mutants.hunt.hunt", last=True)
+    spy("pylora.display.plots.adapter_picture")
+    spy("pylora.commands.chat.use_template")
+    spy("pylora.use")
+    yield log
+    import pylora
+
+    monkeypatch.undo()
+    pylora.use(None)
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_words, value)) + "]"
+    if isinstance(value, dict):
+        return _words(sorted(value.items(), key=str))
+    if hasattr(value, "arguments"):  # a tokenizer
+        return f"tokenizer {value.arguments}"
+    if hasattr(value, "precision_report"):
+        return f"model in {value.precision_report}"
+    text = repr(value)
+    return f"<{type(value).__name__}>" if " at 0x" in text or "function" in text else text
+
+
+def outcome(args: list[str], log: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[Any, ...]:
+    """(exit code, what was handed down, what was printed). Nothing else may come out."""
+    log.clear()
+    capsys.readouterr()
+    try:
+        code = cli.main(args)
+    except Enough:
+        code = 0
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    return code, tuple(log), said.out, said.err
+
+
+def typed(verb: str, name: str) -> list[str]:
+    """The option with a value that is not its default."""
+    param = next(p for p in VERBS[verb].params if p.name == name)
+    option = next((o for o in param.opts if o.startswith("--")), param.opts[0])
+    if param.is_flag:
+        return [option]
+    if name in VALUES:
+        return [option, VALUES[name]]
+    return [option, str(type(param.default or 0)((param.default or 0) + 1))]
+
+
+@pytest.mark.parametrize(("verb", "name"), OPTIONS)
+def test_each_option_is_carried_out(
+    verb: str,
+    name: str,
+    there: dict[str, Path],
+    tmp_path: Path,
+    handed: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def filled(args: list[str]) -> list[str]:
+        return [a.format(out=tmp_path, **there) if "{" in a else a for a in args]
+
+    start = base(verb, there, tmp_path)
+    beside = BESIDE.get((verb, name), [])
+    without = outcome(filled(start + beside), handed, capsys)
+    instead = INSTEAD.get((verb, name), start)
+    given = outcome(filled(instead + beside + typed(verb, name)), handed, capsys)
+    # There is nothing to resume from, and the tiny model's template has no arguments: said so.
+    if (verb, name) == ("train", "template_arg"):
+        assert given[0] == 1 and "no conversation" in given[3]
+        return
+    if name in REFUSED and verb != "chat":  # where it is said when something is answered
+        assert given[0] == 1 and REFUSED[name] in given[3]
+        return
+    assert given[0] == 0, given[3]
+    assert given[1:3] != without[1:3], f"{verb} {typed(verb, name)} changes nothing"
+
+
+@pytest.mark.parametrize("verb", ["train", "generate", "info", "doctor"])
+def test_the_backend_is_carried_out_before_and_behind_the_verb(
+    verb: str,
+    there: dict[str, Path],
+    tmp_path: Path,
+    handed: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for args in (["--backend", "numpy"], ["--backend=numpy"]):
+        start = base(verb, there, tmp_path)
+        for line in (args + start, start + args):
+            _, log, _, _ = outcome(line, handed, capsys)
+            assert log[0].startswith("pylora.use ['numpy']"), line
+
+
+# ---- the table ----------------------------------------------------------------------------------
+
+
+RULES = [(verb, rule) for verb, listed in rules.RULES.items() if verb for rule in listed]
+
+
+def test_the_table_names_what_there_is() -> None:
+    for verb, rule in RULES:
+        names = {p.name for p in VERBS[verb].params}
+        used = rule.options if isinstance(rule, rules.OneOf) else (rule.option, rule.other)
+        assert set(used) <= names, (verb, rule)
+    assert {r.option for r in rules.RULES[rules.ROOT]} <= {p.name for p in COMMAND.params}
+
+
+@pytest.mark.parametrize(("verb", "rule"), RULES)
+def test_each_rule_refuses_by_name_and_before_anything_is_read(
+    verb: str, rule: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needed = {"train": 3, "generate": 1, "plan": 1, "chat": 1}.get(verb, 0)
+    args = [verb, *["/none"] * needed]
+    if isinstance(rule, rules.OneOf):
+        if not rule.at_least:
+            both = [a for option in rule.options[:2] for a in added(verb, option)]
+            assert refused([*args, *both], capsys)
+        names = rule.options
+    elif isinstance(rule, rules.Excludes):
+        other = added(verb, rule.other)
+        if rule.other == "schedule":
+            other = ["--schedule", "constant"]
+        args += ["m:C"] if rule.other == "profile" else []
+        args += [*added(verb, rule.option), *other]
+        names = (rule.option, rule.other)
+    else:
+        args += added(verb, rule.option)
+        args += ["text"] if verb == "generate" else []
+        args += ["--numbers"] if verb == "inspect" else []
+        names = (rule.option, rule.other)
+    message = refused(args, capsys)
+    for name in names:
+        param = next(p for p in VERBS[verb].params if p.name == name)
+        if param.param_type_name == "option":
+            assert any(o in message for o in param.opts), message
+        else:
+            assert str(param.metavar) in message
+
+
+def added(verb: str, name: str) -> list[str]:
+    param = next(p for p in VERBS[verb].params if p.name == name)
+    if param.param_type_name == "argument":
+        return ["/none"]
+    option = next(o for o in param.opts if o.startswith("--"))
+    return [option] if param.is_flag else [option, "3"]
+
+
+def refused(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The first line on stderr of a command line that is wrong."""
+    capsys.readouterr()
+    assert cli.main(args) == 2, args
+    said = capsys.readouterr()
+    assert said.out == "" and "Traceback" not in said.err
+    return said.err.splitlines()[0]
+
+
+def test_a_default_never_clashes_and_no_flag_asks_for_nothing(
+    there: dict[str, Path], tmp_path: Path, handed: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = base("train", there, tmp_path)
+    for more in (["--no-truncate"], ["--no-packing", "--batch-size", "2"], ["--no-resume"]):
+        assert outcome(args + more, handed, capsys)[0] == 0
+
+
+@pytest.mark.parametrize("verb", ["plan", "inspect", "vectors", "conformance"])
+def test_a_backend_is_refused_where_nothing_uses_it(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = {"plan": ["m"], "inspect": ["a"], "vectors": ["--out", "o"], "conformance": ["m:C"]}
+    message = refused(["--backend", "numpy", verb, *args[verb]], capsys)
+    assert "--backend" in message and verb in message
+
+
+# ---- names --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("--lr", "--learning-rate"), ("--lr", "--learning_rate"), ("--steps", "--max-steps"),
+        ("--steps", "--max_steps"), ("--steps", "--iters"), ("--epochs", "--num-train-epochs"),
+        ("--epochs", "--num-epochs"), ("--rank", "--lora-r"), ("--rank", "-r"), ("--rank", "--r"),
+        ("--alpha", "--lora-alpha"), ("--alpha", "--lora_alpha"), ("--dropout", "--lora-dropout"),
+        ("--targets", "--lora_target_modules"), ("--warmup", "--warmup_steps"),
+        ("--max-length", "--max-seq-length"), ("--batch-size", "--batch_size"),
+        ("--schedule", "--lr_scheduler_type"), ("--recompute", "--gradient_checkpointing"),
+        ("--save-every", "--save_steps"), ("--eval-every", "--steps-per-eval"),
+    ],
+)  # fmt: skip
+def test_names_of_other_tools_are_the_same_options(ours: str, theirs: str) -> None:
+    from pylora.commands.parse import _names, _spelled
+
+    command = VERBS["train"]
+    (spelled,) = _spelled([theirs], _names(command))
+    owners = [p.name for p in command.params if spelled in p.opts]
+    assert owners == [p.name for p in command.params if ours in p.opts] != []
+
+
+def test_no_hint_stands_for_an_option_that_exists_everywhere() -> None:
+    taken = {o for command in VERBS.values() for p in command.params for o in p.opts}
+    everywhere = set.intersection(
+        *({o for p in command.params for o in p.opts} for command in VERBS.values())
+    )
+    assert not everywhere & set(foreign.HINTS)
+    assert set(foreign.HINTS) - taken  # and most of them exist nowhere
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["trian"], "did you mean train?"),
+        (["finetune"], "did you mean train?"),
+        (["fuse"], "did you mean merge?"),
+        (["xyzzy"], "the verbs: train"),
+        (["train", "m", "d", "o", "--rankk", "3"], "did you mean --rank?"),
+        (["train", "m", "d", "o", "--epoch", "3"], "did you mean --epochs?"),
+        (["train", "m", "d", "o", "--lrr=3"], "did you mean --lr?"),
+        (["plan", "m", "--dropout", "3"], "it is an option of train"),
+        (["--bakend", "c", "info"], "did you mean --backend?"),
+        (["train", "m", "d", "o", "--per_device_train_batch_size", "3"], "whole update"),
+        (["train", "m", "d", "o", "--bf16"], "--precision bf16"),
+        (["train", "m", "d", "o", "--output_dir", "x"], "argument"),
+        (["train"], "MODEL, DATA and OUT are missing"),
+        (["merge", "m", "a"], "OUT is missing"),
+        (["train", "m", "d", "o", "--steps"], "--steps needs a value"),
+        (["train", "m", "d", "o", "--steps", "many"], "--steps: "),
+        (["info", "extra"], "extra is one argument too many"),
+        (["train", "m", "d", "o", "--lr", "1", "--lr", "2"], "given twice"),
+        (["train", "m", "d", "o", "--lr", "1", "--learning_rate=2"], "are the same"),
+        (["generate", "m", "p", "-n3", "-n", "4"], "given twice"),
+        (["generate", "m", "- a list"], "behind --"),
+        (["merge", "", "a", "o"], "MODEL is empty"),
+        (["train", "m", "d", ""], "OUT is empty"),
+    ],
+)
+def test_a_wrong_command_line_says_what_would_be_right(
+    args: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert says in refused(args, capsys)
+
+
+# ---- help ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_shows_every_option_its_default_and_an_example(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = []
+    for line in (["--help"], ["-h"]):
+        assert cli.main([verb, *line]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] and f"pylora {verb}" in shown[0].split("Example")[-1]
+    flat = " ".join(shown[0].split())
+    for param in VERBS[verb].params:
+        if param.param_type_name == "option" and param.name != "help":
+            assert param.help, (verb, param.name)
+            assert any(o in flat for o in param.opts)
+            if isinstance(param.default, (int, float)) and not param.is_flag:
+                assert f"(default: {param.default:g})" in flat
+
+
+def test_without_arguments_help_goes_to_stderr_and_the_code_is_2(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main([]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and "train" in said.err and "usage: pylora" in said.err
+    assert cli.main(["help", "merge"]) == 0 and "MODEL ADAPTER OUT" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    import pylora
+
+    for option in ("--version", "-V"):
+        assert cli.main([option]) == 0
+        assert capsys.readouterr().out == f"pylora {pylora.__version__}\n"
+
+
+def test_completion_knows_verbs_and_options(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("_PYLORA_COMPLETE", "complete_bash")
+    for words, current, wanted in (
+        ("pylora tr", 1, "train"),
+        ("pylora train --lea", 2, "--learning-rate"),
+    ):
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", str(current))
+        cli.main([])
+        assert wanted in capsys.readouterr().out.split()
