@@ -34,6 +34,7 @@ EXTRAS: dict[str, str] = {
 BRINGS: dict[str, str] = {
     "": "the command, tokenizers and chat templates",
     "plot": "pictures of the loss and of adapters",
+    "parquet": "records for training in Parquet files",
     "iq": "base models in GGUF's types IQ1, IQ2 and IQ3",
     "cuda": "the backends cuda and cupy, on an NVIDIA GPU",
     "conformance": "testing an implementation of LoRA, yours or this one",
