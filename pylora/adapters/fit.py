@@ -88,10 +88,10 @@ def _sizes(
 
 
 def _size(modules: Mapping[str, list[int | None]], module: str, side: int) -> int | None:
-    for path, d_k in modules.items():
-        if path.rpartition(".")[2] == module and d_k[side] is not None:
-            return d_k[side]
-    return None
+    """The size that all modules of this name have; None where they differ: then a tensor is wrong,
+    not the model."""
+    found = {d_k[side] for path, d_k in modules.items() if path.rpartition(".")[2] == module}
+    return found.pop() if len(found) == 1 else None
 
 
 def _names(theirs: Mapping[str, object], ours: Mapping[str, object]) -> list[str]:

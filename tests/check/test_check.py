@@ -331,7 +331,7 @@ def test_bad_input_is_named(model: Path, tmp_path: Path) -> None:
     random_adapter(
         LlamaConfig.tiny(hidden_size=28, num_hidden_layers=3), target_modules=("v_proj",)
     ).save(tmp_path / "other")
-    with pytest.raises(PlanError, match="shape"):
+    with pytest.raises(PlanError, match="its hidden size is 28, the model.s 24"):
         check_model(model, tmp_path / "other")
     for tokens in (0, 7, 100_000):
         with pytest.raises(ConfigError, match="tokens"):

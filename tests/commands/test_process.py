@@ -52,7 +52,7 @@ def test_a_signal_while_it_starts_leaves_no_traceback(
     ended = set()
     for wait in range(12):
         process = subprocess.Popen(
-            [*start, "generate", str(model), "truth", "-n", "400"],
+            [*start, "generate", str(model), "truth", "-n", "100"],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

@@ -297,6 +297,8 @@ def test_command_line(capsys):
     assert "np.array" in capsys.readouterr().out
     assert main(["conformance", "--list"]) == 0
     assert "A fresh adapter" in capsys.readouterr().out
-    for bad in (["no.such:Thing"], ["pylora.types:LoRA"], ["x"], [], ["a:b", "--profile", "slow"]):
+    for bad in (["no.such:Thing"], ["pylora.types:LoRA"], ["x"], ["a:b", "--profile", "slow"]):
         assert main(["conformance", *bad]) == 1
         assert capsys.readouterr().err.startswith("pylora: ")
+    assert main(["conformance"]) == 2  # the command line itself
+    assert capsys.readouterr().err.startswith("pylora conformance: give either")

@@ -23,11 +23,15 @@ OTHERS = {"c", "clib", "cuda", "cupy_standin", "fuzz", "parity", "project", "sup
 TOGETHER = {
     "backends/test_gpu.py",  # whole models on a GPU
     "commands/test_gpu_cli.py",  # every verb on a GPU
+    "commands/test_options.py",  # every option of every verb
+    "commands/test_process.py",  # the command as a process: signals, terminals
     "conformance/test_example_adapters.py",  # examples/conformance
     "conformance/test_ports.py",  # examples/ports
     "demo/test_notation.py",  # the data set
     "formats/test_bad_files.py",  # damaged files of every format
+    "formats/test_files_doc.py",  # the tables of docs/files.md
     "front/test_public.py",  # the names of pylora itself
+    "merging/test_beside.py",  # what lies beside the weights
     "model/test_concurrency.py",  # threads and forks
     "model/test_layers.py",  # the layers against formulas
     "model/test_tiny_transformers.py",  # every shape that the kit draws
