@@ -159,6 +159,8 @@ class Fields:
         for ours, theirs in self.names.items():
             if ours in ("role", "content") or ours == theirs:
                 continue
+            if theirs not in record and ours in out:
+                raise DataError(f"{where}: there is no field {theirs!r}, which is to be {ours!r}")
             if ours in out and ours not in self.names.values():
                 raise DataError(
                     f"{where}: {theirs!r} is to be {ours!r}, but the record has that field, too; "

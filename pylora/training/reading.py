@@ -234,7 +234,8 @@ def _parquet(file: Any, name: str) -> Iterator[tuple[str, Record]]:
 
 
 _NO_JSON = (
-    '; a record is a JSON object, such as {"prompt": "...", "completion": "..."}, or '
+    "; each line must be a JSON object, such as "
+    '{"prompt": "...", "completion": "..."} to train on, {"prompt": "..."} to answer, or '
     '{"text": "..."} for plain text; a table is told by a name that ends in .csv or .tsv'
 )
 

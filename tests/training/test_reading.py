@@ -107,7 +107,7 @@ OTHER: dict[str, tuple[bytes, str]] = {
     "quote.csv": (b'prompt,completion\n"a,b\n', "not CSV"),
     "prose.txt": (
         b"the sea is wide\n",
-        'not JSON: .*; a record is a JSON object, such as {"prompt',
+        'not JSON: .*; each line must be a JSON object, such as {"prompt',
     ),
     "arrays": (b'["a"]\n["b"]\n', "not JSON: Extra data at line 2, column 1"),
     "7z": (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive"),

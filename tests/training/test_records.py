@@ -191,6 +191,8 @@ def test_fields_of_ones_own() -> None:
     assert read(dolly, "input=context,output=response")[0].messages[0]["content"] == "i\nc"
     with pytest.raises(DataError, match="there is no field 'answer', which is to be 'completion'"):
         read({"question": "a"}, "prompt=question,completion=answer")
+    with pytest.raises(DataError, match="there is no field 'question', which is to be 'prompt'"):
+        read(PAIR, "prompt=question")
     with pytest.raises(DataError, match="but the record has that field, too; drop it with -prompt"):
         read(PAIR | {"question": "q"}, "prompt=question")
     for text, message in (("promt=x", "did you mean 'prompt'"), ("x", "neither OURS=THEIRS")):
