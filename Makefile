@@ -96,7 +96,8 @@ LLAMA_CPP := -DGGML_NATIVE=OFF -DGGML_OPENMP=OFF -DLLAVA_BUILD=OFF -DMTMD_BUILD=
 # torch first and pinned, so that nothing else decides which build of it is fetched.
 $(VENV)/.needs-parity: $(VENV)/.needs-test
 	$(TOLD) "Installing PyTorch" $(INSTALL) torch==2.13.0
-	CMAKE_ARGS="$(LLAMA_CPP)" $(TOLD) "Installing transformers, PEFT, llama.cpp and others" $(INSTALL) $(call needs,parity)
+	$(TOLD) "Installing transformers, PEFT, llama.cpp and others" \
+	  env CMAKE_ARGS="$(LLAMA_CPP)" $(INSTALL) $(call needs,parity)
 	@touch $@
 
 $(VENV)/.parity: $(VENV)/.needs-parity $(VENV)/.test
