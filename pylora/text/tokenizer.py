@@ -353,6 +353,12 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
+def chat_templates(directory: Path) -> dict[str, str]:
+    """The templates in a directory, from all the files that may have them, by name: "default"."""
+    file = directory / "tokenizer_config.json"
+    return _chat_templates(directory, read_json(file, limit=MAX_SMALL) if file.is_file() else {})
+
+
 def _chat_templates(directory: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     """The templates by name; a file of its own counts before an entry in tokenizer_config.json."""
     found: dict[str, str] = {}

@@ -240,6 +240,9 @@ def _source(data: Any) -> tuple[str, Iterable[tuple[str, dict[str, Any]]]]:
                 f"data[{i}] is {describe(record)}; a record is a dict with 'prompt' and "
                 "'completion', with 'messages', or with 'text'"
             )
+        odd = [name for name in record if not isinstance(name, str)]
+        if odd:
+            raise WrongTypeError(f"data[{i}]: a field's name is {describe(odd[0])}, not a text")
     return "data", ((f"data[{i}]", dict(record)) for i, record in enumerate(data))
 
 

@@ -310,3 +310,8 @@ def test_examples_that_a_model_cannot_take(example: Example, message: str) -> No
 def test_settings_of_a_wrong_type_say_what_to_pass(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(WrongTypeError, match=says):
         load_examples([{"prompt": "a", "completion": "b"}], Characters(), **settings)
+
+
+def test_the_name_of_a_field_is_a_text() -> None:
+    with pytest.raises(WrongTypeError, match=r"data\[0\]: a field's name is the number 5"):
+        load_examples([{"text": "a", 5: 6}], Characters())
