@@ -13,9 +13,8 @@ from pathlib import Path
 
 from pylora.adapters.locate import find_adapter
 from pylora.errors import PlanError
-from pylora.files.bounded import read_text
 from pylora.formats.base import Checkpoint
-from pylora.text.tokenizer import MAX_SMALL, Tokenizer, tokenizer_from_directory
+from pylora.text.tokenizer import Tokenizer, chat_templates, tokenizer_from_directory
 
 TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
 
@@ -23,7 +22,7 @@ TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
 def has_own(adapter_dir: str | os.PathLike[str]) -> bool:
     """Whether an adapter's directory has a tokenizer or a chat template."""
     folder = Path(adapter_dir)
-    return any((folder / name).is_file() for name in (TOKENIZER, TEMPLATE))
+    return (folder / TOKENIZER).is_file() or "default" in chat_templates(folder)
 
 
 def tokenizer_for(
@@ -39,11 +38,13 @@ def tokenizer_for(
         return base, None
     folder = Path(adapter_dir)
     if not (folder / TOKENIZER).is_file():
-        template = read_text(folder / TEMPLATE, limit=MAX_SMALL)
+        template = chat_templates(folder)["default"]
         if template == base.chat_template:
             return base, None
         base.chat_template = template
-        return base, f"the adapter's own chat template is used ({folder / TEMPLATE})"
+        files = [folder / name for name in (TEMPLATE, "tokenizer_config.json")]
+        file = next((file for file in files if file.is_file()), folder)
+        return base, f"the adapter's own chat template is used ({file})"
     own = tokenizer_from_directory(folder)
     _compare(base, own, checkpoint.config.vocab_size, folder)
     if own.chat_template is None:

@@ -98,6 +98,7 @@ def generate(
     from pylora.adapters.pool import AdapterPool
     from pylora.commands.prompts import adapter_folders, asked_of
     from pylora.formats import open_checkpoint
+    from pylora.front.speak import begin
     from pylora.generation.generate import generate as run
     from pylora.generation.sampling import Sampling, whole_number
     from pylora.generation.text import TextStream
@@ -128,7 +129,7 @@ def generate(
 
     def ids_of(text: str) -> list[int]:
         if not chat:
-            return tokenizer.encode(text, bos=tokenizer.add_bos)
+            return begin(tokenizer, text)
         messages = [{"role": "system", "content": system}] if system is not None else []
         messages.append({"role": "user", "content": text})
         return tokenizer.encode_chat(tokenizer.apply_chat(messages, add_generation_prompt=True))

@@ -60,6 +60,11 @@ def hint(path: str | os.PathLike[str], but: str = "") -> str:
 
 
 def _of(head: bytes) -> str:
+    return of_binary(head) or _of_text(head)
+
+
+def of_binary(head: bytes) -> str:
+    """What a file is that begins with `head`, in a few words; "" for text and where none knows."""
     if not head:
         return "empty"
     for magic, what in _MAGIC:
@@ -76,7 +81,9 @@ def _of(head: bytes) -> str:
         return f"a safetensors file{' with the weights of an adapter' if lora else ''}"
     if not head.strip(b"\0"):
         return "nothing but zeros at its beginning; the download was not finished"
-    return _of_text(head)
+    if head[257:262] == b"ustar":
+        return "a tar archive; unpack it"
+    return ""
 
 
 def _of_text(head: bytes) -> str:

@@ -148,6 +148,7 @@ def write_tokenizer(directory: Path, source: Checkpoint, own: Path | None = None
             for name in _TOKENIZER_FILES:
                 if name != "generation_config.json":
                     (directory / name).unlink(missing_ok=True)
+        (directory / "chat_template.jinja").unlink(missing_ok=True)  # it would hide the adapter's
         return f"{said}; from the adapter: {_copy_tokenizer(directory, own)}"
     if source.path.is_dir():
         return _copy_tokenizer(directory, source.path)

@@ -92,6 +92,7 @@ def train(
 ) -> TrainResult:
     """See `Model.train`."""
     lora, how, rest = _sorted(settings)
+    _no_idle_setting(settings)
     config = TrainConfig(**how)
     expect("name", name, "train(adapter=...)")
     if out is not None:
@@ -147,6 +148,19 @@ def _sorted(
     parts = ({k: v for k, v in settings.items() if k in names} for names in (_LORA, _RUN, _REST))
     lora, how, rest = parts
     return lora, how, rest
+
+
+def _no_idle_setting(settings: Mapping[str, Any]) -> None:
+    """ConfigError for a setting that would change nothing beside the others."""
+    given = {name for name, value in settings.items() if value not in (None, False)}
+    if {"epochs", "steps"} <= given:
+        raise ConfigError("steps and epochs each say how long to train; give one of them")
+    for name, needed, why in (
+        ("truncate", "max_length", "the number of tokens to cut to"),
+        ("eval_every", "eval_data", "the records to evaluate on"),
+    ):
+        if name in given and settings.get(needed) is None:
+            raise ConfigError(f"{name} needs {needed}, {why}")
 
 
 def _examples(model: Parts, data: Any, limit: Mapping[str, Any], arguments: Any) -> Any:

@@ -14,7 +14,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-from pylora.errors import DataError
+from pylora.errors import DataError, wrong_type
 from pylora.extras import need
 from pylora.text.messages import plain, prepare
 
@@ -64,6 +64,9 @@ def render_marked(
     need("jinja2")
     from pylora.text.sandbox import CLOSE, OPEN, render, strftime_at
 
+    for name, value in (("tools", tools), ("documents", documents)):
+        if value is not None and (isinstance(value, str) or not isinstance(value, Sequence)):
+            wrong_type(name, "a list", value)
     used = template_variables(template)
     given = dict(arguments or {})
     now = _date(given.pop(DATE)) if DATE in given else now

@@ -20,6 +20,7 @@ from typing import Any
 from pylora.errors import DataError
 
 _MARK = "kqxzvj"  # stands for a turn's content where the text before it is looked for
+_LONG = 16  # characters that stand in a text by no accident
 _END_OF_THINKING = "</think>"
 
 
@@ -81,6 +82,7 @@ def conversation(
     turns = [_turn(tokenizer, messages, i, options) for i, yes in enumerate(wanted) if yes]
     if not turns:
         raise DataError("the messages have no assistant turn to train, so nothing to learn")
+    _no_turn_is_lost(tokenizer, messages[: _indices(wanted)[-1] + 1], turns[-1].text, options)
     groups: list[list[_Turn]] = []
     for turn in turns:
         if groups and turn.text.startswith(groups[-1][-1].text):
@@ -90,6 +92,31 @@ def conversation(
     hidden = sum(_hides(messages[i], t.text) for i, t in zip(_indices(wanted), turns))
     pieces = [_piece(tokenizer, g, closed=g is groups[-1] and not g[-1].last) for g in groups]
     return Conversation(pieces, hidden)
+
+
+def _no_turn_is_lost(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], text: str, options: dict[str, Any]
+) -> None:
+    """DataError for a message that `text`, their whole conversation, does not show: some templates
+    pass over roles that they do not know. What an assistant said may be left out (thinking)."""
+    for i, message in enumerate(messages):
+        content = message.get("content")
+        if message.get("role") == "assistant" or not isinstance(content, str):
+            continue
+        said = content.strip()
+        if not said or (len(said) > _LONG and said in text):  # a short one may be in any text
+            continue
+        other = [*messages[:i], {**message, "content": _MARK}, *messages[i + 1 :]]
+        try:  # the template may write it in another way, such as with JSON's escapes
+            lost = _MARK not in tokenizer.render(other, **options).text
+        except DataError:
+            continue
+        if lost:
+            raise DataError(
+                f"messages[{i}] is not shown by the chat template, which has no place for a "
+                f"message of the role {str(message.get('role'))[:40]!r} there; take it out, or "
+                "give it a role that the template shows"
+            )
 
 
 def _indices(wanted: Sequence[bool]) -> list[int]:

@@ -10,6 +10,7 @@ name. Nothing is rendered here but two probes that tell which shapes a template 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -18,6 +19,7 @@ from pylora.errors import DataError
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # in the order in which they count
 _TEXT_PARTS = ("text", "input_text", "output_text")
+_OF_TEMPLATE = ("tools", "functions", "documents")  # which some templates take from a message
 _PROBE = "kqxzvj"  # a word that no template has
 
 
@@ -39,6 +41,12 @@ def prepare(template: str, messages: Sequence[Mapping[str, Any]]) -> list[dict[s
                 )
             if "arguments is string" not in template:
                 said["tool_calls"] = [_call(call) for call in said["tool_calls"]]
+        for name in _OF_TEMPLATE:
+            if said.get(name) and not re.search(rf"[.\['\"]{name}\b", template):
+                raise DataError(
+                    f"{where} has {name}, but the chat template looks for none in a message; "
+                    f"{name} belong beside the messages"
+                )
         reasoning = next((said[key] for key in _REASONING if key in said), None)
         if reasoning is not None:
             said = {"thinking": reasoning, **said, "reasoning_content": reasoning}

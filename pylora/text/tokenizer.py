@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pylora.errors import DataError, FileFormatError, UnsupportedError, expect
+from pylora.errors import DataError, FileFormatError, UnsupportedError, expect, wrong_type
 from pylora.extras import need
 from pylora.files.bounded import read_json, read_text
 from pylora.text.chat import Rendered, render_marked
@@ -207,6 +207,8 @@ class Tokenizer:
         template, over those in `self.arguments`. Raises DataError, also if there is no template.
         """
         expect("messages", messages, "apply_chat")
+        if not isinstance(arguments, (Mapping, type(None))):
+            wrong_type("template_args", "a dict of the template's variables", arguments)
         template = self.tool_template if tools and self.tool_template else self.chat_template
         if template is None:
             raise DataError(
@@ -349,6 +351,12 @@ def _around(backend: Any) -> tuple[list[int], list[int]]:
 
 def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
+
+
+def chat_templates(directory: Path) -> dict[str, str]:
+    """The templates in a directory, from all the files that may have them, by name: "default"."""
+    file = directory / "tokenizer_config.json"
+    return _chat_templates(directory, read_json(file, limit=MAX_SMALL) if file.is_file() else {})
 
 
 def _chat_templates(directory: Path, settings: Mapping[str, Any]) -> dict[str, str]:

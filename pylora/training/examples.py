@@ -187,6 +187,14 @@ def load_examples(
     """
     if too_long not in ("error", "truncate"):
         raise ConfigError(f"too_long is {too_long!r}; it must be 'error' or 'truncate'")
+    whole = isinstance(max_length, (int, np.integer)) and not isinstance(max_length, bool)
+    if max_length is not None and not whole:
+        raise WrongTypeError(f"max_length is a number of tokens, not {describe(max_length)}")
+    if not isinstance(template_args, (Mapping, type(None))):
+        raise WrongTypeError(
+            "template_args takes a dict such as {'enable_thinking': False}, not "
+            f"{describe(template_args)}"
+        )
     if max_length is not None and max_length < 2:
         raise ConfigError(f"max_length is {max_length}; a record needs at least 2 tokens")
     expect("tokenizer", tokenizer, "load_examples(path, tokenizer)")
@@ -232,6 +240,9 @@ def _source(data: Any) -> tuple[str, Iterable[tuple[str, dict[str, Any]]]]:
                 f"data[{i}] is {describe(record)}; a record is a dict with 'prompt' and "
                 "'completion', with 'messages', or with 'text'"
             )
+        odd = [name for name in record if not isinstance(name, str)]
+        if odd:
+            raise WrongTypeError(f"data[{i}]: a field's name is {describe(odd[0])}, not a text")
     return "data", ((f"data[{i}]", dict(record)) for i, record in enumerate(data))
 
 

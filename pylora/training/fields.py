@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pylora.errors import ConfigError, DataError
+from pylora.errors import ConfigError, DataError, WrongTypeError, describe
 
 # field -> what it becomes. Several names in one line mean the same.
 CARRIED: dict[str, str] = {
@@ -93,7 +93,11 @@ MESSAGE: dict[str, str] = {
     "train": "true or false at the assistant's message: whether it is trained",
 }
 MESSAGE_REFUSED: dict[str, str] = {
-    **dict.fromkeys("train_detail training_detail loss_weight loss mask".split(), _WEIGHT),
+    **dict.fromkeys(
+        "train_detail training_detail training trainable train_on_turn loss_weight loss mask "
+        "masked".split(),
+        _WEIGHT,
+    ),
     **dict.fromkeys("image images video videos audio audios".split(), _PICTURES),
     **dict.fromkeys("refusal annotations".split(), "cannot be said by a chat template"),
     **dict.fromkeys(
@@ -124,6 +128,11 @@ class Fields:
         names: dict[str, str] = {}
         roles: dict[str, str] = {}
         dropped: set[str] = set()
+        if not isinstance(text, (str, type(None))):
+            raise WrongTypeError(
+                "fields takes a text, such as 'prompt=question,completion=answer,-label', not "
+                f"{describe(text)}"
+            )
         for part in filter(None, (p.strip() for p in (text or "").split(","))):
             ours, equals, theirs = (p.strip() for p in part.partition("="))
             if part.startswith("-") and not equals:
@@ -150,6 +159,8 @@ class Fields:
         for ours, theirs in self.names.items():
             if ours in ("role", "content") or ours == theirs:
                 continue
+            if theirs not in record and ours in out:
+                raise DataError(f"{where}: there is no field {theirs!r}, which is to be {ours!r}")
             if ours in out and ours not in self.names.values():
                 raise DataError(
                     f"{where}: {theirs!r} is to be {ours!r}, but the record has that field, too; "
@@ -198,7 +209,7 @@ def check_message(message: Mapping[str, Any], place: str) -> None:
 
 def role_of(name: str, fields: Fields, place: str) -> str:
     """pylora's name of a role. DataError for one that is unknown."""
-    role = fields.roles.get(name) or ALIASES.get(name.lower(), name)
+    role = fields.roles.get(name) or ALIASES.get(name.lower(), name.lower())
     if role not in ROLES:
         raise DataError(
             f"{place}: the role {name!r} is none of {', '.join(ROLES)}"

@@ -22,6 +22,7 @@ from typing import IO, Any, cast
 
 from pylora.errors import DataError
 from pylora.extras import need
+from pylora.files.kinds import of_binary
 
 Record = dict[str, Any]
 
@@ -119,6 +120,8 @@ def _refuse_other(head: bytes, name: str) -> None:
             raise DataError(f"{name}: this is {what}")
     if head[8:10] == b'{"' and int.from_bytes(head[:8], "little") < 1 << 32:
         raise DataError(f"{name}: this is a safetensors file: weights, not records")
+    if other := of_binary(head):
+        raise DataError(f"{name}: this is {other}; training needs text: write the records as JSONL")
 
 
 def _of_folder(folder: Path) -> str:
@@ -173,7 +176,7 @@ def _csv(file: Any, name: str, delimiter: str) -> Iterator[tuple[str, Record]]:
         header = next(rows)
         if not all(header) or len(set(header)) != len(header):
             raise DataError(f"{name}: the first line must name each column once, got {header}")
-        for row in rows:
+        for row in _whole_cells(rows):
             where = f"{name}:{rows.line_num}"
             if not row:
                 continue
@@ -190,8 +193,24 @@ def _csv(file: Any, name: str, delimiter: str) -> Iterator[tuple[str, Record]]:
         raise DataError(f"{name}: there is no header line") from None
 
 
+def _whole_cells(rows: Iterator[list[str]]) -> Iterator[list[str]]:
+    """The rows, of cells as long as a line may be. The module's own limit is all the program's, so
+    it is changed for the reading of a row alone."""
+    while True:
+        before = csv.field_size_limit(_MAX_LINE)
+        try:
+            row = next(rows, None)
+        finally:
+            csv.field_size_limit(before)
+        if row is None:
+            return
+        yield row
+
+
 # What is an array or an object in a record is JSON in a cell.
-_JSON_CELLS = ("messages", "conversations", "tools", "documents", "chat_template_kwargs", "history")
+_JSON_CELLS = (
+    "messages conversations conversation tools functions documents chat_template_kwargs history"
+).split()
 
 
 def _cell(column: str, value: str, where: str) -> Any:
@@ -214,6 +233,13 @@ def _parquet(file: Any, name: str) -> Iterator[tuple[str, Record]]:
         raise DataError(f"{name}: not a parquet file that can be read: {error}") from error
 
 
+_NO_JSON = (
+    "; each line must be a JSON object, such as "
+    '{"prompt": "...", "completion": "..."} to train on, {"prompt": "..."} to answer, or '
+    '{"text": "..."} for plain text; a table is told by a name that ends in .csv or .tsv'
+)
+
+
 # ---- JSON ----------------------------------------------------------------------------------------
 
 
@@ -231,7 +257,11 @@ def _parse(data: bytes, where: str) -> Any:
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 at byte {error.start} of the line") from error
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        way_out = "" if error.pos else _NO_JSON
+        raise DataError(
+            f"{where}: not JSON: {error.msg} at {line}column {error.colno}{way_out}"
+        ) from error
     except (RecursionError, ValueError) as error:
         raise DataError(f"{where}: not a usable JSON value: {error}") from error
 

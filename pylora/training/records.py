@@ -88,8 +88,11 @@ def interpret(
         ):
             raise DataError(f"{where}: there is no field {theirs!r}, which is to be {ours!r}")
     check(named, where, any(name in named for names in KINDS.values() for name in names))
-    kind = kind_of(named, where)
-    named = {k: v for k, v in named.items() if v is not None or k in KINDS[kind]}
+    said = _without_nulls(named)
+    kind = kind_of(said, where)
+    if kind != "messages":  # its other names are no parts of it
+        said |= {k: named[k] for k in KINDS[kind] if k in named}
+    named = said
     if kind == "text":
         _no_others(named, where, "text")
         return kind, Text(string(named, "text", where))
@@ -101,6 +104,15 @@ def interpret(
     if kind == "instruction and output":
         return kind, _instruction(named, where, notes)
     return kind, _conversation(named, where, fields, notes)
+
+
+def _without_nulls(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that are there; a record of nulls alone keeps those that say what it is to be."""
+    said = {k: v for k, v in record.items() if v is not None}
+    names = [name for kind in KINDS.values() for name in kind if name in record]
+    if not any(name in said for name in names):
+        said |= dict.fromkeys(names)
+    return said
 
 
 def kind_of(record: Mapping[str, Any], where: str) -> str:
@@ -186,7 +198,7 @@ def _instruction(record: Mapping[str, Any], where: str, notes: Notes) -> Convers
     asked = string(record, "instruction", where)
     more = string(record, "input", where, may_be_empty=True) if record.get("input") else ""
     messages: list[Message] = []
-    for i, pair in enumerate(record.get("history") or []):
+    for i, pair in enumerate(_array(record, "history", where) or []):
         if not (isinstance(pair, list) and len(pair) == 2 and all(map(_is_text, pair))):
             raise DataError(f"{where}: history[{i}] must be a pair of texts: [asked, answered]")
         messages += [_turn("user", pair[0]), _turn("assistant", pair[1])]
@@ -330,7 +342,8 @@ def _message(
     check_message(renamed, place)
     given = string(renamed, "role", place)
     if given == "function_call":  # ShareGPT's name of an assistant's turn that calls a tool
-        renamed["function_call"] = _json(string(renamed, "content", place), f"{place}: the content")
+        called = _json(string(renamed, "content", place), f"{place}: the content")
+        renamed["tool_calls" if isinstance(called, list) else "function_call"] = called
         renamed["role"], renamed["content"] = "assistant", ""
         given = "assistant"
     role = role_of(given, fields, place)

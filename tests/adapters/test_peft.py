@@ -263,7 +263,7 @@ def test_copies_of_base_weights_are_compared(tmp_path: Path) -> None:
 def test_an_adapter_for_another_model_is_refused(tmp_path: Path) -> None:
     make().save(tmp_path / "a")
     wider = LlamaConfig.tiny(hidden_size=48).modules()
-    with pytest.raises(PlanError, match="another base model: its hidden size is 24, the model's 48"):
+    with pytest.raises(PlanError, match="another base model: its hidden size is 24, the model's"):
         Adapter.load(tmp_path / "a", wider)
     deeper = LlamaConfig.tiny(num_hidden_layers=3).modules()
     with pytest.raises(PlanError, match="another base model: it has 2 layers, the model 3"):

@@ -18,6 +18,7 @@ pytest.importorskip("tokenizers")
 
 from tiny_model import write_tiny_model
 
+import pylora
 from pylora.adapters.adapter import Adapter
 from pylora.commands import cli
 from pylora.formats import open_checkpoint
@@ -112,6 +113,15 @@ def test_generate_streams_what_decoding_gives(
     ids = tokenizer.encode("time equals", bos=tokenizer.add_bos)
     expected = tokenizer.decode(generate(llama, [ids], 12, eos_ids=tokenizer.eos_ids)[0])
     assert run(capsys, "generate", model, "time equals", "-n", 12) == expected + "\n"
+
+
+def test_an_empty_prompt_starts_from_the_beginning_as_in_python(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pylora.load(model) as loaded:
+        assert loaded.tokenizer.bos_id is not None
+        expected = loaded.generate("", max_new_tokens=4)
+    assert run(capsys, "generate", model, "", "-n", 4) == f"{expected}\n"
 
 
 def test_merge_then_unmerge_gives_the_weights_back(

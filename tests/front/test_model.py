@@ -195,6 +195,22 @@ def test_the_length_of_an_answer(model: pylora.Model) -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"template_args": 5}, "template_args takes a dict"),
+        ({"tools": {"type": "function"}}, "tools takes a list, got a dict"),
+        ({"documents": "text"}, "documents takes a list, got the text 'text'"),
+        ({"seed": "x"}, "seed must be a whole number, got 'x'"),
+    ],
+)
+def test_a_setting_of_a_wrong_type_says_what_to_pass(
+    model: pylora.Model, given: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(pylora.PyloraError, match=says):
+        model.chat("time", max_new_tokens=1, **given)
+
+
+@pytest.mark.parametrize(
     ("given", "meant"),
     [
         ({"temprature": 1}, "temperature"),
@@ -518,6 +534,21 @@ def test_an_interrupted_run_leaves_the_adapter_as_far_as_it_came(path: Path) -> 
             model.train(RECORDS, steps=9, learning_rate=0.5, on_step=interrupt)
         assert model.score(TEXTS[0]).total != said
         assert model.generate("time", max_new_tokens=3, adapter=None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"steps": 1, "epochs": 1}, "give one of them"),
+        ({"steps": 1, "truncate": True}, "truncate needs max_length"),
+        ({"steps": 1, "eval_every": 2}, "eval_every needs eval_data"),
+    ],
+)
+def test_a_setting_that_would_change_nothing_is_refused(
+    model: pylora.Model, settings: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        model.train([{"prompt": "a", "completion": "b"}], **settings)
 
 
 @pytest.mark.parametrize(

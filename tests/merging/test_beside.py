@@ -91,6 +91,21 @@ def test_an_adapters_own_template_and_tokenizer_are_used_and_carried_over(tmp_pa
         assert merged.tokenizer().chat_template == "its own"
 
 
+def test_a_template_in_the_adapters_settings_alone_is_used_and_carried_over(tmp_path: Path) -> None:
+    write_hf(tmp_path / "base")
+    vocabulary(tmp_path / "base", ["<u>", "</s>", "a"], "base template")
+    (tmp_path / "base" / "chat_template.jinja").write_text("base template")
+    folder = adapter(tmp_path / "a")
+    settings = json.loads((tmp_path / "base" / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": "own"}))
+    with open_checkpoint(tmp_path / "base") as checkpoint:
+        tokenizer, note = tokenizer_for(checkpoint, folder)
+    assert tokenizer.chat_template == "own" and "tokenizer_config.json" in str(note)
+    merge_checkpoint(tmp_path / "base", folder, tmp_path / "out")
+    with open_checkpoint(tmp_path / "out") as merged:
+        assert merged.tokenizer().chat_template == "own"
+
+
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [

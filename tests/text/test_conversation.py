@@ -104,6 +104,25 @@ def test_tools_and_documents_are_shown_or_refused() -> None:
     assert shown(k, turns("a", "b"), tools=tools)[0].startswith("Tf<|im_start|>")
 
 
+def test_tools_within_a_message_are_shown_or_refused() -> None:
+    talk = [{"role": "system", "content": "s", "tools": [{"name": "f"}]}, *turns("a", "b")]
+    with pytest.raises(DataError, match=r"messages\[0\] has tools, .* belong beside the messages"):
+        tokenizer(CHATML).conversation(talk)
+    knows = "{% if messages[0].tools %}T{{ messages[0].tools[0].name }}{% endif %}" + CHATML
+    assert shown(tokenizer(knows), talk)[0].startswith("Tf<|im_start|>")
+
+
+def test_a_turn_that_the_template_passes_over_is_refused() -> None:
+    loop = "{% for m in messages if m.role in ('user', 'assistant', 'tool') %}"
+    body = CHATML[CHATML.index("%}") + 2 :]
+    talk = [{"role": "developer", "content": "d"}, *turns("a", "b")]
+    with pytest.raises(DataError, match=r"messages\[0\] is not shown .* of the role 'developer'"):
+        tokenizer(loop + body).conversation(talk)
+    quoted = tokenizer((loop + body).replace("m.content", "(m.content | tojson)"))
+    assert quoted.conversation(turns('say "a"', "b"))  # written in another way, but shown
+    assert tokenizer(CHATML).conversation(talk)
+
+
 def test_a_prompt_that_opens_thinking() -> None:
     k = tokenizer(OPENING)
     assert learnt(k, turns("a", "b")) == ["b<|im_end|>"]

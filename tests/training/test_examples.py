@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pylora.errors import ConfigError, DataError
+from pylora.errors import ConfigError, DataError, WrongTypeError
 from pylora.model.config import LlamaConfig
 from pylora.reference import IGNORE
 from pylora.text.chat import Rendered
@@ -297,3 +297,21 @@ def test_examples_that_a_model_cannot_take(example: Example, message: str) -> No
     limit = 10 if "max_tokens" in message else None
     with pytest.raises(DataError, match=message):
         check_examples([example], LlamaConfig.tiny(), "training", limit)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"fields": {"prompt": "q"}}, "fields takes a text, such as 'prompt=question"),
+        ({"max_length": "9"}, "max_length is a number of tokens, not the text '9'"),
+        ({"template_args": ["a"]}, "template_args takes a dict such as"),
+    ],
+)
+def test_settings_of_a_wrong_type_say_what_to_pass(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(WrongTypeError, match=says):
+        load_examples([{"prompt": "a", "completion": "b"}], Characters(), **settings)
+
+
+def test_the_name_of_a_field_is_a_text() -> None:
+    with pytest.raises(WrongTypeError, match=r"data\[0\]: a field's name is the number 5"):
+        load_examples([{"text": "a", 5: 6}], Characters())

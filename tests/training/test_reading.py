@@ -105,6 +105,16 @@ OTHER: dict[str, tuple[bytes, str]] = {
     "ragged.csv": (b"prompt,completion\na\n", "1 cells, but the first line names 2 columns"),
     "twice.csv": (b"prompt,prompt\na,b\n", "name each column once"),
     "quote.csv": (b'prompt,completion\n"a,b\n', "not CSV"),
+    "prose.txt": (
+        b"the sea is wide\n",
+        'not JSON: .*; each line must be a JSON object, such as {"prompt',
+    ),
+    "arrays": (b'["a"]\n["b"]\n', "not JSON: Extra data at line 2, column 1"),
+    "7z": (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive"),
+    "numpy": (b"\x93NUMPY\x01\0", "a NumPy array"),
+    "gzip in gzip": (gzip.compress(gzip.compress(jsonl())), "packed with gzip; unpack it"),
+    "tar": (gzip.compress(b"a.jsonl".ljust(257, b"\0") + b"ustar\0"), "a tar archive; unpack it"),
+    "zeros": (bytes(64), "download was not finished"),
 }
 
 
@@ -115,6 +125,13 @@ def test_what_is_no_data_is_named_with_the_way_out(tmp_path: Path, name: str) ->
     with pytest.raises(DataError, match=OTHER[name][1]) as caught:
         content(file)
     assert str(caught.value).startswith(str(file))
+
+
+def test_a_cell_may_be_as_long_as_a_line_and_the_modules_limit_stays(tmp_path: Path) -> None:
+    limit = csv.field_size_limit()
+    (tmp_path / "a.csv").write_text("text,id\n" + "word " * 50_000 + ",1\n")
+    assert len(content(tmp_path / "a.csv")[0]["text"]) == 250_000
+    assert csv.field_size_limit() == limit
 
 
 def test_a_zip_and_a_folder(tmp_path: Path) -> None:

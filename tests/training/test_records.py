@@ -129,6 +129,39 @@ def test_null_means_that_a_field_is_not_there() -> None:
     assert read(CHAT | {"tools": [tool]})[0].tools == [TOOL]
 
 
+def test_the_null_fields_of_a_wide_table_are_no_mixture_of_kinds() -> None:
+    nulls = dict.fromkeys(["prompt", "completion", "messages", "conversations", "text", "output"])
+    assert read(nulls | PAIR)[0] == Pair("a", "b")
+    assert read(nulls | {"text": "t"})[0] == Text("t")
+    assert read(nulls | CHAT)[0].messages == [USER, ANSWER]
+    with pytest.raises(DataError, match="'text' must be a string, not null"):
+        read({"text": None})
+
+
+@pytest.mark.parametrize("history", [5, {"a": 1}, True])
+def test_a_history_that_is_no_array_is_an_error(history: Any) -> None:
+    with pytest.raises(DataError, match="'history' must be an array"):
+        read({"instruction": "a", "output": "b", "history": history})
+
+
+def test_several_calls_in_one_turn_of_sharegpt() -> None:
+    calls = json.dumps([{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}])
+    turns = [{"from": "human", "value": "a"}, {"from": "function_call", "value": calls}]
+    content, _ = read({"conversations": turns})
+    assert [call["name"] for call in content.messages[1]["tool_calls"]] == ["f", "g"]
+
+
+def test_a_role_in_capitals_is_converted_aloud() -> None:
+    content, notes = read({"messages": [USER | {"role": "USER"}, ANSWER | {"role": "Assistant"}]})
+    assert roles(content) == ["user", "assistant"] and "'USER' became 'user'" in notes[0]
+
+
+@pytest.mark.parametrize("name", ["training", "trainable", "train_on_turn", "masked"])
+def test_other_names_of_the_mark_of_training_are_not_dropped(name: str) -> None:
+    with pytest.raises(DataError, match=rf"messages\[1\]: the field '{name}' .*'train': false"):
+        read({"messages": [USER, ANSWER | {name: False}, USER, ANSWER]})
+
+
 @pytest.mark.parametrize(
     ("role", "near"),
     [("assistent", "assistant"), ("usr", "user"), ("sytem", "system"), ("Asistant", "assistant")],
@@ -158,6 +191,8 @@ def test_fields_of_ones_own() -> None:
     assert read(dolly, "input=context,output=response")[0].messages[0]["content"] == "i\nc"
     with pytest.raises(DataError, match="there is no field 'answer', which is to be 'completion'"):
         read({"question": "a"}, "prompt=question,completion=answer")
+    with pytest.raises(DataError, match="there is no field 'question', which is to be 'prompt'"):
+        read(PAIR, "prompt=question")
     with pytest.raises(DataError, match="but the record has that field, too; drop it with -prompt"):
         read(PAIR | {"question": "q"}, "prompt=question")
     for text, message in (("promt=x", "did you mean 'prompt'"), ("x", "neither OURS=THEIRS")):

@@ -344,12 +344,6 @@ def chain_random(*lengths: float, sigmas: float = 6.0, dtype: Any = np.float32) 
     return float(np.expm1((sigmas * np.sqrt(n) * u + n * u * u) / (1 - u)))
 
 
-def central_difference(f: Array, step: float, third: float, dtype: Any = np.float64) -> float:
-    """Of (f(x+h) - f(x-h)) / 2h: h² |f'''| / 6 truncation and the rounding of f, u |f| / h, where f
-    itself is a chain of roundings (64 are allowed)."""
-    return step**2 * third / 6 + gamma(64, dtype) * float(np.max(np.abs(f))) / step
-
-
 # ---- helpers ----------------------------------------------------------------------------------
 
 

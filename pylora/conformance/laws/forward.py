@@ -344,7 +344,8 @@ LAWS = (
         "Q1",
         "A weight that is stored in fewer bits is within half a step of its source.",
         "|stored(W) - W| <= u_bf16 |W|, u_bf16² |W| (fp32x3), or half of max|W| / 127 (int8), "
-        "(max - min) / 15 (int4) of each group of 32, and what float16 loses of scale and minimum; fp32: equal",
+        "(max - min) / 15 (int4) of each group of 32, and what float16 loses of scale and minimum; "
+        "fp32: equal",
         "codes are cut off in place of rounded, or a scale belongs to another group",
         ("N-7",),
         ("stored", "float32"),
