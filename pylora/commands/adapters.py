@@ -9,11 +9,8 @@ from typing import TYPE_CHECKING
 from pylora.commands.guard import warn
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from pylora.adapters.loraconfig import LoraConfig
     from pylora.adapters.plan import Plan
-    from pylora.model.config import ModuleSpec
 
 _CONFIG = "adapter_config.json"
 _OTHERS = ("a tokenizer", "settings of a", "an index", "the configuration", "records", "a JSON")
@@ -54,24 +51,6 @@ def lora_config(
         lora_dropout=dropout,
         base_model_name_or_path=base.name,
     )
-
-
-def refuse_other_base(adapter: Path, config: LoraConfig, modules: Mapping[str, ModuleSpec]) -> None:
-    """PlanError where the adapter has weights, and they are those of another base model."""
-    from pylora.adapters.fit import misfit
-    from pylora.adapters.locate import find_adapter
-    from pylora.adapters.peft import WEIGHTS
-    from pylora.errors import PlanError
-    from pylora.formats.safetensors import SafeTensors
-
-    file = find_adapter(adapter) / WEIGHTS
-    if not file.is_file():
-        return
-    with SafeTensors(file) as weights:
-        shapes = {key: weights.shape(key) for key in weights.tensors}
-    some, base = config.layers_to_transform is not None, config.base_model_name_or_path
-    if why := misfit(shapes, modules, some_layers=some, base=base):
-        raise PlanError(f"{file}: {why}")
 
 
 def refuse_too_large(plan: Plan, backend: str) -> None:

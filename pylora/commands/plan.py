@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pylora.commands.adapters import lora_config, refuse_other_base, warn_about_size
+from pylora.commands.adapters import lora_config, warn_about_size
 from pylora.commands.app import (
     LOOK,
     Alpha,
@@ -49,15 +49,17 @@ def plan(
     ] = False,
 ) -> None:
     """Show what an adapter would touch: r, alpha and scale of each module, and the rules behind."""
+    from pylora.adapters.adapter import Adapter
     from pylora.adapters.plan import resolve
     from pylora.formats import open_checkpoint
 
     with open_checkpoint(model) as checkpoint:
-        config = lora_config(adapter, rank, alpha, targets, rslora, 0.0, checkpoint.path)
         modules = checkpoint.config.modules()
-        if adapter is not None and not adapter.is_file():
-            refuse_other_base(adapter, config, modules)
-        resolved = resolve(config, modules)
+        if adapter is not None and not adapter.is_file():  # its tensors must be what it says, too
+            resolved = Adapter.load(adapter, modules, base=checkpoint.load).plan
+        else:
+            config = lora_config(adapter, rank, alpha, targets, rslora, 0.0, checkpoint.path)
+            resolved = resolve(config, modules)
         total = checkpoint.config.num_parameters
     warn_about_size(resolved, total)
     screen = Console()

@@ -33,6 +33,8 @@ def prepare(template: str, messages: Sequence[Mapping[str, Any]]) -> list[dict[s
         said = {key: plain(value) for key, value in message.items() if value is not None}
         if "content" in said:
             said["content"] = _content(template, said["content"], where)
+        elif not said.get("tool_calls"):
+            raise DataError(f"{where} has no content; it must be text, or parts of text")
         if said.get("tool_calls"):
             if "tool_calls" not in template:
                 raise DataError(

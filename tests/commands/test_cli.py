@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,6 +66,21 @@ def sentence(capsys: pytest.CaptureFixture[str], *args: object) -> str:
     message = run(capsys, *args, code=1)
     assert message.startswith("pylora: ") and message.count("\n") == 1, message
     return message
+
+
+def test_plan_reads_the_tensors_that_the_settings_imply(
+    model: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(trained / "adapter", folder)
+    weights = folder / "adapter_model.safetensors"
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"r": settings["r"] + 1}))
+    assert "has shape" in sentence(capsys, "plan", model, folder)
+    weights.write_bytes(b"")
+    assert "the file is empty" in sentence(capsys, "plan", model, folder)
+    weights.unlink()
+    assert "there is no adapter_model.safetensors" in sentence(capsys, "plan", model, folder)
 
 
 # ---- the verbs at work ----------------------------------------------------------------------
