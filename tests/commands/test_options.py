@@ -343,7 +343,7 @@ def test_no_hint_stands_for_an_option_that_exists_everywhere() -> None:
         (["trian"], "did you mean train?"),
         (["finetune"], "did you mean train?"),
         (["fuse"], "did you mean merge?"),
-        (["xyzzy"], "the verbs: train"),
+        (["xyzzy"], "the verbs: chat"),
         (["train", "m", "d", "o", "--rankk", "3"], "did you mean --rank?"),
         (["train", "m", "d", "o", "--epoch", "3"], "did you mean --epochs?"),
         (["train", "m", "d", "o", "--lrr=3"], "did you mean --lr?"),
