@@ -7,6 +7,7 @@ here, and no tokenizer is made but by pylora.text.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,14 +27,16 @@ def has_own(adapter_dir: str | os.PathLike[str]) -> bool:
 
 
 def tokenizer_for(
-    checkpoint: Checkpoint, adapter_dir: str | os.PathLike[str] | None
+    checkpoint: Checkpoint,
+    adapter_dir: str | os.PathLike[str] | None,
+    base: Tokenizer | None = None,
 ) -> tuple[Tokenizer, str | None]:
     """The tokenizer to use with an adapter, and a sentence where it is not the base model's.
 
-    Raises PlanError where the adapter's tokenizer gives a token another id than the base model's,
+    `base` is that one, where it was made already; it is not changed. Raises PlanError where the adapter's tokenizer gives a token another id than the base model's,
     or one beyond the model's vocabulary: such an adapter was trained on another model.
     """
-    base = checkpoint.tokenizer()
+    base = checkpoint.tokenizer() if base is None else base
     if adapter_dir is None or not has_own(adapter_dir):
         return base, None
     folder = Path(adapter_dir)
@@ -41,10 +44,11 @@ def tokenizer_for(
         template = chat_templates(folder)["default"]
         if template == base.chat_template:
             return base, None
-        base.chat_template = template
+        used = copy.copy(base)
+        used.chat_template, used.arguments = template, dict(base.arguments)
         files = [folder / name for name in (TEMPLATE, "tokenizer_config.json")]
         file = next((file for file in files if file.is_file()), folder)
-        return base, f"the adapter's own chat template is used ({file})"
+        return used, f"the adapter's own chat template is used ({file})"
     own = tokenizer_from_directory(folder)
     _compare(base, own, checkpoint.config.vocab_size, folder)
     if own.chat_template is None:
@@ -60,12 +64,13 @@ def tokenizer_of(checkpoint: Checkpoint, adapters: Sequence[str | os.PathLike[st
     Its `notes` say what lies beside the weights and is used or not. Several adapters share the
     base model's tokenizer: one that has its own is named there. Errors: see `tokenizer_for`.
     """
-    one = find_adapter(adapters[0]) if len(adapters) == 1 else None
-    tokenizer, note = tokenizer_for(checkpoint, one)
-    notes = [*checkpoint.notes, *([note] if note else [])]
-    for path in adapters if len(adapters) > 1 else ():
-        folder = find_adapter(path)
-        if has_own(folder) and tokenizer_for(checkpoint, folder)[1]:
+    tokenizer, notes = checkpoint.tokenizer(), list(checkpoint.notes)
+    for folder in map(find_adapter, adapters):
+        own, note = tokenizer_for(checkpoint, folder, tokenizer)
+        if len(adapters) == 1:
+            tokenizer = own
+            notes += [note] if note else []
+        elif note:
             notes.append(
                 f"the adapter {folder} has a tokenizer or chat template of its own, which is not "
                 "used: several adapters share the base model's"

@@ -36,16 +36,16 @@ _PACKED: dict[bytes, Callable[[IO[bytes]], IO[bytes]]] = {
     b"\xfd7zXZ\x00": lambda f: cast(IO[bytes], lzma.LZMAFile(f)),
 }
 # What a file is that holds no records, by its first bytes; and the way out.
-_OTHER: tuple[tuple[bytes, str], ...] = (
+_OTHER: tuple[tuple[bytes | tuple[bytes, ...], str], ...] = (
     (b"GGUF", "a GGUF model; the model comes first on the command line, the data second"),
     (b"PK\x03\x04", "a zip archive or a spreadsheet; unpack it, or export the sheet as CSV"),
     (b"\x28\xb5\x2f\xfd", "packed by zstd; unpack it first (zstd -d FILE)"),
     (b"ARROW1", "an Arrow file; write it as JSONL (datasets: Dataset.to_json)"),
     (b"\xff\xff\xff\xff", "an Arrow stream; write it as JSONL (datasets: Dataset.to_json)"),
-    (b"\x80\x02", "a pickle, which can run code when it is read; write the records as JSONL"),
-    (b"\x80\x03", "a pickle, which can run code when it is read; write the records as JSONL"),
-    (b"\x80\x04", "a pickle, which can run code when it is read; write the records as JSONL"),
-    (b"\x80\x05", "a pickle, which can run code when it is read; write the records as JSONL"),
+    (
+        (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"),
+        "a pickle, which can run code when it is read; write the records as JSONL",
+    ),
     (b"SQLite format 3", "an SQLite database; export the table as CSV"),
     (b"%PDF", "a PDF document; training needs its text, as JSONL records"),
     (
@@ -53,8 +53,7 @@ _OTHER: tuple[tuple[bytes, str], ...] = (
         "a Git LFS pointer, not the data: the file itself was not downloaded; run `git lfs pull` "
         "in its repository",
     ),
-    (b"\xff\xfe", "UTF-16 text; save it as UTF-8"),
-    (b"\xfe\xff", "UTF-16 text; save it as UTF-8"),
+    ((b"\xff\xfe", b"\xfe\xff"), "UTF-16 text; save it as UTF-8"),
 )
 
 
