@@ -33,8 +33,9 @@ def tokenizer_for(
 ) -> tuple[Tokenizer, str | None]:
     """The tokenizer to use with an adapter, and a sentence where it is not the base model's.
 
-    `base` is that one, where it was made already; it is not changed. Raises PlanError where the adapter's tokenizer gives a token another id than the base model's,
-    or one beyond the model's vocabulary: such an adapter was trained on another model.
+    `base` is that one, where it was made already; it is not changed. Raises PlanError where the
+    adapter's tokenizer gives a token another id than the base model's, or one beyond the model's
+    vocabulary: such an adapter was trained on another model.
     """
     base = checkpoint.tokenizer() if base is None else base
     if adapter_dir is None or not has_own(adapter_dir):
