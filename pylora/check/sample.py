@@ -165,11 +165,7 @@ def part_of(checkpoint: Checkpoint, adapter: Adapter, memory: float) -> Part | N
     """The largest part that fits into `memory` bytes in float64 and has an adapter, or None."""
     config = checkpoint.config
     for first in range(config.num_hidden_layers):
-        small = dataclasses.replace(
-            config,
-            num_hidden_layers=config.num_hidden_layers - first,
-            max_window_layers=max(0, config.max_window_layers - first),
-        )
+        small = config.top(first)
         if bytes_needed(small, whole=first == 0) > _USABLE * memory:
             continue
         part = Part(small, first, _loader(checkpoint, first), {})

@@ -1,4 +1,4 @@
-"""Settings of a model, checked one by one: whole numbers, positive numbers, flags, rope scalings."""
+"""Settings of a model, checked one by one: whole and positive numbers, flags, rope scalings."""
 
 from __future__ import annotations
 

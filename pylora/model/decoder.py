@@ -27,6 +27,10 @@ class Decodable(Protocol):
 
     rope: Rope
     modules: dict[str, LoRALinear | Embedding]
+    embed_tokens: Embedding
+
+    @property
+    def numbers(self) -> dict[str, int]: ...
 
     @property
     def op(self) -> LlamaOp: ...
@@ -40,10 +44,9 @@ def pack_attached(model: Decodable) -> Any:
 
 def pack_adapter(model: Decodable, adapter: Mapping[str, LoRA]) -> Any:
     """The adapter as it is now, ready for the backend. `adapter` fits the model."""
-    order = [path for path in model.modules if path != "model.embed_tokens"]
-    numbers = {path: i for i, path in enumerate(order)}
+    numbers = model.numbers
     linear = {numbers[path]: lora for path, lora in adapter.items() if path in numbers}
-    return model.op.adapter(linear, adapter.get("model.embed_tokens"))
+    return model.op.adapter(linear, adapter.get(model.embed_tokens.path))
 
 
 class Batch:
@@ -69,17 +72,17 @@ class Batch:
         new = [i for i, a in enumerate(adapters) if i == 0 or a is not adapters[i - 1]]
         start = np.append(q_start[new], q_start[-1]) if new else np.zeros(1, np.int64)
         self._longest = int(self.seqs.k_len.max(initial=0))
-        cos, sin = model.rope.tables(self._longest)
+        position = positions(self.seqs)
+        self._covered = model.rope.covers(self._longest)
         self.step = Step(
             np.zeros(int(q_start[-1]), np.int64),
-            positions(self.seqs),
+            position,
             rows,
             self.seqs,
             q_start[1:] - 1,
             np.ascontiguousarray(start, np.int64),
             tuple(adapters[i] for i in new),
-            cos,
-            sin,
+            model.rope.rotations(self.seqs, position),
         )
 
     def forward(self, ids: np.ndarray | Sequence[int]) -> Array:
@@ -105,6 +108,7 @@ class Batch:
         step.position += 1
         step.rows += 1
         step.seqs.k_len[:] += 1
-        if self._longest > step.cos.shape[0]:
-            step.cos, step.sin = self.model.rope.tables(self._longest)
+        if self._longest > self._covered:
+            step.rotations = self.model.rope.rotations(step.seqs, step.position)
+            self._covered = self.model.rope.covers(self._longest)
             step.changed()

@@ -124,4 +124,3 @@ def write(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, A
             "architecture exists at Hugging Face"
         )
     return out
-

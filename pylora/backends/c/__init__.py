@@ -17,12 +17,18 @@ from pylora.backends.c.optimizer import Optimizer
 from pylora.backends.c.precision import Precision
 from pylora.backends.c.random import Random
 from pylora.backends.c.rows import Rows
+from pylora.ops.composed import Composed
+from pylora.ops.formulas import Formulas
 from pylora.ops.llama import LlamaOp, LlamaWeights
 from pylora.ops.plain import Plain
 
 
-class CBackend(Linear, Attention, Rows, Loss, Optimizer, Random, Merging, Precision, Plain):
+class CBackend(
+    Linear, Attention, Rows, Loss, Optimizer, Random, Merging, Precision, Formulas, Plain
+):
     """The compiled core. `Reference`'s docstrings are the specification of every operation."""
 
     def llama(self, weights: LlamaWeights) -> LlamaOp:
+        if not weights.plain:
+            return Composed(self, weights)
         return CLlama(weights, self, self._scratch)

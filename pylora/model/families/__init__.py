@@ -30,5 +30,5 @@ def of(model_type: object) -> Family:
     nearest = f"the nearest that is supported is {close[0]!r}; " if close else ""
     raise UnsupportedError(
         f"config.json: model_type is {model_type!r:.80}, which is not supported; {nearest}"
-        f"supported are {', '.join(ALL)}; \"Add a family\" in {PAGE} says how to add one"
+        f'supported are {", ".join(ALL)}; "Add a family" in {PAGE} says how to add one'
     )

@@ -127,7 +127,7 @@ def factor(c: Settings, name: str, default: float = 1.0) -> float:
     value = c.get(name)
     value = default if value is None else value
     if not is_number(value) or value == 0 or value != value or abs(value) > 1e30:
-        raise ConfigError(f"config.json: {name} must be a finite number other than 0, got {value!r}")
+        raise ConfigError(f"config.json: {name} must be a finite number but 0, got {value!r}")
     return float(value)
 
 

@@ -9,7 +9,8 @@ def _read(c: Settings) -> Fields:
 
 
 def _write(f: Settings) -> Fields:
-    return write_rope(f) | {"attention_bias": f["attention_bias"], "mlp_bias": f["mlp_bias"]}
+    own = {"attention_bias": f["attention_bias"], "mlp_bias": f["mlp_bias"]}
+    return write_rope(f) | own | {"sliding_window": None}
 
 
 LLAMA = Family(
