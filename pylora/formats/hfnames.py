@@ -16,8 +16,6 @@ from pylora.model.config import LlamaConfig
 _TEXT = ("language_model.", "model.language_model.")
 # Tables of angles and masks that are computed, not learned.
 _BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
-    r"\.rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|\.attention\.(masked_)?bias$"
-)
 
 
 def own_names(config: LlamaConfig, stored: Iterable[str]) -> tuple[dict[str, str], list[str]]:
