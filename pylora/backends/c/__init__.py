@@ -18,14 +18,11 @@ from pylora.backends.c.precision import Precision
 from pylora.backends.c.random import Random
 from pylora.backends.c.rows import Rows
 from pylora.ops.composed import Composed
-from pylora.ops.formulas import Formulas
 from pylora.ops.llama import LlamaOp, LlamaWeights
 from pylora.ops.plain import Plain
 
 
-class CBackend(
-    Linear, Attention, Rows, Loss, Optimizer, Random, Merging, Precision, Formulas, Plain
-):
+class CBackend(Linear, Attention, Rows, Loss, Optimizer, Random, Merging, Precision, Plain):
     """The compiled core. `Reference`'s docstrings are the specification of every operation."""
 
     def llama(self, weights: LlamaWeights) -> LlamaOp:
