@@ -162,7 +162,7 @@ class Rows(Core):
     def soft_cap_forward(self, x: Array, multiplier: float, cap: float) -> np.ndarray:
         x = read("x", x, None, None)
         if multiplier == 1 and not cap:
-            return x
+            return np.asarray(x)
         y = self.empty(x.shape)
         check(lib.pylora_soft_cap_forward(mat(x), multiplier, cap, mat(y)), "soft_cap")
         return y
