@@ -104,6 +104,11 @@ class GGUFCheckpoint(Checkpoint):
             self.config.names,
             self.config.experts,
         )
+        if not count:
+            raise UnsupportedError(
+                f"{self.path}: no meaning is known for the tensor {name[:200]!r}: the metadata "
+                "name no experts"
+            )
         if len(shape) != 3 or shape[0] != count:
             raise FileFormatError(
                 f"{self.path}: tensor {name!r} has shape {shape}, but the configuration says "

@@ -53,9 +53,9 @@ def hf_config(header: GGUFHeader) -> dict[str, Any]:
     for key, expected in only.items():
         if key in own.knows:
             continue
-        if (value := meta.int(key, expected)) != expected:
+        if (found := meta.int(key, expected)) != expected:
             raise UnsupportedError(
-                f"{header.path}: {meta.arch}.{key} is {value}; only {expected} is supported"
+                f"{header.path}: {meta.arch}.{key} is {found}; only {expected} is supported"
             )
     for key in _REFUSED:
         value = header.metadata.get(f"{meta.arch}.{key}")

@@ -53,14 +53,15 @@ def scalings() -> st.SearchStrategy[dict[str, Any]]:
 
 
 @st.composite
-def sizes(draw: Any, layers: int = 3, heads: bool = True) -> dict[str, Any]:
+def sizes(draw: Any, layers: int = 3, experts: bool = False) -> dict[str, Any]:
     """What every family has. The width is a multiple of the heads, as Gemma's classes want."""
     kv = draw(st.sampled_from((1, 2)))
     n = kv * draw(st.sampled_from((1, 2, 3)))
     return {
         "vocab_size": VOCAB,
         "hidden_size": n * draw(st.sampled_from((8, 12))),
-        "intermediate_size": draw(st.sampled_from((20, 33))),
+        # torch's product of experts wants rows of whole 16 bytes
+        "intermediate_size": draw(st.sampled_from((20, 28) if experts else (20, 33))),
         "num_hidden_layers": layers,
         "num_attention_heads": n,
         "num_key_value_heads": kv,
@@ -204,16 +205,16 @@ def mixtral(draw: Any) -> dict[str, Any]:
     n = draw(st.sampled_from((3, 4)))
     top = draw(st.sampled_from((1, 2)))
     own = {"num_local_experts": n, "num_experts_per_tok": top}
-    return draw(sizes()) | own | {"sliding_window": draw(st.sampled_from((None, 5)))}
+    return draw(sizes(experts=True)) | own | {"sliding_window": draw(st.sampled_from((None, 5)))}
 
 
 @st.composite
 def qwen3_moe(draw: Any) -> dict[str, Any]:
-    return draw(sizes()) | {
+    return draw(sizes(experts=True)) | {
         "head_dim": draw(st.sampled_from((6, 10))),
         "num_experts": 4,
         "num_experts_per_tok": draw(st.sampled_from((1, 3))),
-        "moe_intermediate_size": 14,
+        "moe_intermediate_size": 12,
         "norm_topk_prob": draw(st.booleans()),
         "mlp_only_layers": draw(st.sampled_from(([], [1]))),
         "decoder_sparse_step": 1,
@@ -223,7 +224,7 @@ def qwen3_moe(draw: Any) -> dict[str, Any]:
 @st.composite
 def olmoe(draw: Any) -> dict[str, Any]:
     own = {"num_experts": 4, "num_experts_per_tok": draw(st.sampled_from((1, 3)))}
-    return draw(sizes()) | own | {"norm_topk_prob": draw(st.booleans())}
+    return draw(sizes(experts=True)) | own | {"norm_topk_prob": draw(st.booleans())}
 
 
 # By model_type: transformers' class of configurations, and the strategy.

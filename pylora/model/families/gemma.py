@@ -113,7 +113,7 @@ def _write3(f: Settings) -> Fields:
 def _gguf(meta: Any) -> Settings:
     """llama.cpp knows the scale of attention by the size of the model: the 27B ones have a width of
     heads that is not their head_dim."""
-    out: dict[str, Any] = {}
+    out: dict[str, Any] = {"sliding_window": meta.int("attention.sliding_window")}
     large = meta.int("block_count") == (62 if meta.arch == "gemma3" else 46)
     head = meta.int("attention.key_length", 256)
     if large:
