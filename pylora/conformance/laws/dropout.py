@@ -23,7 +23,9 @@ UNLIKELY = 1e-18
 
 
 @st.composite  # type: ignore[untyped-decorator]
-def dropout_problems(draw, large: bool = False) -> Problem:  # type: ignore[no-untyped-def]
+def dropout_problems(  # type: ignore[no-untyped-def]
+    draw, dtype: str = "float32", large: bool = False
+) -> Problem:
     """As lora_problems, of tame kinds, with p and a seed."""
     m, k = (
         (draw(pick((64, 40))), draw(pick((32, 50))))
@@ -35,7 +37,7 @@ def dropout_problems(draw, large: bool = False) -> Problem:  # type: ignore[no-u
     kind = draw(pick(("normal", "integers", "positive")))
     shapes = {"x": (m, k), "W": (d, k), "A": (r, k), "B": (d, r), "dy": (m, d)}
     return Problem(
-        **{name: elements(rng, shape, kind, "float32") for name, shape in shapes.items()},
+        **{name: elements(rng, shape, kind, dtype) for name, shape in shapes.items()},
         scale=draw(pick((1.0, 2.0, -0.5))),
         p=draw(pick((0.5, 0.1, 0.25, 0.9))),
         seed=draw(st.integers(0, 2**31 - 1)),
