@@ -120,6 +120,17 @@ def merged(W: Array, A: Array, B: Array, scale: float) -> Allowed:
     return bounds.unmerged(W, A, B, scale)
 
 
+def merged_forward(t: Trial, p: Problem) -> Allowed:
+    """Of y with the merged weight, against y with the adapter."""
+    if bounds.kind(p.x) not in DIGITS and t.exact:
+        return 0.0
+    both: Array = bounds.merged_forward(p.x, p.W, p.A, p.B, p.scale, p.bias)
+    total = _size(p.x) @ (_size(p.W) + abs(p.scale) * (_size(p.B) @ _size(p.A))).T
+    if t.exact and _fits(p.x, [p.scale], total / max(1.0, abs(p.scale))):
+        return 0.0
+    return both
+
+
 def at(bound: Allowed, rows: Any) -> Allowed:
     """Of these rows."""
     return bound if isinstance(bound, float) else np.asarray(bound)[rows]

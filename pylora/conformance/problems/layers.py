@@ -35,7 +35,7 @@ FINE = 2.0**-26  # a step beside which an integer needs more digits than float32
 
 def np_dtype(name: str) -> Any:
     """The NumPy dtype of a name of the protocol; bfloat16 is that of ml_dtypes."""
-    return need("ml_dtypes").bfloat16 if name == "bfloat16" else np.dtype(name)
+    return np.dtype(need("ml_dtypes").bfloat16 if name == "bfloat16" else name)
 
 
 def elements(rng: np.random.Generator, shape: tuple[int, ...], kind: str, dtype: str) -> Array:
@@ -266,8 +266,8 @@ def attention_problems(draw: Any, dtype: str = "float32") -> Problem:
     """A tiny attention: 1 to 4 heads that share 1 or more key heads, 1 to 3 sequences, adapters on
     any of its four projections."""
     kv = draw(pick((1, 2)))
-    heads = kv * draw(pick((1, 2)))
-    D = draw(pick((2, 4, 8)))
+    heads = kv * draw(pick((1, 2, 3)))
+    D = draw(pick((2, 4, 6, 8, 10)))
     hidden = draw(pick((2, 3, 8)))
     lengths = tuple(draw(_LENGTHS))
     r = draw(pick((1, 2, 5)))
@@ -278,12 +278,12 @@ def attention_problems(draw: Any, dtype: str = "float32") -> Problem:
     inp = {"q_proj": hidden, "k_proj": hidden, "v_proj": hidden, "o_proj": heads * D}
 
     def make(rows: int, columns: int) -> Array:
-        return (rng.normal(size=(rows, columns)) / np.sqrt(columns)).astype(dtype)
+        return (rng.normal(size=(rows, columns)) / np.sqrt(columns)).astype(np_dtype(dtype))
 
     m = sum(lengths)
     return Problem(
-        x=rng.normal(size=(m, hidden)).astype(dtype),
-        dy=rng.normal(size=(m, hidden)).astype(dtype),
+        x=rng.normal(size=(m, hidden)).astype(np_dtype(dtype)),
+        dy=rng.normal(size=(m, hidden)).astype(np_dtype(dtype)),
         weights={n: make(out[n], inp[n]) for n in names},
         adapters={
             n: (make(r, inp[n]), make(out[n], r), draw(pick((1.0, 2.0, -0.5, 0.0)))) for n in chosen
