@@ -12,11 +12,15 @@ from pylora.conformance.laws import (
     mixed,
     plan,
     sizes,
+    sizes_attention,
+    sizes_chance,
+    sizes_files,
 )
 from pylora.conformance.laws.law import Law
 from pylora.errors import ConfigError
 
-_FILES = (forward, backward, merge, mixed, dropout, files, plan, attention, sizes)
+SIZES = (sizes, sizes_chance, sizes_attention, sizes_files)
+_FILES = (forward, backward, merge, mixed, dropout, files, plan, attention, *SIZES)
 LAWS: dict[str, Law] = {law.id: law for file in _FILES for law in file.LAWS}
 
 

@@ -169,7 +169,7 @@ def _weights(dtype: str, examples: int) -> Any:
         return p.replaced(**arrays, scale=0.7)
 
     for name in "dk":
-        for size in sizes.walk(examples, sizes.LIMITS[-1]):
+        for size in sizes.walk(examples, sizes.LIMITS[-1], dtype=dtype):
             yield sizes.sized(lambda n, name=name: make(n, name), size)
     yield make(sizes.SQUARE, "d").replaced(**_square(dtype))
 

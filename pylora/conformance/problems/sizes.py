@@ -28,15 +28,18 @@ FEW = 30  # examples below which each dimension is walked at its largest size al
 Make = Callable[[int], Problem]
 
 
-def walk(examples: int, top: int, most: int = LIMITS[-1]) -> list[int]:
+def walk(examples: int, top: int, most: int = LIMITS[-1], dtype: str = "float32") -> list[int]:
     """The sizes of one dimension: around each limit up to `top`, or up to `most` where there is
-    time for it, with the largest first, since what is wrong beyond a limit is wrong there too."""
+    time for it, with the largest first, since what is wrong beyond a limit is wrong there too.
+
+    Dtypes but float32 are walked past each limit only, where there is little time."""
     top = most if examples >= THOROUGH else top
     limits = [n for n in LIMITS if n <= top]
     past = top + top // 2 + 3
     if examples < FEW:
         return [past, limits[-1]]
-    return [past, *(n + i for n in reversed(limits) for i in (1, 0, -1))]
+    beside = (1, 0, -1) if dtype == "float32" or examples >= THOROUGH else (1,)
+    return [past, *(n + i for n in reversed(limits) for i in beside)]
 
 
 def sized(make: Make, size: int) -> Problem:
@@ -102,7 +105,7 @@ def layers(dtype: str, examples: int, top: int = LIMITS[-1]) -> Iterator[Problem
     """Each of m, k, d and r large, and pairs of them that are middling."""
     narrow = np_dtype(dtype).itemsize == 2
     for name in "mkdr":
-        for i, size in enumerate(walk(examples, top)):
+        for i, size in enumerate(walk(examples, top, dtype=dtype)):
 
             def make(n: int, name: str = name, i: int = i, thin: str = "") -> Problem:
                 return layer(dtype, i, thin, **{name: n})
@@ -180,7 +183,7 @@ def mixed(dtype: str, examples: int) -> Iterator[Problem]:
     narrow = np_dtype(dtype).itemsize == 2
     tops = {"rank": 65536, "segments": 65536, "rows": 65536, "k": 65536, "d": 65536}
     for name, top in {**tops, "adapters": 4096, "adapters used": 1024}.items():
-        for size in walk(examples, top):
+        for size in walk(examples, top, dtype=dtype):
             yield sized(_mixed_by(dtype, name, False), size)
             if narrow and name in ("rank", "k"):
                 yield sized(_mixed_by(dtype, name, True), size)
@@ -203,7 +206,7 @@ def stacked(dtype: str, examples: int) -> Iterator[Problem]:
         return several(dtype, [2, 1], np.zeros(3), thin=thinner, **{name: n})
 
     for name, top in {"rank": 65536, "m": 65536, "k": 65536, "d": 65536, "adapters": 4096}.items():
-        for size in walk(examples, top):
+        for size in walk(examples, top, dtype=dtype):
             if not narrow or name != "adapters":
                 yield sized(lambda n, name=name: make(name, n), size)
             if narrow and name in ("rank", "k", "adapters"):
