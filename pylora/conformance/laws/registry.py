@@ -8,6 +8,7 @@ from pylora.conformance.laws import (
     dropout,
     files,
     forward,
+    layouts,
     merge,
     mixed,
     plan,
@@ -15,12 +16,13 @@ from pylora.conformance.laws import (
     sizes_attention,
     sizes_chance,
     sizes_files,
+    widths,
 )
 from pylora.conformance.laws.law import Law
 from pylora.errors import ConfigError
 
 SIZES = (sizes, sizes_chance, sizes_attention, sizes_files)
-_FILES = (forward, backward, merge, mixed, dropout, files, plan, attention, *SIZES)
+_FILES = (forward, backward, merge, mixed, dropout, files, plan, attention, *SIZES, layouts, widths)
 LAWS: dict[str, Law] = {law.id: law for file in _FILES for law in file.LAWS}
 
 
