@@ -8,14 +8,21 @@ from pylora.conformance.laws import (
     dropout,
     files,
     forward,
+    layouts,
     merge,
     mixed,
     plan,
+    sizes,
+    sizes_attention,
+    sizes_chance,
+    sizes_files,
+    widths,
 )
 from pylora.conformance.laws.law import Law
 from pylora.errors import ConfigError
 
-_FILES = (forward, backward, merge, mixed, dropout, files, plan, attention)
+SIZES = (sizes, sizes_chance, sizes_attention, sizes_files)
+_FILES = (forward, backward, merge, mixed, dropout, files, plan, attention, *SIZES, layouts, widths)
 LAWS: dict[str, Law] = {law.id: law for file in _FILES for law in file.LAWS}
 
 
