@@ -27,3 +27,8 @@ class Law:
     check: Callable[[Trial, Problem], None]
     simplify: tuple[str, ...] = ("x", "W", "A", "B", "dy", "bias")  # fields whose elements may be
     # replaced by simpler numbers in a counterexample without leaving what the law is about
+    cost: int = 1  # of one example, in those of an ordinary law: it is tried with so many fewer
+
+    def share_of(self, examples: int) -> int:
+        """How many examples of this law a run of so many is."""
+        return max(1, examples // self.cost)
