@@ -20,7 +20,7 @@ from pylora.conformance.correct.plain import Correct
 from pylora.conformance.running import records
 from pylora.errors import ConfigError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CORRECT = "pylora.conformance.correct.plain:Correct"
 NASTY = "<&\"'>\x1b[31m\x00 ]]> \ud800 line\nbreak ü 😀"
 
