@@ -8,14 +8,16 @@ from pylora.conformance.laws import (
     dropout,
     files,
     forward,
+    initial,
     merge,
     mixed,
     plan,
+    streams,
 )
 from pylora.conformance.laws.law import Law
 from pylora.errors import ConfigError
 
-_FILES = (forward, backward, merge, mixed, dropout, files, plan, attention)
+_FILES = (forward, backward, merge, mixed, dropout, streams, initial, files, plan, attention)
 LAWS: dict[str, Law] = {law.id: law for file in _FILES for law in file.LAWS}
 
 

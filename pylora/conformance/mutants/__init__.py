@@ -22,7 +22,9 @@ from pylora.conformance.mutants import (
     numerics,
     plans,
     precisions,
+    randoms,
     scales,
+    streams,
 )
 from pylora.conformance.mutants.registry import REGISTRY, Mutant
 
@@ -36,7 +38,9 @@ GROUPS = (
     inputs,
     gradients,
     dropouts,
+    streams,
     initial,
+    randoms,
     merging,
     modules,
     batches,
