@@ -23,7 +23,7 @@ SHARES = (0.5, 0.1, 0.25, 0.75, 0.9)  # p, one half first and most often
 SEED_BITS = 64
 TINY = 5  # sixteenths of a step of 1 / 256 and so on that p is: rounded, it would be 0
 LEVELS, DEEP = (8, 10, 12), 16  # bits that p may have been rounded to
-WANTED = 60  # elements of the rarer kind that are expected there
+WANTED = 45  # elements of the rarer kind that are expected there: none at all is an alarm
 USUAL = (0.01, 0.05, 0.2, 0.3, 0.5, 0.7, 0.95)
 PART = (1024, 64)  # the shape of a mask of which only the ones are counted
 
@@ -128,7 +128,9 @@ def levels(deep: bool) -> list[tuple[float, int]]:
     for level in (*LEVELS, *((DEEP,) if deep else ())):
         tiny = TINY * 2.0 ** -(level + 4)
         parts = -(-int(WANTED / tiny) // part)
-        out += [(tiny, parts * part), (1 - tiny, parts * part)]
+        out.append((tiny, parts * part))
+        if level != DEEP:
+            out.append((1 - tiny, parts * part))
     return out
 
 
@@ -212,8 +214,8 @@ LAWS = (
     Law(
         "R3",
         "Elements are dropped with the chance p, also where p or 1 - p is tiny.",
-        "p and 1 - p = 5/16 of 1/256, 1/1024, 1/4096, in every second example 1/65536; and usual "
-        "ones: exact binomials, together 10⁻¹⁵",
+        "p and 1 - p = 5/16 of 1/256, 1/1024, 1/4096, in every second example p = 5/16 of 1/65536; "
+        "and usual ones: exact binomials, together 10⁻¹⁵",
         "p is rounded to a byte or a half, is taken for what is kept, or acts twice",
         ("D-10", "D-2"),
         DROP,

@@ -40,6 +40,8 @@ class _Ops(Reference):
 class Masked(Correct):
     """Correct but for `draws`, or for `kept`."""
 
+    ops: Reference = Reference()  # of the class: what is looked at to see which laws it concerns
+
     def __init__(self) -> None:
         self.ops = _Ops(self)
 
