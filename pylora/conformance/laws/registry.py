@@ -12,12 +12,25 @@ from pylora.conformance.laws import (
     merge,
     mixed,
     plan,
+    planned,
     streams,
 )
 from pylora.conformance.laws.law import Law
 from pylora.errors import ConfigError
 
-_FILES = (forward, backward, merge, mixed, dropout, streams, initial, files, plan, attention)
+_FILES = (
+    forward,
+    backward,
+    merge,
+    mixed,
+    dropout,
+    streams,
+    initial,
+    files,
+    plan,
+    planned,
+    attention,
+)
 LAWS: dict[str, Law] = {law.id: law for file in _FILES for law in file.LAWS}
 
 

@@ -17,6 +17,7 @@ from pylora.conformance.mutants import (
     initial,
     inputs,
     linear,
+    matching,
     merging,
     modules,
     numerics,
@@ -45,6 +46,7 @@ GROUPS = (
     modules,
     batches,
     plans,
+    matching,
     files,
     attention,
 )
