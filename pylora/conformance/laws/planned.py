@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from pylora.conformance.laws.law import Law
 from pylora.conformance.laws.plan import RAISES, compare
 from pylora.conformance.laws.rules import PATTERNS, Planned, Refused, Rules
-from pylora.conformance.problems.trees import trees
+from pylora.conformance.problems.trees import systematic, trees
 from pylora.conformance.testcase import NotTested, Problem, Trial
 
 
@@ -52,7 +53,12 @@ def _agrees(t: Trial, p: Problem) -> None:
 
 
 def _refuses(t: Trial, p: Problem) -> None:
-    """One setting that matches nothing, beside others that do."""
+    """What the rules refuse; and one setting that matches nothing, beside others that do."""
+    try:
+        Rules(p.config, p.modules).plan()
+    except Refused as why:
+        t.must_raise(f"{p.config}: {why}", "plan", p.config, p.modules)
+        return
     p, chosen = settled(p)
     t.plan(p.config, p.modules)  # as it is, it must be accepted
     path = sorted(chosen)[p.seed % len(chosen)]
@@ -83,11 +89,30 @@ def _refuses(t: Trial, p: Problem) -> None:
         {"target_modules": "*q_proj"},
         {"alpha_pattern": {"[": 1}},
     ]
-    change = kinds[p.seed % len(kinds)]
-    config = {**p.config, **change}
-    if isinstance(config["target_modules"], str) and config["target_modules"] != targets:
-        config = {k: v for k, v in config.items() if not k.startswith("layers_")}
-    t.must_raise(f"{change}, which matches nothing, or everything", "plan", config, p.modules)
+    for change in _turned(kinds, p.seed):
+        config = {**p.config, **change}
+        if isinstance(config["target_modules"], str) and config["target_modules"] != targets:
+            config = {k: v for k, v in config.items() if not k.startswith("layers_")}
+        t.must_raise(f"{change}, which matches nothing, or everything", "plan", config, p.modules)
+
+
+def _refused(dtype: str, examples: int) -> list[Problem]:
+    """Of the systematic ones those that the rules refuse."""
+
+    def is_refused(p: Problem) -> bool:
+        try:
+            Rules(p.config, p.modules).plan()
+        except Refused:
+            return True
+        return False
+
+    return [p for p in systematic() if is_refused(p)]
+
+
+def _turned(items: Sequence[Any], seed: int) -> list[Any]:
+    """All of them, beginning with one that the seed chooses."""
+    at = seed % max(len(items), 1)
+    return [*items[at:], *items[:at]]
 
 
 BAD_RANKS: tuple[Any, ...] = (
@@ -101,11 +126,11 @@ BAD_ALPHAS: tuple[Any, ...] = (
 def _numbers(t: Trial, p: Problem) -> None:
     p, chosen = settled(p)
     path = re.escape(sorted(chosen)[0])
-    name = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")[p.seed % 4]
-    bad = BAD_RANKS if name in ("r", "rank_pattern") else BAD_ALPHAS
-    value = bad[p.seed // 4 % len(bad)]
-    change = {name: value} if name in ("r", "lora_alpha") else {name: {path: value}}
-    t.must_raise(f"{name} = {change[name]!r}", "plan", {**p.config, **change}, p.modules)
+    for name in _turned(("r", "lora_alpha", "rank_pattern", "alpha_pattern"), p.seed):
+        for value in BAD_RANKS if name in ("r", "rank_pattern") else BAD_ALPHAS:
+            change = {name: value} if name in ("r", "lora_alpha") else {name: {path: value}}
+            said = f"{name} = {change[name]!r:.60}"
+            t.must_raise(said, "plan", {**p.config, **change}, p.modules)
 
 
 WRONG: tuple[tuple[str, Any], ...] = (
@@ -127,13 +152,13 @@ WRONG: tuple[tuple[str, Any], ...] = (
 
 def _settings(t: Trial, p: Problem) -> None:
     p, _ = settled(p)
-    name, value = WRONG[p.seed % len(WRONG)]
-    config = {**p.config, name: value}
-    if name.startswith("layers_"):
-        if isinstance(config["target_modules"], str):
-            raise NotTested("layers go with names")
-        config.setdefault("layers_to_transform", [1])
-    t.must_raise(f"{name} = {value!r}", "plan", config, p.modules)
+    for name, value in _turned(WRONG, p.seed):
+        config = {**p.config, name: value}
+        if name.startswith("layers_"):
+            if isinstance(config["target_modules"], str):
+                continue  # layers go with names
+            config.setdefault("layers_to_transform", [1])
+        t.must_raise(f"{name} = {value!r}", "plan", config, p.modules)
 
 
 EMPTY: dict[str, tuple[Any, ...]] = {
@@ -188,8 +213,12 @@ def _scales(t: Trial, p: Problem) -> None:
 def _law(
     id: str, sentence: str, maths: str, violation: str, spec: tuple[str, ...], check: Any
 ) -> Law:
-    cost = 1 if check in (_agrees, _refuses) else 2
-    return Law(id, sentence, maths, violation, spec, ("plan",), trees, check, (), cost=cost)
+    cost = {_agrees: 2, _refuses: 10, _numbers: 10, _settings: 10}.get(check, 3)
+    covering = {_agrees: systematic, _refuses: _refused}.get(check)
+    return Law(
+        id, sentence, maths, violation, spec, ("plan",), trees, check, (), cost=cost,
+        covering=covering,
+    )  # fmt: skip
 
 
 LAWS = (

@@ -10,10 +10,20 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 Planned = dict[str, tuple[int, float, float]]
 PATTERNS = ("rank_pattern", "alpha_pattern")
+
+
+@lru_cache(maxsize=10_000)  # re keeps 512, which are too few for the patterns of a run
+def expression(pattern: str) -> re.Pattern[str]:
+    """The compiled pattern; Refused for one that is none."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise Refused(f"{pattern!r} is no regular expression: {error}") from None
 
 
 class Refused(Exception):
@@ -86,23 +96,23 @@ class Rules:
 
     def whole(self, pattern: str, path: str) -> bool:
         """T-2."""
-        return re.fullmatch(pattern, path) is not None
+        return expression(pattern).fullmatch(path) is not None
 
     def layer(self, path: str) -> int | None:
         """T-4: the number behind the first `.<name>.`, or behind a layers_pattern."""
         patterns = self.config.get("layers_pattern")
         if not patterns:
-            found = re.match(r".*?\.[^.]*\.(\d+)\.", path)
+            found = expression(r".*?\.[^.]*\.(\d+)\.").match(path)
             return int(found[1]) if found else None
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            found = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", path)
+            found = expression(rf"(?:^|.*?\.){pattern}\.(\d+)\.").match(path)
             if found:
                 return int(found[1])
         return None
 
     def pattern_matches(self, key: str, path: str) -> bool:
         """T-5: the key matches the whole path or what follows one of its dots."""
-        return re.fullmatch(rf"(?:.*\.)?(?:{key})", path) is not None
+        return expression(rf"(?:.*\.)?(?:{key})").fullmatch(path) is not None
 
     def value(self, name: str, path: str, default: Any) -> Any:
         """T-5: of the first key that matches."""

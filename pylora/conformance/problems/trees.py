@@ -26,7 +26,7 @@ def _layers(numbers: tuple[int, ...], head: str = "model.layers.{}.self_attn") -
 
 TREES: dict[str, list[str]] = {
     "many layers": _paths(_layers((0, 1, 2, 10, 11, 12, 21, 100)), ("q_proj", "v_proj")),
-    "names alike": [*_paths(_layers((0, 1)), LEAVES), "q_proj", "lm_head"],
+    "names alike": [*_paths(_layers((0, 1)), LEAVES), "q_proj"],
     "experts": [
         *_paths(_layers((1, 3), "model.layers.{}.mlp.experts.5"), ("up_proj", "q_proj")),
         *_paths(_layers((1, 3), "model.layers.{}.mlp.experts.1"), ("up_proj", "q_proj")),
@@ -50,6 +50,7 @@ TREES: dict[str, list[str]] = {
     "odd names": [
         "model.my_layers.0.q_proj", "model.my_layers.1.q_proj", "model.layers.0.q_proj",
         "model.layers.1.q_proj", "model.layersX1.q_proj", "model.layers.1.q-proj",
+        "model.layers.2.q_proj.inner",
     ],
 }  # fmt: skip
 KEYS = (
@@ -108,3 +109,44 @@ def trees(draw: Any) -> Problem:
             keys = [filled(draw(pick(KEYS))) for _ in range(draw(st.integers(1, 3)))]
             config[name] = {key: draw(pick(values)) for key in keys}
     return Problem(config=config, modules=modules, seed=draw(st.integers(0, 2**16)))
+
+
+def systematic(dtype: str = "", examples: int = 0) -> list[Problem]:
+    """Of each tree: every form of layers, exclusions, expressions and keys, one at a time, beside
+    settings that do nothing else; what the rules refuse is left to those who ask."""
+    out: list[Problem] = []
+    for paths in TREES.values():
+        modules = {path: (2 + len(path) % 3, 3 + i % 2) for i, path in enumerate(paths)}
+        leaves = list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in paths))
+        numbers = sorted({part for path in paths for part in path.split(".") if part.isdigit()})
+        plain = {"r": 4, "lora_alpha": 10, "target_modules": leaves, "use_rslora": False}
+
+        def filled(text: str, path: str, n: str) -> str:
+            leaf, tail = path.rsplit(".", 1)[-1], ".".join(path.split(".")[-2:])
+            return text.format(path=path, leaf=leaf, tail=tail, n=n)
+
+        changes: list[dict[str, Any]] = []
+        for pattern in LAYERS_PATTERNS:
+            layers = [{"layers_pattern": pattern, "layers_to_transform": [int(n)]} for n in numbers]
+            changes += [*layers, {**layers[-1], "target_modules": [*leaves[:1], paths[0]]}]
+        for i, (n, path) in enumerate(zip(numbers * 9, (paths[0], paths[len(paths) // 2]))):
+            forms = {filled(key, path, n): 9 for key in (*KEYS, "layers.{n}", ".{n}.")}
+            keys = list(forms)
+            for j, (key, other) in enumerate(zip(keys, [*keys[1:], path])):
+                name, second = ("rank_pattern", "alpha_pattern")[:: 1 if (i + j) % 2 else -1]
+                changes.append({name: {key: 9}})
+                changes.append({name: {key: 9, other: 3}, second: {other: 30, key: 7},
+                                "use_rslora": j % 2 == 0})  # fmt: skip
+            changes += [{"target_modules": filled(e, path, n)} for e in EXPRESSIONS]
+            parts = path.split(".")
+            names = [".".join(parts[j:]) for j in range(len(parts))]
+            names += [filled(key, path, n) for key in (".{n}", "{leaf}_2", "x{leaf}")]
+            changes += [{"target_modules": [name]} for name in names]
+            changes += [{"target_modules": [*leaves, path], "exclude_modules": form}
+                        for name in names for form in ([name], name)]  # fmt: skip
+            changes += [{"exclude_modules": form} for form in (
+                rf".*\.{n}\..*", rf".*{parts[-1]}", n, parts[-1], rf"(.*\.)?{n}\..*")]  # fmt: skip
+        changes = list({repr(change): change for change in changes}.values())
+        for change in changes:
+            out.append(Problem(config={**plain, **change}, modules=modules, seed=len(out)))
+    return out
