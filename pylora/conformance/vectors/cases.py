@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from pylora.conformance.vectors.questions import Question
+from pylora.conformance.vectors.questions import write as write_questions
 from pylora.errors import ConfigError, FileFormatError, UnsupportedError
 from pylora.files.bounded import read_json
 from pylora.files.whole import atomic_dir
@@ -84,8 +86,13 @@ def check_output(directory: str | os.PathLike[str]) -> None:
         )
 
 
-def write(directory: str | os.PathLike[str], cases: list[Case]) -> Path:
-    """Writes cases to a new directory, whole or not at all; returns it.
+def write(
+    directory: str | os.PathLike[str],
+    cases: list[Case],
+    questions: Mapping[str, tuple[Mapping[str, Any], list[Question]]] | None = None,
+) -> Path:
+    """Writes cases, and questions by kind with their models, to a new directory, whole or not at
+    all; returns it.
 
     Raises ConfigError where the directory exists and holds files that are not vectors.
     """
@@ -94,6 +101,8 @@ def write(directory: str | os.PathLike[str], cases: list[Case]) -> Path:
     with atomic_dir(target) as beside:
         for case in cases:
             listed.append(_write_case(beside, case))
+        for kind, (models, some) in (questions or {}).items():
+            write_questions(beside, kind, models, some)
         manifest = {
             "format": FORMAT,
             "version": VERSION,

@@ -65,7 +65,32 @@ def differences(kind: str, expect: Mapping[str, Any], answer: Any) -> list[str]:
         return [f"was accepted, but must be refused: {expect['refused']}"]
     if answer.get("refused"):
         return [f"was refused ({_short(answer['refused'])}), but must be accepted"]
+    if kind == "converters":
+        expect, answer = _effect(expect), _effect(answer)
     return list(_compare(expect, answer, "", ROUNDING[kind]))
+
+
+def _effect(adapter: Mapping[str, Any]) -> dict[str, Any]:
+    """An adapter with what its alpha (GGUF) or scale (MLX) does in its B, and 1 in its place: which
+    alpha a converter chooses is its own affair. What is malformed is left as it is."""
+    try:
+        out = json.loads(json.dumps(adapter))
+        settings = out.get("config", {}).get("lora_parameters", {})
+        alpha, scale = out.get("metadata", {}).get("adapter.lora.alpha"), settings.get("scale")
+        for name, rows in out.get("tensors", {}).items():
+            if not name.endswith("lora_b"):
+                continue
+            if alpha is not None:
+                factor = alpha / len(rows[0]) if alpha else 1.0
+                out["tensors"][name] = [[x * factor for x in row] for row in rows]
+            elif scale is not None:
+                out["tensors"][name] = [[x * scale for x in row] for row in rows]
+        for where, key in ((out.get("metadata"), "adapter.lora.alpha"), (settings, "scale")):
+            if where and isinstance(where.get(key), (int, float)):
+                where[key] = 1.0
+    except (TypeError, ValueError, AttributeError, IndexError, KeyError, ZeroDivisionError):
+        return dict(adapter)
+    return out  # type: ignore[no-any-return]
 
 
 def _compare(want: Any, got: Any, where: str, rounding: float) -> list[str]:
