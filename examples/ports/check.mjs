@@ -2,12 +2,14 @@
 //
 //   pylora vectors --out DIR && node examples/ports/check.mjs DIR [OUT]
 //
-// With OUT what was computed is written there, for `pylora vectors --check OUT`.
+// With OUT what was computed is written there, with the answers of plan.mjs, for
+// `pylora vectors --check OUT`.
 import { createHash } from "node:crypto";
 import { mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { OPS } from "./cases.mjs";
 import { mat } from "./lora.mjs";
+import { plan } from "./plan.mjs";
 
 const [directory = "vectors", written] = process.argv.slice(2);
 const ARRAYS = { f32: Float32Array, f64: Float64Array, u8: Uint8Array, u16: Uint16Array };
@@ -53,7 +55,25 @@ for (const entry of manifest.cases) {
     if (bad) failures.push(`${entry.name}/${name}: ${bad} of ${expected.length} are wrong`);
   }
 }
+const asked = JSON.parse(readFileSync(join(directory, "plans.json"), "utf8"));
+const plans = {}; // the answers: what is chosen, or why it is refused
+for (const { name, config, model, expect } of asked.cases) {
+  try {
+    plans[name] = { modules: plan(config, asked.models[model]) };
+  } catch (error) {
+    plans[name] = { refused: error.message };
+  }
+  const { modules, refused } = plans[name], want = expect.modules ?? {};
+  const same = (p) => modules[p] && ["r", "alpha", "scale"].every((n) => modules[p][n] === want[p][n]);
+  const fits = expect.modules && modules && Object.keys(want).every(same)
+    && Object.keys(modules).length === Object.keys(want).length;
+  if (!fits && !(expect.refused && refused)) failures.push(`plans/${name}: is wrong`);
+}
+if (written) {
+  const text = JSON.stringify({ format: "pylora-outputs", version: 1, plans });
+  writeFileSync(join(written, "outputs.json"), text);
+}
 for (const line of failures) console.error(line);
-console.log(`${manifest.cases.length} cases, ${numbers} numbers, ${failures.length} failures; `
+console.log(`${manifest.cases.length} cases, ${asked.cases.length} plans, ${numbers} numbers, ${failures.length} failures; `
   + `the largest error is ${worst.toPrecision(2)} of its bound`);
 process.exitCode = failures.length ? 1 : 0;
