@@ -64,7 +64,8 @@ for (const { name, config, model, expect } of asked.cases) {
     plans[name] = { refused: error.message };
   }
   const { modules, refused } = plans[name], want = expect.modules ?? {};
-  const same = (p) => modules[p] && ["r", "alpha", "scale"].every((n) => modules[p][n] === want[p][n]);
+  const same = (p) =>
+    modules[p] && ["r", "alpha", "scale"].every((n) => modules[p][n] === want[p][n]);
   const fits = expect.modules && modules && Object.keys(want).every(same)
     && Object.keys(modules).length === Object.keys(want).length;
   if (!fits && !(expect.refused && refused)) failures.push(`plans/${name}: is wrong`);
@@ -74,6 +75,7 @@ if (written) {
   writeFileSync(join(written, "outputs.json"), text);
 }
 for (const line of failures) console.error(line);
-console.log(`${manifest.cases.length} cases, ${asked.cases.length} plans, ${numbers} numbers, ${failures.length} failures; `
+const counts = `${manifest.cases.length} cases, ${numbers} numbers, ${asked.cases.length} plans`;
+console.log(`${counts}, ${failures.length} failures; `
   + `the largest error is ${worst.toPrecision(2)} of its bound`);
 process.exitCode = failures.length ? 1 : 0;
