@@ -153,6 +153,8 @@ def questions() -> list[Question]:
            rank_pattern={one: 16, "q_proj": 2})  # fmt: skip
     chosen("rank-pattern-alternatives", "T-5", _at("q v o"), target_modules=[*v, "o_proj"],
            ranks=dict.fromkeys(_at("q o"), 3), rank_pattern={"q_proj|o_proj": 3})  # fmt: skip
+    chosen("rank-pattern-grouped", "T-5", _at("q v"), ranks=dict.fromkeys(_at("v"), 3),
+           target_modules=v, rank_pattern={"v_proj|proj": 3})  # fmt: skip
     chosen("alpha-pattern", "S-2 T-5", _at("q v"), alphas=dict.fromkeys(_at("q"), 5.0),
            target_modules=v, alpha_pattern={"self_attn.q_proj": 5.0})  # fmt: skip
     chosen("both-patterns", "S-2 T-5", _at("q v"), ranks=dict.fromkeys(_at("q"), 4),

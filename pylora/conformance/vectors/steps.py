@@ -29,7 +29,7 @@ def cases() -> list[Case]:
         _adamw("adamw-tiny", AdamW(lr=0.01, step=2), size=1e-7),
         _update(),
         _clip("clip", 0.05),
-        _clip("clip-small", 1.0, size=0.01),
+        _clip("clip-small", 0.02, size=0.01),
         _clip("clip-not", 1e3),
         _clip("clip-zero", 1.0, size=0.0),
         _micro_batches(),
