@@ -3,10 +3,10 @@ golden vectors notice.
 
     python tools/break_ports.py VECTORS [--port js|c] [--sample N] [--seed S] [--survivors]
 
-A break is one change of one place of one file: those of `port_breaks.py`, which people make, and those that the
-operators below make of every line: another number, operator, comparison, index or rounding. A
-broken port that crashes, hangs or does not compile counts as noticed. What survives is printed with
---survivors; which of them compute the same all the same is listed in `port_breaks.py`, with the reason.
+A break is one change of one place of one file: those of port_breaks.py, which people make, and
+those that the operators below make of every line: another number, operator, comparison, index or
+rounding. A broken port that crashes, hangs or does not compile counts as noticed. What survives is
+printed with --survivors; those that compute the same all the same are in port_breaks.py.
 """
 
 from __future__ import annotations
@@ -172,7 +172,14 @@ class C:
         self._compile(self.include / "reference.c", work / "reference.c.o")
 
     def _compile(self, source: Path, target: Path) -> bool:
-        flags = ["-std=c11", "-ffp-contract=off", "-O1", "-w", f"-I{self.include}", f"-I{self.folder}"]
+        flags = [
+            "-std=c11",
+            "-ffp-contract=off",
+            "-O1",
+            "-w",
+            f"-I{self.include}",
+            f"-I{self.folder}",
+        ]
         return _runs(["cc", *flags, "-c", str(source), "-o", str(target)])
 
     def survives(self, b: Break, vectors: Path) -> bool:

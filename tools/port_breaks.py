@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (texts of the ports, as they stand there)
 """The breaks of break_ports.py that people make, and those that compute the same all the same.
 
 Each is (file, text that is there once, text in its place, what was broken). In SAME the texts are

@@ -134,7 +134,10 @@ RULES: dict[str, tuple[Rule, ...]] = {
     ),
     "demo": (),
     "vectors": (
-        *(Needs(o, "port", "it is a report about a port") for o in ("as_json", "badge", "markdown")),
+        *(
+            Needs(o, "port", "it is a report about a port")
+            for o in ("as_json", "badge", "markdown")
+        ),
         OneOf(("out", "port"), "a folder to write vectors to, or what a port computed"),
     ),
     "conformance": (

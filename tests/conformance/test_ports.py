@@ -16,7 +16,8 @@ import pytest
 from core import core_lib
 
 from pylora.conformance.vectors import cases as vectors
-from pylora.conformance.vectors.all import all_cases
+from pylora.conformance.vectors.all import all_cases, all_questions
+from pylora.conformance.vectors.score import ABSENT, FAILED, PASSED, Score, score
 
 # pylora.h, the port's own two, and the standard library of C11.
 C_HEADERS = {'"pylora.h"', '"port.h"', '"vectors.h"'} | {
@@ -27,7 +28,8 @@ PORTS = Path(__file__).resolve().parents[2] / "examples" / "ports"
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return vectors.write(tmp_path_factory.mktemp("vectors") / "v1", all_cases())
+    where = tmp_path_factory.mktemp("vectors") / "v1"
+    return vectors.write(where, all_cases(), all_questions())
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,8 @@ def spoilt(written: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
             if "bound" in entry:
                 (bound,) = struct.unpack_from("<d", (copy / entry["bound"]["file"]).read_bytes())
                 (value,) = struct.unpack_from("<d", data)
-                struct.pack_into("<d", data, 0, value + 2 * bound + 1e-300)
+                beyond = value + 2 * bound + 1e-300
+                struct.pack_into("<d", data, 0, beyond if beyond > value else value * 2)
             else:
                 data[0] ^= 1
             file.write_bytes(data)
@@ -78,10 +81,44 @@ def test_javascript_passes_every_vector(node: str, written: Path) -> None:
     assert " 0 failures" in result.stdout
 
 
+def scored(outputs: Path) -> Score:
+    return score(outputs, all_cases(), all_questions())
+
+
+def test_javascript_writes_what_is_checked(node: str, written: Path, tmp_path: Path) -> None:
+    """Every case as files, and the answers about plans; nothing about files and converters."""
+    assert run([node, str(PORTS / "check.mjs"), str(written), str(tmp_path)]).returncode == 0
+    found = scored(tmp_path)
+    assert not found.of(FAILED) and not found.foreign
+    asked = {item.name.split("/")[0] for item in found.of(ABSENT)}
+    assert asked == {"files", "converters"}
+    assert sum(item.name.startswith("plans/") for item in found.of(PASSED)) > 50
+    assert found.states()["T-4"] == found.states()["M-8"] == "passed"
+
+
 def test_javascript_notices_a_wrong_number(node: str, spoilt: tuple[Path, list[str]]) -> None:
     result = run([node, str(PORTS / "check.mjs"), str(spoilt[0])])
     assert result.returncode == 1
     assert sorted(result.stderr.splitlines()) == sorted(spoilt[1])
+
+
+def test_javascript_notices_a_wrong_answer(node: str, written: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "v1"
+    shutil.copytree(written, copy)
+    plans = json.loads((copy / "plans.json").read_text())
+    for case in plans["cases"]:
+        if case["name"] == "list":
+            case["expect"]["modules"].popitem()
+        if case["name"] == "rslora":
+            case["expect"]["modules"]["model.layers.3.self_attn.q_proj"]["scale"] = 2
+        if case["name"] == "regex-part":
+            case["expect"] = {"modules": {}}
+        if case["name"] == "regex":
+            case["expect"] = {"refused": "no"}
+    (copy / "plans.json").write_text(json.dumps(plans))
+    result = run([node, str(PORTS / "check.mjs"), str(copy)])
+    wrong = ("list", "regex", "regex-part", "rslora")
+    assert sorted(result.stderr.splitlines()) == [f"plans/{name}: is wrong" for name in wrong]
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +143,16 @@ def test_c_passes_every_vector(build: Path, written: Path) -> None:
     outputs = [out for case in cases for out in case["outputs"].values()]
     numbers = sum(math.prod(out["shape"]) for out in outputs)
     assert result.stdout.startswith(f"{len(cases)} cases, {numbers} numbers, 0 failures;")
+
+
+def test_c_writes_what_is_checked(build: Path, written: Path, tmp_path: Path) -> None:
+    """All cases in one JSON file."""
+    outputs = tmp_path / "outputs.json"
+    assert run([str(build), str(written), str(outputs)]).returncode == 0
+    found = scored(outputs)
+    assert not found.of(FAILED) and not found.foreign
+    asked = {item.name.split("/")[0] for item in found.of(ABSENT)}
+    assert asked == {"plans", "files", "converters"}
 
 
 def test_c_notices_a_wrong_number(build: Path, spoilt: tuple[Path, list[str]]) -> None:

@@ -72,7 +72,9 @@ def questions() -> list[Question]:
     return [*_accepted(), *_damaged(), *_misfits(), *_settings()]
 
 
-def _question(name: str, spec: str, expect: Mapping[str, Any], files: Mapping[str, Any]) -> Question:
+def _question(
+    name: str, spec: str, expect: Mapping[str, Any], files: Mapping[str, Any]
+) -> Question:
     given = {"model": "small", "folder": f"files/{name}"}
     return Question(name, tuple(spec.split()), given, expect, files)
 
@@ -115,7 +117,9 @@ def _accepted() -> list[Question]:
         accepted(f"values-of-{_CODES[dtype]}", "K-8 K-5", tensors)
     accepted("mixed-dtypes", "K-8", [_pair("F16")[0], _pair("BF16")[1]])
     accepted("other-order", "K-2", pair[::-1])
-    accepted("header-padded", "K-2", pair, weights=_file(json.dumps(header).encode() + b"   ", data))
+    accepted(
+        "header-padded", "K-2", pair, weights=_file(json.dumps(header).encode() + b"   ", data)
+    )
     meta = {"__metadata__": {"format": "pt", "note": "größer"}} | header
     accepted("metadata", "K-2", pair, weights=_file(meta, data))
     escaped = json.dumps(header).replace("lora_A", "lora\\u005fA").encode()
@@ -163,7 +167,9 @@ def _damaged() -> list[Question]:
     refused("data-cut-off", "the last tensor ends early", good[:-4])
     refused("one-byte-less", "the last tensor ends early", good[:-1])
     refused("one-byte-more", "a byte belongs to no tensor", good + b"\0")
-    refused("header-too-long", "the header is longer than the file", b"\xff" * 7 + b"\x7f" + good[8:])
+    refused(
+        "header-too-long", "the header is longer than the file", b"\xff" * 7 + b"\x7f" + good[8:]
+    )
     refused("header-empty", "no JSON", _file(b"", data))
     refused("header-no-json", "no JSON", _file(b"{" + json.dumps(header).encode(), data))
     refused("header-a-list", "no object", _file([header], data))
@@ -225,8 +231,9 @@ def _misfits() -> list[Question]:
     refused("reshaped", "A is [4, 2]: as many numbers, another shape",
             [(_A, "F32", A.reshape(4, 2)), b])  # fmt: skip
     refused("one-dimension-more", "A is [1, 2, 4]", [(_A, "F32", A[None]), b])
-    refused("embedding-names", "the module is linear",
-            [(f"{_HEAD}.lora_embedding_A", "F32", A), (f"{_HEAD}.lora_embedding_B", "F32", B)])  # fmt: skip
+    names = [f"{_HEAD}.lora_embedding_{part}" for part in "AB"]
+    embedding = [(names[0], "F32", A), (names[1], "F32", B)]
+    refused("embedding-names", "the module is linear", embedding)
     refused("bias-missing", "lora_B.bias is missing", [a, b], lora_bias=True)
     refused("bias-not-said", "lora_bias is false",
             [a, b, (f"{_HEAD}.lora_B.bias", "F32", B[:, 0])])  # fmt: skip

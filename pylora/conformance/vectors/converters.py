@@ -8,7 +8,6 @@ its own form, as rows of its last dimension: GGUF's `ne` is the reverse of that.
 
 from __future__ import annotations
 
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +28,7 @@ _BLOCK = {
 }
 _TOP = {"model.embed_tokens": "token_embd", "lm_head": "output"}
 _BASE = {"architecture": "llama", "heads": 2, "kv_heads": 1, "head_dim": 4, "layers": 2}
-# d and k of each module of a model with hidden size 6, 10 inner units, 2 heads of 4 and one key head
+# d and k of each module: hidden size 6, 10 inner units, 2 heads of 4 and one key head
 _SIZES = {"q": (8, 6), "k": (4, 6), "v": (4, 6), "o": (6, 8)}
 _SIZES |= {"gate": (10, 6), "up": (10, 6), "down": (6, 10)}
 
@@ -68,7 +67,10 @@ def _adapter(name: str, modules: Mapping[str, tuple[int, float]], layer: int = 1
     out: Adapter = {}
     for module, (r, scale) in modules.items():
         d, k = {"lm_head": (7, 6), "model.embed_tokens": (6, 7)}.get(module) or _SIZES[module]
-        A, B = draw(f"convert/{name}/{module}/A", (r, k)), draw(f"convert/{name}/{module}/B", (d, r))
+        A, B = (
+            draw(f"convert/{name}/{module}/A", (r, k)),
+            draw(f"convert/{name}/{module}/B", (d, r)),
+        )
         out[_path(module, layer)] = A, B, scale
     return out
 
@@ -88,7 +90,7 @@ def peft(adapter: Adapter, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def gguf(adapter: Adapter, alpha: float, architecture: str = "llama") -> dict[str, Any]:
-    """Tensors of a GGUF adapter with this alpha: B is multiplied where alpha / r is not the scale."""
+    """Tensors of a GGUF adapter of this alpha: B is multiplied where alpha / r is not the scale."""
     tensors: dict[str, Array] = {}
     for path, (A, B, scale) in adapter.items():
         r, name = len(A), gguf_name(path)
@@ -124,7 +126,9 @@ def questions() -> list[Question]:
         spec = ("S-1", "S-2", "S-3", "K-2") if "peft" in (source, target) else ("S-3",)
         out.append(Question(name, spec, asked, expect))
 
-    def both(name: str, adapter: Adapter, config: Mapping[str, Any], alpha: float, **base: Any) -> None:
+    def both(
+        name: str, adapter: Adapter, config: Mapping[str, Any], alpha: float, **base: Any
+    ) -> None:
         """PEFT to GGUF and back, where no scale has to be folded into B."""
         files = peft(adapter, config), gguf(adapter, alpha, base.get("architecture", "llama"))
         put(f"{name}-to-gguf", "peft", "gguf", *files, **base)
@@ -151,7 +155,13 @@ def questions() -> list[Question]:
     config = {"r": 4, "lora_alpha": 8, "use_rslora": True, "rank_pattern": {"k_proj": 9}}
     put("rslora-ranks-to-gguf", "peft", "gguf", peft(mixed, config), gguf(mixed, 16.0))
     zero = _adapter("zero", {"v": (2, 1.0)})
-    put("alpha-zero-from-gguf", "gguf", "peft", gguf(zero, 0.0), peft(zero, {"r": 2, "lora_alpha": 2}))
+    put(
+        "alpha-zero-from-gguf",
+        "gguf",
+        "peft",
+        gguf(zero, 0.0),
+        peft(zero, {"r": 2, "lora_alpha": 2}),
+    )
 
     both_ways = peft(each, plain), mlx(each)
     put("every-projection-to-mlx", "peft", "mlx", *both_ways)
@@ -184,6 +194,7 @@ def _loralib() -> list[Question]:
     }
     merged = {"parts": ["q_proj", "k_proj", "v_proj"], "enabled": [True, False, True]}
     given = {"from": "loralib", "to": "peft", "base": base | merged, "tensors": _rows(tensors)}
-    return [*out, Question("merged-linear-from-loralib", ("S-1", "K-2"), given, peft(parts, config))]
-
-
+    return [
+        *out,
+        Question("merged-linear-from-loralib", ("S-1", "K-2"), given, peft(parts, config)),
+    ]

@@ -146,8 +146,8 @@ def _gradients(case: Case, x: Array, dy: Array, loras: list[LoRA], rows: list[Ar
 
 
 def _sixteen(dtype: str) -> Case:
-    """Everything is stored in 16 bits (as bit patterns), and sums are long and of one sign: one that
-    is accumulated in 16 bits stops growing (N-2). Results and what is between may be stored so."""
+    """Everything is stored in 16 bits (as bit patterns), and sums are long and of one sign: what is
+    accumulated in 16 bits stops growing (N-2). Results and what is between may be stored so."""
     name, m, d, k, r, scale = f"lora-{dtype}", 2, 3, 700, 2, 0.5
     params = {"r": r, "alpha": scale * r, "use_rslora": False, "scale": scale, "dtype": dtype}
     case = Case(name, "lora16", ("N-2", "F-1", "K-8"), params)

@@ -116,7 +116,7 @@ def _ranks() -> Case:
 
 
 def _scale() -> Case:
-    """s is float32(0.1): weights that show whether it was rounded first (s alone, s × 3, s × 2²³)."""
+    """s = 0.1, which is another number in float32."""
     name, d, k = "merge-scale", 4, 24
     W = draw(f"{name}/W", (d, k), 2.0**-12)
     return _case(name, "f32", W, draw(f"{name}/A", (2, k)), draw(f"{name}/B", (d, 2)), 0.1)

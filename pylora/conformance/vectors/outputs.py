@@ -2,14 +2,14 @@
 
 A port writes a folder, or one file:
 
-    <folder>/<case>/<output>.bin   raw, little-endian, row-major: float32 or float64 where the output
-                                   has a bound (the size says which), else the manifest's dtype
+    <folder>/<case>/<output>.bin   raw, little-endian, row-major: float32 or float64 where there is
+                                   a bound (the size says which), else the manifest's dtype
     <folder>/outputs.json          or the one file: {"format": "pylora-outputs", "version": 1,
                                    "cases": {case: {output: [numbers]}},
                                    "plans": {case: answer}, "files": ..., "converters": ...}
 
-A number that JSON lacks is "nan", "inf" or "-inf". Lists may be nested in rows. Anything else in the
-folder is named as foreign.
+A number that JSON lacks is "nan", "inf" or "-inf". Lists may be nested in rows. Anything else in
+the folder is named as foreign.
 """
 
 from __future__ import annotations
@@ -102,7 +102,9 @@ def read(source: Any, want: Array, bounded: bool) -> Array:
     """The numbers of one output, flat: float64 where it has a bound, else in the dtype of `want`.
 
     ValueError, in words, where they are not as many or of another kind."""
-    return _file(source, want, bounded) if isinstance(source, Path) else _list(source, want, bounded)
+    return (
+        _file(source, want, bounded) if isinstance(source, Path) else _list(source, want, bounded)
+    )
 
 
 def _file(file: Path, want: Array, bounded: bool) -> Array:
@@ -153,5 +155,3 @@ def _flatten(value: Any, into: list[Any], most: int) -> None:
             raise ValueError("is nested more deeply than any array")
         else:
             stack.extend((x, depth + 1) for x in reversed(item))
-
-

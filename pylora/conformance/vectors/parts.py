@@ -101,7 +101,9 @@ def _tables() -> list[Case]:
         off = bounds.gamma(4, np.float64) * position[:, None]
         for key, value in zip(("cos", "sin"), angles(D, position, theta)):
             limit = bounds.gamma(1) * np.abs(value) + off + bounds.gamma(4, np.float64)
-            case.expect(key, value, limit, "one rounding to float32; gamma_4 of the angle in float64")
+            case.expect(
+                key, value, limit, "one rounding to float32; gamma_4 of the angle in float64"
+            )
         out.append(case)
     return out
 

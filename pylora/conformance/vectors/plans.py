@@ -91,7 +91,9 @@ def questions() -> list[Question]:
     refused("list-no-regex", "T-1 T-6", "a list holds names", target_modules=[".*q_proj"])
     refused("list-dot-is-a-dot", "T-1 T-6", "'.' is no wildcard here", target_modules=["q.proj"])
     refused("list-case", "T-1 T-6", "case counts", target_modules=["Q_PROJ"])
-    refused("list-one-unknown", "T-6", "'w_proj' matches nothing", target_modules=["q_proj", "w_proj"])
+    refused(
+        "list-one-unknown", "T-6", "'w_proj' matches nothing", target_modules=["q_proj", "w_proj"]
+    )
     refused("list-empty", "T-6", "nothing is chosen", target_modules=[])
     refused("list-null", "T-6", "nothing is chosen", target_modules=None)
     refused("list-norm", "T-7", "a norm cannot take LoRA", target_modules=["input_layernorm"])

@@ -97,7 +97,9 @@ def _micro_batches() -> Case:
     """One step in parts of different lengths, one of them without a label: the mean is over all
     counted labels of the step."""
     parts, labels = [1, 4, 2, 3], np.array([5, 2, IGNORE, 0, 1, IGNORE, IGNORE, 3, 6, IGNORE])
-    case = Case("micro-batches", "micro_batches", ("O-1", "O-2"), {"parts": parts, "ignore": IGNORE})
+    case = Case(
+        "micro-batches", "micro_batches", ("O-1", "O-2"), {"parts": parts, "ignore": IGNORE}
+    )
     case.inputs |= {"logits": draw("micro/logits", (10, 7), 2.0), "labels": labels.astype(np.int64)}
     logits, weight = wide(case.inputs["logits"]), np.full(10, 1 / (labels != IGNORE).sum())
     nll, lse = _ref.cross_entropy_forward(logits, labels)

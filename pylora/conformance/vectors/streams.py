@@ -7,7 +7,6 @@ p as float64 and p as float32, and one whose word is the limit itself.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
@@ -94,7 +93,10 @@ def _initial() -> list[Case]:
 
         zeros = np.zeros((d, r), np.float32)
         if kind == "embedding":
-            A, B = np.zeros((r, k), np.float32), random.normal((d, r), 1.0, seed=7, stream=stream("B"))
+            A, B = (
+                np.zeros((r, k), np.float32),
+                random.normal((d, r), 1.0, seed=7, stream=stream("B")),
+            )
             if method == "false":
                 A = random.normal((r, k), 1.0, seed=7, stream=stream())
         elif method == "gaussian":
