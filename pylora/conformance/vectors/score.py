@@ -64,14 +64,14 @@ class Score:
         return _state({s: len(self.of(s)) for s in (PASSED, FAILED, ABSENT)})
 
     def message(self) -> str:
-        """The badge's text: "84 statements passed", "2 of 84 statements failed"."""
+        """The badge's text: "all 70 statements passed", "2 of 84 statements failed"."""
         states = list(self.states().values())
         n, failed = len(states), states.count(FAILED)
         if failed:
             return f"{failed} of {n} statements failed"
         whole, part = states.count(PASSED), states.count(PART)
         if whole == n:
-            return f"{n} statements passed"
+            return f"all {n} statements passed"
         return f"{whole} of {n} statements passed" + (f", {part} in part" if part else "")
 
     def badge(self) -> dict[str, Any]:
