@@ -95,6 +95,7 @@ def _edges(dtype: str) -> Case:
         (3, [2.0**30, -(2.0**30), 0.5]),
     ]
     columns += [(-w, [-a for a in addends]) for w, addends in columns]
+    columns += [(np.inf, [1.0]), (-np.inf, [1.0])]  # stays, and is not in the residue
     columns += [(0.0, [0.0]), (-0.0, [0.0]), (-0.0, [-0.0]), (0.0, [-0.0]), (-0.0, [low])]
     return _column_case(f"merge-edges-{dtype}", dtype, columns)
 

@@ -42,6 +42,7 @@ def _at(names: str, layers: Iterable[int] = range(LAYERS)) -> list[str]:
     return [f"model.layers.{i}.{wing[n]}.{n}_proj" for i in layers for n in wing]
 
 
+_LEFT_OUT: Any = object()
 ALL = _at("q k v o gate up down")
 _NESTED = [f"model.layers.{i}.experts.{e}.down_proj" for i in range(3) for e in range(2)]
 
@@ -52,6 +53,7 @@ def questions() -> list[Question]:
 
     def put(name: str, spec: str, settings: Mapping[str, Any], expect: Any, model: str) -> None:
         config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16} | settings
+        config = {key: value for key, value in config.items() if value is not _LEFT_OUT}
         given = {"model": model, "config": config}
         out.append(Question(name, tuple(spec.split()), given, expect))
 
@@ -135,6 +137,10 @@ def questions() -> list[Question]:
            layers_to_transform=[1])  # fmt: skip
     chosen("layers-number-of-pattern", "T-4", _NESTED[1::2], "nested", layers_to_transform=[1],
            target_modules=["down_proj"], layers_pattern=["experts"])  # fmt: skip
+    chosen("layers-none-in-path", "T-4", _at("q", (2,)), layers_to_transform=[2],
+           target_modules=["q_proj", "embed_tokens"])  # fmt: skip
+    chosen("layers-pattern-none-in-path", "T-4", _at("q", (2,)), layers_to_transform=[2],
+           layers_pattern=["layers"], target_modules=["q_proj", "embed_tokens"])  # fmt: skip
     refused("layers-beyond", "T-4 T-6", "there is no layer 12", target_modules=q,
             layers_to_transform=[0, 12])  # fmt: skip
     refused("layers-of-regex", "T-4", "a regular expression names layers itself",
@@ -166,6 +172,9 @@ def questions() -> list[Question]:
     chosen("rslora-rank-pattern", "S-1 S-2", _at("q v"), ranks=dict.fromkeys(_at("v"), 64),
            target_modules=v, use_rslora=True, rank_pattern={"v_proj": 64})  # fmt: skip
     chosen("alpha-fraction", "S-1", _at("q"), target_modules=q, r=3, lora_alpha=0.7)
+    eights = dict.fromkeys(_at("q"), 8)
+    chosen("left-out", "S-1 K-1", _at("q"), target_modules=q, r=_LEFT_OUT, lora_alpha=_LEFT_OUT,
+           ranks=eights, alphas=eights)  # fmt: skip
     chosen("rank-1", "S-1", _at("q"), target_modules=q, r=1, lora_alpha=1)
     refused("rank-pattern-part", "T-5 T-6", "'proj' is not what follows a dot", target_modules=q,
             rank_pattern={"proj": 4})  # fmt: skip
@@ -182,5 +191,11 @@ def questions() -> list[Question]:
     refused("alpha-text", "S-1", "alpha is a number", target_modules=q, lora_alpha="16")
     refused("unknown-setting", "K-6", "nobody knows what it changes", target_modules=q,
             scale_by_depth=2)  # fmt: skip
+    refused("unknown-setting-true", "K-6", "nobody knows what it changes", target_modules=q,
+            use_depth=True)  # fmt: skip
+    refused("unknown-setting-list", "K-6", "nobody knows what it changes", target_modules=q,
+            depths=[1])  # fmt: skip
+    chosen("unknown-setting-false", "K-6", _at("q"), target_modules=q, use_depth=False, depth=0,
+           depths=[], by_depth={}, depth_name="")  # fmt: skip
     chosen("unknown-setting-empty", "K-6", _at("q"), target_modules=q, scale_by_depth=None)
     return out

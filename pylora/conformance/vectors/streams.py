@@ -66,6 +66,9 @@ def _quantile() -> Case:
     u += [0.0511029157054531, 0.04366078141355437, 0.053065246287049575, 0.06808675408622455]
     u += [1.7046967485226148e-12, 1.6567747847324757e-14, 9.102885188460357e-14]
     u += [1.1485822083933895e-15, 2.6837781992731218e-15, 1.0610854075880946e-11]
+    # Where the last terms of the logarithm's series, and the border of its reduction, show.
+    u += [0.0006921981528605538, 1.0516270906195725e-08, 0.0027538770777765617]
+    u += [5.394796840600006e-06, 0.04419417824357661]
     for edge in edges:
         step = np.spacing(edge)
         u += [edge - 2 * step, edge - step, edge, edge + step, edge + 2 * step]
@@ -124,6 +127,8 @@ def _dropout() -> list[Case]:
         ("dropout-most", 1 - 2.0**-24, 0, ("D-2", "D-7")),
         ("dropout-float32", 0.3, 21241594, ("D-7",)),  # element 7 of row 21241595 tells
         ("dropout-limit", word / 2.0**32, 24, ("D-7",)),
+        ("dropout-factor", 0.15, 0, ("D-2", "D-7")),  # 1 - p is rounded to float32, too
+        ("dropout-floor", 2058505.5 / 2.0**32, 151, ("D-7",)),  # element 7 of row 151 has 2058505
         ("dropout-far", 0.5, 2**33, ("D-7", "D-8")),
     ):
         drop = Drop(p, 11, random.stream("dropout", PATH, "1"), row0)
