@@ -227,6 +227,44 @@ def olmoe(draw: Any) -> dict[str, Any]:
     return draw(sizes(experts=True)) | own | {"norm_topk_prob": draw(st.booleans())}
 
 
+@st.composite
+def cohere(draw: Any) -> dict[str, Any]:
+    own = {"logit_scale": draw(st.sampled_from((0.25, 3.0))), "use_qk_norm": False}
+    return layered(draw(sizes())) | own | {"attention_bias": draw(st.booleans())}
+
+
+def layered(c: dict[str, Any], name: str = "layer_norm_eps") -> dict[str, Any]:
+    """The same sizes with LayerNorm's name of what is added to the variance."""
+    return {k: v for k, v in c.items() if k != "rms_norm_eps"} | {name: c["rms_norm_eps"]}
+
+
+@st.composite
+def stablelm(draw: Any) -> dict[str, Any]:
+    return layered(draw(sizes())) | {
+        "use_qkv_bias": draw(st.booleans()),
+        "use_parallel_residual": draw(st.booleans()),
+        "partial_rotary_factor": draw(st.sampled_from((0.5, 1.0))),
+    }
+
+
+@st.composite
+def starcoder2(draw: Any) -> dict[str, Any]:
+    own = {"use_bias": draw(st.booleans()), "sliding_window": draw(st.sampled_from((None, 4)))}
+    return layered(draw(sizes()), "norm_epsilon") | own
+
+
+@st.composite
+def gpt_neox(draw: Any) -> dict[str, Any]:
+    c = layered(draw(sizes())) | {"use_parallel_residual": draw(st.booleans())}
+    del c["num_key_value_heads"]
+    return c | {"rotary_pct": draw(st.sampled_from((0.25, 0.5, 1.0)))}
+
+
+@st.composite
+def exaone4(draw: Any) -> dict[str, Any]:
+    return draw(windowed(("layer_types",))) | {"rope_parameters": draw(scalings())}
+
+
 # By model_type: transformers' class of configurations, and the strategy.
 FAMILIES: dict[str, tuple[str, st.SearchStrategy[dict[str, Any]]]] = {
     "llama": ("LlamaConfig", llama()),
@@ -245,6 +283,11 @@ FAMILIES: dict[str, tuple[str, st.SearchStrategy[dict[str, Any]]]] = {
     "mixtral": ("MixtralConfig", mixtral()),
     "qwen3_moe": ("Qwen3MoeConfig", qwen3_moe()),
     "olmoe": ("OlmoeConfig", olmoe()),
+    "cohere": ("CohereConfig", cohere()),
+    "stablelm": ("StableLmConfig", stablelm()),
+    "starcoder2": ("Starcoder2Config", starcoder2()),
+    "gpt_neox": ("GPTNeoXConfig", gpt_neox()),
+    "exaone4": ("Exaone4Config", exaone4()),
 }
 
 
