@@ -341,7 +341,20 @@ class Theirs:
     prompt: int
 
 
-def run_theirs(kind: str, settings: dict[str, Any], folder: Path, targets: list[str]) -> Theirs:
+def whole_path(path: str) -> str:
+    """A module's path, or that of the parameter of experts whose adapter PEFT keeps there."""
+    if path.endswith(".experts.base_layer"):
+        return path.removesuffix(".base_layer") + ".gate_up_proj"
+    return f"{path}.down_proj" if path.endswith(".experts") else path
+
+
+def run_theirs(
+    kind: str,
+    settings: dict[str, Any],
+    folder: Path,
+    targets: list[str],
+    parameters: list[str] | None = None,
+) -> Theirs:
     """Saves the model and a random adapter, and computes with both."""
     import peft
     import torch
@@ -354,7 +367,7 @@ def run_theirs(kind: str, settings: dict[str, Any], folder: Path, targets: list[
         base = model(rows, use_cache=False).logits[0].numpy()
     lora = peft.LoraConfig(
         r=3, lora_alpha=5, target_modules=targets or linear_names(model), init_lora_weights=False,
-        fan_in_fan_out=kind == "gpt2",
+        fan_in_fan_out=kind == "gpt2", target_parameters=parameters,
     )  # fmt: skip
     torch.manual_seed(5)
     adapted = peft.get_peft_model(model, lora)
@@ -365,7 +378,7 @@ def run_theirs(kind: str, settings: dict[str, Any], folder: Path, targets: list[
     for name, p in adapted.named_parameters():
         if p.grad is not None and ".lora_" in name:
             path, _, field = name.removeprefix("base_model.model.").partition(".lora_")
-            grads[path, field[0]] = p.grad.numpy().copy()
+            grads[whole_path(path), field[0]] = p.grad.numpy().copy()
     prompt, cache, steps = 7, None, []
     with torch.no_grad():
         for a, b in [(0, prompt), *((i, i + 1) for i in range(prompt, ids.size))]:
