@@ -30,7 +30,7 @@ extern "C" {
 #endif
 
 #define PYLORA_VERSION "0.1.0"
-#define PYLORA_ABI_VERSION 3
+#define PYLORA_ABI_VERSION 4
 
 typedef enum pylora_status {
   PYLORA_OK = 0,
