@@ -45,9 +45,9 @@ converts. Letters: m tokens, k inputs, d outputs, r rank; a size may be 0 but fo
                      scale)} of some of them; shape: AttentionShape
     attention_backward(dy, x, weights, adapters, shape) -> (dx, {name: (dA, dB)})
     decoder(weights, shape) -> object      shape.lengths is (); weights and shape as in attention
-        .extend(x [m,hidden], runs, adapters) -> y       runs: [(sequence, rows), ...] says whose new
-                     rows lie one behind the other in x; a sequence is an int, new or continued; a
-                     run may have 0 rows. adapters: one {name: (A, B, scale)} for each run
+        .extend(x [m,hidden], runs, adapters) -> y       runs: [(sequence, rows), ...] says whose
+                     new rows lie one behind the other in x; a sequence is an int, new or continued;
+                     a run may have 0 rows. adapters: one {name: (A, B, scale)} for each run
         .drop(sequence), .truncate(sequence, length)     optional: forgets all, all but the first
     block(x, weights, adapters, shape, eps) -> y             spec A-1; weights also has gate_proj,
                      up_proj, down_proj, norm1 [hidden] and norm2, adapters any of the seven

@@ -29,7 +29,7 @@ class Adapted(Base):
         grads = [(np.zeros_like(A), np.zeros_like(B)) for A, B, _ in adapters]
         packed = self.pack(W)
         for i, mine in by_adapter(rows, len(adapters)).items():
-            lora = None if i < 0 else self.lora(adapters[i])
+            lora = None if i < 0 else self.as_lora(adapters[i])
             g, inp = self.widen(dy[mine]), self.widen(x[mine])
             part, dA, dB = self._gradients(g, inp, packed, lora)
             dx[mine] = part.astype(x.dtype)
@@ -48,7 +48,7 @@ class Adapted(Base):
         """s (x Aᵀ Bᵀ + bias_B), wide."""
         A, B, more, scale = triple
         zeros = np.zeros((B.shape[0], A.shape[1]), x.dtype)
-        y, _ = self.ops.lora_forward(x, self.pack(zeros), None, self.lora((A, B, scale)))
+        y, _ = self.ops.lora_forward(x, self.pack(zeros), None, self.as_lora((A, B, scale)))
         y = np.asarray(y)
         return y if more is None else y + y.dtype.type(scale) * self.widen(more)
 
@@ -63,7 +63,7 @@ class Adapted(Base):
         bias: Array | None = None,
     ) -> Array:
         own = self._bias(bias, [(A, B, bias_B, scale)])
-        y, _ = self.ops.lora_forward(self.widen(x), self.pack(W), own, self.lora((A, B, scale)))
+        y, _ = self.ops.lora_forward(self.widen(x), self.pack(W), own, self.as_lora((A, B, scale)))
         return np.asarray(y).astype(x.dtype)
 
     def _bias(self, bias: Array | None, adapters: Sequence[WithBias]) -> Array | None:
@@ -80,7 +80,7 @@ class Adapted(Base):
         self, dy: Array, x: Array, W: Array, A: Array, B: Array, bias_B: Array, scale: float
     ) -> tuple[Array, ...]:
         g, inp, packed = self.widen(dy), self.widen(x), self.pack(W)
-        dx, dA, dB = self._gradients(g, inp, packed, self.lora((A, B, scale)))
+        dx, dA, dB = self._gradients(g, inp, packed, self.as_lora((A, B, scale)))
         db = g.dtype.type(scale) * g.sum(axis=0)
         return tuple(np.asarray(a).astype(x.dtype) for a in (dx, dA, dB, db))
 
@@ -103,7 +103,7 @@ class Adapted(Base):
         packed = self.pack(W)
         for i, mine in by_adapter(rows, len(adapters)).items():
             own = [] if i < 0 else [adapters[i]]
-            lora = self.lora((own[0][0], own[0][1], own[0][3])) if own else None
+            lora = self.as_lora((own[0][0], own[0][1], own[0][3])) if own else None
             part, _ = self.ops.lora_forward(
                 self.widen(x[mine]), packed, self._bias(bias, own), lora
             )
@@ -124,7 +124,7 @@ class Adapted(Base):
 
     def embedding_forward(self, ids: Array, W: Array, A: Array, B: Array, scale: float) -> Array:
         """W[ids] + s A[:, ids]ᵀ Bᵀ; where A or B is all zeros W[ids] alone."""
-        y = self.ops.embedding_forward(np.asarray(ids), self.kept(W))
+        y = self.ops.embedding_forward(np.asarray(ids), self.stored_values(W))
         wide_A, wide_B = self.widen(A), self.widen(B)
         if (wide_A != 0).any() and (wide_B != 0).any():
             h = np.ascontiguousarray(wide_A[:, np.asarray(ids)].T)

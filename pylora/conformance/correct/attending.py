@@ -1,4 +1,4 @@
-"""The correct attention block: whole sequences, its gradients, with a cache, and the whole block."""
+"""The correct attention block: whole sequences, gradients, with a cache; the whole block."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Attending(Base):
     def attention_backward(
         self, dy: Array, x: Array, weights: Weights, adapters: Adapters, shape: AttentionShape
     ) -> tuple[Array, dict[str, tuple[Array, Array]]]:
-        ops, loras = self.ops, {name: self.lora(a) for name, a in adapters.items()}
+        ops, loras = self.ops, {name: self.as_lora(a) for name, a in adapters.items()}
         _, (q, k, v, o, lse, h, seqs, attn, position) = self._attend(x, weights, adapters, shape)
         grads: dict[str, tuple[Array, Array]] = {}
 
@@ -83,7 +83,7 @@ class Attending(Base):
         self, name: str, x: Array, weights: Weights, adapters: Adapters
     ) -> tuple[Array, Array | None]:
         """One of the projections, with its adapter if it has one; and h."""
-        lora = self.lora(adapters[name]) if name in adapters else None
+        lora = self.as_lora(adapters[name]) if name in adapters else None
         y, h = self.ops.lora_forward(x, self.pack(weights[name]), None, lora)
         return y, h
 

@@ -27,7 +27,7 @@ class Base:
         """A weight as `ops` takes it. The reference takes arrays."""
         return self.widen(W)
 
-    def lora(self, triple: LoraTriple) -> LoRA:
+    def as_lora(self, triple: LoraTriple) -> LoRA:
         """(A, B, scale) as `ops` takes it."""
         A, B, scale = triple
         return LoRA(self.widen(A), self.widen(B), scale)
@@ -41,7 +41,7 @@ class Base:
         """W itself, or the uint16 bits of a bfloat16 array."""
         return np.ascontiguousarray(W).view(np.uint16) if self.file_dtype(W) == "bf16" else W
 
-    def kept(self, W: Array) -> Array:
+    def stored_values(self, W: Array) -> Array:
         """The values that are kept of W, widened."""
         stored = getattr(self, "stored", None)
         return self.widen(W if stored is None else stored(W))

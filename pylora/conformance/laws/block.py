@@ -166,6 +166,9 @@ class Block(Projections):
         self.P: list[list[Running]] = []
         rows = [run(np.zeros((0, s.heads * s.head_dim)), self.dtype)]
         for at, n in self._sequences():
+            if not n:
+                self.P.append([])
+                continue
             q, k, v = self.q[at], self.k[at], self.v[at]
             o, P = attend(q, k, v, seen(np.arange(n), n, s.window), s)
             rows.append(o)
@@ -187,7 +190,7 @@ class Block(Projections):
         value = [np.zeros((m, n)) for n in columns]
         error = [np.zeros((m, n)) for n in columns]
         size = [np.zeros((m, n)) for n in columns]
-        for (at, n), each in zip(self._sequences(), self.P):
+        for (at, _), each in zip(self._sequences(), self.P):
             for h, P in enumerate(each):
                 mine, shared = (
                     slice(h * D, (h + 1) * D),

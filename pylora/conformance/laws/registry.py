@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pylora.conformance.laws import (
+    adapted,
+    attending,
     attention,
     backward,
+    cache,
     dropout,
+    embedding,
     files,
     forward,
+    masks,
     merge,
     mixed,
     plan,
@@ -15,7 +20,21 @@ from pylora.conformance.laws import (
 from pylora.conformance.laws.law import Law
 from pylora.errors import ConfigError
 
-_FILES = (forward, backward, merge, mixed, dropout, files, plan, attention)
+_FILES = (
+    forward,
+    backward,
+    merge,
+    mixed,
+    adapted,
+    embedding,
+    dropout,
+    masks,
+    files,
+    plan,
+    attention,
+    attending,
+    cache,
+)
 LAWS: dict[str, Law] = {law.id: law for file in _FILES for law in file.LAWS}
 
 

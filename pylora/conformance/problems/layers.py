@@ -48,15 +48,16 @@ def elements(rng: np.random.Generator, shape: tuple[int, ...], kind: str, dtype:
     else:
         a = rng.normal(size=shape)
     if kind == "wide":
-        a = a * 2.0 ** rng.integers(-20, 21, shape)
+        spread = 3 if dtype == "float16" else 20
+        a = a * 2.0 ** rng.integers(-spread, spread + 1, shape)
     elif kind == "zeros":
         a = np.where(rng.random(shape) < 0.6, np.where(rng.random(shape) < 0.5, 0.0, -0.0), a)
     elif kind == "tiny":
-        a = a * 2.0 ** (-300 if dtype == "float64" else -48)
+        a = a * 2.0 ** {"float64": -300, "float16": -8}.get(dtype, -48)
     elif kind == "subnormal":
-        a = a * (2.0**-1024 if dtype == "float64" else 2.0**-128)
+        a = a * 2.0 ** {"float64": -1024, "float16": -16}.get(dtype, -128)
     elif kind == "huge":
-        a = a * 2.0**24
+        a = a * 2.0 ** {"float16": 3}.get(dtype, 24)
     return a.astype(np_dtype(dtype))
 
 
