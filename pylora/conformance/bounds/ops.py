@@ -20,6 +20,7 @@ is the absolute error that an underflow adds.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ DROP = 3  # 1 - p, its reciprocal, and the product with x
 SCALE = 2  # the scale rounded to dtype, and the product with it
 
 
+@cache
 def unit(dtype: Any = np.float32) -> float:
     """u, the unit roundoff of round to nearest: half the distance from 1 to the next number.
 

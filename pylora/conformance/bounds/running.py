@@ -10,6 +10,7 @@ In bfloat16 and float16 sums are accumulated in float32 and each result is store
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,11 @@ class Running:
 
     def __init__(self, value: Any, error: Any = 0.0, dtype: Any = np.float32) -> None:
         self.value = np.asarray(value, np.float64)
-        self.error = np.broadcast_to(np.asarray(error, np.float64), self.value.shape)
+        error = np.asarray(error, np.float64)
+        same = error.shape == self.value.shape
+        self.error = error if same else np.broadcast_to(error, self.value.shape)
         self.dtype = dtype
-        self.u, self.tiny = unit(dtype), tiny(dtype)
-        self.narrow = str(dtype) in ("bfloat16", "float16")
+        self.u, self.tiny, self.narrow = _of_dtype(dtype)
         self.sums = np.float32 if self.narrow else dtype  # what sums are accumulated in
 
     def _of(self, value: Array, error: Array, roundings: float = 1) -> Running:
@@ -101,6 +103,12 @@ class Running:
     @property
     def T(self) -> Running:
         return Running(self.value.T, self.error.T, self.dtype)
+
+
+@cache
+def _of_dtype(dtype: Any) -> tuple[float, float, bool]:
+    """u, the smallest normal number, and whether sums are wider."""
+    return unit(dtype), tiny(dtype), str(dtype) in ("bfloat16", "float16")
 
 
 def join(parts: list[Running], axis: int) -> Running:

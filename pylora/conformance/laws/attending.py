@@ -11,8 +11,8 @@ import numpy as np
 from pylora.conformance.laws.attention import within
 from pylora.conformance.laws.block import Block, transformer
 from pylora.conformance.laws.law import Law
+from pylora.conformance.problems.adapted import ALL_DTYPES
 from pylora.conformance.problems.attending import (
-    ALL_DTYPES,
     attending,
     beyond_attention,
     beyond_windows,
@@ -130,7 +130,8 @@ def _odd_heads(draw: Any) -> Problem:
     sizes = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden)}
     weights = {n: np.ones(size, np.float32) for n, size in {**sizes, "o_proj": (hidden, q)}.items()}
     x = np.ones((len(p.x), hidden), np.float32)
-    return p.replaced(x=x, weights=weights, adapters={}, shape=replace(p.shape, head_dim=D))
+    shape = replace(p.shape, head_dim=D)
+    return Problem(**{**vars(p), "x": x, "weights": weights, "adapters": {}, "shape": shape})
 
 
 def _odd(t: Trial, p: Problem) -> None:

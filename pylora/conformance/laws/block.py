@@ -92,17 +92,17 @@ def turn(x: Running, position: Array, shape: AttentionShape, sign: float = 1.0) 
     angle = np.outer(position, frequency)
     off = gamma(EXP + 2, x.sums) * np.abs(angle) + gamma(EXP, x.sums) + (x.u if x.narrow else 0.0)
     c, s = Running(np.cos(angle), off, x.dtype), Running(sign * np.sin(angle), off, x.dtype)
+    c, s = c[:, None, :], s[:, None, :]
     first, second = slice(0, D // 2), slice(D // 2, D)
     if shape.rope_layout == "interleaved":
         first, second = slice(0, D, 2), slice(1, D, 2)
-    value, error = x.value.copy(), np.array(x.error)
-    for h in range(x.value.shape[1] // D):
-        head = x[:, h * D : (h + 1) * D]
-        a, b = head[:, first], head[:, second]
-        for part, turned in ((first, a * c - b * s), (second, b * c + a * s)):
-            value[:, h * D : (h + 1) * D][:, part] = turned.value
-            error[:, h * D : (h + 1) * D][:, part] = turned.error
-    return Running(value, error, x.dtype)
+    heads = (len(x.value), x.value.shape[1] // D, D)
+    head = Running(x.value.reshape(heads), x.error.reshape(heads), x.dtype)
+    a, b = head[..., first], head[..., second]
+    value, error = head.value.copy(), head.error.copy()
+    for part, turned in ((first, a * c - b * s), (second, b * c + a * s)):
+        value[..., part], error[..., part] = turned.value, turned.error
+    return Running(value.reshape(x.value.shape), error.reshape(x.value.shape), x.dtype)
 
 
 def score_scale(shape: AttentionShape) -> float:

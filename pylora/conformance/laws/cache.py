@@ -11,7 +11,8 @@ import numpy as np
 from pylora.conformance.laws.attention import within
 from pylora.conformance.laws.block import Block, Decoder
 from pylora.conformance.laws.law import Law
-from pylora.conformance.problems.attending import ALL_DTYPES, beyond_chunks, chunked
+from pylora.conformance.problems.adapted import ALL_DTYPES
+from pylora.conformance.problems.attending import beyond_chunks, chunked
 from pylora.conformance.protocol import AttentionShape, capabilities
 from pylora.conformance.testcase import Broken, NotTested, Problem, Trial
 from pylora.types import Array

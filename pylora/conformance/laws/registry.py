@@ -9,12 +9,14 @@ from pylora.conformance.laws import (
     backward,
     cache,
     dropout,
+    edges,
     embedding,
     files,
     forward,
     masks,
     merge,
     mixed,
+    operations,
     plan,
 )
 from pylora.conformance.laws.law import Law
@@ -34,6 +36,8 @@ _FILES = (
     attention,
     attending,
     cache,
+    operations,
+    edges,
 )
 LAWS: dict[str, Law] = {law.id: law for file in _FILES for law in file.LAWS}
 

@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from pylora.conformance.problems.adapted import ALL_DTYPES, sizes
+from pylora.conformance.problems.adapted import sizes
 from pylora.conformance.problems.layers import SEEDS, laid_out, np_dtype, pick, st
 from pylora.conformance.protocol import AttentionShape
 from pylora.conformance.testcase import Problem
 from pylora.types import Array
 
-DTYPES = ALL_DTYPES
 NAMES = ("q_proj", "k_proj", "v_proj", "o_proj")
 SCALES = (1.0, 2.0, -0.5, 0.0)
 LAYOUTS = ("half", "interleaved")
