@@ -13,16 +13,16 @@ from pylora.conformance.laws.block import Block, Decoder
 from pylora.conformance.laws.law import Law
 from pylora.conformance.problems.adapted import ALL_DTYPES
 from pylora.conformance.problems.attending import beyond_chunks, chunked
-from pylora.conformance.protocol import AttentionShape, capabilities
+from pylora.conformance.protocol import AttentionShape
 from pylora.conformance.testcase import Broken, NotTested, Problem, Trial
 from pylora.types import Array
 
 
 def taken(t: Trial, shape: AttentionShape) -> AttentionShape:
     """The shape without the options that the implementation does not name."""
-    can = capabilities(t.implementation)
-    window = shape.window if "attention_window" in can else 0
-    layout = shape.rope_layout if "attention_interleaved" in can else "half"
+    can = getattr(t.implementation, "attention_options", ())
+    window = shape.window if "window" in can else 0
+    layout = shape.rope_layout if "interleaved" in can else "half"
     return replace(shape, window=window, rope_layout=layout)
 
 

@@ -68,8 +68,8 @@ class OverflowsEarly(Correct):
         y = super().forward(x, W, A, B, scale, bias)
         if not is_half(x):
             return y
-        x, W, A, B = (self.widen(a) for a in (x, W, A, B))
-        exact = super().forward(x, W, A, B, scale, self.widen(bias))
+        wide: Any = [self.widen(a) for a in (x, W, A, B)]
+        exact = super().forward(wide[0], wide[1], wide[2], wide[3], scale, self.widen(bias))
         return np.where(np.abs(exact) > 65504, np.copysign(np.inf, exact), y).astype(np.float16)
 
 
