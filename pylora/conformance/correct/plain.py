@@ -68,13 +68,14 @@ class Correct(Adapted, Attending, Training):
     ) -> tuple[Array, Array]:
         """Sums of each micro-batch's gradients, every row weighted by 1 / all counted rows."""
         total = sum(int(counted.sum()) for _, _, counted in batches)
-        dA, dB = np.zeros_like(A), np.zeros_like(B)
+        wide: Any = np.result_type(A.dtype.type(0), np.float32)
+        dA, dB = np.zeros(A.shape, wide), np.zeros(B.shape, wide)
         for x, target, counted in batches:
             weight = np.where(counted, 1 / max(total, 1), 0).astype(x.dtype)
             dy = (self.forward(x, W, A, B, scale) - target) * weight[:, None]
             _, gA, gB = self.backward(dy, x, W, A, B, scale)[:3]
             dA, dB = dA + gA, dB + gB
-        return dA, dB
+        return dA.astype(A.dtype), dB.astype(B.dtype)
 
     def scaling(self, alpha: float, r: int, use_rslora: bool) -> float:
         return alpha / math.sqrt(r) if use_rslora else alpha / r
@@ -123,14 +124,19 @@ class Correct(Adapted, Attending, Training):
     def merge(self, W: Array, A: Array, B: Array, scale: float) -> Any:
         """W', or (W', state): the state is what makes unmerge exact."""
         if W.dtype == np.float64:
-            return W + scale * (B @ A)
+            merged = W + scale * (B @ A)
+            lost = np.flatnonzero(~same_bits(merged - scale * (B @ A), W))
+            return merged, (lost, W.reshape(-1)[lost])
         lora, dtype = LoRA(self.widen(A), self.widen(B), scale), self.file_dtype(W)
         merged, residue = self.ops.merge(self.as_bits(W), lora, dtype)
         return merged.view(W.dtype), residue
 
     def unmerge(self, W: Array, A: Array, B: Array, scale: float, state: Any = None) -> Array:
         if W.dtype == np.float64:
-            return W - scale * (B @ A)
+            back: Array = np.ascontiguousarray(W - scale * (B @ A))
+            if state is not None:
+                back.reshape(-1)[state[0]] = state[1]
+            return back
         lora, dtype = LoRA(self.widen(A), self.widen(B), scale), self.file_dtype(W)
         return self.ops.unmerge(self.as_bits(W), lora, state, dtype).view(W.dtype)
 
@@ -197,6 +203,12 @@ class Correct(Adapted, Attending, Training):
 
     def set_num_threads(self, n: int) -> None:
         """NumPy's products of one row have no threads to set."""
+
+
+def same_bits(a: Array, b: Array) -> Array:
+    """Where two float64 arrays agree in each bit."""
+    same: Array = np.ascontiguousarray(a).view(np.int64) == np.ascontiguousarray(b).view(np.int64)
+    return same
 
 
 class CorrectModule:

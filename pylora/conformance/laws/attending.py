@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from pylora.conformance.laws.attention import within
-from pylora.conformance.laws.block import Block, transformer
 from pylora.conformance.laws.law import Law
+from pylora.conformance.laws.session import Block, transformer
 from pylora.conformance.problems.adapted import ALL_DTYPES
 from pylora.conformance.problems.attending import (
     attending,

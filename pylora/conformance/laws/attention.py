@@ -1,6 +1,6 @@
 """Laws of the attention block with adapters on its projections.
 
-The bound is a running error analysis of the whole block (running.py), forward and backward: every
+The bound is a running error analysis of the whole block (block.py), forward and backward: every
 intermediate result carries how far it may be off.
 """
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from pylora.conformance.laws.block import Block
 from pylora.conformance.laws.law import Law
-from pylora.conformance.problems.layers import attention_problems
+from pylora.conformance.problems.layers import DTYPES, attention_problems
 from pylora.conformance.testcase import Problem, Trial
 
 
@@ -65,26 +65,28 @@ def _causal(t: Trial, p: Problem) -> None:
 LAWS = (
     Law(
         "A1",
-        "The attention block with adapters agrees with the formulas (float32).",
+        "The attention block with adapters agrees with the formulas.",
         "softmax(q kᵀ / sqrt(D)) v with rotary q and k, each projection x Wᵀ + s (x Aᵀ) Bᵀ; "
         "running error analysis",
         "an adapter on the wrong projection, a wrong rotation, mask, or head",
         ("A-3", "A-4", "F-1"),
-        ("attention", "float32"),
+        ("attention",),
         attention_problems,
         _forward,
         ("x",),
+        dtypes=("float32", "bfloat16"),
     ),
     Law(
         "A2",
-        "The gradients of the attention block agree with the formulas (float32).",
+        "The gradients of the attention block agree with the formulas.",
         "A-5 of the specification, and B1 for each projection; running error analysis",
         "a path of the gradient is missing: dx lacks one projection, a key head one query head",
         ("A-5", "B-1"),
-        ("attention_backward", "float32"),
+        ("attention_backward",),
         attention_problems,
         _backward,
         ("x", "dy"),
+        dtypes=("float32", "bfloat16"),
     ),
     Law(
         "A3",
@@ -103,9 +105,10 @@ LAWS = (
         "rows whose own past is unchanged stay within twice A1's bound when all others change",
         "the causal mask is off by one, or packed sequences leak into each other",
         ("A-4", "A-7"),
-        ("attention", "float32"),
+        ("attention",),
         attention_problems,
         _causal,
         (),
+        dtypes=DTYPES,
     ),
 )

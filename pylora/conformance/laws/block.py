@@ -1,12 +1,14 @@
-"""The attention block, its cache and the whole transformer block in `Running` arithmetic.
+"""The attention block with adapters in `Running` arithmetic: every number of it, forward and
+backward, with how far an implementation may be from it (bounds/running.py).
 
-What the laws of attention compare with: the value of everything, and how far a computation in the
-problem's dtype may be from it (bounds/running.py). The formulas are those of spec A-1 to A-6 and G.
+Sequences of one length are computed at once, all heads too: arrays [sequences, key heads, heads of
+each, rows, ...]. In 16 bits sums are those of float32, and whatever is an array of its own may be
+stored (`keep`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,130 +22,8 @@ from pylora.types import Array
 Grads = dict[str, tuple[Running, Running]]
 
 
-def run(a: Any, dtype: Any) -> Running:
-    """An input: exact."""
-    return Running(a, 0.0, dtype)
-
-
-class Projections:
-    """The linear modules of a block, each with its adapter if it has one, forward and backward."""
-
-    def __init__(
-        self, weights: Mapping[str, Array], adapters: Mapping[str, LoraTriple], precision: str
-    ) -> None:
-        self.dtype, self.precision = next(iter(weights.values())).dtype, precision
-        self.W = {name: run(W, self.dtype) for name, W in weights.items()}
-        self.lora = {
-            n: (run(A, self.dtype), run(B, self.dtype), scale)
-            for n, (A, B, scale) in adapters.items()
-        }
-        self.saved = dict[str, Running]()
-
-    def moved(self, a: Running, move: Callable[[Array, str], Array]) -> Running:
-        """`a` as the precision rounds it for a product."""
-        off = move(np.abs(a.value) + a.error, self.precision)
-        return Running(a.value, a.error + off, self.dtype)
-
-    def project(self, name: str, x: Running) -> Running:
-        self.saved[name] = x
-        y = self.moved(x, moves.of_x) @ self.W[name].T
-        if n := moves.roundings(self.precision):
-            # Beside the sum's roundings, which what the weight's values are sums of has too.
-            size = moves.size(np.abs(self.W[name].value), self.precision)
-            more = (np.abs(x.value) + x.error) @ size.T
-            more = gamma(x.value.shape[1] + n, x.sums) * more
-            y = Running(y.value, y.error + more, self.dtype)
-        if name in self.lora:
-            A, B, scale = self.lora[name]
-            x, A = self.moved(x, moves.of_low), self.moved(A, moves.of_low)
-            # Either order of the products, and one accumulator for base and adapter.
-            other = (x @ (B @ A).T) * scale
-            y = (y + (x @ A.T @ B.T) * scale).wider(other)
-            y = Running(y.value, y.error + self._more(x, name), self.dtype)
-        return y
-
-    def _more(self, x: Running, name: str) -> Array:
-        A, B, scale = self.lora[name]
-        size = np.abs(x.value) @ np.abs(self.W[name].value).T
-        size = size + abs(scale) * np.abs(x.value) @ np.abs(A.value).T @ np.abs(B.value).T
-        return np.asarray(gamma(A.value.shape[0] + 2, x.sums) * size)
-
-    def back(self, name: str, g: Running, grads: Grads) -> Running:
-        x = self.moved(self.saved[name], moves.of_low)
-        dx = self.moved(g, moves.of_dy) @ self.W[name]
-        if name in self.lora:
-            A, B, scale = self.lora[name]
-            g, A, B = (self.moved(a, moves.of_low) for a in (g, A, B))
-            through = g @ B
-            grads[name] = (through.T @ x) * scale, (g.T @ (x @ A.T)) * scale
-            # The other order of the three products has the other sum outside: both are allowed.
-            grads[name] = (
-                grads[name][0].wider((B.T @ (g.T @ x)) * scale),
-                grads[name][1].wider(((g.T @ x) @ A.T) * scale),
-            )
-            dx = dx + ((through @ A) * scale).wider((g @ (B @ A)) * scale)
-        return dx
-
-
-def turn(x: Running, position: Array, shape: AttentionShape, sign: float = 1.0) -> Running:
-    """Rotary embedding of [m, heads * D]; the angle itself may be off by a few roundings."""
-    D = shape.head_dim
-    frequency = shape.rope_theta ** (-np.arange(0, D, 2) / D)
-    angle = np.outer(position, frequency)
-    off = gamma(EXP + 2, x.sums) * np.abs(angle) + gamma(EXP, x.sums) + (x.u if x.narrow else 0.0)
-    c, s = Running(np.cos(angle), off, x.dtype), Running(sign * np.sin(angle), off, x.dtype)
-    c, s = c[:, None, :], s[:, None, :]
-    first, second = slice(0, D // 2), slice(D // 2, D)
-    if shape.rope_layout == "interleaved":
-        first, second = slice(0, D, 2), slice(1, D, 2)
-    heads = (len(x.value), x.value.shape[1] // D, D)
-    head = Running(x.value.reshape(heads), x.error.reshape(heads), x.dtype)
-    a, b = head[..., first], head[..., second]
-    value, error = head.value.copy(), head.error.copy()
-    for part, turned in ((first, a * c - b * s), (second, b * c + a * s)):
-        value[..., part], error[..., part] = turned.value, turned.error
-    return Running(value.reshape(x.value.shape), error.reshape(x.value.shape), x.dtype)
-
-
-def score_scale(shape: AttentionShape) -> float:
-    """What scores are multiplied by."""
-    return shape.head_dim**-0.5 if shape.scale is None else float(shape.scale)
-
-
-def seen(queries: Array, keys: int, window: int) -> Array:
-    """[queries, keys]: whether the query at a position sees the key at one."""
-    key = np.arange(keys)
-    sees: Array = key <= queries[:, None]
-    return sees & (key > queries[:, None] - window) if window else sees
-
-
-def shares(q: Running, k: Running, sees: Array, shape: AttentionShape) -> Running:
-    """P of one head: softmax of the scores of the keys that are seen, 0 for the others."""
-    S = (q @ k.T) * score_scale(shape)
-    value = np.where(sees, S.value, -np.inf)
-    top = value.max(axis=1, keepdims=True)
-    # What is taken from the scores, the largest or the log of the sum, is rounded too.
-    size = np.where(sees, np.abs(S.value), 0.0) + np.abs(top)
-    off = S.error + (gamma(2, S.sums) + (S.u if S.narrow else 0.0)) * size
-    return Running(value - top, np.where(sees, off, 0.0), S.dtype).softmax()
-
-
-def attend(
-    q: Running, k: Running, v: Running, sees: Array, shape: AttentionShape
-) -> tuple[Running, list[Running]]:
-    """o [queries, heads * D] of one sequence, and P of each head."""
-    D, group = shape.head_dim, shape.heads // shape.kv_heads
-    heads, every = [], []
-    for h in range(shape.heads):
-        mine, shared = slice(h * D, (h + 1) * D), slice(h // group * D, (h // group + 1) * D)
-        P = shares(q[:, mine], k[:, shared], sees, shape)
-        every.append(P)
-        heads.append(P @ v[:, shared])
-    return join(heads, axis=1), every
-
-
-class Block(Projections):
-    """Attention over whole sequences: y, and the gradients."""
+class Block:
+    """The block in `Running` arithmetic: value and error of everything."""
 
     def __init__(
         self,
@@ -152,153 +32,180 @@ class Block(Projections):
         s: AttentionShape,
         precision: str = "fp32",
     ) -> None:
-        super().__init__(weights, adapters, precision)
-        self.s = s
+        self.narrow = weights["q_proj"].dtype.itemsize == 2
+        self.dtype: Any = np.float32 if self.narrow else weights["q_proj"].dtype
+        self.stored, self.precision = str(weights["q_proj"].dtype), precision
+        self.W = {name: self.run(W) for name, W in weights.items()}
+        self.lora = {n: (self.run(A), self.run(B), scale) for n, (A, B, scale) in adapters.items()}
+        self.s, self.saved = s, dict[str, Running]()
 
-    def forward(self, x: Array | Running) -> Running:
-        X = x if isinstance(x, Running) else run(x, self.dtype)
-        s = self.s
-        position = np.concatenate([np.arange(n) for n in (0, *s.lengths)])
-        self.q = turn(self.project("q_proj", X), position, s)
-        self.k = turn(self.project("k_proj", X), position, s)
-        self.v = self.project("v_proj", X)
-        self.position = position
-        self.P: list[list[Running]] = []
-        rows = [run(np.zeros((0, s.heads * s.head_dim)), self.dtype)]
-        for at, n in self._sequences():
-            if not n:
-                self.P.append([])
-                continue
-            q, k, v = self.q[at], self.k[at], self.v[at]
-            o, P = attend(q, k, v, seen(np.arange(n), n, s.window), s)
-            rows.append(o)
-            self.P.append(P)
-        self.o = join(rows, axis=0)
-        return self.project("o_proj", self.o)
+    def run(self, a: Any) -> Running:
+        return Running(a, 0.0, self.dtype)
 
-    def _sequences(self) -> list[tuple[slice, int]]:
-        """The rows of each, and how many."""
-        starts = np.concatenate([[0], np.cumsum(self.s.lengths, dtype=np.int64)])
-        return [(slice(int(a), int(a) + n), n) for a, n in zip(starts, self.s.lengths)]
+    def keep(self, a: Running) -> Running:
+        """`a` as it may be stored between two operations, which costs 16 bits two roundings: the
+        result itself, and a factor (a scale, an angle) that was one of its own."""
+        if not self.narrow:
+            return a
+        off = gamma(2, {"float16": "f16"}.get(self.stored, "bf16")) * (np.abs(a.value) + a.error)
+        return Running(a.value, a.error + off, self.dtype)
+
+    def moved(self, a: Running, move: Callable[[Array, str], Array]) -> Running:
+        """`a` as the precision rounds it for a product."""
+        off = move(np.abs(a.value) + a.error, self.precision)
+        return Running(a.value, a.error + off, self.dtype)
+
+    def project(self, name: str, x: Running, rows: Array | None = None) -> Running:
+        self.saved[name] = x
+        y = self.moved(x, moves.of_x) @ self.W[name].T
+        if n := moves.roundings(self.precision):
+            # Beside the sum's roundings, which what the weight's values are sums of has too.
+            size = moves.size(np.abs(self.W[name].value), self.precision)
+            more = (np.abs(x.value) + x.error) @ size.T
+            more = gamma(x.value.shape[1] + n, self.dtype) * more
+            y = Running(y.value, y.error + more, self.dtype)
+        if name in self.lora:
+            A, B, scale = self.lora[name]
+            x, A = self.moved(x, moves.of_low), self.moved(A, moves.of_low)
+            # Either order of the products, and one accumulator for base and adapter.
+            other = (x @ (B @ A).T) * scale
+            update = self.keep(self.keep(x @ A.T) @ B.T) * scale
+            y = (self.keep(y) + self.keep(update)).wider(other)
+            y = Running(y.value, y.error + self._more(x, name), self.dtype)
+        return self.keep(y)
+
+    def _more(self, x: Running, name: str) -> Array:
+        A, B, scale = self.lora[name]
+        size = np.abs(x.value) @ np.abs(self.W[name].value).T
+        size = size + abs(scale) * np.abs(x.value) @ np.abs(A.value).T @ np.abs(B.value).T
+        return np.asarray(gamma(A.value.shape[0] + 2, self.dtype) * size)
+
+    def back(self, name: str, g: Running, grads: Grads) -> Running:
+        x = self.moved(self.saved[name], moves.of_low)
+        dx = self.moved(g, moves.of_dy) @ self.W[name]
+        if name in self.lora:
+            A, B, scale = self.lora[name]
+            g, A, B = (self.moved(a, moves.of_low) for a in (g, A, B))
+            through = self.keep(g @ B)
+            grads[name] = (through.T @ x) * scale, (g.T @ self.keep(x @ A.T)) * scale
+            # The other order of the three products has the other sum outside: both are allowed.
+            grads[name] = (
+                grads[name][0].wider((B.T @ (g.T @ x)) * scale),
+                grads[name][1].wider(((g.T @ x) @ A.T) * scale),
+            )
+            grads[name] = self.keep(grads[name][0]), self.keep(grads[name][1])
+            update = self.keep((through @ A) * scale)
+            dx = self.keep(dx) + update.wider((g @ (B @ A)) * scale)
+        return self.keep(dx)
+
+    def turn(self, x: Running, sign: float = 1.0, rows: Array | None = None) -> Running:
+        """Rotary embedding of [m, heads * D]; the angle itself may be off by a few roundings."""
+        D, half = self.s.head_dim, self.s.head_dim // 2
+        frequency = self.s.rope_theta ** (-np.arange(0, D, 2) / D)
+        lengths = np.asarray(self.s.lengths)
+        position = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        angle = np.outer(position, frequency)
+        off = gamma(EXP + 2, self.dtype) * np.abs(angle) + gamma(EXP, self.dtype)
+        c = Running(np.cos(angle), off, self.dtype)
+        s = Running(sign * np.sin(angle), off, self.dtype)
+        if rows is not None:
+            c, s = c[rows], s[rows]
+        c, s = c[:, None], s[:, None]
+        heads = Running(
+            x.value.reshape(len(x.value), -1, D), x.error.reshape(len(x.value), -1, D), self.dtype
+        )
+        a, b = heads[..., :half], heads[..., half:]
+        turned = join([a * c - b * s, b * c + a * s], axis=2)
+        flat = turned.value.reshape(x.value.shape), turned.error.reshape(x.value.shape)
+        return self.keep(Running(*flat, self.dtype))
+
+    def forward(self, x: Array, rows: Array | None = None) -> Running:
+        """y of all rows; with `rows`, which asks for a single sequence, of these alone."""
+        X, s = self.run(x), self.s
+        k, v = self.turn(self.project("k_proj", X)), self.project("v_proj", X)
+        seen = np.arange(len(x)) if rows is None else rows
+        q = self.turn(self.project("q_proj", X[seen]), rows=seen)
+        o: list[tuple[Array, Running]] = []
+        self.parts: list[tuple[Array, tuple[Running, ...]]] = []
+        for at in self._groups() if rows is None else [np.arange(len(x))[None]]:
+            mine = at if rows is None else np.arange(len(rows))[None]
+            Q, K, V = self._heads(q, mine), self._heads(k, at), self._heads(v, at)
+            S = self.keep((Q @ K.mT) * (s.head_dim**-0.5))
+            order = np.arange(at.shape[1])
+            hidden = order[None] > (order if rows is None else rows)[:, None]
+            P = self.keep(self._softmax(S, hidden))
+            O = self.keep(P @ V)
+            self.parts.append((at, (Q, K, V, P, O)))
+            o.append((mine, self._rows(O)))
+        return self.project("o_proj", self._placed(o), seen)
+
+    def _softmax(self, S: Running, hidden: Array) -> Running:
+        value = np.where(hidden, -np.inf, S.value)
+        # What is taken from the scores, the largest or the log of the sum, is rounded too.
+        top = value.max(axis=-1, keepdims=True)
+        off = S.error + gamma(2, self.dtype) * (np.abs(S.value) + np.abs(top))
+        P = Running(value - top, np.where(hidden, 0.0, off), self.dtype).softmax()
+        return Running(P.value, np.where(hidden, 0.0, P.error), self.dtype)
+
+    def _groups(self) -> list[Array]:
+        """[sequences, rows]: the rows of all sequences of one length, length by length."""
+        lengths = np.asarray(self.s.lengths)
+        starts = np.cumsum(lengths) - lengths
+        return [starts[lengths == n][:, None] + np.arange(n)[None] for n in np.unique(lengths) if n]
+
+    def _heads(self, a: Running, at: Array) -> Running:
+        """Rows `at` [sequences, rows] as [sequences, key heads, heads of each, rows, D]."""
+        G, D = self.s.kv_heads, self.s.head_dim
+
+        def shaped(v: Array) -> Array:
+            five = v[at].reshape(*at.shape, G, v.shape[1] // (G * D), D)
+            return five.transpose(0, 2, 3, 1, 4)
+
+        return Running(shaped(a.value), shaped(a.error), self.dtype)
+
+    def _rows(self, a: Running) -> Running:
+        """The way back: [sequences * rows, heads * D]."""
+
+        def flat(v: Array) -> Array:
+            S, G, R, n, D = v.shape
+            return v.transpose(0, 3, 1, 2, 4).reshape(S * n, G * R * D)
+
+        return Running(flat(a.value), flat(a.error), self.dtype)
+
+    def _placed(self, parts: list[tuple[Array, Running]]) -> Running:
+        """The rows of all parts, each where it belongs."""
+        order = np.argsort(np.concatenate([at.reshape(-1) for at, _ in parts]))
+        return join([part for _, part in parts], axis=0)[order]
 
     def backward(self, dy: Array) -> tuple[Running, Grads]:
+        """After `forward` of all rows: dx, and the gradients of each adapter."""
         grads: Grads = {}
-        s, D, m = self.s, self.s.head_dim, dy.shape[0]
-        group = s.heads // s.kv_heads
-        do = self.back("o_proj", run(dy, self.dtype), grads)
-        columns = (s.heads * D, s.kv_heads * D, s.kv_heads * D)
-        value = [np.zeros((m, n)) for n in columns]
-        error = [np.zeros((m, n)) for n in columns]
-        size = [np.zeros((m, n)) for n in columns]
-        for (at, _), each in zip(self._sequences(), self.P):
-            for h, P in enumerate(each):
-                mine, shared = (
-                    slice(h * D, (h + 1) * D),
-                    slice(h // group * D, (h // group + 1) * D),
-                )
-                q, k, v = self.q[at, mine], self.k[at, shared], self.v[at, shared]
-                d = do[at, mine]
-                dP = d @ v.T
-                # sum P dP, or sum do o: equal, and computed in either way.
-                inner = (P * dP).sum().wider((d * self.o[at, mine]).sum())
-                dS = (P * (dP - inner)) * score_scale(s)
-                parts = ((0, mine, dS @ k), (1, shared, dS.T @ q), (2, shared, P.T @ d))
-                for i, cols, part in parts:
-                    value[i][at, cols] += part.value
-                    error[i][at, cols] += part.error
-                    size[i][at, cols] += np.abs(part.value) + part.error
-        # A key head adds up its query heads.
-        dq, dk, dv = (
-            Running(value[i], error[i] + gamma(m * group + 2, do.sums) * size[i], self.dtype)
-            for i in range(3)
-        )
-        dq, dk = turn(dq, self.position, s, -1.0), turn(dk, self.position, s, -1.0)
-        dx = self.back("q_proj", dq, grads) + self.back("k_proj", dk, grads)
+        s = self.s
+        do = self.keep(self.back("o_proj", self.run(dy), grads))
+        rows: list[list[tuple[Array, Running]]] = [[], [], []]
+        for at, (Q, K, V, P, O) in self.parts:
+            d = self._heads(do, at)
+            dP = self.keep(d @ V.mT)
+            # sum P dP, or sum do o: equal, and computed in either way.
+            inner = (P * dP).sum().wider((d * O).sum())
+            dS = self.keep((P * (dP - inner)) * (s.head_dim**-0.5))
+            found = (
+                dS @ K,
+                self._shared(dS).mT @ self._shared(Q),
+                self._shared(P).mT @ self._shared(d),
+            )
+            for i, part in enumerate(found):
+                rows[i].append((at, self._rows(self.keep(part))))
+        dq, dk, dv = (self._placed(r) for r in rows)
+        dx = self.back("q_proj", self.turn(dq, -1.0), grads)
+        dx = dx + self.back("k_proj", self.turn(dk, -1.0), grads)
         return dx + self.back("v_proj", dv, grads), grads
 
+    def _shared(self, a: Running) -> Running:
+        """The rows of all heads that share a key head, one behind the other."""
 
-class Decoder:
-    """The block with the keys and values of what each sequence has had so far (spec G)."""
+        def joined(v: Array) -> Array:
+            S, G, R, n, D = v.shape
+            return v.reshape(S, G, 1, R * n, D)
 
-    def __init__(
-        self, weights: Mapping[str, Array], shape: AttentionShape, precision: str = "fp32"
-    ) -> None:
-        self.weights, self.shape, self.precision = weights, shape, precision
-        self.kept: dict[Hashable, tuple[Running, Running]] = {}
-
-    def extend(
-        self, x: Array, runs: Sequence[tuple[Hashable, int]], adapters: Sequence[Any]
-    ) -> Running:
-        """y of the new rows: runs (sequence, rows) one behind the other, each with its adapters."""
-        at, parts = 0, []
-        for (name, n), lora in zip(runs, adapters, strict=True):
-            parts.append(self._one(name, x[at : at + n], lora))
-            at += n
-        dtype = x.dtype
-        width = self.weights["o_proj"].shape[0]
-        return join([run(np.zeros((0, width)), dtype), *parts], axis=0)
-
-    def _one(self, name: Hashable, x: Array, adapters: Mapping[str, LoraTriple]) -> Running:
-        each, s = Projections(self.weights, adapters, self.precision), self.shape
-        X, before = run(x, x.dtype), self.length(name)
-        position = np.arange(before, before + len(x))
-        q = turn(each.project("q_proj", X), position, s)
-        k, v = turn(each.project("k_proj", X), position, s), each.project("v_proj", X)
-        if name in self.kept:
-            k, v = join([self.kept[name][0], k], 0), join([self.kept[name][1], v], 0)
-        self.kept[name] = k, v
-        if not len(x):
-            return run(np.zeros((0, self.weights["o_proj"].shape[0])), x.dtype)
-        return each.project("o_proj", attend(q, k, v, seen(position, len(k.value), s.window), s)[0])
-
-    def length(self, name: Hashable) -> int:
-        return len(self.kept[name][0].value) if name in self.kept else 0
-
-    def drop(self, name: Hashable) -> None:
-        self.kept.pop(name, None)
-
-    def truncate(self, name: Hashable, length: int) -> None:
-        k, v = self.kept[name]
-        self.kept[name] = k[:length], v[:length]
-
-
-# ---- the whole block -----------------------------------------------------------------------------
-
-
-def rms_norm(x: Running, w: Array, eps: float) -> Running:
-    """x / sqrt(mean(x²) + eps) w."""
-    n = x.value.shape[1]
-    total = (x * x).sum() * (1.0 / n) + eps
-    rstd = total.value**-0.5
-    # d(t^-1/2) = -t^-3/2 / 2: of an error of e, from t - e on; with three more roundings.
-    low = np.maximum(total.value - total.error, 0.0)
-    with np.errstate(divide="ignore"):
-        off = np.where(low > 0, low**-0.5 - rstd, np.inf)
-    off = off + gamma(3, x.sums) * (rstd + off)
-    return x * Running(rstd, off, x.dtype) * run(w, x.dtype)
-
-
-def swiglu(gate: Running, up: Running) -> Running:
-    """gate σ(gate) up. The slope of gate σ(gate) is within -0.1 and 1.1."""
-    g = gate.value
-    value = g / (1 + np.exp(-np.clip(g, -700, 700)))
-    silu = Running(value, 1.1 * gate.error + gamma(EXP + 4, gate.sums) * np.abs(value), gate.dtype)
-    return (silu * 1.0) * up
-
-
-def transformer(
-    x: Array,
-    weights: Mapping[str, Array],
-    adapters: Mapping[str, LoraTriple],
-    shape: AttentionShape,
-    eps: float,
-    precision: str,
-) -> Running:
-    """y of spec A-1: weights has the seven projections and the two norms."""
-    linear = {n: W for n, W in weights.items() if W.ndim == 2}
-    block = Block(linear, adapters, shape, precision)
-    X = run(x, x.dtype)
-    x1 = X + block.forward(rms_norm(X, weights["norm1"], eps))
-    inner = rms_norm(x1, weights["norm2"], eps)
-    product = swiglu(block.project("gate_proj", inner), block.project("up_proj", inner))
-    return x1 + block.project("down_proj", product)
+        return Running(joined(a.value), joined(a.error), self.dtype)

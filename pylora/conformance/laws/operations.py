@@ -10,8 +10,8 @@ import numpy as np
 
 from pylora.conformance.bounds import layer, ops
 from pylora.conformance.bounds.running import Running
-from pylora.conformance.laws.block import turn
 from pylora.conformance.laws.law import Law
+from pylora.conformance.laws.session import turn
 from pylora.conformance.problems.operations import (
     DTYPES,
     adapter_steps,

@@ -13,15 +13,22 @@ from pylora.conformance.laws import (
     embedding,
     files,
     forward,
+    layouts,
     masks,
     merge,
     mixed,
     operations,
     plan,
+    sizes,
+    sizes_attention,
+    sizes_chance,
+    sizes_files,
+    widths,
 )
 from pylora.conformance.laws.law import Law
 from pylora.errors import ConfigError
 
+SIZES = (sizes, sizes_chance, sizes_attention, sizes_files)
 _FILES = (
     forward,
     backward,
@@ -38,6 +45,9 @@ _FILES = (
     cache,
     operations,
     edges,
+    *SIZES,
+    layouts,
+    widths,
 )
 LAWS: dict[str, Law] = {law.id: law for file in _FILES for law in file.LAWS}
 

@@ -69,7 +69,7 @@ class OverflowsEarly(Correct):
         if not is_half(x):
             return y
         wide: Any = [self.widen(a) for a in (x, W, A, B)]
-        exact = super().forward(wide[0], wide[1], wide[2], wide[3], scale, self.widen(bias))
+        exact: Array = super().forward(wide[0], wide[1], wide[2], wide[3], scale, self.widen(bias))
         return np.where(np.abs(exact) > 65504, np.copysign(np.inf, exact), y).astype(np.float16)
 
 
