@@ -11,11 +11,12 @@ from pylora.conformance.laws import (
     merge,
     mixed,
     plan,
+    sizes,
 )
 from pylora.conformance.laws.law import Law
 from pylora.errors import ConfigError
 
-_FILES = (forward, backward, merge, mixed, dropout, files, plan, attention)
+_FILES = (forward, backward, merge, mixed, dropout, files, plan, attention, sizes)
 LAWS: dict[str, Law] = {law.id: law for file in _FILES for law in file.LAWS}
 
 
