@@ -67,7 +67,8 @@ class Violation(Exception):
     at: Any = None  # index into the result that `got` is
     source: Any = None  # the result itself, to be found among the calls
     item: tuple[Any, ...] = ()  # keys that lead from the result to the number that is compared
-    holds: str = ""  # in place of a comparison: Python for what should hold of RESULT
+    holds: str = ""  # in place of a comparison: Python for what should hold of RESULT and OTHER
+    other: Any = None
     error: float = float("nan")
     allowed: float = float("nan")
     must_raise: bool = False
@@ -209,6 +210,13 @@ class Trial:
         """A violation that is no comparison of numbers; `holds` says in Python what RESULT, which
         is `got`, should be like."""
         raise Violation(what, got, source=got, holds=holds)
+
+    def apart(self, what: str, result: Any, other: Any) -> None:
+        """Violation if two arrays share memory."""
+        a, b = plain(result), plain(other)
+        if np.may_share_memory(a, b) and np.shares_memory(a, b):
+            holds = "not np.shares_memory(RESULT, OTHER)"
+            raise Violation(what, result, source=result, holds=holds, other=other)
 
     @property
     def bitwise(self) -> bool:

@@ -5,18 +5,34 @@ from __future__ import annotations
 from pylora.conformance.laws import (
     attention,
     backward,
+    calls,
     dropout,
     files,
     forward,
     merge,
+    methods,
     mixed,
+    modules,
     plan,
     sizes,
 )
 from pylora.conformance.laws.law import Law
 from pylora.errors import ConfigError
 
-_FILES = (forward, backward, merge, mixed, dropout, files, plan, attention, sizes)
+_FILES = (
+    forward,
+    backward,
+    merge,
+    mixed,
+    dropout,
+    files,
+    plan,
+    attention,
+    sizes,
+    modules,
+    calls,
+    methods,
+)
 LAWS: dict[str, Law] = {law.id: law for file in _FILES for law in file.LAWS}
 
 

@@ -53,7 +53,8 @@ class Writer:
         """The program that makes the calls and compares."""
         self._directories()
         calls = self.trial.calls
-        wanted = [violation.source, violation.want, [c.arguments for c in calls]]
+        sides = [violation.source, violation.other, violation.want]
+        wanted = [*sides, [c.arguments for c in calls]]
         for event in self._events(wanted):
             if isinstance(event, Call):
                 self._call(event, violation, event is calls[-1])
@@ -140,7 +141,7 @@ class Writer:
                 use(tuple(value.values()), at)
 
         end = (marks[-1] if marks else 0) + 1
-        use(wanted[:2], end)
+        use(wanted[:3], end)
         for call in calls:
             use(call.arguments, call.at)
         own = []
@@ -194,7 +195,9 @@ class Writer:
             return  # a call that raises; or nothing to compare, which is found out
         source = self._find(v.source) or self._text(v.source)
         if v.holds:
-            self.lines.append(f"assert {v.holds.replace('RESULT', source)}, {v.what!r}")
+            other = "" if v.other is None else self._text(v.other)
+            holds = v.holds.replace("RESULT", source).replace("OTHER", other)
+            self.lines.append(f"assert {holds}, {v.what!r}")
             return
         got = source if v.at is None else f"{_apart(source)}[{self._text(Key(v.at))}]"
         got += "".join(f"[{key!r}]" for key in v.item)
@@ -254,15 +257,29 @@ class Writer:
             signature = inspect.signature(step.function)
             names = tuple(signature.parameters)
             text = self.sources.add(step.function) + text[len(step.function.__name__) :]
+        parts = step.parts if step.function is None else self._known(step.parts)
         texts = [
             self._text(part, names[i] if i < len(names) else "array")
-            for i, part in enumerate(step.parts)
+            for i, part in enumerate(parts)
         ]
         operands = len(texts) if text.startswith(("{} ", "-{}")) else 0
         if text.startswith(("{}[", "{}.")):
             operands = 1
         texts[:operands] = [_apart(t) for t in texts[:operands]]
         return text.format(*texts)
+
+    def _known(self, value: Any) -> Any:
+        """What a formula is given: arrays that the program has under a name, where it has the same
+        numbers. A formula only reads, so which of two equal arrays it is given does not matter."""
+        if isinstance(value, (tuple, list)):
+            return type(value)(self._known(v) for v in value)
+        if not isinstance(value, np.ndarray) or isinstance(value, Traced) or self._find(value):
+            return value
+        for array in self.keep:
+            like = self.content[id(array)]
+            if like.dtype == value.dtype and _same(like, value):
+                return array
+        return value
 
     def _key(self, key: Any) -> str:
         if isinstance(key, slice):
@@ -297,7 +314,8 @@ class Writer:
             return self._step(value.step)
         known = self._find(value) if not isinstance(value, (float, str)) else None
         if known:
-            if id(value) in self.content and not _same(self.content[id(value)], before):
+            given = before is not value and id(value) in self.content  # not a formula
+            if given and not _same(self.content[id(value)], before):
                 self.lines.append(f"{known}[...] = {literal(before, self.imports)}")
                 self.content[id(value)] = before
             return known
