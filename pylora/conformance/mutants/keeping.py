@@ -1,4 +1,4 @@
-"""What is kept between calls: caches that are out of date, buffers that are given away, residues."""
+"""What is kept between calls: caches out of date, buffers that are given away, residues."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ class BackwardOfLast(_Keeps):
         return dx, dA, super().backward(dy, last, W, A, B, scale)[2]
 
 
-# ---- residues and states ----------------------------------------------------------------------------
+# ---- residues and states -------------------------------------------------------------------------
 
 
 @wrong(
@@ -254,7 +254,7 @@ class AdapterOfLastMerge(_Keeps):
         return super().unmerge(W, A, B, scale, state)
 
 
-# ---- slots of a mixed batch -----------------------------------------------------------------------
+# ---- slots of a mixed batch ----------------------------------------------------------------------
 
 
 class _Slots(_Keeps):
@@ -342,7 +342,7 @@ class RowsOfRefused(_Keeps):
         return super().forward_mixed(x, W, adapters, rows, bias)
 
 
-# ---- seeds and threads ----------------------------------------------------------------------------
+# ---- seeds and threads ---------------------------------------------------------------------------
 
 
 @wrong(
