@@ -15,6 +15,7 @@ from pylora.conformance.laws import (
     modules,
     plan,
     sizes,
+    special,
 )
 from pylora.conformance.laws.law import Law
 from pylora.errors import ConfigError
@@ -29,6 +30,7 @@ _FILES = (
     plan,
     attention,
     sizes,
+    special,
     modules,
     calls,
     methods,

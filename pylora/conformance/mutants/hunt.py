@@ -91,5 +91,7 @@ class _Recorder(Correct):
 def _used(law: Law) -> frozenset[str]:
     """The attributes of an implementation that the law has a use for, directly or not."""
     recorder = _Recorder()
-    Search(recorder, replace(law, covering=None)).run(12, 0, False)
+    search = Search(recorder, replace(law, covering=None))
+    recorder.read.clear()  # which methods there are was looked up
+    search.run(12, 0, False)
     return frozenset(recorder.read)
