@@ -109,7 +109,8 @@ def short_sequences(*words: tuple[Any, ...]) -> Any:
         arrays = {n: rng.integers(1, 4, s).astype(np.float32) for n, s in shapes.items()}
         bias = np.ones(2, np.float32)
         for n in range(1, longest + 1):
-            for chosen in itertools.product(words, repeat=n):
+            first = words[:1] if n > 2 else words  # nothing happens before the first attach
+            for chosen in itertools.product(first, *[words] * (n - 1)):
                 for often in (False, True)[: 1 + (n < longest)]:
                     steps = [s for step in chosen for s in (step, ("forward", 0, 0))[: 1 + often]]
                     given = {"scales": (1.0, 2.0, 0.5), "shared": True, "seed": 1, "steps": steps}
