@@ -37,6 +37,7 @@ class Correct:
     thread_safe = True
     bitwise = True
     exact_unmerge = True
+    init_methods = ("kaiming", "gaussian", "false")
     ops = Reference()
 
     # ---- one adapter --------------------------------------------------------------------------
@@ -84,13 +85,17 @@ class Correct:
             A = random.normal((r, k), 1 / r, seed=seed, stream=stream)
         else:
             A = random.uniform((r, k), 1 / math.sqrt(k), seed=seed, stream=stream)
+        if method == "false":
+            stream = random.stream("init", "module", "B")
+            return A, random.uniform((d, r), 1 / math.sqrt(r), seed=seed, stream=stream)
         return A, np.zeros((d, r), np.float32)
 
     # ---- dropout ------------------------------------------------------------------------------
 
     def drop(self, p: float, seed: int) -> Drop | None:
         """The mask of a seed; None without dropout."""
-        return Drop(p, seed, random.stream("dropout", "module", "0")) if p else None
+        stream = random.stream("dropout", "module", "0")
+        return Drop(p, random.check_seed(seed), stream) if p else None
 
     def dropout_forward(
         self, x: Array, W: Array, A: Array, B: Array, scale: float, p: float, seed: int
@@ -238,10 +243,11 @@ class Correct:
         grads: dict[str, tuple[Array, Array]] = {}
 
         def back(name: str, g: Array, inp: Array) -> Array:
-            dx, dA, dB = ops.lora_backward(g, inp, h[name], weights[name], loras.get(name))
+            found: Any = ops.lora_backward(g, inp, h[name], weights[name], loras.get(name))
+            dx, dA, dB = found
             if name in loras:
                 grads[name] = dA.astype(dtype), dB.astype(dtype)
-            return dx
+            return np.asarray(dx)
 
         do = back("o_proj", dy, o)
         dq, dk, dv = ops.attention_backward(do, q, k, v, o, lse, seqs, attn)

@@ -21,6 +21,7 @@ from pylora.conformance.problems.layers import (
     lora_problems,
     st,
 )
+from pylora.conformance.problems.sizes import LIMITS, walk
 from pylora.conformance.testcase import Problem, Trial
 from pylora.types import Array
 
@@ -160,6 +161,11 @@ def _scale_rule(use_rslora: bool) -> Law:
         ranks = st.sampled_from((8, 1, 2, 3, 4, 16, 64, 100, 257))
         return st.builds(lambda alpha, r: Problem(alpha=alpha, r=r), alphas, ranks)
 
+    def covering(dtype: str, examples: int) -> list[Problem]:
+        return [
+            Problem(alpha=alpha, r=r) for alpha in (16, 3.5) for r in walk(examples, LIMITS[-1])
+        ]
+
     return Law(
         "S2" if use_rslora else "S1",
         "With rsLoRA the scale is alpha over the root of the rank."
@@ -171,6 +177,7 @@ def _scale_rule(use_rslora: bool) -> Law:
         ("scaling",),
         problems,
         check,
+        covering=covering,
     )
 
 

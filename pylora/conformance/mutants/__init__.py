@@ -19,12 +19,15 @@ from pylora.conformance.mutants import (
     keeping,
     linear,
     lives,
+    matching,
     merging,
     modules,
     numerics,
     plans,
     precisions,
+    randoms,
     scales,
+    streams,
 )
 from pylora.conformance.mutants.registry import REGISTRY, Mutant
 
@@ -38,13 +41,16 @@ GROUPS = (
     inputs,
     gradients,
     dropouts,
+    streams,
     initial,
+    randoms,
     merging,
     modules,
     lives,
     batches,
     keeping,
     plans,
+    matching,
     files,
     attention,
 )

@@ -93,5 +93,5 @@ def _used(law: Law) -> frozenset[str]:
     recorder = _Recorder()
     search = Search(recorder, replace(law, covering=None))
     recorder.read.clear()  # which methods there are was looked up
-    search.run(12, 0, False)
+    search.run(law.share_of(12), 0, False)
     return frozenset(recorder.read)

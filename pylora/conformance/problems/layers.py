@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from pylora.conformance.problems.layouts import LAYOUTS, laid_out
 from pylora.conformance.protocol import AttentionShape
 from pylora.conformance.testcase import Problem
 from pylora.extras import need
@@ -28,7 +29,6 @@ SCALES = (1.0, 2.0, 0.5, -1.0, 0.0, 16.0, -0.375, 1 / 3, 2.8284271247461903, 1e-
 EXACT_SCALES = (1.0, 2.0, 0.5, -1.0, 0.0, -2.0, 0.25, 4.0)
 # Kinds of elements. "ones" makes all roundings go the same way; "wide" spreads over 40 powers of 2.
 KINDS = ("normal", "integers", "ones", "wide", "zeros", "tiny", "subnormal", "huge", "positive")
-LAYOUTS = ("C", "F", "stepped", "negative", "readonly", "part", "columns")
 DTYPES = ("float32", "float64", "bfloat16")  # each law of a layer runs in all of them
 FINE = 2.0**-26  # a step beside which an integer needs more digits than float32 has
 
@@ -59,29 +59,6 @@ def elements(rng: np.random.Generator, shape: tuple[int, ...], kind: str, dtype:
     elif kind == "huge":
         a = a * 2.0**24
     return a.astype(np_dtype(dtype))
-
-
-def laid_out(a: Array, layout: str) -> Array:
-    """The same numbers in memory as one of LAYOUTS says."""
-    if a.ndim != 2 or layout == "C":
-        return a
-    if layout == "F":
-        return np.asfortranarray(a)
-    if layout == "stepped":
-        return np.repeat(np.repeat(a, 2, axis=0), 2, axis=1)[::2, ::2]
-    if layout == "negative":
-        return np.ascontiguousarray(a[::-1, ::-1])[::-1, ::-1]
-    if layout == "columns":  # rows of a wider array, whose other columns are NaN
-        wider = np.full((a.shape[0], a.shape[1] + 3), np.nan, a.dtype)
-        wider[:, : a.shape[1]] = a
-        return wider[:, : a.shape[1]]
-    if layout == "part":  # in the middle of an array of NaN
-        around = np.full((a.shape[0] + 2, a.shape[1]), np.nan, a.dtype)
-        around[1:-1] = a
-        return around[1:-1]
-    a = a.copy()
-    a.flags.writeable = False
-    return a
 
 
 _CHOICES: dict[str, Any] = {}
@@ -117,7 +94,7 @@ def lora_problems(
     features: tuple[int, ...] = FEATURES,
     ranks: tuple[int, ...] = RANKS,
     kinds: tuple[str, ...] = KINDS,
-    layouts: tuple[str, ...] = LAYOUTS,
+    layouts: tuple[str, ...] = ("C", *LAYOUTS),
     zero_B: bool = False,
 ) -> Problem:
     """x [m,k], W [d,k], A [r,k], B [d,r], scale, bias [d] or None, dy [m,d].
