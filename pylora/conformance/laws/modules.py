@@ -93,9 +93,8 @@ class Sequence:
         want = oracle.forward(x, W, model.lora(), self.p.bias)
         q = self.p.replaced(x=x, W=model.W, adapters=model.lora())
         off = allowed.stacked(self.t, q)
-        if model.merged and not isinstance(off, float):
-            (A, B, scale) = model.values or (None, None, None)
-            off = bounds.merged_forward(x, model.W, A, B, scale, self.p.bias)
+        if model.merged and model.values is not None and not isinstance(off, float):
+            off = bounds.merged_forward(x, model.W, *model.values, self.p.bias)
         self.t.expect(f"y of module {i + 1} after {self.now}", y, want, off)
 
     def attach(self, i: int, a: int) -> None:

@@ -41,13 +41,13 @@ _FILES = (
     plan,
     planned,
     attention,
-    *SIZES,
-    layouts,
-    widths,
     special,
     modules,
     calls,
     methods,
+    *SIZES,
+    layouts,
+    widths,
 )
 LAWS: dict[str, Law] = {law.id: law for file in _FILES for law in file.LAWS}
 

@@ -23,9 +23,9 @@ class _Keeps(Correct):
 
     def into(self, name: str, result: Array) -> Array:
         """The result in a buffer that every call of this shape writes into."""
-        buffer = self.kept.setdefault((name, result.shape, result.dtype), result)
+        buffer: Array = self.kept.setdefault((name, result.shape, result.dtype), result)
         buffer[...] = result
-        return np.asarray(buffer)
+        return buffer
 
 
 # ---- memory that is shared -----------------------------------------------------------------------

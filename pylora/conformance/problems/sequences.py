@@ -71,7 +71,7 @@ def sequences(draw: Any, dtype: str = "float32", steps: Any = MODULE_STEPS) -> P
         return np.where(a == 0, 1, a).astype(a.dtype) if rng.random() < 0.5 else a
 
     tokens = (m, m, draw(pick((1, 2, 5))))
-    arrays = {}
+    arrays: dict[str, Array] = {}
     for i in range(3):
         end = str(i + 1) if i else ""
         arrays |= {f"x{end}": make(tokens[i], k), f"dy{end}": make(tokens[i], d)}
@@ -100,10 +100,10 @@ def short_sequences(*words: tuple[Any, ...]) -> Any:
     float32 alone: they hang on no dtype."""
 
     def covering(dtype: str, examples: int) -> Iterator[Problem]:
-        if dtype != "float32" or examples < 40:
+        if dtype != "float32":
             return
         rng = np.random.default_rng(0)
-        longest = 4 + (examples >= 1000) + (examples >= 10_000)
+        longest = 3 + (examples >= 40) + (examples >= 1000) + (examples >= 10_000)
         shapes = {"x": (2, 3), "x2": (2, 3), "W": (2, 3), "W2": (2, 3)}
         shapes |= {"A": (1, 3), "B": (2, 1), "A2": (1, 3), "B2": (2, 1), "A3": (2, 3), "B3": (2, 2)}
         arrays = {n: rng.integers(1, 4, s).astype(np.float32) for n, s in shapes.items()}
