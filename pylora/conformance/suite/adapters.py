@@ -89,8 +89,9 @@ class Adapter:
     def moved(self, path: str) -> np.ndarray[Any, Any]:
         """W + s B A of a linear module, float64."""
         lora = wide(self.loras[path])
-        W: np.ndarray[Any, Any] = self.base.weights[f"{path}.weight"].astype(np.float64)
-        return W + lora.scale * (lora.B @ lora.A)
+        W = self.base.weights[f"{path}.weight"].astype(np.float64)
+        out: np.ndarray[Any, Any] = W + lora.scale * (lora.B @ lora.A)
+        return out
 
 
 def wide(lora: LoRA) -> LoRA:

@@ -85,7 +85,7 @@ class Moved(Exact):
 
     def move(self, a: Array) -> Array:
         """The array with each element moved."""
-        noise = self.random.uniform(-self.size, self.size, a.shape)
+        noise: Array = np.asarray(self.random.uniform(-self.size, self.size, a.shape))
         if not self.block or a.shape[-1] % 32 or not a.size:
             return a * (1 + noise)
         blocks = a.reshape(*a.shape[:-1], -1, 32)
@@ -126,8 +126,9 @@ def model_of(base: Base, meaning: Meaning, ops: NumpyBackend | None = None) -> L
     model = Llama(config, weights, backend=ops)
     moved = {}
     for path, lora in meaning.loras.items():
-        arrays = {n: getattr(lora, n) for n in ("A", "B", "bias", "base_bias")}
-        moved[path] = replace(lora, **{n: move(a) for n, a in arrays.items() if a is not None})
+        arrays: dict[str, Any] = {n: getattr(lora, n) for n in ("A", "B", "bias", "base_bias")}
+        there: dict[str, Any] = {n: move(a) for n, a in arrays.items() if a is not None}
+        moved[path] = replace(lora, **there)
     model.attach(moved)
     return model
 

@@ -151,7 +151,8 @@ def _renamed(old: bytes, new: bytes) -> Callable[[bytes], bytes]:
 
 
 _PEFT: tuple[Refused, ...] = (
-    Refused("missing-tensor", "A of a target is missing", _changed(_without(f"{_Q0}.lora_A.weight"))),
+    Refused("missing-tensor", "A of a target is missing", _changed(
+        _without(f"{_Q0}.lora_A.weight"))),
     Refused("missing-module", "a target has no tensors at all", _changed(
         _without(f"{_Q0}.lora_A.weight", f"{_Q0}.lora_B.weight"))),
     Refused("extra-layer", "tensors of a layer that the base does not have", _changed(
@@ -199,7 +200,7 @@ _GGUF: tuple[Refused, ...] = (
     Refused("huge-count", "2^60 tensors", _gguf(
         lambda d: d[:8] + (1 << 60).to_bytes(8, "little") + d[16:])),
     Refused("other-kind", "an adapter that is no LoRA", _gguf(
-        _renamed(b"\x04\x00\x00\x00\x00\x00\x00\x00lora", b"\x04\x00\x00\x00\x00\x00\x00\x00loha"))),
+        _renamed(b"\x04" + bytes(7) + b"lora", b"\x04" + bytes(7) + b"loha"))),
     Refused("nan", "NaN in the last B", _gguf(lambda d: d[:-4] + b"\x00\x00\xc0\x7f")),
 )  # fmt: skip
 REFUSED: dict[str, tuple[Refused, ...]] = {"peft": _PEFT, "gguf": _GGUF}

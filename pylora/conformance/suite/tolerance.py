@@ -2,10 +2,10 @@
 
 Let an engine round each number that it makes by a share of at most `element` of itself, or (blocks
 of quantized numbers) by at most `block` of the largest number of its block of 32. To first order
-the log-probabilities then move by a multiple of it that is a property of model and adapter:
-their sensitivity. It is measured in float64, by moving every weight, every number of the adapter and
-every result of every operation at random by that share (2^-14, so that the answer is linear in it), a
-few times; what was moved most counts. So
+the log-probabilities then move by a multiple of it that is a property of model and adapter: their
+sensitivity. It is measured in float64, by moving every weight, every number of the adapter and
+every result of every operation at random by that share (2^-14, where the answer is linear in it),
+a few times; what was moved most counts. So
 
     tolerance = SAFETY (sensitivity.element * element + sensitivity.block * block) + FLOOR
 
