@@ -6,7 +6,7 @@ Every test ends in a finding; nothing that an engine does ends the run, unless t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,6 +20,7 @@ from pylora.conformance.engines.loading import Loading, NotHere
 from pylora.conformance.engines.verdict import Verdict, judge
 
 _THREADS, _ROUNDS = 8, 6
+_BOTH = "two adapters are in use at once"
 _LEFT = "left:"  # and a name: answers of that adapter in place of those asked for
 
 
@@ -42,6 +43,7 @@ class Run:
     load: Loading
     precision: str
     say: Callable[[Finding], None] = lambda finding: None
+    only: Sequence[str] = ()  # names of tests; none: all
     findings: list[Finding] = field(default_factory=list)
 
     def all(self, bases: list[str]) -> list[Finding]:
@@ -163,6 +165,8 @@ class OneBase:
         return self.run.note(self.name, test, rule, found, since or time.monotonic())
 
     def _guarded(self, test: str, rule: str, work: Callable[[], Verdict]) -> None:
+        if self.run.only and test not in self.run.only:
+            return
         since = time.monotonic()
         try:
             found = work()
@@ -193,6 +197,8 @@ class OneBase:
         for other in self.good[-1:]:
             wrong[_LEFT + other] = self._right(other)
             sentences[_LEFT + other] = f"the answers are those of {other}, which was used before"
+        if name in self.pair and self.good:
+            wrong["both"], sentences["both"] = self.entry["sequences"]["both"], _BOTH
         found = judge(got, answers["right"], wrong, sentences, self._allowed(name))
         if found.kind == v.RIGHT:
             self.good.append(name)
@@ -225,8 +231,7 @@ class OneBase:
         for name in (one, two, one, "", two, ""):
             others = self._others(name, names, "the answers are those of {}, which was used before")
             if name:
-                text = "two adapters are in use at once"
-                others["both"] = (text, self.entry["sequences"]["both"])
+                others["both"] = (_BOTH, self.entry["sequences"]["both"])
             found = self._judged(name, self._ask(self._target(name)), others)
             if found.kind != v.RIGHT:
                 return replace(found, text=f"{name or 'the base'}, switched to: {found.text}")

@@ -58,18 +58,21 @@ def judge(
 ) -> Verdict:
     """The verdict on these numbers. `sentences` say each wrong rule in words."""
     off = distance(got, right)
-    others = sorted((distance(got, answer), rule) for rule, answer in wrong.items())
+    # Some prompts may be right, such as where only the first request after a change is wrong.
+    bad = [g for g in got if distance([g], right) > tolerance] or got
+    others = sorted((distance(bad, answer), rule) for rule, answer in wrong.items())
     near = others[0] if others else (math.inf, "")
+    some = f" (in {len(bad)} of {len(got)} answers)" if len(bad) < len(got) else ""
     if off <= tolerance:
         if near[0] <= tolerance:
             text = f"at this precision it might also be that {sentences[near[1]]}"
             return Verdict(CANNOT_TELL, text, near[1], off, tolerance)
         return Verdict(RIGHT, "", "", off, tolerance)
     if near[0] <= tolerance:
-        return Verdict(WRONG, sentences[near[1]], near[1], off, tolerance)
+        return Verdict(WRONG, sentences[near[1]] + some, near[1], off, tolerance)
     if math.isinf(off):
         return Verdict(WRONG, "what it gives are no numbers (NaN)", "", off, tolerance)
-    text = f"off by {off:.3g} nats, {tolerance:.2g} are allowed; by no rule that is known"
+    text = f"off by {off:.3g} nats{some}, {tolerance:.2g} allowed; by no rule that is known"
     if near[1]:
         text += f" (nearest, {near[0]:.3g} off: {sentences[near[1]]})"
     return Verdict(WRONG, text, "", off, tolerance)

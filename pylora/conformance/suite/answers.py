@@ -87,7 +87,8 @@ class Moved(Exact):
         """The array with each element moved."""
         noise: Array = np.asarray(self.random.uniform(-self.size, self.size, a.shape))
         if not self.block or a.shape[-1] % 32 or not a.size:
-            return a * (1 + noise)
+            each: Array = a * (1 + noise)
+            return each
         blocks = a.reshape(*a.shape[:-1], -1, 32)
         top = np.abs(blocks).max(axis=-1, keepdims=True)
         moved: Array = (blocks + top * noise.reshape(blocks.shape)).reshape(a.shape)
