@@ -70,7 +70,9 @@ class Engine:
             raise LookupError(f"the model {name!r} does not exist")
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         logits = self.logits(name, ids, bool(body.get("echo"))).astype(np.float64)
-        logs = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        logs = logits - np.log(
+            np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)
+        )
         logs -= logits.max(-1, keepdims=True)
         new = int(logs[-1].argmax())
         top = np.argsort(-logs[-1])[: body["logprobs"]]

@@ -4,6 +4,7 @@ how it goes.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,22 @@ from pylora.conformance.engines.book import Book
 from pylora.conformance.engines.convert import Conversion
 from pylora.conformance.engines.loading import loading
 from pylora.conformance.engines.process import Server
-from pylora.conformance.engines.run import Finding, Run, failed
+from pylora.conformance.engines.run import SEQUENCES, Finding, Run, failed
 from pylora.conformance.suite.tolerance import Sensitivity
+from pylora.errors import ConfigError
+
+
+def _known(book: Book, settings: Settings) -> None:
+    """ConfigError for a test that the suite does not have, before anything is started."""
+    known = {"base", *SEQUENCES}
+    for base in book.bases(list(settings.bases)):
+        known |= {c["name"] for c in base["cases"]}
+        known |= {f"refuse {r['name']}" for r in base["refuse"]}
+    for name in settings.tests:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"--test {name!r}: the suite has no such test{hint}")
 
 
 @dataclass(frozen=True)
@@ -33,6 +48,7 @@ class Settings:
     timeout: float = 60.0
     start: float = 120.0
     bases: Sequence[str] = ()
+    tests: Sequence[str] = ()
     json: Path | None = None
     junit: Path | None = None
 
@@ -48,15 +64,17 @@ def test(settings: Settings, say: Callable[[str], None]) -> bool:
         findings.append(finding)
         say(report.line(finding))
 
+    _known(book, settings)
     if settings.convert is not None:
         what = settings.convert
-        Conversion(book, what, settings.form or "peft", settings.timeout, each).all(settings.bases)
+        form, limit = settings.form or "peft", settings.timeout
+        Conversion(book, what, form, limit, each, settings.tests).all(settings.bases)
     else:
         what = settings.engine or settings.restart or ""
         key, patience = settings.api_key, settings.start
         with Server(settings.engine, settings.restart, key, settings.timeout, patience) as server:
             load = loading(settings.adapters_by, server, settings.form)
-            Run(book, load, settings.precision, each).all(list(settings.bases))
+            Run(book, load, settings.precision, each, settings.tests).all(settings.bases)
     about: dict[str, Any] = {
         "what": what,
         "adapters_by": None if settings.convert else settings.adapters_by,
@@ -67,6 +85,8 @@ def test(settings: Settings, say: Callable[[str], None]) -> bool:
         report.write_json(settings.json, findings, about)
     if settings.junit is not None:
         report.write_junit(settings.junit, findings, what)
+    if not findings:
+        raise ConfigError("no test was run")
     bad = list(failed(findings))
     if bad:
         say("")

@@ -42,6 +42,7 @@ class Conversion:
         form: str,
         timeout: float,
         say: Callable[[Finding], None],
+        only: Sequence[str] = (),
     ) -> None:
         """ConfigError where the command has no {in} or no {out}."""
         for name in ("{in}", "{out}"):
@@ -50,13 +51,15 @@ class Conversion:
         if form not in ("peft", "gguf", "mlx"):
             raise ConfigError(f"there is no form {form!r}; there are peft, gguf, mlx")
         self.book, self.template, self.form = book, template, form
-        self.timeout, self.say = timeout, say
+        self.timeout, self.say, self.only = timeout, say, only
 
     def all(self, wanted: Sequence[str]) -> None:
         """Every adapter of these bases, or of all."""
         for entry in self.book.bases(list(wanted)):
             base = bases.make(entry["family"], entry["tied"], self.book.manifest["seed"])
             for case in entry["cases"]:
+                if self.only and case["name"] not in self.only:
+                    continue
                 form = case["forms"][self.form]
                 if "path" not in form:
                     self._note(entry, case["name"], case["rule"], _unsaid(form), time.monotonic())
@@ -64,8 +67,8 @@ class Conversion:
                 work = partial(self._judge, case, base)
                 self._each(entry, case["name"], case["rule"], form["path"], work)
             for bad in entry["refuse"]:
-                if bad["form"] == self.form:
-                    name, path = f"refuse {bad['name']}", bad["path"]
+                name, path = f"refuse {bad['name']}", bad["path"]
+                if bad["form"] == self.form and (not self.only or name in self.only):
                     self._each(entry, name, bad["why"], path, _accepted)
 
     def _note(self, entry: Any, test: str, rule: str, found: Verdict, since: float) -> None:

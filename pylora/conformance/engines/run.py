@@ -19,6 +19,12 @@ from pylora.conformance.engines.http import EngineError, Http, Refusal
 from pylora.conformance.engines.loading import Loading, NotHere
 from pylora.conformance.engines.verdict import Verdict, judge
 
+SEQUENCES = {
+    "switching": "an adapter leaves nothing behind",
+    "prefix-cache": "a cache belongs to one adapter",
+    "in-flight": "an answer does not depend on its neighbours",
+    "replacing": "a name that gets other weights has them",
+}
 _THREADS, _ROUNDS = 8, 6
 _BOTH = "two adapters are in use at once"
 _LEFT = "left:"  # and a name: answers of that adapter in place of those asked for
@@ -46,7 +52,7 @@ class Run:
     only: Sequence[str] = ()  # names of tests; none: all
     findings: list[Finding] = field(default_factory=list)
 
-    def all(self, bases: list[str]) -> list[Finding]:
+    def all(self, bases: Sequence[str]) -> list[Finding]:
         """Every test on these bases, or (none named) on those that the engine can be given.
 
         EngineError where it cannot be reached or gives no log-probabilities.
@@ -120,12 +126,8 @@ class OneBase:
         self._note("base", "the base alone", replace(found, text=self._ways()), since)
         for case in self.entry["cases"]:
             self._guarded(case["name"], case["rule"], partial(self._case, case))
-        for test, rule, work in (
-            ("switching", "an adapter leaves nothing behind", self._switching),
-            ("prefix-cache", "a cache belongs to one adapter", self._prefix),
-            ("in-flight", "an answer does not depend on its neighbours", self._flight),
-            ("replacing", "a name that gets other weights has them", self._replacing),
-        ):
+        works = (self._switching, self._prefix, self._flight, self._replacing)
+        for (test, rule), work in zip(SEQUENCES.items(), works):
             self._guarded(test, rule, work)
         for entry in self.entry["refuse"]:
             if entry["form"] == form:
