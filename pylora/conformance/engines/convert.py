@@ -223,7 +223,7 @@ def _unsaid(form: Mapping[str, str]) -> Verdict:
 
 
 def _accepted(got: Deltas) -> Verdict:
-    return Verdict(v.WRONG, f"accepted, without a word: it became {got.kind}")
+    return Verdict(v.WRONG, f"accepted: it became {got.kind}")
 
 
 def _unread(text: str, test: str) -> Verdict:

@@ -100,6 +100,8 @@ class OneBase:
         self.pair: list[str] = self.book.manifest["pair"]
         self.asking: Asking
         self.good: list[str] = []  # adapters that the engine had right
+        self.gone = ""  # why nothing can be asked any more
+        self.place, self.paths = "", [""]  # of the base, and of its adapters
 
     def all(self) -> None:
         """All of them, the base first: without it nothing can be said."""
@@ -109,21 +111,22 @@ class OneBase:
             why = f"there is no {form} of this family"
             self._note("base", "the base alone", Verdict(v.CANNOT_SAY, why))
             return
-        paths = [c["forms"][form].get("path") for c in self.entry["cases"]]
+        found = [c["forms"][form].get("path") for c in self.entry["cases"]]
+        self.place, self.paths = self.book.path(base), [self.book.path(p) for p in found if p]
         since = time.monotonic()
         try:
-            http = self.load.open(self.book.path(base), [self.book.path(p) for p in paths if p])
+            http = self.load.open(self.place, self.paths)
             self.asking = probe(http, self.load.plain(), self.book.prompts, self.book.names)
             got = self._ask(self.load.plain())
         except EngineError as error:
             self._note("base", "the base alone", Verdict(v.FAILED, str(error)), since)
             return
-        found = judge(got, self.entry["answer"], {}, {}, self.tolerance)
-        if found.kind != v.RIGHT:
-            text = f"{found.text}: nothing can be said about adapters"
-            self._note("base", "the base alone", replace(found, text=text), since)
+        alone = judge(got, self.entry["answer"], {}, {}, self.tolerance)
+        if alone.kind != v.RIGHT:
+            text = f"{alone.text}: nothing can be said about adapters"
+            self._note("base", "the base alone", replace(alone, text=text), since)
             return
-        self._note("base", "the base alone", replace(found, text=self._ways()), since)
+        self._note("base", "the base alone", replace(alone, text=self._ways()), since)
         for case in self.entry["cases"]:
             self._guarded(case["name"], case["rule"], partial(self._case, case))
         works = (self._switching, self._prefix, self._flight, self._replacing)
@@ -171,12 +174,28 @@ class OneBase:
             return
         since = time.monotonic()
         try:
+            if self.gone:
+                raise NotHere(self.gone)
             found = work()
         except NotHere as why:
             found = Verdict(v.NOT_TESTED, str(why))
+        except Refusal as refusal:
+            found = Verdict(v.FAILED, str(refusal))
         except EngineError as error:
             found = Verdict(v.FAILED, str(error))
+            self._revive(test)
         self._note(test, rule, found, since)
+
+    def _revive(self, test: str) -> None:
+        """After an answer that did not come: the engine is started anew, if it can be."""
+        server = self.load.server
+        try:
+            if server.template is not None:
+                server.stop()
+                self.load.open(self.place, self.paths)
+            self._ask(self.load.plain(), self.book.prompts[:1])
+        except EngineError:
+            self.gone = f"the engine answers nothing any more, since {test}"
 
     # ---- the tests -------------------------------------------------------------------------------
 
@@ -320,18 +339,17 @@ class OneBase:
         canary = self.load.server.folder / self.book.manifest["canary"]
         name = f"refuse-{entry['name']}"
         path = self.book.path(entry["path"])
+        got: list[tuple[int, Got]] = []
+        refused = ""
         try:
             got = self._ask(self.load.use(name, path))
-        except NotHere:
-            raise
         except Refusal as refusal:
-            if canary.exists():
-                return Verdict(v.FAILED, "the pickle's program was RUN")
-            if "CRASHED" in str(refusal):
-                return Verdict(v.FAILED, str(refusal))
-            return self._alive(Verdict(v.RIGHT, f"refused: {refusal}"))
-        finally:
-            self._forget(name)
+            refused = str(refusal)
+        self._forget(name)
+        if refused and not canary.exists():
+            if "CRASHED" in refused:
+                return Verdict(v.FAILED, refused)
+            return self._alive(Verdict(v.RIGHT, f"refused: {refused}"))
         if canary.exists():
             return Verdict(v.FAILED, "the pickle's program was RUN")
         others = {n: self._right(n) for n in ("", self.pair[0])}
@@ -339,7 +357,7 @@ class OneBase:
         for n, answer in others.items():
             if v.distance(got, answer) <= self._allowed(n):
                 as_what = f"those of {n}" if n else "the base's"
-        return self._alive(Verdict(v.WRONG, f"accepted, without a word; the answers are {as_what}"))
+        return self._alive(Verdict(v.WRONG, f"accepted; the answers are {as_what}"))
 
     def _forget(self, name: str) -> None:
         try:

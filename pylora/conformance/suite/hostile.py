@@ -174,8 +174,6 @@ _PEFT: tuple[Refused, ...] = (
     Refused("rank-0", "a rank of 0", _changed(r=0)),
     Refused("alpha-nan", "lora_alpha is NaN", _changed(lora_alpha=float("nan"))),
     Refused("unknown-type", "a kind of adapter that does not exist", _changed(peft_type="LORAX")),
-    Refused("slow-pattern", "a regular expression that takes for ever", _changed(
-        target_modules="(([a-z0-9_.]+)+)+!")),
     Refused("huge-rank", "the settings say a rank of 2^31 - 1", _changed(r=2**31 - 1)),
     Refused("truncated", "the file ends early", _bytes(lambda d: d[: len(d) // 2])),
     Refused("left-over", "bytes behind the last tensor", _bytes(lambda d: d + bytes(64))),
@@ -188,6 +186,8 @@ _PEFT: tuple[Refused, ...] = (
     Refused("path-names", "names of tensors that are paths of files", _changed(
         lambda t: {f"../../../../tmp/{k}": a for k, a in t.items()})),
     Refused("pickle", "a pickle, which runs a program when it is loaded", _pickle),
+    Refused("slow-pattern", "a regular expression that takes for ever", _changed(
+        target_modules="(([a-z0-9_.]+)+)+!")),
 )  # fmt: skip
 _GGUF: tuple[Refused, ...] = (
     Refused("truncated", "the file ends early", _gguf(lambda d: d[: len(d) // 2])),
