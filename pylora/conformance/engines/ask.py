@@ -182,11 +182,13 @@ WAYS: tuple[Way, ...] = (
 
 @dataclass(frozen=True)
 class Asking:
-    """The ways that an engine understands: `full` tells most, `quick` uses the engine's caches."""
+    """The ways that an engine understands: `full` tells most, `quick` uses the engine's caches.
+    `wrong`: ways that give other numbers than the ways that are right."""
 
     full: Way
     quick: Way
     names: Names
+    wrong: tuple[str, ...] = ()
 
     def ask(self, http: Http, target: Body, prompt: Prompt) -> Got:
         """In the way that tells most."""
@@ -197,22 +199,37 @@ class Asking:
         return self.quick.ask(http, target, prompt, self.names)
 
 
-def probe(http: Http, target: Body, prompts: Sequence[Prompt], names: Names) -> Asking:
-    """Tries the ways. EngineError where the engine is gone or understands none of them."""
+def probe(
+    http: Http,
+    target: Body,
+    prompts: Sequence[Prompt],
+    names: Names,
+    off: Callable[[Got], float],
+    allowed: float,
+) -> Asking:
+    """Tries the ways on the first prompt, and takes those whose numbers are right: `off` says how
+    far they are from a right answer, of which `allowed` is allowed. Where none is, the first that
+    gives numbers. EngineError where the engine is gone, or gives no numbers in any way."""
     reasons: list[str] = []
-    found: list[tuple[Way, Got]] = []
+    right: list[tuple[Way, Got]] = []
+    wrong: list[tuple[Way, float]] = []
     for way in WAYS:
         try:
             got = way.ask(http, target, prompts[0], names)
         except (Refusal, Unreadable) as error:
             reasons.append(f"{way.name}: {error}")
             continue
-        if not found or (not got.prompt and got.next):
-            found.append((way, got))
-        if not got.prompt and got.next:
+        far = off(got)
+        if far > allowed:
+            wrong.append((way, far))
+            continue
+        right.append((way, got))
+        if not got.prompt:
             break
-    if not found:
+    if not right and not wrong:
         raise EngineError(f"{http} gives no log-probabilities in any way. " + "; ".join(reasons))
-    quick = next((way for way, got in found if not got.prompt), None)
-    fall_back = found[0][0]
-    return Asking(fall_back, quick or fall_back, names)
+    said = tuple(f"`{way.name}` is wrong by {far:.2g} nats" for way, far in wrong)
+    if not right:
+        return Asking(wrong[0][0], wrong[0][0], names, said)
+    quick = next((way for way, got in right if not got.prompt), right[0][0])
+    return Asking(right[0][0], quick, names, said)

@@ -18,6 +18,7 @@ from pylora.conformance.engines.book import Book
 from pylora.conformance.engines.http import EngineError, Http, Refusal
 from pylora.conformance.engines.loading import Loading, NotHere
 from pylora.conformance.engines.verdict import Verdict, judge
+from pylora.conformance.suite.tolerance import PRECISIONS
 
 SEQUENCES = {
     "switching": "an adapter leaves nothing behind",
@@ -68,11 +69,14 @@ class Run:
         """The base that a running engine has, by its answers."""
         http = self.load.open("", [])
         target = self.load.plain()
-        asking = probe(http, target, self.book.prompts, self.book.names)
-        got = [(i, asking.ask(http, target, p)) for i, p in enumerate(self.book.prompts)]
+        limits = [self.book.tolerance(e, self.precision) for e in entries]
+        prompts, names = self.book.prompts, self.book.names
+        nearest = lambda got: min(v.distance([(0, got)], e["answer"]) for e in entries)
+        asking = probe(http, target, prompts, names, nearest, max(limits))
+        got = [(i, asking.ask(http, target, p)) for i, p in enumerate(prompts)]
         off = [v.distance(got, e["answer"]) for e in entries]
         best = min(range(len(entries)), key=off.__getitem__)
-        limit = self.book.tolerance(entries[best], self.precision)
+        limit = limits[best]
         if off[best] > limit:
             raise EngineError(
                 f"{http} answers as none of the suite's bases: the nearest is "
@@ -116,14 +120,16 @@ class OneBase:
         since = time.monotonic()
         try:
             http = self.load.open(self.place, self.paths)
-            self.asking = probe(http, self.load.plain(), self.book.prompts, self.book.names)
+            off = lambda got: v.distance([(0, got)], self.entry["answer"])
+            prompts, names = self.book.prompts, self.book.names
+            self.asking = probe(http, self.load.plain(), prompts, names, off, self.tolerance)
             got = self._ask(self.load.plain())
         except EngineError as error:
             self._note("base", "the base alone", Verdict(v.FAILED, str(error)), since)
             return
         alone = judge(got, self.entry["answer"], {}, {}, self.tolerance)
         if alone.kind != v.RIGHT:
-            text = f"{alone.text}: nothing can be said about adapters"
+            text = f"{alone.text}{self._hint(alone)}: nothing can be said about adapters"
             self._note("base", "the base alone", replace(alone, text=text), since)
             return
         self._note("base", "the base alone", replace(alone, text=self._ways()), since)
@@ -137,9 +143,18 @@ class OneBase:
                 name = f"refuse {entry['name']}"
                 self._guarded(name, entry["why"], partial(self._refuse, entry))
 
+    def _hint(self, alone: Verdict) -> str:
+        """A precision in which the base would be right."""
+        off = alone.error if alone.error is not None else float("inf")
+        for name in PRECISIONS:
+            if off <= self.book.tolerance(self.entry, name):
+                return f" (--precision {name} would allow it: is something kept in {name}?)"
+        return ""
+
     def _ways(self) -> str:
         full, quick = self.asking.full.name, self.asking.quick.name
-        return f"asked by {full}" if full == quick else f"asked by {full} and {quick}"
+        said = f"asked by {full}" if full == quick else f"asked by {full} and {quick}"
+        return "; ".join([said, *self.asking.wrong])
 
     # ---- asking ----------------------------------------------------------------------------------
 
