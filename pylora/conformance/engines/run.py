@@ -15,6 +15,7 @@ from typing import Any
 from pylora.conformance.engines import verdict as v
 from pylora.conformance.engines.ask import Asking, Body, Got, Prompt, probe
 from pylora.conformance.engines.book import Book
+from pylora.conformance.engines.diagnose import whose_cache
 from pylora.conformance.engines.http import EngineError, Http, Refusal
 from pylora.conformance.engines.loading import Loading, NotHere
 from pylora.conformance.engines.verdict import Verdict, judge
@@ -321,6 +322,10 @@ class OneBase:
                 continue
             text = "it gets the answer of its neighbour {}"
             found = self._judged(name, [(i, g)], self._others(name, names, text))
+            if not found.rule:
+                seed, allowed = self.book.manifest["seed"], self._allowed(name)
+                cause = whose_cache(self.entry, seed, name, names, i, g, allowed)
+                found = replace(found, text=cause, rule="prefix") if cause else found
             said = f"{name or 'the base'}, with others in flight: {found.text}"
             return replace(found, text=said)
         return Verdict(v.RIGHT, f"{len(jobs)} requests, {len(names)} targets, {_THREADS} threads")
