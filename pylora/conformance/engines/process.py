@@ -188,6 +188,11 @@ class Server:
             f"{process.command[0]} answers nothing within {self.patience:g} s: {text}"
         )
 
+    def ended(self) -> str:
+        """How the engine that was started here ended, as the end of a sentence; "" if it runs."""
+        code = None if self.process is None else self.process.wait(1.0)
+        return "" if code is None else f"; {_ended(code)}"
+
     def stop(self) -> None:
         """Ends the engine, if it was started here."""
         if self.process is not None:

@@ -198,7 +198,7 @@ class OneBase:
         except Refusal as refusal:
             found = Verdict(v.FAILED, str(refusal))
         except EngineError as error:
-            found = Verdict(v.FAILED, str(error))
+            found = Verdict(v.FAILED, f"{error}{self.load.server.ended()}")
             self._revive(test)
         self._note(test, rule, found, since)
 
@@ -239,6 +239,19 @@ class OneBase:
         found = judge(got, answers["right"], wrong, sentences, self._allowed(name))
         if found.kind == v.RIGHT:
             self.good.append(name)
+        return self._explained(found, name, got, ["", *self.pair, *self.good])
+
+    def _explained(
+        self, found: Verdict, name: str, got: list[tuple[int, Got]], names: Sequence[str]
+    ) -> Verdict:
+        """A wrong answer that follows no rule, explained by another adapter's cache if it can be."""
+        if found.kind != v.WRONG or found.rule:
+            return found
+        seed, allowed = self.book.manifest["seed"], self._allowed(name)
+        for i, g in got:
+            if v.distance([(i, g)], self._right(name)) > allowed:
+                cause = whose_cache(self.entry, seed, name, names, i, g, allowed)
+                return replace(found, text=cause, rule="prefix") if cause else found
         return found
 
     def _several(self) -> list[str]:
@@ -281,7 +294,8 @@ class OneBase:
         which = self.entry["sequences"]["prompt"]
         prompt, before = self.book.prompts[which], ""
         for name in ("", *names[1:], "", names[2], names[1]):
-            got = [(which, self.asking.next(self._http(), self._target(name), prompt))]
+            target = self._target(name)  # first: it may start the engine anew
+            got = [(which, self.asking.next(self._http(), target, prompt))]
             others = {
                 f"prefix:{p['owner'] or 'base'}:{p['kept']}": (
                     f"the first {p['kept']} tokens are taken from a cache of "
@@ -322,10 +336,7 @@ class OneBase:
                 continue
             text = "it gets the answer of its neighbour {}"
             found = self._judged(name, [(i, g)], self._others(name, names, text))
-            if not found.rule:
-                seed, allowed = self.book.manifest["seed"], self._allowed(name)
-                cause = whose_cache(self.entry, seed, name, names, i, g, allowed)
-                found = replace(found, text=cause, rule="prefix") if cause else found
+            found = self._explained(found, name, [(i, g)], names)
             said = f"{name or 'the base'}, with others in flight: {found.text}"
             return replace(found, text=said)
         return Verdict(v.RIGHT, f"{len(jobs)} requests, {len(names)} targets, {_THREADS} threads")
