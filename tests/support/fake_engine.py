@@ -117,6 +117,8 @@ def served(engine: Any) -> Iterator[str]:
                     self.say(200, engine.complete(body))
                 else:
                     self.say(404, {"error": "no such path"})
+            except SystemExit:  # an engine that dies says nothing
+                self.close_connection = True
             except (PyloraError, LookupError, TypeError) as error:
                 self.say(400, {"error": {"message": str(error)}})
 
@@ -254,6 +256,42 @@ class Stripped(Engine):
         super().load(name, copy)
 
 
+class Dora(Stripped):
+    """Has DoRA: rows of W + s B A are brought to the file's lengths, by new weights."""
+
+    def __init__(self, base: Path) -> None:
+        super().__init__(base)
+        self.models: dict[str, Llama] = {}
+
+    def length(self, W: np.ndarray, moved: np.ndarray) -> np.ndarray:
+        return np.sqrt((moved**2).sum(1, keepdims=True))
+
+    def load(self, name: str, path: Path) -> None:
+        super().load(name, path)
+        with SafeTensors(path / "adapter_model.safetensors") as file:
+            m = {k: np.array(file.load(k)) for k in file.tensors if k.endswith("magnitude_vector")}
+        if not m:
+            return
+        weights = dict(self.weights)
+        for module, lora in self.adapters[name].items():
+            W = weights[f"{module}.weight"].astype(np.float64)
+            moved = W + lora.scale * (lora.B.astype(np.float64) @ lora.A)
+            size = m[f"base_model.model.{module}.lora_magnitude_vector"][:, None]
+            new = size * moved / self.length(W, moved)
+            weights[f"{module}.weight"] = new.astype(np.float32)
+        self.models[name] = Llama(self.config, weights.__getitem__)
+
+    def logits(self, name: str, ids: list[int], whole: bool) -> np.ndarray:
+        if name not in self.models:
+            return super().logits(name, ids, whole)
+        return self.models[name].forward(ids, Seqs.of([len(ids)]))[0]
+
+
+class DoraOfBase(Dora):
+    def length(self, W: np.ndarray, moved: np.ndarray) -> np.ndarray:
+        return np.sqrt((W**2).sum(1, keepdims=True))
+
+
 class Careless(Engine):
     """Loads every pair of A and B that fits a module, and nothing else; looks at no number."""
 
@@ -383,6 +421,7 @@ FAULTS: dict[str, tuple[str, str, Any]] = {
         _each(lambda p, l, e, c: replace(l, bias=l.bias / np.float32(l.scale))),
     ),
     "dora": ("dora", "dora-as-lora", Stripped),
+    "dora-base": ("dora", "dora-base-norm", DoraOfBase),
     "saved": ("modules-to-save", "saved-ignored", Stripped),
     "rank": (
         "rank-256",

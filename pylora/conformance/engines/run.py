@@ -244,7 +244,7 @@ class OneBase:
     def _explained(
         self, found: Verdict, name: str, got: list[tuple[int, Got]], names: Sequence[str]
     ) -> Verdict:
-        """A wrong answer that follows no rule, explained by another adapter's cache if it can be."""
+        """A wrong answer that follows no rule, explained by another cache if it can be."""
         if found.kind != v.WRONG or found.rule:
             return found
         seed, allowed = self.book.manifest["seed"], self._allowed(name)
@@ -306,7 +306,7 @@ class OneBase:
                 if p["reader"] == name
             }
             others |= self._others(name, names, "the answers are those of {}")
-            found = self._judged(name, got, others)
+            found = self._explained(self._judged(name, got, others), name, got, names)
             if found.kind != v.RIGHT:
                 text = f"{name or 'the base'}, asked after {before or 'the base'}: {found.text}"
                 return replace(found, text=text)
