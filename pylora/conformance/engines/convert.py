@@ -30,6 +30,7 @@ from pylora.conformance.suite.wrong import sentence, wrongs
 from pylora.errors import ConfigError, PyloraError
 
 Array = np.ndarray[Any, Any]
+_SHARE = "of the largest number"
 
 
 class Conversion:
@@ -143,28 +144,30 @@ def judge(adapter: Adapter, got: Deltas) -> Verdict:
     mine = _mine(base, got)
     off = apart(mine, right)
     if off <= allowed:
-        return Verdict(v.RIGHT, got.kind, "", off, allowed)
+        return Verdict(v.RIGHT, got.kind, "", off, allowed, _SHARE)
     ranked = sorted((apart(mine, changes(base, m)), r) for r, m in wrongs(adapter).items())
     if ranked and ranked[0][0] <= allowed:
         rule = ranked[0][1]
-        return Verdict(v.WRONG, f"{got.kind}: {sentence(rule)}", rule, off, allowed)
+        return Verdict(v.WRONG, f"{got.kind}: {sentence(rule)}", rule, off, allowed, _SHARE)
     what = _difference(mine, right)
-    return Verdict(v.WRONG, f"{got.kind}: {what}; by no rule that is known", "", off, allowed)
+    return Verdict(
+        v.WRONG, f"{got.kind}: {what}; by no rule that is known", "", off, allowed, _SHARE
+    )
 
 
 def changes(base: Base, meaning: Meaning) -> dict[str, Array]:
-    """Every tensor that an adapter changes, by its name, as the difference from the base's; a bias
-    that B has is by itself, since a model may have no place for it."""
+    """Every tensor that an adapter changes, by its name, as the difference from the base's. A bias
+    of B is one of the module, as a merged model has it."""
     out: dict[str, Array] = {}
     for path, lora in meaning.loras.items():
         if lora.rank:
             delta = lora.scale * (lora.B @ lora.A)
             out[f"{path}.weight"] = delta.T if path == "model.embed_tokens" else delta
         if lora.base_bias is not None:
-            own = base.weights[f"{path}.bias"].astype(np.float64)
-            out[f"{path}.bias"] = lora.base_bias - own
+            out[f"{path}.bias"] = lora.base_bias - _weight(base, f"{path}.bias")
         if lora.bias is not None:
-            out[f"{path}.lora_bias"] = lora.scale * lora.bias
+            before = out.get(f"{path}.bias", np.zeros(lora.bias.shape))
+            out[f"{path}.bias"] = before + lora.scale * lora.bias
     for name, W in meaning.weights.items():
         out[name] = W - _weight(base, name)
     return out
@@ -172,7 +175,8 @@ def changes(base: Base, meaning: Meaning) -> dict[str, Array]:
 
 def _weight(base: Base, name: str) -> Array:
     tied = name == "lm_head.weight" and name not in base.weights
-    W: Array = base.weights["model.embed_tokens.weight" if tied else name].astype(np.float64)
+    found = base.weights.get("model.embed_tokens.weight" if tied else name)
+    W: Array = np.zeros(()) if found is None else found.astype(np.float64)
     return W
 
 
@@ -181,10 +185,9 @@ def _mine(base: Base, got: Deltas) -> dict[str, Array]:
     for path, delta in got.update.items():
         out[f"{path}.weight"] = delta.T if path == "model.embed_tokens" else delta
     for path, bias in got.bias.items():
-        if path.endswith(".lora_B"):
-            out[f"{path.removesuffix('.lora_B')}.lora_bias"] = bias
-        else:
-            out[f"{path}.bias"] = bias - base.weights[f"{path}.bias"].astype(np.float64)
+        out[f"{path}.bias"] = bias - _weight(base, f"{path}.bias")
+    for path, bias in got.added.items():
+        out[f"{path}.bias"] = out.get(f"{path}.bias", np.zeros(bias.shape)) + bias
     for name, W in got.replaced.items():
         out[name] = W - _weight(base, name)
     return out

@@ -31,11 +31,13 @@ _ROUNDING = {"f64": 2.0**-53, "f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-8,
 @dataclass
 class Deltas:
     """kind: what was read; update: module -> s B A [d, k]; bias: module -> what its bias becomes;
-    rounding: of the numbers in the file, a share of themselves (of the largest of its block)."""
+    added: module -> what is added to it; rounding: of the numbers in the file, a share of
+    themselves (of the largest of its block)."""
 
     kind: str
     update: dict[str, Array] = field(default_factory=dict)
     bias: dict[str, Array] = field(default_factory=dict)
+    added: dict[str, Array] = field(default_factory=dict)
     replaced: dict[str, Array] = field(default_factory=dict)  # by tensor, of a merged model
     rounding: float = 2.0**-24
 
@@ -81,7 +83,7 @@ def _peft(folder: Path, base: Path) -> Deltas:
         if lora.rank:
             out.update[path] = lora.scale * (lora.B.astype(np.float64) @ lora.A.astype(np.float64))
         if lora.bias is not None:
-            out.bias[f"{path}.lora_B"] = lora.scale * lora.bias.astype(np.float64)
+            out.added[path] = lora.scale * lora.bias.astype(np.float64)
         if lora.base_bias is not None:
             out.bias[path] = lora.base_bias.astype(np.float64)
     return out
@@ -170,9 +172,9 @@ def _merged(place: Path, base: Path) -> Deltas:
                 W = model.load(name).astype(np.float64)
                 tied = name == "lm_head.weight" and name not in known
                 old = "model.embed_tokens.weight" if tied else name
-                if old not in known:
+                if old not in known and not name.endswith(".bias"):
                     raise FileFormatError(f"{place}: the base has no tensor {name!r}")
-                if not np.array_equal(W, before.load(old)):
+                if old not in known or not np.array_equal(W, before.load(old)):
                     out.replaced[name] = W
     except KeyError as error:
         raise FileFormatError(f"{place}: {error}") from None

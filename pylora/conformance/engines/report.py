@@ -20,7 +20,7 @@ def line(f: Finding) -> str:
     said = f.verdict.text
     if f.verdict.error is not None and f.verdict.kind == v.RIGHT:
         said = " ".join(
-            [said, f"[{f.verdict.error:.1e} of {f.verdict.tolerance:.1e} nats]"]
+            [said, f"[{f.verdict.error:.1e} of {f.verdict.tolerance:.1e} {f.verdict.unit}]"]
         ).strip()
     return f"{f.base:14} {f.test:22} {f.verdict.kind:15} {said}".rstrip()
 

@@ -24,13 +24,14 @@ Answer = Mapping[str, Any]  # {"prompt": [[...]], "next": [[...]]}
 @dataclass(frozen=True)
 class Verdict:
     """kind: one of the words above; text: a sentence; rule: the wrong rule that is followed;
-    error: the largest difference from the right answer, in nats; tolerance: what was allowed."""
+    error: the largest difference from the right answer, in `unit`; tolerance: what was allowed."""
 
     kind: str
     text: str = ""
     rule: str = ""
     error: float | None = None
     tolerance: float | None = None
+    unit: str = "nats"
 
 
 def distance(got: Sequence[tuple[int, Got]], answer: Answer) -> float:
