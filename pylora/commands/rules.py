@@ -139,6 +139,13 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Needs("every", "adapter", "the adapter whose modules are shown"),
     ),
     "demo": (),
+    "vectors": (
+        *(
+            Needs(o, "port", "it is a report about a port")
+            for o in ("as_json", "badge", "markdown")
+        ),
+        OneOf(("out", "port"), "a folder to write vectors to, or what a port computed"),
+    ),
     "conformance": (
         *(Needs(o, "suite", "what is asked, and what is right") for o in _ENGINE),
         OneOf(("implementation", "as_list", "mutants", "suite"), "what is tested, or shown"),
