@@ -5,6 +5,7 @@ from __future__ import annotations
 from pylora.conformance.laws import (
     attention,
     backward,
+    container,
     dropout,
     files,
     forward,
@@ -14,11 +15,14 @@ from pylora.conformance.laws import (
     mixed,
     plan,
     planned,
+    saved,
+    settings,
     sizes,
     sizes_attention,
     sizes_chance,
     sizes_files,
     streams,
+    tensors,
     widths,
 )
 from pylora.conformance.laws.law import Law
@@ -34,6 +38,10 @@ _FILES = (
     streams,
     initial,
     files,
+    container,
+    tensors,
+    settings,
+    saved,
     plan,
     planned,
     attention,

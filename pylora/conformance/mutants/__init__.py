@@ -24,6 +24,7 @@ from pylora.conformance.mutants import (
     plans,
     precisions,
     randoms,
+    readers,
     scales,
     streams,
 )
@@ -48,6 +49,7 @@ GROUPS = (
     plans,
     matching,
     files,
+    readers,
     attention,
 )
 
