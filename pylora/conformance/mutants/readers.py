@@ -25,6 +25,7 @@ from pylora.conformance.mutants.files import (
 )
 from pylora.conformance.mutants.registry import wrong
 from pylora.conformance.protocol import LoraTriple
+from pylora.formats.safetensors import SafeTensors
 from pylora.types import Array
 
 Modules = Mapping[str, tuple[int, int]]
@@ -176,6 +177,12 @@ class HeaderRest(Mending):
         return raw[:8] + text[:-3] + b"   " + raw[8 + n :] if text.endswith(b" {}") else raw
 
 
+def checked(directory: str) -> tuple[dict[str, Any], Tensors]:
+    """Settings and tensors of a directory whose container is well-formed."""
+    with SafeTensors(Path(directory, WEIGHTS)):
+        return read(directory)
+
+
 class Fitted(Correct):
     """Makes tensors fit before the strict reader sees them."""
 
@@ -187,7 +194,7 @@ class Fitted(Correct):
 
     def load(self, directory: str, modules: Modules) -> dict[str, LoraTriple]:
         try:
-            config, tensors = read(directory)
+            config, tensors = checked(directory)
             wanted: dict[str, tuple[int, ...]] = {}
             for path, (r, _, _) in self.plan(config, modules).items():
                 d, k = modules[path]
@@ -337,7 +344,7 @@ class Finite(Correct):
 
     def load(self, directory: str, modules: Modules) -> dict[str, LoraTriple]:
         try:
-            config, tensors = read(directory)
+            config, tensors = checked(directory)
         except Exception:  # not what this one mends
             return super().load(directory, modules)
         with tempfile.TemporaryDirectory() as clean:
@@ -393,7 +400,7 @@ class ReadsPickle(Correct):
 class ReadsPickleByContent(Correct):
     def load(self, directory: str, modules: Modules) -> dict[str, LoraTriple]:
         raw = Path(directory, WEIGHTS).read_bytes() if Path(directory, WEIGHTS).is_file() else b""
-        if raw[:1] == b"\x80" and raw[7:8] != b"\0":
+        if raw[:1] == b"\x80" and raw[-1:] == b".":
             pickle.loads(raw)
         return super().load(directory, modules)
 
@@ -499,17 +506,14 @@ class KeysSorted(Writing):
 
 
 @wrong(
-    "write-rank-pattern-lost",
+    "write-alpha-two-digits",
     "subtle",
-    "rank_pattern is not written where every rank is the same in the file.",
-    "It can be read off the tensors, and r is then the first one.",
+    "lora_alpha is written with two digits behind the point.",
+    "A formatted number in the settings.",
 )
-class RankPatternLost(Writing):
+class AlphaTwoDigits(Writing):
     def written(self, config: dict[str, Any], t: Tensors) -> tuple[dict[str, Any], Tensors]:
-        ranks = {a.shape[0] for n, a in t.items() if ".lora_A" in n}
-        if len(ranks) == 1:
-            config = {**config, "r": ranks.pop(), "rank_pattern": {}}
-        return config, t
+        return {**config, "lora_alpha": round(config["lora_alpha"], 2)}, t
 
 
 @wrong(
@@ -586,8 +590,8 @@ class SettingsOfOlder(Correct):
 @wrong(
     "write-settings-first",
     "subtle",
-    "The settings are written before the arrays are looked at: a save that fails leaves new settings "
-    "with old arrays.",
+    "Settings are written before arrays are looked at: a save that fails leaves new ones with old "
+    "arrays.",
     "The order in which one thinks of them.",
 )
 class SettingsFirst(Correct):
