@@ -243,10 +243,11 @@ class Correct:
         grads: dict[str, tuple[Array, Array]] = {}
 
         def back(name: str, g: Array, inp: Array) -> Array:
-            dx, dA, dB = ops.lora_backward(g, inp, h[name], weights[name], loras.get(name))
+            found: Any = ops.lora_backward(g, inp, h[name], weights[name], loras.get(name))
+            dx, dA, dB = found
             if name in loras:
                 grads[name] = dA.astype(dtype), dB.astype(dtype)
-            return dx
+            return np.asarray(dx)
 
         do = back("o_proj", dy, o)
         dq, dk, dv = ops.attention_backward(do, q, k, v, o, lse, seqs, attn)

@@ -13,7 +13,8 @@ from pylora.conformance.laws.container import turned
 from pylora.conformance.laws.files import CONFIG, WEIGHTS, adapters, compare, expected, fitting
 from pylora.conformance.laws.law import Law
 from pylora.conformance.laws.planned import settled
-from pylora.conformance.problems.layers import LAYOUTS, laid_out, plans
+from pylora.conformance.problems.layers import plans
+from pylora.conformance.problems.layouts import LAYOUTS, laid_out
 from pylora.conformance.problems.trees import trees
 from pylora.conformance.testcase import Problem, Trial
 from pylora.types import Array
