@@ -33,6 +33,8 @@ class Peft:
     name = f"PEFT {peft.__version__}"
     dtypes = ("float32", "float64", "bfloat16")
     file_format = "peft"
+    # Those of PEFT's that change the base are carried out, on a base that the kit does not look at.
+    init_methods = ("kaiming", "gaussian", "pissa", "olora", "corda", "loftq", "lora_ga")
 
     def _layer(self, W: Any, adapters: Any, bias: Any = None, p: float = 0.0) -> Any:
         """A layer with the adapters "0", "1", ..., all active."""
@@ -207,14 +209,15 @@ class OneLinear(torch.nn.Module):
 def tree(modules: Any) -> Any:
     """A model of nested modules with a Linear [d,k] at each path."""
     root = torch.nn.Module()
-    for path, (d, k) in modules.items():
+    for path, size in modules.items():
         *parents, name = path.split(".")
         node = root
         for part in parents:
             if part not in node._modules:
                 node.add_module(part, torch.nn.Module())
             node = node._modules[part]
-        node.add_module(name, torch.nn.Linear(k, d, bias=False))
+        other = torch.nn.LayerNorm(2)  # a module that cannot take LoRA
+        node.add_module(name, torch.nn.Linear(*size[::-1], bias=False) if size else other)
     return root
 
 

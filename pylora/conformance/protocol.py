@@ -37,7 +37,8 @@ converts. Letters: m tokens, k inputs, d outputs, r rank; a size may be 0 but fo
                      lora_alpha, target_modules, use_rslora, rank_pattern, alpha_pattern)
     load(directory, modules) -> {path: (A, B, scale)}        modules: {path: (d, k)}; raises where
                      the files and the modules do not fit each other
-    plan(config, modules) -> {path: (r, alpha, scale)}       raises for what matches nothing
+    plan(config, modules) -> {path: (r, alpha, scale)}       raises for what matches nothing;
+                     modules[path] is None of a module that cannot take LoRA
     attention(x [m,hidden], weights, adapters, shape) -> y [m,hidden]
                      weights: {"q_proj": W, "k_proj", "v_proj", "o_proj"}; adapters: {name: (A, B,
                      scale)} of some of them; shape: AttentionShape

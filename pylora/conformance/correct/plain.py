@@ -199,7 +199,8 @@ class Correct:
         return {e.path: (e.r, e.alpha, e.scale) for e in plan}
 
     def _specs(self, modules: Mapping[str, tuple[int, int]]) -> dict[str, ModuleSpec]:
-        return {path: ModuleSpec("linear", d, k) for path, (d, k) in modules.items()}
+        """The linear ones; what cannot take LoRA is None in the protocol."""
+        return {path: ModuleSpec("linear", *s) for path, s in modules.items() if s is not None}
 
     def _resolve(self, config: dict[str, Any], modules: Mapping[str, tuple[int, int]]) -> Any:
         lora = LoraConfig.from_dict(config)

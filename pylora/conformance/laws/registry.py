@@ -17,6 +17,7 @@ from pylora.conformance.laws import (
     planned,
     saved,
     settings,
+    single,
     sizes,
     sizes_attention,
     sizes_chance,
@@ -24,6 +25,7 @@ from pylora.conformance.laws import (
     streams,
     tensors,
     widths,
+    without,
 )
 from pylora.conformance.laws.law import Law
 from pylora.errors import ConfigError
@@ -44,6 +46,7 @@ _FILES = (
     saved,
     plan,
     planned,
+    single,
     attention,
     *SIZES,
     layouts,
@@ -70,7 +73,8 @@ def table() -> str:
         cells = [law.id, law.sentence, law.maths, law.violation]
         cells += [", ".join(law.spec), ", ".join(n for n in law.needs if n != "float32")]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+    head = "\n## Statements that no law checks\n\nEvery other statement of the specification is cited.\n"
+    return "\n".join(lines) + "\n" + head + "\n" + without.table()
 
 
 if __name__ == "__main__":
