@@ -73,8 +73,9 @@ def table() -> str:
         cells = [law.id, law.sentence, law.maths, law.violation]
         cells += [", ".join(law.spec), ", ".join(n for n in law.needs if n != "float32")]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    head = "\n## Statements that no law checks\n\nEvery other statement of the specification is cited.\n"
-    return "\n".join(lines) + "\n" + head + "\n" + without.table()
+    head = "## Statements that no law checks"
+    said = "Every other statement of the specification is cited by a law."
+    return "\n".join([*lines, "", head, "", said, "", without.table()])
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pylora.conformance.laws.law import Law
 from pylora.conformance.laws.planned import settled
 from pylora.conformance.problems.layers import plans
 from pylora.conformance.problems.layouts import LAYOUTS, laid_out
-from pylora.conformance.problems.trees import trees
+from pylora.conformance.problems.trees import ALPHAS, systematic, trees
 from pylora.conformance.testcase import Problem, Trial
 from pylora.types import Array
 
@@ -48,6 +48,15 @@ def _settings(t: Trial, p: Problem) -> None:
         t.expect(f"B of {path}", got, B, signs=True, item=(path, 1))
         s = plan[path][2]
         t.expect(f"scale of {path}", got, s, 2.0**-22 * abs(s), item=(path, 2))
+
+
+def _every_alpha(dtype: str, examples: int) -> list[Problem]:
+    """Some of the systematic problems, each with another alpha."""
+    some = systematic()[::40]
+    return [
+        p.replaced(config={**p.config, "lora_alpha": ALPHAS[i % len(ALPHAS)]})
+        for i, p in enumerate(some)
+    ]
 
 
 def _narrowed(p: Problem, plan: Any) -> dict[str, Any]:
@@ -140,6 +149,7 @@ LAWS = (
         trees,
         _settings,
         (),
+        covering=_every_alpha,
         cost=2,
     ),
     Law(
