@@ -13,10 +13,11 @@ from pylora.conformance.laws.container import turned
 from pylora.conformance.laws.files import CONFIG, WEIGHTS, adapters, compare, expected, fitting
 from pylora.conformance.laws.law import Law
 from pylora.conformance.laws.planned import settled
+from pylora.conformance.laws.rules import Rules
 from pylora.conformance.problems.layers import plans
 from pylora.conformance.problems.layouts import LAYOUTS, laid_out
 from pylora.conformance.problems.trees import ALPHAS, systematic, trees
-from pylora.conformance.testcase import Problem, Trial
+from pylora.conformance.testcase import NotTested, Problem, Trial
 from pylora.types import Array
 
 Pairs = dict[str, tuple[Array, Array]]
@@ -25,6 +26,9 @@ Pairs = dict[str, tuple[Array, Array]]
 def _settings(t: Trial, p: Problem) -> None:
     """Everything that a config can say survives the way through a file."""
     p, plan = settled(p)
+    saved = {**p.config, **_narrowed(p, plan)}
+    if set(Rules(saved, p.modules).plan()) != set(plan):
+        raise NotTested("a whole path is the end of another one")
     rng = np.random.default_rng(p.seed)
     pairs: Pairs = {}
     for path, (r, _, _) in plan.items():
@@ -36,7 +40,7 @@ def _settings(t: Trial, p: Problem) -> None:
     directory = t.directory() + "/adapter"
     before = json.dumps(p.config)
     # What is saved knows the adapted modules alone: settings that speak of others go by all.
-    t.save(directory, pairs, {**p.config, **_narrowed(p, plan)})
+    t.save(directory, pairs, saved)
     if json.dumps(p.config) != before:
         t.fail("save changed the settings that it was given")
     got = t.load(directory, p.modules)
