@@ -87,6 +87,12 @@ def conformance(
     mutants: Annotated[
         bool, typer.Option("--mutants", help="kill the kit's own wrong implementations and stop")
     ] = False,
+    junit: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="write the report as JUnit's XML too")
+    ] = None,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="write the report as JSON too")
+    ] = None,
 ) -> None:
     """Test any implementation of LoRA against the laws; exit code 1 if one fails or breaks."""
     from pylora.conformance.running import command as kit
@@ -101,7 +107,8 @@ def conformance(
     if implementation is None:
         screen.say(kit.listing(law or []).removesuffix("\n"))
         return
-    if not kit.test(implementation, profile, law or [], examples, seed, screen.say):
+    chosen = law or []
+    if not kit.test(implementation, profile, chosen, examples, seed, screen.say, junit, as_json):
         raise typer.Exit(1)
 
 

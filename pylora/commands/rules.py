@@ -144,8 +144,11 @@ RULES: dict[str, tuple[Rule, ...]] = {
         OneOf(("implementation", "as_list", "mutants"), "what is tested, or shown"),
         Excludes("examples", "profile", "a profile is a number of examples"),
         Excludes("law", "mutants", _HUNT),
-        *(Excludes(o, "mutants", _HUNT) for o in ("examples", "profile")),
-        *(Excludes(o, "as_list", _LIST) for o in ("examples", "profile", "seed")),
+        *(Excludes(o, "mutants", _HUNT) for o in ("examples", "profile", "junit", "as_json")),
+        *(
+            Excludes(o, "as_list", _LIST)
+            for o in ("examples", "profile", "seed", "junit", "as_json")
+        ),
     ),
 }
 
