@@ -155,7 +155,7 @@ def test_bounds_are_positive_small_and_finite(cases: list[Case]) -> None:
             assert np.isfinite(out.value).all(), (case.name, name)
             assert np.isfinite(out.bound).all() and (out.bound >= 0).all(), (case.name, name)
             loose = case.op == "lora16" or case.name == "attention-large"  # 16 bits, or cancelled
-            most = 0.05 if loose else 1e-3
+            most = 0.1 if loose else 1e-3
             assert out.bound.max() < most * size, (case.name, name, out.bound.max())
 
 
