@@ -178,7 +178,8 @@ BY_HAND = (
     ("plan.mjs", "targets.toLowerCase() ===", "targets ===", "case counts in all-linear"),
     # the C port
     ("random.c", "u[e] = ((double)(w[0] >> 6)", "u[e] = (float)((double)(w[0] >> 6)", "u in float32"),
-    ("random.c", "frexp(x, &e)", "frexp(x, &e) + 0 * (e = 0)", "the logarithm without its exponent"),
+    ("random.c", "return e * 0x1.62e42fee00000p-1 +", "return (e + 1) * 0x1.62e42fee00000p-1 +",
+     "the logarithm's exponent off by one"),
     ("random.c", "r <= 5 ? ratio(AS241[1], r - 1.6) : ratio(AS241[2], r - 5)", "ratio(AS241[1], r - 1.6)",
      "no third branch"),
     ("random.c", "logarithm(q < 0 ? u : 1 - u)", "log(q < 0 ? u : 1 - u)", "the library's logarithm"),
@@ -189,7 +190,6 @@ BY_HAND = (
     ("lora.c", "if (B.p[i] != 0) return", "if (B.p[i] > 0) return", "a negative B is no B"),
     ("training.c", "norm > limit ? limit / norm : 1", "limit / norm", "always scaled to the limit"),
     ("training.c", "counted += labels[i] != PYLORA_IGNORE", "counted++", "all labels are counted"),
-    ("adapter.c", "rslora ? alpha / sqrt((double)r)", "rslora ? alpha / (double)r", "rsLoRA ignored"),
     ("block.c", "cosines.p[i] = (float)cos(angle), sines.p[i]", "cosines.p[i] = (float)cos((float)angle), sines.p[i]",
      "angles in float32"),
 )  # fmt: skip

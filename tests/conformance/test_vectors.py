@@ -38,7 +38,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cases(written: Path) -> list[Case]:
     found = vectors.load(written)
-    next(c for c in found if c.name == "embed").files["adapter"] = written / "embed" / "adapter"  # type: ignore[assignment]
+    for case in found:
+        if case.op == "embed":
+            case.files["adapter"] = written / case.name / "adapter"  # type: ignore[assignment]
     return found
 
 

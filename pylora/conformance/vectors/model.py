@@ -29,28 +29,35 @@ from pylora.types import AdamW, Array, Attn, LoRA, Seqs
 
 def cases() -> list[Case]:
     """All cases of this file."""
-    return [_embed(), _block(), _training()]
+    return [
+        _embed("embed", LoraConfig(r=4, lora_alpha=6, target_modules=("q_proj",))),
+        _embed(
+            "embed-rslora",
+            LoraConfig(r=3, lora_alpha=5, target_modules=("q_proj",), use_rslora=True),
+        ),
+        _block(),
+        _training(),
+    ]
 
 
 # ---- an adapter file in use --------------------------------------------------------------------
 
 
-def _embed() -> Case:
+def _embed(name: str, config: LoraConfig) -> Case:
     """A PEFT directory with one module: load, forward, one training step, merge, unmerge."""
     path, d, k, m = "model.layers.0.self_attn.q_proj", 6, 10, 4
     spec = ("K-1", "K-2", "S-1", "F-1", "B-1", "O-3", "M-1", "M-3")
-    case = Case("embed", "embed", spec, {"path": path, "lr": 0.01, "step": 1})
+    case = Case(name, "embed", spec, {"path": path, "lr": 0.01, "step": 1})
     modules = {path: ModuleSpec("linear", d, k)}
-    config = LoraConfig(r=4, lora_alpha=6, target_modules=("q_proj",))
     adapter = Adapter.init(resolve(config, modules), config, seed=5)
     A, B = adapter[path].A, adapter[path].B
-    B[...] = draw("embed/B", (d, 4), 0.5)
+    B[...] = draw(f"{name}/B", B.shape, 0.5)
     with TemporaryDirectory() as folder:
         adapter.save(Path(folder) / "adapter")
         files = (Path(folder) / "adapter").iterdir()
         case.files["adapter"] = {f.name: f.read_bytes() for f in sorted(files)}
-    case.inputs |= {"x": draw("embed/x", (m, k)), "W": draw("embed/W", (d, k), k**-0.5)}
-    case.inputs |= {"dy": draw("embed/dy", (m, d))}
+    case.inputs |= {"x": draw(f"{name}/x", (m, k)), "W": draw(f"{name}/W", (d, k), k**-0.5)}
+    case.inputs |= {"dy": draw(f"{name}/dy", (m, d))}
     x, W, dy = (wide(a) for a in case.inputs.values())
     scale = adapter[path].scale
 
