@@ -24,7 +24,8 @@ def cases() -> list[Case]:
         _embedding("lora-embedding", np.array([3, 0, 3, 8, 1])),
         _embedding("lora-embedding-repeated", np.array(duplicates), scale=-0.5),
         _embedding("lora-embedding-none", none),
-        _embedding("lora-embedding-B-last", np.array([2, 0]), sparse=True),
+        _embedding("lora-embedding-B-first", np.array([2, 0]), sparse=0),
+        _embedding("lora-embedding-B-last", np.array([2, 0]), sparse=-1),
         _unread_embedding("lora-embedding-nan-in-A"),
         _embedding("lora-embedding-fresh", np.array([1, 4, 4]), fresh=True),
         _stacked(),
@@ -64,7 +65,7 @@ def _unread_embedding(name: str) -> Case:
 
 
 def _embedding(
-    name: str, ids: Array, *, scale: float = 1.5, fresh: bool = False, sparse: bool = False
+    name: str, ids: Array, *, scale: float = 1.5, fresh: bool = False, sparse: int | None = None
 ) -> Case:
     vocab, hidden, r = 9, 5, 2
     case = Case(name, "embedding", ("F-5", "B-6"), {"scale": scale})
@@ -77,9 +78,9 @@ def _embedding(
         "B": draw(f"{name}/B", (hidden, r)),
         "dy": draw(f"{name}/dy", (m, hidden)),
     }
-    if sparse:  # one number, in the last place, and negative: not an empty B
+    if sparse is not None:  # one number, in this place, and negative: not an empty B
         case.inputs["B"][...] = 0
-        case.inputs["B"][-1, -1] = -0.5
+        case.inputs["B"].flat[sparse] = -0.5
     W, A, B, dy = (wide(case.inputs[n]) for n in ("W", "A", "B", "dy"))
     h, s, size = A[:, ids].T, scale, abs(scale)
     g = dy @ B
