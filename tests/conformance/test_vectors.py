@@ -57,8 +57,9 @@ def check(case: Case, got: Outputs) -> None:
 
 def test_every_backend_keeps_every_vector(ops: Any, cases: list[Case]) -> None:
     assert {case.op for case in cases} == set(RUNNERS)
-    for case in cases:
-        check(case, RUNNERS[case.op](ops, case))
+    with np.errstate(invalid="ignore"):  # one case has NaN, and asks for what it must not reach
+        for case in cases:
+            check(case, RUNNERS[case.op](ops, case))
 
 
 WRONG = {
