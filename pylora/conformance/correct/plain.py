@@ -40,6 +40,7 @@ class Correct(Adapted, Attending, Training):
     bitwise = True
     exact_unmerge = True
     bits = True
+    init_methods = ("kaiming", "gaussian", "false")
 
     # ---- one adapter --------------------------------------------------------------------------
 
@@ -86,13 +87,17 @@ class Correct(Adapted, Attending, Training):
             A = random.normal((r, k), 1 / r, seed=seed, stream=stream)
         else:
             A = random.uniform((r, k), 1 / math.sqrt(k), seed=seed, stream=stream)
+        if method == "false":
+            stream = random.stream("init", "module", "B")
+            return A, random.uniform((d, r), 1 / math.sqrt(r), seed=seed, stream=stream)
         return A, np.zeros((d, r), np.float32)
 
     # ---- dropout ------------------------------------------------------------------------------
 
     def drop(self, p: float, seed: int) -> Drop | None:
         """The mask of a seed; None without dropout."""
-        return Drop(p, seed, random.stream("dropout", "module", "0")) if p else None
+        stream = random.stream("dropout", "module", "0")
+        return Drop(p, random.check_seed(seed), stream) if p else None
 
     def dropout_forward(
         self, x: Array, W: Array, A: Array, B: Array, scale: float, p: float, seed: int

@@ -181,7 +181,7 @@ def _drawn(*methods: str) -> Any:
     def problems(dtype: str) -> Any:
         chosen = [(m, a) for m in methods for a in (*CALLS[m][0], ALL)]
         return st.builds(
-            lambda pair, layout, seed: _problem(dtype, *pair, layout, seed),
+            lambda pair, layout, seed: _problem(dtype, pair[0], pair[1], layout, seed),
             st.sampled_from(chosen),
             st.sampled_from(LAYOUTS),
             st.integers(0, 9999),

@@ -6,6 +6,7 @@ others tiny, around every usual limit. Small integers, so equality is asked for.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from pylora.conformance.laws import allowed, oracle
 from pylora.conformance.laws.law import Law
 from pylora.conformance.problems import sizes
-from pylora.conformance.problems.layers import DTYPES
+from pylora.conformance.problems.layers import DTYPES, np_dtype, st
 from pylora.conformance.testcase import Problem, Trial
 
 NAMES = ("dx", "dA", "dB")
@@ -155,14 +156,14 @@ def _thread_counts(dtype: str, examples: int) -> Any:
 
 
 def _with_threads(dtype: str) -> Any:
-    counts = sizes.st.sampled_from((2, 3, 4, 7, 8, 16, 33))
-    return sizes.st.builds(lambda p, n: p.replaced(threads=n), sizes.large_layers(dtype), counts)
+    counts = st.sampled_from((2, 3, 4, 7, 8, 16, 33))
+    return st.builds(lambda p, n: p.replaced(threads=n), sizes.large_layers(dtype), counts)
 
 
 def _weights(dtype: str, examples: int) -> Any:
     """Of each of d and k large and of both middling: weights that are no integers."""
 
-    def make(n: int, name: str) -> Problem:
+    def make(name: str, n: int) -> Problem:
         p = sizes.layer(dtype, 1, "", **{name: n})
         rng = np.random.default_rng(n)
         arrays = {a: rng.normal(size=getattr(p, a).shape).astype(p.W.dtype) for a in "WAB"}
@@ -170,14 +171,14 @@ def _weights(dtype: str, examples: int) -> Any:
 
     for name in "dk":
         for size in sizes.walk(examples, sizes.LIMITS[-1], dtype=dtype):
-            yield sizes.sized(lambda n, name=name: make(n, name), size)
-    yield make(sizes.SQUARE, "d").replaced(**_square(dtype))
+            yield sizes.sized(partial(make, name), size)
+    yield make("d", sizes.SQUARE).replaced(**_square(dtype))
 
 
 def _square(dtype: str) -> dict[str, Any]:
     n, rng = sizes.SQUARE, np.random.default_rng(3)
     shapes = {"W": (n, n), "A": (2, n), "B": (n, 2)}
-    kind = sizes.np_dtype(dtype)
+    kind = np_dtype(dtype)
     return {name: rng.normal(size=shape).astype(kind) for name, shape in shapes.items()}
 
 
@@ -269,9 +270,7 @@ LAWS = (
         "slots run out, or one is used again with what it held",
         ("L-1", "X-5"),
         ("module",),
-        lambda dtype: sizes.st.builds(
-            lambda p: p.replaced(size=9), sizes.large_layers(dtype, "mkdr")
-        ),
+        lambda dtype: st.builds(lambda p: p.replaced(size=9), sizes.large_layers(dtype, "mkdr")),
         _attached_often,
         dtypes=DTYPES,
         covering=_counts,

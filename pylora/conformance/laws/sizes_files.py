@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -78,7 +79,7 @@ def _covering(make: Any, tops: dict[str, int], most: dict[str, int]) -> Any:
     def problems(dtype: str, examples: int) -> Iterator[Problem]:
         for name, top in tops.items():
             for size in walk(examples, top, most[name]):
-                yield sized(lambda n, name=name: make(name, n), size)
+                yield sized(partial(make, name), size)
 
     return problems
 

@@ -16,7 +16,7 @@ from pylora.conformance.laws.law import Law
 from pylora.conformance.laws.sizes import has
 from pylora.conformance.laws.sizes_chance import mask_of
 from pylora.conformance.problems import widths
-from pylora.conformance.problems.layers import DTYPES, np_dtype
+from pylora.conformance.problems.layers import DTYPES, np_dtype, st
 from pylora.conformance.problems.sizes_attention import attention
 from pylora.conformance.testcase import Problem, Trial
 
@@ -137,10 +137,10 @@ def _of_one_sign(p: Problem, dtype: str) -> Problem:
 
 
 def _any_attention(dtype: str) -> Any:
-    return widths.st.builds(
+    return st.builds(
         lambda name, n: _of_one_sign(attention(dtype, name, n), dtype),
-        widths.st.sampled_from(("hidden", "rank", "length", "head_dim")),
-        widths.st.integers(2, 40),
+        st.sampled_from(("hidden", "rank", "length", "head_dim")),
+        st.integers(2, 40),
     )
 
 

@@ -22,6 +22,7 @@ from pylora.conformance.mutants import (
     inputs,
     linear,
     masks,
+    matching,
     merging,
     mixed_gradients,
     modules,
@@ -29,7 +30,9 @@ from pylora.conformance.mutants import (
     operations,
     plans,
     precisions,
+    randoms,
     scales,
+    streams,
 )
 from pylora.conformance.mutants.registry import REGISTRY, Mutant
 
@@ -43,11 +46,14 @@ GROUPS = (
     inputs,
     gradients,
     dropouts,
+    streams,
     initial,
+    randoms,
     merging,
     modules,
     batches,
     plans,
+    matching,
     files,
     attention,
     mixed_gradients,

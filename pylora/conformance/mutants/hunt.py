@@ -90,5 +90,5 @@ def _used(law: Law) -> frozenset[str]:
     recorder = _Recorder()
     search = Search(recorder, law)
     recorder.read.clear()  # that looked at every method
-    search.run(12, 0, False)
+    search.run(law.share_of(12), 0, False)
     return frozenset(recorder.read)

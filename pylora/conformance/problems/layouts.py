@@ -128,4 +128,4 @@ class Guard:
     @property
     def untouched(self) -> bool:
         """Whether it has the same bits still."""
-        return self.memory.tobytes() == self.before
+        return bool(self.memory.tobytes() == self.before)

@@ -12,6 +12,7 @@ the smallest size that is wrong.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ LIMITS = (8, 16, 32, 64, 128, 256, 512, 1024, 4096, 65536)
 TINY = {"m": 3, "k": 5, "d": 4, "r": 2}
 SQUARE = 257  # of two dimensions at once: more than 2¹⁶ elements
 THOROUGH = 1000  # examples from which on the rarer problems are walked too
-FEW = 30  # examples below which each dimension is walked at its largest size alone
+FEW = 30  # examples below which one size is tried of each dimension, beyond 1024
 Make = Callable[[int], Problem]
 
 
@@ -33,11 +34,11 @@ def walk(examples: int, top: int, most: int = LIMITS[-1], dtype: str = "float32"
     time for it, with the largest first, since what is wrong beyond a limit is wrong there too.
 
     Dtypes but float32 are walked past each limit only, where there is little time."""
-    top = most if examples >= THOROUGH else top
+    top = most if examples >= THOROUGH else min(top, 1024) if examples < FEW else top
     limits = [n for n in LIMITS if n <= top]
     past = top + top // 2 + 3
     if examples < FEW:
-        return [past, limits[-1]]
+        return [past]
     beside = (1, 0, -1) if dtype == "float32" or examples >= THOROUGH else (1,)
     return [past, *(n + i for n in reversed(limits) for i in beside)]
 
@@ -92,7 +93,7 @@ def layer(dtype: str, seed: int = 0, thin: str = "", **sizes: int) -> Problem:
         return a + FINE * integer_array(rng, shape, dtype=dtype) if name in carriers else a
 
     fields: dict[str, Any] = {
-        name: make(name, (n[rows], n[columns])) for name, (rows, columns) in shapes.items()
+        name: make(name, (n[pair[0]], n[pair[1]])) for name, pair in shapes.items()
     }
     for name, axis in {"k": ("x", 1), "r": ("B", 1), "d": ("dy", 1), "m": ("dy", 0)}.items():
         if name == thin:
@@ -101,18 +102,18 @@ def layer(dtype: str, seed: int = 0, thin: str = "", **sizes: int) -> Problem:
     return Problem(**fields, bias=bias, scale=(2.0, -1.0, 0.5, -2.0)[seed % 4], seed=seed)
 
 
+def _layer_of(dtype: str, seed: int, thin: str, name: str, n: int) -> Problem:
+    return layer(dtype, seed, thin, **{name: n})
+
+
 def layers(dtype: str, examples: int, top: int = LIMITS[-1]) -> Iterator[Problem]:
     """Each of m, k, d and r large, and pairs of them that are middling."""
     narrow = np_dtype(dtype).itemsize == 2
     for name in "mkdr":
         for i, size in enumerate(walk(examples, top, dtype=dtype)):
-
-            def make(n: int, name: str = name, i: int = i, thin: str = "") -> Problem:
-                return layer(dtype, i, thin, **{name: n})
-
-            yield sized(make, size)
+            yield sized(partial(_layer_of, dtype, i, "", name), size)
             if narrow:
-                yield sized(lambda n, make=make, name=name: make(n, thin=name), size)
+                yield sized(partial(_layer_of, dtype, i, name, name), size)
     for pair in ("mk", "mr", "dk", "md", "dr", "kr")[: 6 if examples >= FEW else 1]:
         yield layer(dtype, 1, "", **dict.fromkeys(pair, SQUARE))
 
@@ -195,7 +196,7 @@ def stacked(dtype: str, examples: int) -> Iterator[Problem]:
     """Adapters that are active at once: how many, their ranks, m, k and d."""
     narrow = np_dtype(dtype).itemsize == 2
 
-    def make(name: str, n: int, thin: bool = False) -> Problem:
+    def make(name: str, n: int, *, thin: bool = False) -> Problem:
         thinner = ("r" if name in ("adapters", "rank") else name) * thin
         if name == "adapters":
             return several(dtype, [1 + i % 2 for i in range(n)], np.zeros(3), thin=thinner)
@@ -208,9 +209,9 @@ def stacked(dtype: str, examples: int) -> Iterator[Problem]:
     for name, top in {"rank": 65536, "m": 65536, "k": 65536, "d": 65536, "adapters": 4096}.items():
         for size in walk(examples, top, dtype=dtype):
             if not narrow or name != "adapters":
-                yield sized(lambda n, name=name: make(name, n), size)
+                yield sized(partial(make, name), size)
             if narrow and name in ("rank", "k", "adapters"):
-                yield sized(lambda n, name=name: make(name, n, True), size)
+                yield sized(partial(make, name, thin=True), size)
 
 
 @st.composite  # type: ignore[untyped-decorator]

@@ -8,11 +8,12 @@ would be within it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 
 from pylora.conformance.problems.layers import np_dtype, st
-from pylora.conformance.problems.sizes import FEW, THOROUGH, Make, edges, sized, walk
+from pylora.conformance.problems.sizes import FEW, THOROUGH, edges, sized, walk
 from pylora.conformance.protocol import AttentionShape
 from pylora.conformance.testcase import Problem
 from pylora.types import Array
@@ -52,7 +53,7 @@ def attention(dtype: str, name: str, n: int, seed: int = 0) -> Problem:
     kv = n if name == "heads" else kv
     D = max(2, n + n % 2) if name == "head_dim" else (2 if name in ("heads", "kv") else 4)
     hidden, r = (n if name == "hidden" else 3), (n if name == "rank" else 2)
-    lengths = (n,) if name == "length" else (3, 2)
+    lengths: tuple[int, ...] = (n,) if name == "length" else (3, 2)
     if name == "sequences":
         lengths = tuple(1 + i % 2 for i in range(n))
     m, narrow = sum(lengths), np_dtype(dtype).itemsize == 2
@@ -81,17 +82,13 @@ def attention(dtype: str, name: str, n: int, seed: int = 0) -> Problem:
     return Problem(x=x, dy=dy, weights=weights, adapters=adapters, shape=shape, seed=seed)
 
 
-def _by(dtype: str, name: str) -> Make:
-    return lambda n: attention(dtype, name, n)
-
-
 def attentions(dtype: str, examples: int, scale: int = 1) -> Iterator[Problem]:
     """Each dimension of ATTENTION at the sizes of `walk`."""
     for name, top in ATTENTION.items():
         top = top if dtype == "float32" else min(top, 256)
         for size in walk(min(examples, THOROUGH - 1), top // scale, dtype=dtype):
             if size <= 256 or size % 2 or examples >= THOROUGH:
-                yield sized(_by(dtype, name), size)
+                yield sized(partial(attention, dtype, name), size)
 
 
 def long_attentions(dtype: str, examples: int) -> Iterator[Problem]:
@@ -138,7 +135,7 @@ def losses(dtype: str, examples: int) -> Iterator[Problem]:
     """Each dimension of LOSS at the sizes of `walk`."""
     for name, top in LOSS.items():
         for size in walk(examples, top, top, dtype):
-            yield sized(lambda n, name=name: loss(dtype, name, n), size)
+            yield sized(partial(loss, dtype, name), size)
 
 
 @st.composite  # type: ignore[untyped-decorator]

@@ -40,7 +40,8 @@ def width(dtype: str, where: str, n: int, kind: str, seed: int = 0) -> Problem:
     rng = np.random.default_rng([seed, n])
     s = {**TINY, where: n}
     fields: dict[str, Any] = {}
-    for name, (a, b) in {"x": "mk", "W": "dk", "A": "rk", "B": "dr", "dy": "md"}.items():
+    for name, pair in {"x": "mk", "W": "dk", "A": "rk", "B": "dr", "dy": "md"}.items():
+        a, b = pair[0], pair[1]
         array = np.ones((s[a], s[b])) if kind != "positive" else rng.uniform(0.5, 1.5, (s[a], s[b]))
         if _FIRST[where][0] == name:
             terms = line(n, kind, rng)

@@ -20,6 +20,7 @@ from pylora.conformance.laws.registry import find
 from pylora.conformance.protocol import capabilities, instantiate, name_of, problems_of
 from pylora.conformance.running.counterexample import program
 from pylora.conformance.running.shrink import simpler, smallest
+from pylora.conformance.running.storage import elsewhere
 from pylora.conformance.testcase import Broken, NotTested, Problem, Trial, Violation
 from pylora.extras import need
 
@@ -113,7 +114,7 @@ def run_law(
         return Outcome(law, NOT_TESTED, f"there is no {', '.join(missing)}")
     began = time.perf_counter()
     search = Search(implementation, law)
-    search.run(examples, seed, shrink)
+    search.run(law.share_of(examples), seed, shrink)
     outcome = search.outcome(shrink)
     outcome.seconds = time.perf_counter() - began
     return outcome
@@ -156,7 +157,8 @@ class Search:
             return
         wrapped = hypothesis.given(problem=self.problems())(check)
         try:
-            hypothesis.seed(seed)(settings(wrapped))()
+            with elsewhere():
+                hypothesis.seed(seed)(settings(wrapped))()
         except Violation:
             pass  # it is kept in self.failure
         except hypothesis.errors.Flaky:
