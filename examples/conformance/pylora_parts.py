@@ -57,8 +57,9 @@ class Parts:
         one = np.eye(shape[1], dtype=np.float32)
         lora = LoRA(one, one, 1.0, p)
         drop = DropKey(seed, step, row0).of(path, lora)
-        packed = self.ops.pack(np.zeros_like(one))
-        y, _ = self.ops.lora_forward(np.ones(shape, np.float32), packed, None, lora, drop)
+        ops = self.ops._ops  # filling up to groups would number the elements otherwise
+        packed = ops.pack(np.zeros_like(one))
+        y, _ = ops.lora_forward(np.ones(shape, np.float32), packed, None, lora, drop)
         return np.asarray(y) != 0
 
     # ---- decoding ------------------------------------------------------------------------------
