@@ -39,8 +39,8 @@ class Correct(Adapted, Attending, Training):
     thread_safe = True
     bitwise = True
     exact_unmerge = True
-    bits = True
     init_methods = ("kaiming", "gaussian", "false")
+    bits = True
 
     # ---- one adapter --------------------------------------------------------------------------
 
@@ -218,11 +218,12 @@ def same_bits(a: Array, b: Array) -> Array:
 
 class CorrectModule:
     """One module with an adapter that comes and goes. The base weight is kept aside, never changed:
-    merging makes another array."""
+    merging makes another array, and what unmerging takes out is a copy of what was put in."""
 
     def __init__(self, maker: Correct, W: Array, bias: Array | None) -> None:
         self.maker, self.W, self.bias = maker, W, bias
         self.lora: LoraTriple | None = None
+        self.inside: LoraTriple  # what is merged
         self.merged: Array | None = None
         self.state: Any = None
 
@@ -234,19 +235,23 @@ class CorrectModule:
         return self.maker.forward(x, self.W, *self.lora, self.bias)
 
     def attach(self, A: Array, B: Array, scale: float) -> None:
+        if self.merged is not None:
+            self.unmerge()
         self.lora = A, B, scale
 
     def detach(self) -> None:
         self.lora = self.merged = self.state = None
 
     def merge(self) -> None:
-        if self.lora is not None:
-            result = self.maker.merge(self.W, *self.lora)
+        if self.lora is not None and self.merged is None:
+            A, B, scale = self.lora
+            self.inside = A.copy(), B.copy(), scale
+            result = self.maker.merge(self.W, *self.inside)
             self.merged, self.state = result if isinstance(result, tuple) else (result, None)
 
     def unmerge(self) -> None:
-        if self.merged is not None and self.lora is not None:
-            self.W = self.maker.unmerge(self.merged, *self.lora, self.state)
+        if self.merged is not None:
+            self.W = self.maker.unmerge(self.merged, *self.inside, self.state)
             self.merged = self.state = None
 
     def weight(self) -> Array:

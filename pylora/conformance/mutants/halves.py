@@ -70,7 +70,8 @@ class OverflowsEarly(Correct):
             return y
         wide: Any = [self.widen(a) for a in (x, W, A, B)]
         exact: Array = super().forward(wide[0], wide[1], wide[2], wide[3], scale, self.widen(bias))
-        return np.where(np.abs(exact) > 65504, np.copysign(np.inf, exact), y).astype(np.float16)
+        over: Array = np.where(np.abs(exact) > 65504, np.copysign(np.inf, exact), y)
+        return over.astype(np.float16)
 
 
 @wrong(

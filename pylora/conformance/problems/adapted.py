@@ -16,11 +16,11 @@ from pylora.conformance.problems.layers import (
     SEEDS,
     elements,
     integer_array,
-    laid_out,
     np_dtype,
     pick,
     st,
 )
+from pylora.conformance.problems.layouts import laid_out
 from pylora.conformance.testcase import Problem
 from pylora.types import Array
 

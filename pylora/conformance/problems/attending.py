@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from pylora.conformance.problems.adapted import sizes
-from pylora.conformance.problems.layers import SEEDS, laid_out, np_dtype, pick, st
+from pylora.conformance.problems.layers import SEEDS, np_dtype, pick, st
+from pylora.conformance.problems.layouts import laid_out
 from pylora.conformance.protocol import AttentionShape
 from pylora.conformance.testcase import Problem
 from pylora.types import Array
