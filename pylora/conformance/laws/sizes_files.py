@@ -13,9 +13,9 @@ from pylora.conformance.problems.layers import st
 from pylora.conformance.problems.sizes import sized, walk, whole
 from pylora.conformance.testcase import Problem, Trial
 
-PLAN = {"layers": 256, "targets": 64, "patterns": 32, "rank": 65536, "chosen": 128, "depth": 64}
+PLAN = {"layers": 1024, "targets": 64, "patterns": 32, "rank": 65536, "chosen": 128, "depth": 64}
 MANY = {**PLAN, "layers": 1024, "targets": 256, "patterns": 128, "chosen": 1024, "depth": 256}
-FILE = {"modules": 64, "rank": 4096, "k": 65536, "d": 65536, "name": 128}
+FILE = {"modules": 256, "rank": 4096, "k": 65536, "d": 65536, "name": 128}
 
 
 def plan_problem(name: str, n: int) -> Problem:
@@ -95,7 +95,7 @@ LAWS = (
     Law(
         "X14",
         "No size is a limit to a plan.",
-        "as T1, with up to 387 layers, 99 targets, 51 patterns, 195 chosen layers, paths of 99 "
+        "as T1, with up to 1539 layers, 99 targets, 51 patterns, 195 chosen layers, paths of 99 "
         "parts and a rank of 98307, around the limits of F12",
         "a list is cut off, a number of a layer has two digits at most",
         ("L-1", "T-1", "T-4", "T-5"),
@@ -108,7 +108,7 @@ LAWS = (
     Law(
         "X15",
         "No size is a limit to a file.",
-        "as K1, with up to 99 modules, rank 6147, k and d 98307, names of 195 letters",
+        "as K1, with up to 387 modules, rank 6147, k and d 98307, names of 195 letters",
         "tensors beyond a number, or elements beyond a size, are not written or not read",
         ("L-1", "K-5"),
         ("save", "load"),
