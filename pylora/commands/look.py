@@ -1,4 +1,4 @@
-"""The verbs that check and tell: check, conformance, vectors, doctor, info, demo."""
+"""The verbs that check and tell: check, conformance, suite, vectors, doctor, info, demo."""
 
 from __future__ import annotations
 
@@ -9,9 +9,24 @@ from typing import Annotated
 import typer
 
 from pylora.commands.app import ADAPTER_NAMES, HERE, LOOK, TEST, Model, Seed, command
+from pylora.commands.engine_options import (
+    AdaptersBy,
+    ApiKey,
+    BaseNames,
+    ConvertCommand,
+    EnginePrecision,
+    EngineUrl,
+    FormOfFiles,
+    Patience,
+    RestartCommand,
+    SuiteDir,
+    TestNames,
+    Timeout,
+)
 from pylora.commands.guard import unfinished
 from pylora.commands.inputs import file_or_stdin
 from pylora.commands.outputs import check_file, check_folder
+from pylora.commands.ported import ported
 from pylora.display.console import Console
 
 
@@ -66,7 +81,13 @@ def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
-@command(TEST, "pylora conformance mypackage.mylora:Implementation", "pylora conformance --list")
+@command(
+    TEST,
+    "pylora conformance mypackage.mylora:Implementation",
+    "pylora conformance --list",
+    "pylora conformance --suite suite --engine http://127.0.0.1:8000/v1 --precision bf16",
+    "pylora conformance --suite suite --convert 'convert.py --base {base} {in} --outfile {out}'",
+)
 def conformance(
     implementation: Annotated[
         str | None,
@@ -86,11 +107,44 @@ def conformance(
     mutants: Annotated[
         bool, typer.Option("--mutants", help="kill the kit's own wrong implementations and stop")
     ] = False,
+    junit: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="write the report as JUnit's XML too")
+    ] = None,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="write the report as JSON too")
+    ] = None,
+    suite: SuiteDir = None,
+    engine: EngineUrl = None,
+    restart: RestartCommand = None,
+    convert: ConvertCommand = None,
+    adapters_by: AdaptersBy = "vllm",
+    precision: EnginePrecision = "fp32",
+    form: FormOfFiles = None,
+    api_key: ApiKey = None,
+    timeout: Timeout = 60.0,
+    patience: Patience = 120.0,
+    bases: BaseNames = None,
+    tests: TestNames = None,
 ) -> None:
-    """Test any implementation of LoRA against the laws; exit code 1 if one fails or breaks."""
+    """Test an implementation of LoRA against the laws, or an engine or converter against a suite;
+    exit code 1 if anything is wrong."""
     from pylora.conformance.running import command as kit
 
     screen = Console()
+    if suite is not None:
+        from pylora.conformance.engines.command import Settings, test
+
+        for file, name in ((as_json, "--json"), (junit, "--junit")):
+            if file is not None:
+                check_file(file, what=name)
+        settings = Settings(
+            suite, engine, restart, convert, adapters_by, precision, form, api_key, timeout,
+            patience, tuple(bases or ()), tuple(tests or ()), as_json, junit,
+        )  # fmt: skip
+        with unfinished("no report was written"):
+            if not test(settings, screen.say):
+                raise typer.Exit(1)
+        return
     if mutants:
         from pylora.conformance.mutants.hunt import hunt
 
@@ -100,25 +154,76 @@ def conformance(
     if implementation is None:
         screen.say(kit.listing(law or []).removesuffix("\n"))
         return
-    if not kit.test(implementation, profile, law or [], examples, seed, screen.say):
+    chosen = law or []
+    if not kit.test(implementation, profile, chosen, examples, seed, screen.say, junit, as_json):
         raise typer.Exit(1)
 
 
-@command(TEST, "pylora vectors --out vectors")
-def vectors(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="folder to write; docs/porting.md")],
+@command(TEST, "pylora suite --out suite", "pylora suite --out suite --families llama,qwen3")
+def suite(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="folder to write; docs/engines.md")],
+    families: Annotated[
+        str, typer.Option(metavar="NAMES", help="separated by commas; default: all that pylora has")
+    ] = "",
+    seed: Seed = 0,
 ) -> None:
-    """Write the golden vectors that a port is checked against."""
-    from pylora.conformance.vectors.all import all_cases
-    from pylora.conformance.vectors.cases import VERSION, check_output, write
+    """Write tiny models and adapters with what each must answer, to test engines with."""
+    from pylora.conformance.suite.write import check_output, write_suite
 
     check_folder(out, what="--out")
     check_output(out)
+    screen = Console()
+    wanted = [name.strip() for name in families.split(",") if name.strip()]
     with unfinished(f"{out} was not written"):
-        cases = all_cases()
-        write(out, cases)
+        manifest = write_suite(out, wanted, seed, screen.say)
+    count = sum(len(base["cases"]) for base in manifest["bases"])
+    bases = len(manifest["bases"])
+    screen.say(f"{out}: {bases} models, {count} adapters, seed {seed}")
+
+
+@command(TEST, "pylora vectors --out vectors", "pylora vectors --check port_output")
+def vectors(
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="folder to write; docs/porting.md")
+    ] = None,
+    port: Annotated[
+        Path | None,
+        typer.Option("--check", metavar="DIR", help="what a port computed: folder or outputs.json"),
+    ] = None,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="file for the whole report")
+    ] = None,
+    badge: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="file for a shields.io endpoint")
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="file for a table of the statements")
+    ] = None,
+) -> None:
+    """Write the golden vectors, or hold against them what a port computed; exit code 1 if a
+    number is wrong or nothing was computed."""
+    from pylora.conformance.vectors.all import all_cases, all_questions
+    from pylora.conformance.vectors.cases import VERSION, check_output, write
+
+    if port is not None:
+        for option, file in (("--json", as_json), ("--badge", badge), ("--markdown", markdown)):
+            if file is not None:
+                check_file(file, what=option)
+        if not ported(port, Console(), as_json=as_json, badge=badge, markdown=markdown):
+            raise typer.Exit(1)
+        return
+    assert out is not None  # rules.py
+    check_folder(out, what="--out")
+    check_output(out)
+    with unfinished(f"{out} was not written"):
+        cases, questions = all_cases(), all_questions()
+        write(out, cases, questions)
     numbers = sum(expected.value.size for case in cases for expected in case.outputs.values())
-    Console().say(f"{out}: version {VERSION}, {len(cases)} cases, {numbers} numbers to be met")
+    asked = sum(len(some) for _, some in questions.values())
+    Console().say(
+        f"{out}: version {VERSION}, {len(cases)} cases, {numbers} numbers to be met, "
+        f"{asked} questions to be answered"
+    )
 
 
 @command(HERE, "pylora doctor")

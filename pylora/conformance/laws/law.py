@@ -36,3 +36,8 @@ class Law:
     # replaced by simpler numbers in a counterexample without leaving what the law is about
     dtypes: tuple[str, ...] = ()
     covering: Callable[[str, int], Iterable[Problem]] | None = None
+    cost: int = 1  # of one example, in those of an ordinary law: it is tried with so many fewer
+
+    def share_of(self, examples: int) -> int:
+        """How many examples of this law a run of so many is."""
+        return max(1, examples // self.cost)

@@ -3,26 +3,66 @@
 from __future__ import annotations
 
 from pylora.conformance.laws import (
+    adapted,
+    attending,
     attention,
     backward,
+    cache,
+    calls,
     dropout,
+    edges,
+    embedding,
     files,
     forward,
+    initial,
     layouts,
+    masks,
     merge,
+    methods,
     mixed,
+    modules,
+    operations,
     plan,
+    planned,
     sizes,
     sizes_attention,
     sizes_chance,
     sizes_files,
+    special,
+    streams,
     widths,
 )
 from pylora.conformance.laws.law import Law
 from pylora.errors import ConfigError
 
 SIZES = (sizes, sizes_chance, sizes_attention, sizes_files)
-_FILES = (forward, backward, merge, mixed, dropout, files, plan, attention, *SIZES, layouts, widths)
+_FILES = (
+    forward,
+    backward,
+    merge,
+    mixed,
+    adapted,
+    embedding,
+    dropout,
+    streams,
+    masks,
+    initial,
+    files,
+    plan,
+    planned,
+    attention,
+    attending,
+    cache,
+    operations,
+    edges,
+    special,
+    modules,
+    calls,
+    methods,
+    *SIZES,
+    layouts,
+    widths,
+)
 LAWS: dict[str, Law] = {law.id: law for file in _FILES for law in file.LAWS}
 
 
