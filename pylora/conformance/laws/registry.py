@@ -22,6 +22,7 @@ from pylora.conformance.laws import (
     sizes_chance,
     sizes_files,
     special,
+    special_parts,
     streams,
     widths,
 )
@@ -42,6 +43,7 @@ _FILES = (
     planned,
     attention,
     special,
+    special_parts,
     modules,
     calls,
     methods,

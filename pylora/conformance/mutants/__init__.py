@@ -27,6 +27,7 @@ from pylora.conformance.mutants import (
     precisions,
     randoms,
     scales,
+    special,
     streams,
 )
 from pylora.conformance.mutants.registry import REGISTRY, Mutant
@@ -37,6 +38,7 @@ GROUPS = (
     scales,
     linear,
     numerics,
+    special,
     precisions,
     inputs,
     gradients,
