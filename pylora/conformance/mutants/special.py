@@ -51,21 +51,6 @@ class ZeroScaleShortCut(Correct):
 
 
 @wrong(
-    "zero-a-short-cut",
-    "subtle",
-    "Where A is all zeros the adapter is left out, and NaN in B with it.",
-    "The short cut for B is symmetric only at first sight.",
-)
-class ZeroAShortCut(Correct):
-    def forward(
-        self, x: Array, W: Array, A: Array, B: Array, scale: float, bias: Array | None = None
-    ) -> Array:
-        if not (A != 0).any():
-            return self.base(x, W, bias)
-        return super().forward(x, W, A, B, scale, bias)
-
-
-@wrong(
     "zero-ranks-skipped",
     "subtle",
     "Ranks whose column of B is zero are skipped: NaN in their row of A is not seen.",
