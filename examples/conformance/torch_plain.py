@@ -70,8 +70,11 @@ class Torch:
         A, B, W = tensor(A).requires_grad_(), tensor(B).requires_grad_(), tensor(W)
         total = sum(int(c.sum()) for _, _, c in batches)
         for x, target, counted in batches:
-            off = self._forward(tensor(x), W, A, B, scale) - tensor(target)
-            (0.5 * (off**2).sum(dim=1)[tensor(counted)].sum() / total).backward()
+            rows = tensor(
+                counted
+            )  # left out, not multiplied by zero: their targets may be anything
+            off = self._forward(tensor(x), W, A, B, scale)[rows] - tensor(target)[rows]
+            (0.5 * (off**2).sum() / total).backward()
         return array(A.grad), array(B.grad)
 
     def merge(self, W: Any, A: Any, B: Any, scale: float) -> Any:
