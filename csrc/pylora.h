@@ -30,7 +30,7 @@ extern "C" {
 #endif
 
 #define PYLORA_VERSION "0.1.0"
-#define PYLORA_ABI_VERSION 3
+#define PYLORA_ABI_VERSION 4
 
 typedef enum pylora_status {
   PYLORA_OK = 0,
@@ -142,12 +142,25 @@ typedef struct pylora_attn {
   int32_t heads, kv_heads, head_dim; /* heads % kv_heads == 0 */
   int32_t window;                    /* > 0: only the last `window` keys are seen; 0: all */
   float scale;                       /* usually 1 / sqrt(head_dim) */
+  float softcap; /* > 0: scores become softcap tanh(scores / softcap); 0: none */
 } pylora_attn;
 
 typedef enum pylora_rope_layout {
   PYLORA_ROPE_HALF = 0,        /* pairs (i, i + D/2): Hugging Face, GPT-NeoX */
   PYLORA_ROPE_INTERLEAVED = 1, /* pairs (2i, 2i + 1): the paper, GGUF's Llama */
 } pylora_rope_layout;
+
+typedef enum pylora_norm_kind {
+  PYLORA_RMS = 0,   /* x rstd w */
+  PYLORA_LAYER = 1, /* (x - mean) rstd w + b */
+} pylora_norm_kind;
+
+typedef enum pylora_activation {
+  PYLORA_SILU = 0,      /* x sigmoid(x) */
+  PYLORA_GELU_TANH = 1, /* x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x³) */
+  PYLORA_GELU_ERF = 2,  /* x (1 + erf(x / sqrt 2)) / 2 */
+  PYLORA_RELU2 = 3,     /* max(x, 0)² */
+} pylora_activation;
 
 typedef struct pylora_adamw { /* doubles: 1 - 0.999 of a float is off by 1e-5 */
   double lr, beta1, beta2, eps, weight_decay;
@@ -205,8 +218,10 @@ int pylora_linear_forward(const pylora_mat *x, int64_t n, const pylora_linear *l
 typedef struct pylora_norm { /* x is normed first, as by pylora_rms_norm_forward */
   const float *w;            /* [k] */
   float eps;
-  int32_t dtype; /* of the normed x: PYLORA_F32 or PYLORA_BF16 */
-  float *rstd;   /* [m], or NULL: not kept */
+  int32_t dtype;  /* of the normed x: PYLORA_F32 or PYLORA_BF16 */
+  float *rstd;    /* [m], or NULL: not kept */
+  int32_t kind;   /* a pylora_norm_kind: PYLORA_LAYER as by pylora_layer_norm_forward */
+  const float *b; /* [k] or NULL, of PYLORA_LAYER */
 } pylora_norm;
 typedef struct pylora_rotation { /* see pylora_rope */
   pylora_mat cosines, sines;
@@ -216,9 +231,10 @@ typedef struct pylora_rotation { /* see pylora_rope */
 typedef struct pylora_finish {
   /* y is rotated, float32 until then; or NULL */
   const pylora_rotation *rotation;
-  /* silu(gate) up goes there [m,d], bf16 too: gate and up are the y of the projection before this one and
+  /* act(gate) up goes there [m,d], bf16 too: gate and up are the y of the projection before this one and
    * this one's.  It may be either of them, the whole of it.  Or NULL */
   const pylora_mat *product;
+  int32_t activation; /* of the product: a pylora_activation */
 } pylora_finish;
 
 /* pylora_linear_forward with a norm (or NULL) and with finish [n] (or NULL), in the same workspace.  h is
@@ -284,21 +300,33 @@ int pylora_rms_norm_forward(const pylora_mat *x, const float *w, float eps, cons
 int pylora_rms_norm_backward(const pylora_mat *dy, const pylora_mat *x, const float *w,
                              const float *rstd, const pylora_mat *dx, int add_dx, float *dw);
 
+/* c = x - mean(x);  rstd = 1 / sqrt(mean(c²) + eps) [m];  y = c rstd w + b  [m,k]; b may be NULL.  x and y bf16
+ * too.  y may be x. */
+int pylora_layer_norm_forward(const pylora_mat *x, const float *w, const float *b, float eps,
+                              const pylora_mat *y, float *rstd);
+/* dx = [dx +] rstd * (g - mean(g) - n mean(g n)), g = dy w, n = (x - mean(x)) rstd.  dx may be dy; dy and x
+ * bf16 too. */
+int pylora_layer_norm_backward(const pylora_mat *dy, const pylora_mat *x, const float *w,
+                               const float *rstd, const pylora_mat *dx, int add_dx);
+
 /* Rotates each of the cols / head_dim heads of x [m, heads*D] by the angles whose cosines and sines
- * are row position[i] of cos, sin [positions, D/2].  inverse != 0: by the negative angle, which is
- * the backward pass.  x and y bf16 too; y may be x. */
+ * are row position[i] of cos, sin [positions, R/2], 2 <= R <= D: the numbers of a head from R on stay.
+ * PYLORA_ROPE_HALF pairs (i, i + R/2).  inverse != 0: by the negative angle, which is the backward
+ * pass.  x and y bf16 too; y may be x. */
 int pylora_rope(const pylora_mat *x, const pylora_mat *cosines, const pylora_mat *sines,
                 const int64_t *position, int32_t head_dim, int layout, int inverse,
                 const pylora_mat *y);
 
 size_t pylora_attention_workspace(const pylora_seqs *seqs, const pylora_attn *a);
 /* Causal grouped-query attention.  q, o [m, heads*D]; k, v [n, kv_heads*D];
- * P = softmax(scale q kᵀ), o = P v;  lse [m, heads] = log sum exp of the scaled scores.
+ * P = softmax(scale q kᵀ), o = P v;  lse [m, heads] = log sum exp of the scaled scores.  With a softcap c
+ * the scores are c tanh(scale q kᵀ / c).
  * q, k, v, o bf16 too, each by itself. */
 int pylora_attention_forward(const pylora_mat *q, const pylora_mat *k, const pylora_mat *v,
                              const pylora_seqs *seqs, const pylora_attn *a, const pylora_mat *o,
                              const pylora_mat *lse, void *ws, size_t ws_bytes);
-/* dP = do vᵀ; dS = P (dP - rowsum(do o)); dq = scale dS k; dk = scale dSᵀ q; dv = Pᵀ do.
+/* dP = do vᵀ; dS = P (dP - rowsum(do o)); dq = scale dS k; dk = scale dSᵀ q; dv = Pᵀ do.  With a softcap c dS is
+ * multiplied by 1 - (S / c)², S being the capped scores.
  * Rows of dk, dv that no sequence uses are left as they are.  All but lse bf16 too, each by itself. */
 int pylora_attention_backward(const pylora_mat *d_o, const pylora_mat *q, const pylora_mat *k,
                               const pylora_mat *v, const pylora_mat *o, const pylora_mat *lse,
@@ -311,6 +339,24 @@ int pylora_swiglu_forward(const pylora_mat *gate, const pylora_mat *up, const py
 /* dgate may be gate, dup may be up.  All bf16 too. */
 int pylora_swiglu_backward(const pylora_mat *dy, const pylora_mat *gate, const pylora_mat *up,
                            const pylora_mat *dgate, const pylora_mat *dup);
+
+/* y = act(x) up; up = NULL: act(x).  `kind` is a pylora_activation.  All bf16 too; y may be x or up.  PYLORA_SILU
+ * with up has the bits of pylora_swiglu_forward. */
+int pylora_activation_forward(int kind, const pylora_mat *x, const pylora_mat *up,
+                              const pylora_mat *y);
+/* dx = dy up act'(x), dup = dy act(x); up = dup = NULL: dx = dy act'(x).  All bf16 too; dx may be x, dup up. */
+int pylora_activation_backward(int kind, const pylora_mat *dy, const pylora_mat *x,
+                               const pylora_mat *up, const pylora_mat *dx, const pylora_mat *dup);
+/* y = cap tanh(multiplier x / cap); cap = 0: multiplier x.  y may be x. */
+int pylora_soft_cap_forward(const pylora_mat *x, float multiplier, float cap, const pylora_mat *y);
+/* dx = multiplier dy (1 - (y / cap)²), y being what forward gave; cap = 0: multiplier dy.  dx may be dy. */
+int pylora_soft_cap_backward(const pylora_mat *dy, const pylora_mat *y, float multiplier, float cap,
+                             const pylora_mat *dx);
+/* Which experts each token goes to: p = softmax(logits) [m,experts], the top_k largest of a row (of equal ones
+ * the first, NaN last) in chosen [m,top_k], their p in weights [m,top_k], divided by their sum with
+ * `normalize`.  p may be logits. */
+int pylora_choose(const pylora_mat *logits, int64_t top_k, int normalize, const pylora_mat *p,
+                  int64_t *chosen, const pylora_mat *weights);
 
 /* y[i,:] = W[ids[i],:]  (W [vocab,k], packed) */
 int pylora_embedding_forward(const int64_t *ids, int64_t m, const pylora_packed *W,

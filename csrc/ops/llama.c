@@ -148,7 +148,7 @@ static int attention(const run *f, int64_t i, const pylora_kv *kv) {
   const pylora_layer *l = &model->layer[i];
   const buffers *b = &f->b;
   const int64_t *start = f->step->seg_start;
-  const pylora_norm norm = {l->input_norm, model->eps, model->activations, NULL};
+  const pylora_norm norm = {.w = l->input_norm, .eps = model->eps, .dtype = model->activations};
   const pylora_rotation r = {model->cosines, model->sines, f->step->position, model->attn.head_dim,
                              model->rope_layout};
   const int later = l->q_norm != NULL; /* a norm comes before the rotation */
@@ -157,7 +157,7 @@ static int attention(const run *f, int64_t i, const pylora_kv *kv) {
       {.W = l->W[PYLORA_K], .bias = l->bias[PYLORA_K], .y = later ? &b->raw_k : &b->k},
       {.W = l->W[PYLORA_V], .bias = l->bias[PYLORA_V], .y = &b->v},
   };
-  const pylora_finish turned[] = {{&r, NULL}, {&r, NULL}, {NULL, NULL}};
+  const pylora_finish turned[] = {{.rotation = &r}, {.rotation = &r}, {.rotation = NULL}};
   const group in = {&b->x, &norm, i * MODULES + PYLORA_Q, 3, qkv, later ? NULL : turned, start};
   TRY(linears(f, &in));
   if (later) {
@@ -180,13 +180,13 @@ static int mlp(const run *f, int64_t i) {
   const pylora_layer *l = &f->model->layer[i];
   const buffers *b = &f->b;
   const int64_t *start = f->step->seg_start, inner = l->W[PYLORA_GATE]->d;
-  const pylora_norm norm = {l->mid_norm, f->model->eps, f->model->activations, NULL};
+  const pylora_norm norm = {.w = l->mid_norm, .eps = f->model->eps, .dtype = f->model->activations};
   const pylora_mat gate = part(&b->gate, inner), up = part(&b->up, inner);
   pylora_linear both[] = {
       {.W = l->W[PYLORA_GATE], .bias = l->bias[PYLORA_GATE], .y = &gate},
       {.W = l->W[PYLORA_UP], .bias = l->bias[PYLORA_UP], .y = &up},
   };
-  const pylora_finish product[] = {{NULL, NULL}, {NULL, &gate}};
+  const pylora_finish product[] = {{.product = NULL}, {.product = &gate}};
   const int together = both[0].W->dtype == both[1].W->dtype; /* else in two calls */
   const group in = {&b->x, &norm, i * MODULES + PYLORA_GATE, 2, both, together ? product : NULL,
                     start};
@@ -204,7 +204,7 @@ static int head(const run *f, const pylora_mat *logits) {
   for (int64_t i = 0; i < s->outputs; i++)
     memcpy(b->last.p + i * f->hidden, b->x.p + s->output[i] * f->hidden,
            (size_t)f->hidden * sizeof(float));
-  const pylora_norm norm = {f->model->norm, f->model->eps, f->model->activations, NULL};
+  const pylora_norm norm = {.w = f->model->norm, .eps = f->model->eps, .dtype = f->model->activations};
   for (int64_t i = 0, t = 0; s->seg_start && i <= f->segments; i++) {
     while (t < s->outputs && s->output[t] < s->seg_start[i]) t++;
     b->head_start[i] = t;

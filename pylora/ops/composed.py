@@ -18,7 +18,6 @@ from pylora.ops.llama import (
     bias_of,
     embedding_bias,
 )
-from pylora.ops.mixture import choose
 from pylora.types import Array, LoRA, Norm, Projection
 
 
@@ -169,7 +168,7 @@ class Composed:
         mix = w.layers[i].experts
         assert mix is not None
         [(logits, _)] = ops.linear_forward(x, [Projection(mix.router)])
-        choice = choose(logits, mix.top_k, mix.normalize, ops.to_numpy, ops.xp)
+        choice = ops.choose(logits, mix.top_k, mix.normalize)
         y = ops.zeros((x.shape[0], w.embedding.shape[1]), logits.dtype)
         first = w.starts[i] + len(w.features.attention_modules)
         for e, (rows, places) in enumerate(zip(choice.rows, choice.places)):

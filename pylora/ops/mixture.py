@@ -35,12 +35,17 @@ def choose(logits: Array, top_k: int, normalize: bool, to_numpy: Any, xp: Any) -
     w = xp.take_along_axis(p, xp.asarray(chosen), axis=1)
     if normalize:
         w = w / w.sum(axis=1, keepdims=True)
+    return routed(p, chosen, w)
+
+
+def routed(probabilities: Array, chosen: np.ndarray, weights: Array) -> Choice:
+    """The choice sorted by experts."""
     rows, places = [], []
-    for expert in range(logits.shape[1]):
+    for expert in range(probabilities.shape[1]):
         r, c = np.nonzero(chosen == expert)
         rows.append(r)
         places.append(c)
-    return Choice(p, chosen, w, tuple(rows), tuple(places))
+    return Choice(probabilities, chosen, weights, tuple(rows), tuple(places))
 
 
 def choose_backward(dw: Array, choice: Choice, normalize: bool, xp: Any) -> Array:
