@@ -47,7 +47,10 @@ def settings_of(config: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
     config = text_part(config)
     family = families.of(config.get("model_type"))
     named = {family.aliases.get(key, key): value for key, value in config.items()}
-    return family, {**family.defaults, **named}
+    c = {**family.defaults, **named}
+    if family.complete is not None:
+        family.complete(c)
+    return family, c
 
 
 def read(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,11 +11,21 @@ from collections.abc import Mapping
 
 from pylora.errors import UnsupportedError
 from pylora.model.families.family import Family
+from pylora.model.families.gemma import GEMMA2, GEMMA3
+from pylora.model.families.gpt2 import GPT2
+from pylora.model.families.granite import GRANITE
 from pylora.model.families.llama import LLAMA
 from pylora.model.families.mistral import MINISTRAL, MISTRAL
+from pylora.model.families.moe import MIXTRAL, OLMOE, QWEN3_MOE
+from pylora.model.families.olmo import OLMO2, OLMO3
+from pylora.model.families.phi3 import PHI3
 from pylora.model.families.qwen import QWEN2, QWEN3
+from pylora.model.families.smollm3 import SMOLLM3
 
-_LIST = (LLAMA, MISTRAL, MINISTRAL, QWEN2, QWEN3)
+_LIST = (
+    LLAMA, MISTRAL, MINISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, SMOLLM3, GRANITE, OLMO2, OLMO3,
+    GPT2, MIXTRAL, QWEN3_MOE, OLMOE,
+)  # fmt: skip
 ALL: Mapping[str, Family] = {family.model_type: family for family in _LIST}
 PAGE = "docs/architecture.md"
 

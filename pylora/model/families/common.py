@@ -40,13 +40,14 @@ def one_rope(c: Settings, raw: Mapping[str, Any], theta: Any, partial: float = 1
     fields["partial_rotary"] = float(part)
     if kind in ("default", None):
         return fields
+    derived = kind == "longrope" or (kind == "yarn" and scaling.get("factor", 0) is None)
     scaling = {k: v for k, v in scaling.items() if v is not None}
     if kind in _NEEDS_ORIGINAL:
         own = c.get("original_max_position_embeddings")
         scaling.setdefault("original_max_position_embeddings", c["max_position_embeddings"])
         if own is not None:  # Phi-3 has it beside the scaling, where it counts for more
             scaling["original_max_position_embeddings"] = own
-    if kind in ("yarn", "longrope") and "factor" not in scaling:
+    if derived and "factor" not in scaling:
         original = scaling["original_max_position_embeddings"]
         check_positive("config.json: original_max_position_embeddings", original)
         scaling["factor"] = c["max_position_embeddings"] / original

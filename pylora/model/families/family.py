@@ -75,6 +75,7 @@ class Family:
     names: Names = Names()
     knows: frozenset[str] = frozenset()  # keys of keys.NEUTRAL that it carries out
     activations: Mapping[str, str] = field(default_factory=lambda: SILU)
+    complete: Callable[[Fields], None] | None = None  # fills in settings that follow from others
     unit_offset: bool = False  # a norm multiplies by 1 + its weight
     transposed: bool = False  # projections are stored [inputs, outputs] (GPT-2's Conv1D)
     inside: str = ""  # the model_type of a multimodal model whose text part this is
