@@ -366,7 +366,7 @@ int pylora_embedding_backward(const int64_t *ids, const pylora_mat *dy, const py
 
 /* ---- a whole model, inference only ------------------------------------------------------- */
 
-/* The linear modules of a layer, in the order of forward. */
+/* The modules of a Llama layer, in the order of forward. */
 #define PYLORA_Q 0
 #define PYLORA_K 1
 #define PYLORA_V 2
@@ -376,32 +376,78 @@ int pylora_embedding_backward(const int64_t *ids, const pylora_mat *dy, const py
 #define PYLORA_DOWN 6
 #define PYLORA_LAYER_MODULES 7
 
+/* How the rows of one projection of q, k and v lie. */
+typedef enum pylora_fused_qkv {
+  PYLORA_QKV_APART = 0,  /* it is three */
+  PYLORA_QKV_BLOCKS = 1, /* all of q, then of k, then of v */
+  PYLORA_QKV_GROUPS = 2, /* for each kv head its queries' heads, its key, its value */
+} pylora_fused_qkv;
+
+/* A mixture of experts in the place of a layer's feed-forward part: the sum of each token's top_k experts by
+ * their weights, expert by expert. */
+typedef struct pylora_experts {
+  const pylora_packed *router; /* [count,hidden] */
+  int32_t count, top_k;
+  int32_t normalize; /* see pylora_choose */
+} pylora_experts;
+
+/* A layer. Where a norm's w is NULL there is none; of the others w, eps, kind and b count. */
 typedef struct pylora_layer {
-  const float *input_norm, *mid_norm; /* [hidden] */
-  const float *q_norm, *k_norm; /* [head_dim], of each head before its rotation; or both NULL */
-  const pylora_packed *W[7]; /* q [heads*D,hidden], k, v [kv_heads*D,hidden], o, gate, up, down */
-  const float *bias[7];      /* [d] or NULL */
-  int32_t window;            /* see pylora_attn */
+  pylora_norm input_norm,
+      mid_norm; /* [hidden], before attention and before the feed-forward part */
+  pylora_norm after_attention, after_mlp; /* [hidden], of what is added */
+  /* Before the rotation: of each head [head_dim], or with norm_whole of the projection [heads*D], [kv_heads*D];
+   * both or neither. */
+  pylora_norm q_norm, k_norm;
+  int32_t norm_whole;
+  int32_t window;                /* see pylora_attn */
+  int32_t rope;                  /* which of the model's tables; -1: no rotation */
+  const pylora_experts *experts; /* or NULL */
+  /* The modules: q [heads*D,hidden], k, v [kv_heads*D,hidden] (or qkv, as the model says); o; then gate, up, down
+   * (or up, down; or gate_up, down); with experts gate, up, down of each. */
+  const pylora_packed *const *W;
+  const float *const *bias; /* of each [d] or NULL; NULL: none has one */
+  int64_t module;           /* the number of W[0]; the layers' modules follow each other */
 } pylora_layer;
 
-/* A Llama-type model: x = embedding; for each layer x += o(attention(rope(q, k of norm(x)), v)),
- * x += down(silu(gate(norm(x))) * up(norm(x))); logits = head(norm(x)).
+/* cos, sin [positions, R/2]: see pylora_rope. */
+typedef struct pylora_rope_table {
+  pylora_mat cosines, sines;
+  int32_t layout;
+} pylora_rope_table;
+
+/* A decoder; where a field of its structure is 0, it is as in Llama: x = embedding; for each layer
+ * x += o(attention(rope(q, k of norm(x)), v)), x += down(silu(gate(norm(x))) * up(norm(x)));
+ * logits = head(norm(x)).
  * With bf16 activations the norms' results, q and k once rotated, v, o, gate, up and their product are
- * bfloat16, as bf16 weights take them; x and the logits are float32 all the same. */
-typedef struct pylora_llama {
+ * bfloat16, as bf16 weights take them; x, what is added to it and the logits are float32 all the same. */
+typedef struct pylora_decoder {
   int32_t layers;
   int32_t activations; /* PYLORA_F32; or PYLORA_BF16, see above */
   pylora_attn attn;    /* `window` is each layer's own */
-  float eps;           /* of the norms */
-  int32_t rope_layout;
-  pylora_mat cosines, sines;             /* [positions, head_dim / 2] */
-  const pylora_packed *embedding, *head; /* [vocab,hidden]; may be the same */
-  const float *norm;                     /* [hidden], the last one */
-  const pylora_layer *layer;             /* [layers] */
-} pylora_llama;
 
-/* An adapter of the model's modules.  Tables have 7 * layers + 1 entries: the layers' modules in order,
- * then the head. */
+  int32_t activation; /* a pylora_activation */
+  int32_t ungated;    /* down(act(up x)), without gate */
+  int32_t
+      parallel; /* attention and feed-forward part of the same x; mid_norm may be missing: then the
+                                 * latter is of input_norm, too */
+  int32_t fused_qkv;          /* a pylora_fused_qkv */
+  int32_t fused_gate_up;      /* one projection, gate in the first half of its rows */
+  float embedding_multiplier; /* of what the embedding and its adapter give; 0: none, as 1 */
+  float residual_multiplier;  /* of what is added to x; 0: none */
+  float logit_multiplier;     /* 0: none */
+  float logit_softcap;        /* after the multiplier; 0: none */
+
+  int32_t ropes;
+  const pylora_rope_table *rope;
+  const pylora_packed *embedding, *head; /* [vocab,hidden]; may be the same */
+  const pylora_packed *positions;        /* [positions,hidden], added to the embedding; or NULL */
+  pylora_norm norm;                      /* the last one */
+  const pylora_layer *layer;             /* [layers] */
+} pylora_decoder;
+
+/* An adapter of the model's modules.  Tables have an entry for each module (7 * layers of
+ * Llama's), then the head's. */
 typedef struct pylora_adapter {
   const pylora_lora *const *lora; /* each may be NULL; packed for its W if the step has segments */
   const float *const *bias;       /* NULL, or: where not NULL, in place of the module's own bias */
@@ -431,12 +477,13 @@ typedef struct pylora_step {
 
 /* Bytes of workspace for a step (its sizes, sequences and adapters; not its ids), with the present
  * number of threads; 0 if something does not fit. */
-size_t pylora_llama_workspace(const pylora_llama *model, const pylora_step *step);
+size_t pylora_decoder_workspace(const pylora_decoder *model, const pylora_step *step);
 /* Writes the tokens' keys and values to the cache and the wanted rows' logits [outputs,vocab].  The
  * same bits as the operations above one by one, and as the whole sequences at once.  On an error the
  * cache's rows kv_row may have been written. */
-int pylora_llama_forward(const pylora_llama *model, const pylora_kv *kv, const pylora_step *step,
-                         const pylora_mat *logits, void *ws, size_t ws_bytes);
+int pylora_decoder_forward(const pylora_decoder *model, const pylora_kv *kv,
+                           const pylora_step *step, const pylora_mat *logits, void *ws,
+                           size_t ws_bytes);
 
 /* ---- loss ------------------------------------------------------------------------------- */
 

@@ -80,15 +80,19 @@ static int layer(loader *l, int64_t i) {
 #define NAMED(...) (snprintf(name, sizeof name, __VA_ARGS__), name)
   const long long n = i;
   TRY(vector(l, NAMED("model.layers.%lld.input_layernorm.weight", n), m->s.hidden, 0,
-             &out->input_norm));
+             &out->input_norm.w));
   TRY(vector(l, NAMED("model.layers.%lld.post_attention_layernorm.weight", n), m->s.hidden, 0,
-             &out->mid_norm));
+             &out->mid_norm.w));
   if (m->s.qk_norm) {
     TRY(vector(l, NAMED("model.layers.%lld.self_attn.q_norm.weight", n), m->s.head_dim, 0,
-               &out->q_norm));
+               &out->q_norm.w));
     TRY(vector(l, NAMED("model.layers.%lld.self_attn.k_norm.weight", n), m->s.head_dim, 0,
-               &out->k_norm));
+               &out->k_norm.w));
   }
+  pylora_norm *norms[] = {&out->input_norm, &out->mid_norm, &out->q_norm, &out->k_norm};
+  for (int j = 0; j < 4; j++) norms[j]->eps = (float)m->s.eps;
+  out->module = MODULES * i;
+  out->W = m->W + MODULES * i, out->bias = m->bias + MODULES * i;
   for (int j = 0; j < MODULES; j++) {
     int64_t d, k;
     int bias;
@@ -97,10 +101,10 @@ static int layer(loader *l, int64_t i) {
     pylora_packed *W = &m->packed[MODULES * i + j];
     TRY(matrix(l, NAMED("model.layers.%lld.%s.weight", n, pylora_module_suffix[j]), d, k, heads,
                W));
-    out->W[j] = W;
+    m->W[MODULES * i + j] = W;
     if (bias)
       TRY(vector(l, NAMED("model.layers.%lld.%s.bias", n, pylora_module_suffix[j]), d, heads,
-                 &out->bias[j]));
+                 &m->bias[MODULES * i + j]));
   }
 #undef NAMED
   out->window = (int32_t)(m->s.window && i >= m->s.first_window ? m->s.window : 0);
@@ -208,13 +212,13 @@ static void describe(pylora_model *m, int precision) {
   a->kv_heads = (int32_t)s->kv_heads, a->head_dim = (int32_t)s->head_dim;
   a->precision = precision, a->tied = s->tied, a->bos = s->bos, a->eos_count = s->eos_count;
   memcpy(a->eos, s->eos, sizeof a->eos);
-  m->llama = (pylora_llama){
+  m->decoder = (pylora_decoder){
       .layers = (int32_t)s->layers,
       .activations = precision == PYLORA_BF16 ? PYLORA_BF16 : PYLORA_F32,
       .attn = {(int32_t)s->heads, (int32_t)s->kv_heads, (int32_t)s->head_dim, 0,
-               (float)pow((double)s->head_dim, -0.5)},
-      .eps = (float)s->eps,
-      .rope_layout = PYLORA_ROPE_HALF,
+               (float)pow((double)s->head_dim, -0.5), 0},
+      .norm = {.eps = (float)s->eps},
+      .ropes = 1, /* a session has the tables */
       .layer = m->layer,
   };
 }
@@ -230,9 +234,11 @@ static int load(loader *l) {
   const size_t layers = (size_t)m->s.layers;
   m->layer = pylora_take(layers, sizeof *m->layer);
   m->packed = pylora_take(MODULES * layers + 2, sizeof *m->packed);
+  m->W = pylora_take(MODULES * layers, sizeof *m->W);
+  m->bias = pylora_take(MODULES * layers, sizeof *m->bias);
   m->aligned = pylora_take((2 * MODULES + 4) * layers + 3, sizeof *m->aligned);
   m->frequency = pylora_take((size_t)m->s.head_dim / 2, sizeof *m->frequency);
-  if (!m->layer || !m->packed || !m->aligned || !m->frequency)
+  if (!m->layer || !m->packed || !m->W || !m->bias || !m->aligned || !m->frequency)
     return pylora_no_memory(l->why, m->path, (double)layers * sizeof *m->layer);
   describe(m, l->precision);
   TRY(name_modules(l));
@@ -240,9 +246,9 @@ static int load(loader *l) {
   pylora_packed *embedding = &m->packed[MODULES * layers], *head = embedding + !m->s.tied;
   TRY(matrix(l, "model.embed_tokens.weight", m->s.vocab, m->s.hidden, 0, embedding));
   for (int64_t i = 0; i < m->s.layers; i++) TRY(layer(l, i));
-  TRY(vector(l, "model.norm.weight", m->s.hidden, 0, &m->llama.norm));
+  TRY(vector(l, "model.norm.weight", m->s.hidden, 0, &m->decoder.norm.w));
   if (!m->s.tied) TRY(matrix(l, "lm_head.weight", m->s.vocab, m->s.hidden, 0, head));
-  m->llama.embedding = embedding, m->llama.head = head;
+  m->decoder.embedding = embedding, m->decoder.head = head;
   return nothing_left(l);
 }
 
@@ -281,6 +287,8 @@ void pylora_model_close(pylora_model *m) {
   pylora_files_close(&m->files);
   free(m->aligned);
   free(m->layer);
+  free(m->W);
+  free(m->bias);
   free(m->packed);
   free(m->frequency);
   free(m->names);
@@ -290,7 +298,7 @@ void pylora_model_close(pylora_model *m) {
 
 const pylora_about *pylora_model_about(const pylora_model *m) { return m ? &m->about : NULL; }
 
-const pylora_llama *pylora_model_llama(const pylora_model *m) { return m ? &m->llama : NULL; }
+const pylora_decoder *pylora_model_decoder(const pylora_model *m) { return m ? &m->decoder : NULL; }
 
 const char *pylora_model_module(const pylora_model *m, int64_t number) {
   if (!m || number < 0 || number >= pylora_module_count(m)) return NULL;

@@ -54,8 +54,10 @@ struct pylora_model {
   pylora_files
       files; /* open as long as the model is: an adapter may bring copies of base weights */
   pylora_about about;
-  pylora_llama llama;
+  pylora_decoder decoder; /* its tables of angles are a session's own */
   pylora_layer *layer;
+  const pylora_packed **W; /* [7 * layers], and their biases */
+  const float **bias;
   pylora_packed *packed; /* [7 * layers + 2] */
   void **aligned;        /* everything that pylora_give is for */
   int64_t aligned_count;

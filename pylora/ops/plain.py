@@ -102,7 +102,7 @@ class Plain:
         return self.rms_norm_backward(dy, x, norm.w, rstd, add)[0]
 
     def choose(self: Backend, logits: Array, top_k: int, normalize: bool) -> Choice:
-        """The experts of each token, from the router's logits [m, experts]: see `mixture.choose`."""
+        """The experts of each token, from the router's logits [m, experts]: `mixture.choose`."""
         return choose(logits, top_k, normalize, self.to_numpy, self.xp)
 
     def repeated(self) -> Repeated:

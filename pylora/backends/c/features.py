@@ -1,5 +1,5 @@
-"""What families have beside Llama's operations, on the C core: LayerNorm, activations, soft caps, and
-the choice of experts."""
+"""What families have beside Llama's operations, on the C core: LayerNorm, activations, soft caps,
+and the choice of experts."""
 
 from __future__ import annotations
 
@@ -62,21 +62,19 @@ class FeatureOps(Core):
         dx = self.empty(x.shape, out)
         if up is not None:
             up, dup = read_any("up", up, *x.shape), self.empty(x.shape, out)
-        status = lib.pylora_activation_backward(
-            number, mat(dy), mat(x), mat(up), mat(dx), mat(dup)
-        )
+        status = lib.pylora_activation_backward(number, mat(dy), mat(x), mat(up), mat(dx), mat(dup))
         check(status, "activation_backward")
         return dx, dup
 
-    def soft_cap_forward(self, x: Array, multiplier: float, cap: float) -> np.ndarray:
+    def soft_cap_forward(self, x: Array, multiplier: float, cap: float) -> Array:
         x = read("x", x, None, None)
         if multiplier == 1 and cap == 0:
             return x
-        y = self.empty(x.shape)
+        y: np.ndarray = self.empty(x.shape)
         check(lib.pylora_soft_cap_forward(mat(x), multiplier, cap, mat(y)), "soft_cap")
         return y
 
-    def soft_cap_backward(self, dy: Array, y: Array, multiplier: float, cap: float) -> np.ndarray:
+    def soft_cap_backward(self, dy: Array, y: Array, multiplier: float, cap: float) -> Array:
         dy = read("dy", dy, None, None)
         if multiplier == 1 and cap == 0:
             return dy

@@ -17,8 +17,8 @@ from pylora.backends.c.base import Core
 from pylora.backends.c.marshal import (
     F32,
     Packed,
-    adapter_of,
     activation_of,
+    adapter_of,
     adapter_or_struct,
     at,
     fields,
