@@ -256,7 +256,7 @@ INLINE void v_sigmoid(vf x, vf *s, vf *minus) {
   *minus = v_lt(x, v_zero(), large, small);
 }
 
-/* tanh: a polynomial of x² where |x| is small, else 1 - 2 / (e^2|x| + 1). -0, infinity and NaN as in C. */
+/* tanh: a polynomial of x² where |x| is small, else 1 - 2 / (e^2|x| + 1). Infinity and NaN as in C. */
 INLINE vf v_tanh(vf x) {
   const vf a = v_max(x, v_neg(x)), t = v_mul(x, x), one = v_set1(1.0f);
   vf p = v_set1(-0.00595221901f);
