@@ -9,8 +9,7 @@ from typing import Any
 
 try:
     import loralib
-    import torch
-    from torch_plain import array, tensor
+    from torch_plain import array, seeded, tensor
 except ImportError as error:
     raise SystemExit(f"this example needs PyTorch and loralib: {error}") from None
 
@@ -52,7 +51,7 @@ class LoraLib:
         return float(loralib.Linear(1, 1, r=r, lora_alpha=alpha).scaling)
 
     def init(self, d: int, k: int, r: int, seed: int, method: str) -> Any:
-        torch.manual_seed(seed)
+        seeded(seed)
         layer = loralib.Linear(k, d, r=r)  # Kaiming; it has no other way
         if method == "gaussian":
             raise NotImplementedError("loralib has no gaussian initial values")
@@ -73,14 +72,14 @@ class LoraLib:
         self, x: Any, W: Any, A: Any, B: Any, scale: float, p: float, seed: int
     ) -> Any:
         layer = self._layer(W, None, (A, B, scale), p)
-        torch.manual_seed(seed)
+        seeded(seed)
         return array(layer(tensor(x)))
 
     def dropout_backward(
         self, dy: Any, x: Any, W: Any, A: Any, B: Any, scale: float, p: float, seed: int
     ) -> Any:
         layer, x = self._layer(W, None, (A, B, scale), p), tensor(x).requires_grad_()
-        torch.manual_seed(seed)
+        seeded(seed)
         layer(x).backward(tensor(dy))
         dW = None if layer.weight.grad is None else array(layer.weight.grad)
         return array(x.grad), array(layer.lora_A.grad), array(layer.lora_B.grad), dW

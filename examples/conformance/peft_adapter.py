@@ -12,7 +12,7 @@ try:
     import peft
     import torch
     from peft.tuners.lora.layer import Linear
-    from torch_plain import array, tensor
+    from torch_plain import array, seeded, tensor
 except ImportError as error:
     raise SystemExit(f"this example needs PyTorch and PEFT: {error}") from None
 
@@ -63,14 +63,14 @@ class Peft:
         self, x: Any, W: Any, A: Any, B: Any, scale: float, p: float, seed: int
     ) -> Any:
         layer = self._layer(W, [(A, B, scale)], p=p).train()
-        torch.manual_seed(seed)
+        seeded(seed)
         return array(layer(tensor(x)))
 
     def dropout_backward(
         self, dy: Any, x: Any, W: Any, A: Any, B: Any, scale: float, p: float, seed: int
     ) -> Any:
         layer, x = self._layer(W, [(A, B, scale)], p=p).train(), tensor(x).requires_grad_()
-        torch.manual_seed(seed)
+        seeded(seed)
         layer(x).backward(tensor(dy))
         grads = x.grad, layer.lora_A["0"].weight.grad, layer.lora_B["0"].weight.grad
         dW = layer.base_layer.weight.grad
@@ -85,7 +85,7 @@ class Peft:
         how: Any = "gaussian" if method == "gaussian" else True
         config = peft.LoraConfig(r=r, init_lora_weights=how)
         base = torch.nn.Linear(k, d)
-        torch.manual_seed(seed)
+        seeded(seed)
         layer = Linear(base, "0", config, r=r, lora_alpha=1)
         return array(layer.lora_A["0"].weight), array(layer.lora_B["0"].weight)
 

@@ -139,7 +139,7 @@ class _Backend(Correct):
         if not adapters:
             return self.base(x, W, bias)
         A = np.concatenate([A for A, _, _ in adapters])
-        B = np.concatenate([B * np.float32(s) for _, B, s in adapters], axis=1)
+        B = np.concatenate([self.widen(B) * np.float32(s) for _, B, s in adapters], axis=1)
         return self.forward(x, W, A, B, 1.0, bias)
 
     def module(self, W: Any, bias: Any = None) -> Any:
@@ -194,7 +194,9 @@ class C(_Backend):
             keep.extend((low, alive, buffer))
             return low
 
-        pool = [resident(ops._lora(LoRA(*triple))) for triple in adapters]
+        dtype, x, bias = x.dtype, self.widen(x), self.widen(bias)  # the sums are float32's
+        wide = [(self.widen(A), self.widen(B), scale) for A, B, scale in adapters]
+        pool = [resident(ops._lora(LoRA(*triple))) for triple in wide]
         order = np.argsort(rows, kind="stable")
         used, first = np.unique(rows[order], return_index=True)
         start = np.append(first, len(rows)).astype(np.int64)
@@ -217,7 +219,7 @@ class C(_Backend):
         del out
         keep.clear()
         y[order] = sorted_y
-        return y
+        return y.astype(dtype, copy=False)
 
 
 class CFp32x3(C):

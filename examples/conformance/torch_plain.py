@@ -34,6 +34,13 @@ def array(t: Any) -> Any:
     return t.numpy()
 
 
+def seeded(seed: int) -> None:
+    """Seeds PyTorch, whose generator on a CPU takes 32 bits of a seed and drops the others."""
+    if not 0 <= seed < 1 << 32:
+        raise ValueError(f"seed {seed}: PyTorch's generator on a CPU takes 0 to 2**32 - 1")
+    torch.manual_seed(seed)
+
+
 class Torch:
     name = "plain PyTorch"
     dtypes = ("float32", "float64", "bfloat16", "complex128")

@@ -16,15 +16,16 @@ export function normBackward(dy, x, w, rstd, more) {
   return add(map(x, dx), more);
 }
 
-export function rope(x, position, D, theta, inverse = false, layout = "half") {
+export const angle = (position, pair, D, theta) => position * theta ** ((-2 * pair) / D);
+export function rope(x, position, D, theta, inverse = false, layout = "half") {
   const half = layout === "half";
   return map(x, (e, i, j) => {
     const c = j % D, pair = half ? c % (D / 2) : c >> 1;
     const first = half ? c < D / 2 : c % 2 === 0;
     const other = at(x, i, j + (first ? 1 : -1) * (half ? D / 2 : 1));
-    const angle = position[i] * theta ** ((-2 * pair) / D);
-    const sine = Math.sin(angle) * (first === inverse ? 1 : -1);
-    return e * Math.cos(angle) + sine * other;
+    const turn = angle(position[i], pair, D, theta);
+    const sine = Math.sin(turn) * (first === inverse ? 1 : -1);
+    return e * Math.cos(turn) + sine * other;
   });
 }
 
@@ -77,6 +78,21 @@ export function crossEntropy(logits, labels, weight) { // [O-2]
   const dlogits = map(logits, (e, i, j) =>
     labels[i] < 0 ? 0 : weight[i] * (Math.exp(e - lse[i]) - (j === labels[i] ? 1 : 0)));
   return { nll, lse, dlogits };
+}
+
+// The loss of a step in parts [O-1]: parts are numbers of rows.
+export function microBatches(logits, labels, parts) {
+  const counted = labels.filter((t) => t >= 0).length, dlogits = [];
+  let loss = 0, start = 0;
+  for (const rows of parts) {
+    const part = mat(rows, logits.cols, (i, j) => at(logits, start + i, j));
+    const own = labels.slice(start, start + rows);
+    const out = crossEntropy(part, own, own.map(() => 1 / counted));
+    loss += sum(rows, (i) => out.nll[i]) / counted;
+    dlogits.push(...out.dlogits.v);
+    start += rows;
+  }
+  return { loss: [loss], dlogits };
 }
 
 // One block. L: projection -> {W, A, B, s}; drop(projection) -> its dropout, or undefined.

@@ -99,21 +99,28 @@ export function loraForward(x, L, d, residual) {
   let y = mul(x, T(L.W));
   if (L.bias) y = map(y, (e, i, j) => e + L.bias.v[j]);
   if (L.B.v.some((b) => b !== 0)) y = add(y, times(L.s, mul(h, T(L.B)))); // [F-2]
+  if (L.biasB) y = map(y, (e, i, j) => e + L.s * L.biasB.v[j]); // [F-4]
   return { y: add(y, residual), h };
 }
 export function loraBackward(dy, x, h, L, d, more) {
   const g = mul(dy, L.B), dB = times(L.s, mul(T(dy), h)), dA = times(L.s, mul(T(g), drop(x, d)));
-  return { g, dA, dB, dx: add(add(mul(dy, L.W), drop(times(L.s, mul(g, L.A)), d)), more) };
+  let dx = mul(dy, L.W);
+  if (L.B.v.some((b) => b !== 0)) dx = add(dx, drop(times(L.s, mul(g, L.A)), d)); // [B-4]
+  const dbias = mat(1, dy.cols, (_, j) => L.s * sum(dy.rows, (i) => at(dy, i, j))); // [B-5]
+  return { g, dA, dB, dbias_B: dbias, dx: add(dx, more) };
 }
 
 // ---- merge [M]: formats are [digits of the significand, exponent of the smallest number, bits] --
 export const FORMATS = { f32: [24, -149, 32], f16: [11, -24, 16], bf16: [8, -133, 16] };
-function decode([digits, smallest, width], bits) {
+export function decode([digits, smallest, width], bits) {
   const one = 2 ** (digits - 1), e = Math.floor((bits % 2 ** (width - 1)) / one), f = bits % one;
-  const size = e ? (one + f) * 2 ** (e - 1 + smallest) : f * 2 ** smallest;
+  let size = e ? (one + f) * 2 ** (e - 1 + smallest) : f * 2 ** smallest;
+  if (e === 2 ** (width - digits) - 1) size = f ? NaN : Infinity;
   return bits >= 2 ** (width - 1) ? -size : size;
 }
-function encode([digits, smallest, width], t) { // finite t, to nearest even, in one rounding
+function encode([digits, smallest, width], t) { // not NaN; to nearest even, in one rounding
+  if (Math.abs(t) === Infinity)
+    return 2 ** (width - 1) - 2 ** (digits - 1) + (t < 0 ? 2 ** (width - 1) : 0);
   const one = 2 ** (digits - 1), last = Math.max(t ? exponent(t) - digits : smallest, smallest);
   const scaled = Math.abs(t) * 2 ** -last;
   let n = Math.floor(scaled);
@@ -145,12 +152,25 @@ export function unmerge(format, merged, A, B, scale, position, bits) {
 }
 
 // ---- initial values [I], optimizer [O] ----------------------------------------------------------
-export function initial(rows, cols, path, method, seed) { // of A; B is zeros
-  const u = units(rows * cols, seed, stream(`init/${path}`));
-  const value = method === "gaussian"
-    ? (e) => quantile(u[e]) * (1 / rows)
-    : (e) => (u[e] * 2 - 1) * (1 / Math.sqrt(cols));
-  return mat(rows, cols, (i, j) => Math.fround(value(i * cols + j)));
+function random(rows, cols, name, seed, value) { // [R-5]
+  const u = units(rows * cols, seed, stream(name));
+  return mat(rows, cols, (i, j) => Math.fround(value(u[i * cols + j])));
+}
+export function initial(kind, method, d, k, r, path, seed) { // A [r,k], B [d,r], B's bias [d]
+  const normal = (s) => (u) => quantile(u) * s, uniform = (b) => (u) => (u * 2 - 1) * b;
+  const all = method === "false", names = [`init/${path}`, `init/${path}/B`, `init/${path}/bias`];
+  if (kind === "embedding") // [I-5]
+    return { A: all ? random(r, k, names[0], seed, normal(1)) : mat(r, k),
+      B: random(d, r, names[1], seed, normal(1)) };
+  const down = method === "gaussian" ? normal(1 / r) : uniform(1 / Math.sqrt(k)); // [I-3, I-2]
+  const bound = uniform(1 / Math.sqrt(r)); // [I-4]
+  const up = (cols, name) => (all ? random(d, cols, name, seed, bound) : mat(d, cols));
+  return { A: random(r, k, names[0], seed, down), B: up(r, names[1]), bias: up(1, names[2]) };
+}
+export function clip(grads, limit) { // [O-4]
+  const squares = (g) => sum(g.v.length, (e) => g.v[e] ** 2);
+  const norm = Math.sqrt(sum(grads.length, (i) => squares(grads[i])));
+  return { norm: [norm], clipped: grads.map((g) => times(norm > limit ? limit / norm : 1, g)) };
 }
 export function adamw(p, g, m, v, o) { // one step, in place on p, m and v [O-3]
   const { lr, step, beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weight_decay = 0, grad_scale = 1 } = o;

@@ -38,6 +38,7 @@ void embedding_backward(const int64_t *ids, pylora_mat dy, pylora_mat h, pylora_
 void sha256(const void *data, size_t n, unsigned char digest[32]);
 uint64_t stream(const char *name);                                       /* */
 void units(double *u, int64_t n, uint64_t seed, uint64_t stream_number); /* */
+double quantile(double u);                                               /* */
 void uniform(pylora_mat out, double bound, uint64_t seed, const char *name);
 void normal(pylora_mat out, double deviation, uint64_t seed, const char *name);
 
@@ -52,6 +53,16 @@ void *read_file(const char *path, size_t *size); /* with a 0 behind it; NULL if 
 const char *after(const char *text, const char *key); /* where `key` ends; stops if it is absent */
 /* The module at `path`, of shape [d,k], out of a PEFT directory (K). */
 adapter load_adapter(const char *folder, const char *path, int64_t d, int64_t k);
+
+/* ---- several adapters on a layer (several.c) --------------------------------------------- */
+
+typedef struct layer_out {
+  pylora_mat y, dx, dA[8], dB[8];
+} layer_out;
+
+/* n adapters (at most 8), all at once, or with `rows` that of number rows[i] for row i. */
+layer_out several(pylora_mat x, pylora_mat W, int n, const pylora_lora *loras, const int64_t *rows,
+                  pylora_mat dy);
 
 /* ---- a transformer (block.c, training.c) ------------------------------------------------- */
 
@@ -102,6 +113,8 @@ typedef struct llama { /* the output layer is the embedding */
 
 /* One step on p; the first makes the moments, which begin as {0}. */
 void adamw(pylora_mat p, pylora_mat grad, pylora_mat *m, pylora_mat *v, const pylora_adamw *o);
+/* O-4: the norm of all gradients together; they are scaled down to the limit. */
+double clip(int n, const pylora_mat *grads, double limit);
 /* Step o.step (from 1) on one batch; trains A and B in place and gives the loss before the step. */
 double train_step(llama *model, const int64_t *ids, const int64_t *labels, pylora_adamw o, float p,
                   uint64_t seed);

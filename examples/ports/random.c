@@ -55,7 +55,7 @@ static double ratio(const double pair[2][8], double t) {
   return p / q;
 }
 
-static double quantile(double u) { /* */
+double quantile(double u) { /* */
   const double q = u - 0.5;
   if (fabs(q) <= 0.425) return q * ratio(AS241[0], 0.180625 - q * q);
   const double r = sqrt(-logarithm(q < 0 ? u : 1 - u));

@@ -1,5 +1,6 @@
 /* training.c - one optimizer step of a Llama with adapters: loss, gradients, AdamW (statements O of
  * docs/spec.md). The base's weights get neither gradient nor update (B-2, O-5). */
+#include <math.h>
 #include <stdio.h>
 
 #include "port.h"
@@ -7,6 +8,19 @@
 void adamw(pylora_mat p, pylora_mat grad, pylora_mat *m, pylora_mat *v, const pylora_adamw *o) {
   if (!m->p) *m = zeros(p.rows, p.cols), *v = zeros(p.rows, p.cols);
   must(pylora_adamw_step(p.rows * p.cols, p.p, grad.p, m->p, v->p, o));
+}
+
+double clip(int n, const pylora_mat *grads, double limit) {
+  double total = 0, squares;
+  for (int i = 0; i < n; i++) {
+    must(pylora_sum_squares(grads[i].rows * grads[i].cols, grads[i].p, &squares));
+    total += squares;
+  }
+  const double norm = sqrt(total), factor = norm > limit ? limit / norm : 1;
+  for (int i = 0; i < n; i++)
+    for (int64_t e = 0; e < grads[i].rows * grads[i].cols; e++)
+      grads[i].p[e] = (float)(grads[i].p[e] * factor);
+  return norm;
 }
 
 /* A mask of its own for each module and step (D-5, D-7). */

@@ -251,11 +251,6 @@ def _check_scalars(c: LoraConfig) -> None:
         raise ConfigError(f"bias = {c.bias!r}: expected 'none', 'all' or 'lora_only'")
     if c.peft_type != "LORA":
         raise UnsupportedError(f"peft_type = {c.peft_type!r} is not supported, only 'LORA' is")
-    if c.fan_in_fan_out:
-        raise UnsupportedError(
-            "fan_in_fan_out = true is for layers that store W as [in, out] (GPT-2's Conv1D); every "
-            "linear module of the supported models stores [out, in]: set it to false"
-        )
     init = c.init_lora_weights
     if not isinstance(init, bool) and str(init).lower() not in ("gaussian", *_READABLE_INITS):
         if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):

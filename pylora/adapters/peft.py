@@ -26,6 +26,7 @@ from pylora.files.bounded import read_text
 from pylora.files.whole import atomic_dir, atomic_write
 from pylora.formats.base import narrow, widen
 from pylora.formats.safetensors import SafeTensors, save
+from pylora.model import families
 from pylora.model.config import ModuleSpec
 from pylora.types import LoRA
 
@@ -293,13 +294,17 @@ def _check_copy(file: SafeTensors, key: str, path: str, base: Load | None) -> No
 
 
 def base_weight(base: Load, path: str) -> Array:
-    """The weight of a module; that of the embedding for an lm_head that is tied to it."""
+    """The weight of a module; that of the embedding for an output layer that is tied to it."""
     try:
         return base(f"{path}.weight")
     except (KeyError, FileFormatError):
-        if path != "lm_head":
-            raise
-        return base("model.embed_tokens.weight")
+        names = [family.names for family in families.ALL.values()]
+        for embedding in dict.fromkeys(n.embedding for n in names if n.head == path):
+            try:
+                return base(f"{embedding}.weight")
+            except (KeyError, FileFormatError):
+                continue
+        raise
 
 
 def _some(names: Iterable[str]) -> str:

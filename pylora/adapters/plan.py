@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pylora.adapters.loraconfig import LoraConfig
 from pylora.adapters.patterns import compiled
 from pylora.errors import PlanError, UnsupportedError, expect
+from pylora.model import families
 from pylora.model.config import ModuleSpec
 
 ALL_LINEAR = "all-linear"
-_OUTPUT_LAYER = "lm_head"
+_OUTPUT_LAYERS = frozenset(family.names.head for family in families.ALL.values())
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def resolve(config: LoraConfig, modules: Mapping[str, ModuleSpec]) -> Plan:
     """The plan of `config` for a model with these modules (`LlamaConfig.modules()`).
 
     Raises PlanError, naming it, for whatever matches no module, and UnsupportedError for
-    modules_to_save and for lora_bias on an embedding.
+    modules_to_save, for lora_bias on an embedding, and for fan_in_fan_out on a module that is not
+    stored transposed. Where one is, the flag is PEFT's business: it says how PEFT merges.
     """
     expect("LoRA settings", config, "resolve(config, modules)")
     expect("modules", modules, "resolve(config, modules)")
@@ -115,6 +117,12 @@ def resolve(config: LoraConfig, modules: Mapping[str, ModuleSpec]) -> Plan:
                     f"{name} key {key!r} matches none of the {len(chosen)} target modules"
                     f"{_hint(key, chosen)}"
                 )
+    straight = [p for p in chosen if modules[p].kind == "linear" and not modules[p].transposed]
+    if config.fan_in_fan_out and straight:
+        raise UnsupportedError(
+            "fan_in_fan_out = true is for layers that store W as [in, out] (GPT-2's Conv1D); "
+            f"{straight[0]} stores [out, in]: set it to false"
+        )
     entries = tuple(_entry(config, path, modules[path], rule) for path, rule in chosen.items())
     others: tuple[tuple[str, ModuleSpec], ...] = ()
     if config.bias == "all":
@@ -169,7 +177,7 @@ def _target_rule(config: LoraConfig, path: str, modules: Mapping[str, ModuleSpec
         return None
     if isinstance(target, str):
         if target.lower() == ALL_LINEAR:
-            linear = modules[path].kind == "linear" and path != _OUTPUT_LAYER
+            linear = modules[path].kind == "linear" and path not in _OUTPUT_LAYERS
             return f"target_modules {target!r}" if linear else None
         return f"target_modules {target!r}" if _full(target, path, "target_modules") else None
     names = target or ()

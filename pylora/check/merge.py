@@ -118,8 +118,9 @@ def weights(
 
 def _stored(checkpoint: Checkpoint, path: str) -> tuple[np.ndarray, str]:
     """A weight as `pylora merge` takes it: as stored; float32 from a GGUF file."""
-    tied = path == "lm_head" and checkpoint.config.tie_word_embeddings
-    name = "model.embed_tokens.weight" if tied else f"{path}.weight"
+    names = checkpoint.config.names
+    tied = path == names.head and checkpoint.config.tie_word_embeddings
+    name = f"{names.embedding if tied else path}.weight"
     if checkpoint.path.is_dir() and checkpoint.dtype(name) in _HALF_SUBNORMAL:
         return checkpoint.raw(name)
     return checkpoint.load(name), "f32"

@@ -142,7 +142,7 @@ class Part:
     def own(self, path: str) -> str | None:
         """The part's name for a module of the model; None if it is below the part."""
         words = path.split(".")
-        below = words[1] == "layers" and int(words[2]) < self.first if len(words) > 2 else False
+        below = _in_layer(words) and int(words[2]) < self.first
         return None if below else _renumber(path, -self.first)
 
 
@@ -154,9 +154,14 @@ def _as_float64(lora: LoRA) -> LoRA:
     return dataclasses.replace(lora, scale=float(np.float32(lora.scale)), **wide)
 
 
+def _in_layer(words: list[str]) -> bool:
+    """Whether the third word of a path is a layer's number: model.layers.3, transformer.h.3."""
+    return len(words) > 2 and words[1] in ("layers", "h") and words[2].isdecimal()
+
+
 def _renumber(path: str, by: int) -> str:
     words = path.split(".")
-    if len(words) > 2 and words[1] == "layers":
+    if _in_layer(words):
         words[2] = str(int(words[2]) + by)
     return ".".join(words)
 

@@ -12,6 +12,7 @@ from pylora.commands.app import ADAPTER_NAMES, HERE, LOOK, TEST, Model, Seed, co
 from pylora.commands.guard import unfinished
 from pylora.commands.inputs import file_or_stdin
 from pylora.commands.outputs import check_file, check_folder
+from pylora.commands.ported import ported
 from pylora.display.console import Console
 
 
@@ -86,6 +87,12 @@ def conformance(
     mutants: Annotated[
         bool, typer.Option("--mutants", help="kill the kit's own wrong implementations and stop")
     ] = False,
+    junit: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="write the report as JUnit's XML too")
+    ] = None,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="write the report as JSON too")
+    ] = None,
 ) -> None:
     """Test any implementation of LoRA against the laws; exit code 1 if one fails or breaks."""
     from pylora.conformance.running import command as kit
@@ -100,25 +107,54 @@ def conformance(
     if implementation is None:
         screen.say(kit.listing(law or []).removesuffix("\n"))
         return
-    if not kit.test(implementation, profile, law or [], examples, seed, screen.say):
+    chosen = law or []
+    if not kit.test(implementation, profile, chosen, examples, seed, screen.say, junit, as_json):
         raise typer.Exit(1)
 
 
-@command(TEST, "pylora vectors --out vectors")
+@command(TEST, "pylora vectors --out vectors", "pylora vectors --check port_output")
 def vectors(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="folder to write; docs/porting.md")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="folder to write; docs/porting.md")
+    ] = None,
+    port: Annotated[
+        Path | None,
+        typer.Option("--check", metavar="DIR", help="what a port computed: folder or outputs.json"),
+    ] = None,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="file for the whole report")
+    ] = None,
+    badge: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="file for a shields.io endpoint")
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="file for a table of the statements")
+    ] = None,
 ) -> None:
-    """Write the golden vectors that a port is checked against."""
-    from pylora.conformance.vectors.all import all_cases
+    """Write the golden vectors, or hold against them what a port computed; exit code 1 if a
+    number is wrong or nothing was computed."""
+    from pylora.conformance.vectors.all import all_cases, all_questions
     from pylora.conformance.vectors.cases import VERSION, check_output, write
 
+    if port is not None:
+        for option, file in (("--json", as_json), ("--badge", badge), ("--markdown", markdown)):
+            if file is not None:
+                check_file(file, what=option)
+        if not ported(port, Console(), as_json=as_json, badge=badge, markdown=markdown):
+            raise typer.Exit(1)
+        return
+    assert out is not None  # rules.py
     check_folder(out, what="--out")
     check_output(out)
     with unfinished(f"{out} was not written"):
-        cases = all_cases()
-        write(out, cases)
+        cases, questions = all_cases(), all_questions()
+        write(out, cases, questions)
     numbers = sum(expected.value.size for case in cases for expected in case.outputs.values())
-    Console().say(f"{out}: version {VERSION}, {len(cases)} cases, {numbers} numbers to be met")
+    asked = sum(len(some) for _, some in questions.values())
+    Console().say(
+        f"{out}: version {VERSION}, {len(cases)} cases, {numbers} numbers to be met, "
+        f"{asked} questions to be answered"
+    )
 
 
 @command(HERE, "pylora doctor")

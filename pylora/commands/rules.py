@@ -133,12 +133,22 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Needs("every", "adapter", "the adapter whose modules are shown"),
     ),
     "demo": (),
+    "vectors": (
+        *(
+            Needs(o, "port", "it is a report about a port")
+            for o in ("as_json", "badge", "markdown")
+        ),
+        OneOf(("out", "port"), "a folder to write vectors to, or what a port computed"),
+    ),
     "conformance": (
         OneOf(("implementation", "as_list", "mutants"), "what is tested, or shown"),
         Excludes("examples", "profile", "a profile is a number of examples"),
         Excludes("law", "mutants", _HUNT),
-        *(Excludes(o, "mutants", _HUNT) for o in ("examples", "profile")),
-        *(Excludes(o, "as_list", _LIST) for o in ("examples", "profile", "seed")),
+        *(Excludes(o, "mutants", _HUNT) for o in ("examples", "profile", "junit", "as_json")),
+        *(
+            Excludes(o, "as_list", _LIST)
+            for o in ("examples", "profile", "seed", "junit", "as_json")
+        ),
     ),
 }
 

@@ -23,7 +23,8 @@ converts. Letters: m tokens, k inputs, d outputs, r rank; a size may be 0 but fo
     loss_gradients(batches, W, A, B, scale) -> (dA, dB)      batches: list of (x, target [m,d],
                      counted [m] bool); of the mean over ALL counted rows of |y - target|² / 2
     scaling(alpha, r, use_rslora) -> float
-    init(d, k, r, seed, method) -> (A, B)                    method "kaiming" or "gaussian"
+    init(d, k, r, seed, method) -> (A, B)                    method "kaiming" or "gaussian", and
+                     "false" (B random too, for tests) if the attribute init_methods names it
     merge(W, A, B, scale) -> W'  or  (W', state)             state: whatever unmerge needs
     unmerge(W', A, B, scale, state=None) -> W
     forward_stacked(x, W, adapters, bias=None) -> y          adapters: list of (A, B, scale), all on
@@ -43,6 +44,7 @@ converts. Letters: m tokens, k inputs, d outputs, r rank; a size may be 0 but fo
     attention_backward(dy, x, weights, adapters, shape) -> (dx, {name: (dA, dB)})
     set_num_threads(n)
 
+A seed is 0 .. 2⁶⁴ - 1; one that is not taken in full, from 2³¹ on, must be refused, not cut off.
 An implementation may be given strided, negatively strided and read-only arrays and must not write
 to them. It may raise for what it does not take; the report then says so and goes on.
 """

@@ -253,6 +253,14 @@ class ModuleTrial:
     def has(self, method: str) -> bool:
         return callable(getattr(self._module, method, None))
 
+    def quietly(self, method: str, *arguments: Any) -> None:
+        """A call that is not remembered: one of thousands whose results nobody looks at."""
+        try:
+            getattr(self._module, method)(*arguments)
+        except Exception as error:
+            text = " ".join(str(error).split())[:300]
+            raise Broken(f"{method} raised {type(error).__name__}: {text}") from error
+
     def __getattr__(self, method: str) -> Any:
         if not self.has(method):
             raise NotTested(f"the module has no {method}()")

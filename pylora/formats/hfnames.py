@@ -8,9 +8,10 @@ in it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from pylora.formats.base import Array, Shape
 from pylora.model.config import LlamaConfig
 
 _TEXT = ("language_model.", "model.language_model.")
@@ -59,6 +60,22 @@ def transposed(config: LlamaConfig, name: str) -> bool:
     inside = name.startswith(f"{names.layer}.")
     modules = (names.qkv, names.q, names.k, names.v, names.o, names.up, names.gate, names.down)
     return inside and name.removesuffix(".weight").endswith(tuple(f".{m}" for m in modules))
+
+
+def as_stored(
+    config: LlamaConfig, specs: Mapping[str, tuple[Shape, str]], produce: Callable[[str], Array]
+) -> tuple[dict[str, tuple[Shape, str]], Callable[[str], Array]]:
+    """Shapes, dtypes and a source of a model's tensors, as Hugging Face's files hold them."""
+
+    def turned(name: str) -> Array:
+        array = produce(name)
+        return array.T if transposed(config, name) else array
+
+    shapes = {
+        name: (shape[::-1] if transposed(config, name) else shape, dtype)
+        for name, (shape, dtype) in specs.items()
+    }
+    return shapes, turned
 
 
 def text_settings(config: LlamaConfig, settings: Mapping[str, Any]) -> Mapping[str, Any]:

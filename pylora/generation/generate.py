@@ -115,8 +115,7 @@ def stream(
     step. An iterator that is dropped stops computing."""
     expect("model", model, "generate")
     _check(model, prompts, max_new_tokens, batch_size)
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
-        raise ConfigError(f"seed must be a whole number, got {seed!r:.100}")
+    random.check_seed(seed)
     packed, which = _adapters(model, len(prompts), pool, adapters)
     if cache is not None:
         cache.check(model, len(prompts))

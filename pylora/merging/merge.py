@@ -24,6 +24,7 @@ from pylora.errors import ConfigError, UnsupportedError, expect
 from pylora.files.whole import atomic_dir
 from pylora.formats import Checkpoint, narrow, open_checkpoint, widen
 from pylora.formats.hfdir import Spec, check_output, write_config, write_tokenizer, write_weights
+from pylora.formats.hfnames import as_stored
 from pylora.formats.safetensors import Bf16
 from pylora.merging.residue import FILE, Digests, Record
 from pylora.merging.unmerge import UnmergeReport, unmerge_checkpoint
@@ -46,7 +47,6 @@ __all__ = [
 Array = np.ndarray[Any, Any]
 
 _FLOATS = ("f32", "f16", "bf16")
-_EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def merge_adapter(
     merge = _Merge(checkpoint, adapter, dtype, backends.get(backend))
     with atomic_dir(target) as beside:
         write_config(beside, merge.config, merge.specs, checkpoint.settings)
-        size = write_weights(beside, merge.specs, merge.tensor)
+        size = write_weights(beside, *as_stored(merge.config, merge.specs, merge.tensor))
         merge.record.write(beside)
         said = write_tokenizer(beside, checkpoint, tokenizer)
     order = list(adapter)
@@ -158,7 +158,8 @@ class _Merge:
         self.checkpoint, self.adapter, self.dtype, self.ops = checkpoint, adapter, dtype, ops
         base = checkpoint.config
         self.kinds = {e.path: e.kind for e in adapter.plan.entries}
-        untie = base.tie_word_embeddings and (_EMBEDDING in adapter or _HEAD in adapter)
+        embedding, head = base.names.embedding, base.names.head
+        untie = base.tie_word_embeddings and (embedding in adapter or head in adapter)
         self.config: LlamaConfig = dataclasses.replace(
             base, tie_word_embeddings=base.tie_word_embeddings and not untie
         )
@@ -175,8 +176,9 @@ class _Merge:
                 )
 
     def _source(self, name: str) -> str:
-        tied = self.checkpoint.config.tie_word_embeddings
-        return f"{_EMBEDDING}.weight" if tied and name == f"{_HEAD}.weight" else name
+        config = self.checkpoint.config
+        tied = config.tie_word_embeddings and name == f"{config.names.head}.weight"
+        return f"{config.names.embedding}.weight" if tied else name
 
     def _stored_dtype(self, name: str) -> str:
         if self.dtype is not None:

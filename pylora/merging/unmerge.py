@@ -20,6 +20,7 @@ from pylora.errors import FileFormatError, expect
 from pylora.files.whole import atomic_dir
 from pylora.formats import Checkpoint, open_checkpoint
 from pylora.formats.hfdir import Spec, check_output, write_config, write_tokenizer, write_weights
+from pylora.formats.hfnames import as_stored
 from pylora.merging.residue import Reader
 from pylora.merging.weight import digest, unmerge_weight
 from pylora.ops.protocol import Backend
@@ -67,7 +68,7 @@ def unmerge_checkpoint(
         restore = _restorer(reader, checkpoint, ops)
         with atomic_dir(target) as beside:
             write_config(beside, config, specs, checkpoint.settings)
-            write_weights(beside, specs, restore)
+            write_weights(beside, *as_stored(config, specs, restore))
             for name in checkpoint.names():  # an output layer that is tied again is checked too
                 if name not in specs:
                     restore(name)

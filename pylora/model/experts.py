@@ -130,9 +130,9 @@ class Experts:
             dw[rows, places] = (some * out).sum(axis=1)
             dout = some * choice.weights[rows, places][:, None]
             dz = expert[2].backward(dout, c, grads, dtype=self.dtype)
-            dgate, dup = ops.activation_backward(dz, gate, up, self.activation, self.dtype)  # type: ignore[arg-type]
+            dgate, dup = ops.activation_backward(dz, gate, up, self.activation, self.dtype)
             back = expert[0].backward(dgate, a, grads, need_dx=need_dx)
-            back = expert[1].backward(dup, b, grads, add=back, need_dx=need_dx)  # type: ignore[arg-type]
+            back = expert[1].backward(dup, b, grads, add=back, need_dx=need_dx)
             if need_dx:
                 dx[rows] += back
         if not need_dx:

@@ -114,7 +114,7 @@ def write(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, A
     out["hidden_act"] = next(
         (name for name, does in family.activations.items() if does == fields["activation"]), None
     )
-    out |= family.write(fields)
+    out |= family.write(dict(fields))
     back = {alias: out.pop(common) for alias, common in family.aliases.items() if common in out}
     out |= back
     again = read(out)

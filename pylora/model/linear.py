@@ -56,6 +56,9 @@ class DropKey:
     step: int
     row0: int = 0
 
+    def __post_init__(self) -> None:
+        random.check_seed(self.seed)
+
     def of(self, path: str, lora: LoRA, first_row: int = 0) -> Drop | None:
         """The dropout of one module, of rows from `first_row` on; None if it has none."""
         if lora.dropout == 0:

@@ -402,6 +402,7 @@ class Llama:
             self.activation_dtype,
             self.config.features,
             self.trunk.positions,
+            self.rope.by_length,
         )
 
     @cached_property

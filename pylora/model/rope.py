@@ -58,7 +58,7 @@ class _Kind:
         cos, sin = np.cos(angle), np.sin(angle)
         if self._factor != 1:
             cos, sin = cos * self._factor, sin * self._factor
-        return tuple(self._ops.asarray(t.astype(self._dtype)) for t in (cos, sin))  # type: ignore[return-value]
+        return tuple(self._ops.asarray(t.astype(self._dtype)) for t in (cos, sin))
 
     def _make(self, n: int) -> tuple[Array, Array]:
         return self._pair_of(np.arange(n, dtype=np.float64)[:, None] * self._first)

@@ -6,7 +6,7 @@ other way around says so (`Family.transposed`), and the readers turn them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ class ModuleSpec:
     d: int
     k: int
     bias: bool = False  # whether the module has a bias of its own
+    transposed: bool = False  # whether files store it [k, d]: PEFT's fan_in_fan_out
 
 
 def layer_modules(c: LlamaConfig, layer: int) -> dict[str, ModuleSpec]:
@@ -42,7 +43,9 @@ def layer_modules(c: LlamaConfig, layer: int) -> dict[str, ModuleSpec]:
     }
     roles = c.features.attention_modules
     roles += () if c.has_experts(layer) else c.features.mlp_modules
-    return {role: specs[role] for role in roles}
+    if not c.family.transposed:
+        return {role: specs[role] for role in roles}
+    return {role: replace(specs[role], transposed=True) for role in roles}
 
 
 def norm_roles(c: LlamaConfig, layer: int) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from pylora.errors import ConfigError
 from pylora.numbers.philox import philox
 
 Float64 = NDArray[np.float64]
@@ -34,6 +35,14 @@ _CHUNK = 1 << 16  # elements made at a time: bounds the memory, does not change 
 def stream(*parts: str) -> int:
     """The 64-bit number of the stream with this name; it does not depend on the seed."""
     return int.from_bytes(hashlib.sha256("/".join(parts).encode()).digest()[:8], "little")
+
+
+def check_seed(seed: object) -> int:
+    """The seed as an int. ConfigError unless it is a whole number, 0 .. 2⁶⁴ - 1: of another one the
+    generator would take a part, and two runs would be one."""
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**64:
+        raise ConfigError(f"seed = {seed!r:.100}: a seed is a whole number, 0 to 2**64 - 1")
+    return int(seed)
 
 
 def unit(seed: int, stream: int, first: int, n: int) -> Float64:
@@ -46,7 +55,7 @@ def unit(seed: int, stream: int, first: int, n: int) -> Float64:
 
 def uniform(shape: tuple[int, ...], bound: float, *, seed: int, stream: int) -> NDArray[np.float32]:
     """float32 of `shape` (elements numbered row by row), uniform on (-bound, bound)."""
-    out = np.empty(math.prod(shape), np.float32)
+    seed, out = check_seed(seed), np.empty(math.prod(shape), np.float32)
     for first in range(0, out.size, _CHUNK):
         part = out[first : first + _CHUNK]
         part[:] = (unit(seed, stream, first, part.size) * 2.0 - 1.0) * bound
@@ -55,7 +64,7 @@ def uniform(shape: tuple[int, ...], bound: float, *, seed: int, stream: int) -> 
 
 def normal(shape: tuple[int, ...], std: float, *, seed: int, stream: int) -> NDArray[np.float32]:
     """float32 of `shape` (elements numbered row by row), normal with mean 0 and deviation `std`."""
-    out = np.empty(math.prod(shape), np.float32)
+    seed, out = check_seed(seed), np.empty(math.prod(shape), np.float32)
     for first in range(0, out.size, _CHUNK):
         part = out[first : first + _CHUNK]
         part[:] = normal_quantile(unit(seed, stream, first, part.size)) * std

@@ -59,7 +59,8 @@ class Formulas:
     ) -> tuple[Array, Array | None]:
         """dx = dy up act'(x), dup = dy act(x); without up dx alone, and None."""
         if kind == "silu" and up is not None:
-            return self.swiglu_backward(dy, x, up, dtype)
+            both: tuple[Array, Array | None] = self.swiglu_backward(dy, x, up, dtype)
+            return both
         y, slope = self._activation(x, kind)
         if up is None:
             return as_dtype(dy * slope, dtype), None

@@ -66,6 +66,7 @@ class LlamaWeights:
     dtype: Any  # of activations that only feed products: precision.BF16, or None
     features: Features = Features()
     positions: Any = None  # packed [positions, hidden]: learned ones, added to the embedding
+    by_length: bool = False  # whether a step brings rotary tables of its own rows (longrope)
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
@@ -113,6 +114,7 @@ class LlamaWeights:
         return (
             self.features == Features()
             and self.positions is None
+            and not self.by_length
             and not self.attn.softcap
             and self.norm.kind == "rms"
             and all(_plain(layer, self.norm.eps) for layer in self.layers)

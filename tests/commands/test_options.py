@@ -72,6 +72,7 @@ VALUES: dict[str, Any] = {
     "out": "{out}/other", "dtype": "bf16", "profile": "nightly", "law": "A1", "examples": "3",
     "backend": "numpy", "template_arg": "a=1", "max_new_tokens": "3", "min_p": "0.2",
     "repetition_penalty": "1.5", "fields": "-label", "dropout": "0.25", "top_p": "0.5",
+    "port": "{out}/port", "badge": "{out}/b.json", "markdown": "{out}/t.md",
 }  # fmt: skip
 # What an option needs beside it (and what the least command line then has, too), or takes away.
 BESIDE: dict[tuple[str, str], list[str]] = {
@@ -88,6 +89,8 @@ INSTEAD: dict[tuple[str, str], list[str]] = {
     ("conformance", "as_list"): ["conformance"],
     ("conformance", "mutants"): ["conformance"],
     ("vectors", "out"): ["vectors"],
+    ("vectors", "port"): ["vectors"],
+    **{("vectors", o): ["vectors", "--check", "{out}"] for o in ("as_json", "badge", "markdown")},
     ("demo", "out"): ["demo"],
 }
 
@@ -130,6 +133,7 @@ def handed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     spy("pylora.demo.demo.run", last=True)
     spy("pylora.conformance.vectors.all.all_cases", result=[])
     spy("pylora.conformance.vectors.cases.write")
+    spy("pylora.commands.look.ported", last=True)
     spy("pylora.conformance.running.command.test", last=True)
     spy("pylora.conformance.running.command.listing")
     spy("pylora.conformance.mutants.hunt.hunt", last=True)

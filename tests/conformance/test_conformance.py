@@ -210,7 +210,9 @@ def test_a_path_that_names_nothing_is_told_in_a_sentence(tmp_path, monkeypatch, 
 
 def test_every_bound_is_within_a_thousandth_of_being_reached():
     """A bound that nothing comes near to would let mistakes through."""
-    with_bound = [o for o in run(Correct, examples=40, seed=5).outcomes if o.tightness > 0]
+    outcomes = run(Correct, examples=25, seed=5).outcomes
+    # Laws that ask for equality have a bound where 16 bits do not hold the sums; it is not theirs.
+    with_bound = [o for o in outcomes if o.tightness > 0 and "exact" not in o.law.maths]
     assert len(with_bound) >= 20
     assert {o.law.id: o.tightness for o in with_bound if o.tightness < 1e-3} == {}
     assert all(o.tightness <= 1 for o in with_bound)

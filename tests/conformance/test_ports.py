@@ -11,12 +11,14 @@ import shutil
 import struct
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from core import core_lib
 
 from pylora.conformance.vectors import cases as vectors
-from pylora.conformance.vectors.all import all_cases
+from pylora.conformance.vectors.all import all_cases, all_questions
+from pylora.conformance.vectors.score import ABSENT, FAILED, PASSED, score
 
 # pylora.h, the port's own two, and the standard library of C11.
 C_HEADERS = {'"pylora.h"', '"port.h"', '"vectors.h"'} | {
@@ -26,8 +28,13 @@ PORTS = Path(__file__).resolve().parents[2] / "examples" / "ports"
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return vectors.write(tmp_path_factory.mktemp("vectors") / "v1", all_cases())
+def cases() -> list[vectors.Case]:
+    return all_cases()
+
+
+@pytest.fixture(scope="module")
+def written(cases: list[vectors.Case], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return vectors.write(tmp_path_factory.mktemp("vectors") / "v1", cases, all_questions())
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +54,27 @@ def spoilt(written: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
             if "bound" in entry:
                 (bound,) = struct.unpack_from("<d", (copy / entry["bound"]["file"]).read_bytes())
                 (value,) = struct.unpack_from("<d", data)
-                struct.pack_into("<d", data, 0, value + 2 * bound + 1e-300)
+                beyond = value + 2 * bound + 1e-300
+                struct.pack_into("<d", data, 0, beyond if beyond > value else value * 2)
             else:
                 data[0] ^= 1
             file.write_bytes(data)
             entry["sha256"] = hashlib.sha256(data).hexdigest()
             complaints.append(f"{case['name']}/{name}: 1 of {n} are wrong")
-    (copy / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    assert {c.split("/")[0] for c in complaints} == {c["name"] for c in manifest["cases"]}
+    write_manifest(copy, manifest)
+    numbers = {
+        c["name"]
+        for c in manifest["cases"]
+        if any(0 not in o["shape"] for o in c["outputs"].values())
+    }
+    assert {c.split("/")[0] for c in complaints} == numbers
     return copy, complaints
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """As `pylora vectors` writes it: readers without JSON rely on that."""
+    text = json.dumps(manifest, indent=1, ensure_ascii=False)
+    (folder / "manifest.json").write_text(text, encoding="utf-8")
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -78,10 +97,43 @@ def test_javascript_passes_every_vector(node: str, written: Path) -> None:
     assert " 0 failures" in result.stdout
 
 
+def test_javascript_writes_what_is_checked(
+    node: str, written: Path, cases: list[vectors.Case], tmp_path: Path
+) -> None:
+    """Every case as files, and the answers about plans; nothing about files and converters."""
+    assert run([node, str(PORTS / "check.mjs"), str(written), str(tmp_path)]).returncode == 0
+    found = score(tmp_path, cases, all_questions())
+    assert not found.of(FAILED) and not found.foreign
+    asked = {item.name.split("/")[0] for item in found.of(ABSENT)}
+    assert asked == {"files", "converters"}
+    assert sum(item.name.startswith("plans/") for item in found.of(PASSED)) > 50
+    assert found.states()["T-4"] == found.states()["M-8"] == "passed"
+
+
 def test_javascript_notices_a_wrong_number(node: str, spoilt: tuple[Path, list[str]]) -> None:
     result = run([node, str(PORTS / "check.mjs"), str(spoilt[0])])
     assert result.returncode == 1
     assert sorted(result.stderr.splitlines()) == sorted(spoilt[1])
+
+
+def test_javascript_notices_a_wrong_answer(node: str, written: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "v1"
+    shutil.copytree(written, copy)
+    plans = json.loads((copy / "plans.json").read_text())
+    for case in plans["cases"]:
+        if case["name"] == "list":
+            case["expect"]["modules"].popitem()
+        if case["name"] == "rslora":
+            case["expect"]["modules"]["model.layers.3.self_attn.q_proj"]["scale"] = 2
+        if case["name"] == "regex-part":
+            case["expect"] = {"modules": {}}
+        if case["name"] == "regex":
+            case["expect"] = {"refused": "no"}
+    (copy / "plans.json").write_text(json.dumps(plans))
+    result = run([node, str(PORTS / "check.mjs"), str(copy)])
+    wrong = ("list", "regex", "regex-part", "rslora")
+    said = [f"plans/{name}: is wrong" for name in wrong]
+    assert sorted(result.stderr.splitlines()) == sorted(said)
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +160,18 @@ def test_c_passes_every_vector(build: Path, written: Path) -> None:
     assert result.stdout.startswith(f"{len(cases)} cases, {numbers} numbers, 0 failures;")
 
 
+def test_c_writes_what_is_checked(
+    build: Path, written: Path, cases: list[vectors.Case], tmp_path: Path
+) -> None:
+    """All cases in one JSON file."""
+    outputs = tmp_path / "outputs.json"
+    assert run([str(build), str(written), str(outputs)]).returncode == 0
+    found = score(outputs, cases, all_questions())
+    assert not found.of(FAILED) and not found.foreign
+    asked = {item.name.split("/")[0] for item in found.of(ABSENT)}
+    assert asked == {"plans", "files", "converters"}
+
+
 def test_c_notices_a_wrong_number(build: Path, spoilt: tuple[Path, list[str]]) -> None:
     result = run([str(build), str(spoilt[0])])
     assert result.returncode == 1
@@ -127,7 +191,7 @@ def test_c_notices_what_it_does_not_compute(
     else:
         case["outputs"]["w"] = case["outputs"]["u"]
         expected = (1, "unit: 1 of its 2 outputs were checked\n")
-    (tmp_path / "v1" / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    write_manifest(tmp_path / "v1", manifest)
     result = run([str(build), str(tmp_path / "v1")])
     assert (result.returncode, result.stderr) == expected
 

@@ -4,195 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import runpy
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from vector_runners import RUNNERS, Outputs
 
-from pylora.adapters.adapter import Adapter
 from pylora.conformance.bounds.ops import assert_within
 from pylora.conformance.vectors import cases as vectors
 from pylora.conformance.vectors import model as vector_model
-from pylora.conformance.vectors.all import all_cases
+from pylora.conformance.vectors.all import all_cases, all_questions
 from pylora.conformance.vectors.cases import Case
 from pylora.errors import ConfigError, FileFormatError, UnsupportedError
-from pylora.model.config import LlamaConfig, ModuleSpec
-from pylora.numbers import random
-from pylora.types import AdamW, Attn, Drop, LoRA, Seqs
+from pylora.model.config import LlamaConfig
+from pylora.types import Seqs
 
-Outputs = dict[str, Any]
-RUNNERS: dict[str, Callable[[Any, Case], Outputs]] = {}
-
-
-def runner(function: Callable[[Any, Case], Outputs]) -> Callable[[Any, Case], Outputs]:
-    RUNNERS[function.__name__] = function
-    return function
-
-
-def names(prefix: str, *values: Any) -> Outputs:
-    return dict(zip(prefix.split(), values, strict=True))
-
-
-def drop_of(p: dict[str, Any]) -> Drop | None:
-    if "p" not in p:
-        return None
-    stream = random.stream("dropout", p["path"], str(p["step"]))
-    return Drop(p["p"], int(p["seed"]), stream, p["row0"])
-
-
-@runner
-def lora(ops: Any, case: Case) -> Outputs:
-    i, p, drop = case.inputs, case.params, drop_of(case.params)
-    W, adapter = ops.pack(i["W"]), LoRA(i["A"], i["B"], p["scale"])
-    y, h = ops.lora_forward(i["x"], W, i.get("bias"), adapter, drop)
-    dx, dA, dB = ops.lora_backward(i["dy"], i["x"], h, W, adapter, drop)
-    g, _, _ = ops.lora_backward(i["dy"], None, None, ops.pack(i["B"]))
-    return names("h y g dx dA dB", h, y, g, dx, dA, dB)
-
-
-@runner
-def embedding(ops: Any, case: Case) -> Outputs:
-    i, grads = case.inputs, {}
-    from pylora.model.embedding import Embedding
-
-    module = Embedding("model.embed_tokens", i["W"], ops=ops)
-    module.lora = LoRA(i["A"], i["B"], case.params["scale"])
-    y, cache = module.forward(i["ids"])
-    module.backward(i["dy"], cache, grads)
-    grad = grads["model.embed_tokens"]
-    return names("y dA dB", y, grad.A, grad.B)
-
-
-@runner
-def merge(ops: Any, case: Case) -> Outputs:
-    i, dtype = case.inputs, case.params["dtype"]
-    W = i["W"].view({"f32": np.float32, "f16": np.float16, "bf16": np.uint16}[dtype])
-    adapter = LoRA(i["A"], i["B"], case.params["scale"])
-    merged, residue = ops.merge(W, adapter, dtype)
-    back = ops.unmerge(merged, adapter, residue, dtype)
-    assert back.tobytes() == W.tobytes()
-    return names("merged position bits", merged.view(i["W"].dtype), residue.position, residue.bits)
-
-
-@runner
-def philox(ops: Any, case: Case) -> Outputs:
-    seed, stream, first = (int(case.params[n]) for n in ("seed", "stream", "first"))
-    return {"words": ops.philox(seed, stream, first, 11)}
-
-
-@runner
-def unit(ops: Any, case: Case) -> Outputs:
-    stream = random.stream(case.params["name"])
-    assert stream == int(case.params["stream"])
-    words = ops.philox(int(case.params["seed"]), stream, 0, 16) >> 6
-    return {"u": (words[::2] * 2.0**26 + words[1::2] + 0.5) * 2.0**-52}
-
-
-@runner
-def init(ops: Any, case: Case) -> Outputs:
-    from pylora.adapters.adapter import LoraConfig
-    from pylora.adapters.plan import resolve
-
-    path, how = case.params["path"], case.params["method"]
-    r, k = case.outputs["A"].value.shape
-    config = LoraConfig(
-        r=r, target_modules=("q_proj",), init_lora_weights="gaussian" if how == "gaussian" else True
-    )
-    plan = resolve(config, {path: ModuleSpec("linear", len(case.outputs["B"].value), k)})
-    made = Adapter.init(plan, config, seed=int(case.params["seed"]))[path]
-    return {"A": made.A, "B": made.B}
-
-
-@runner
-def dropout(ops: Any, case: Case) -> Outputs:
-    y = ops.dropout(case.inputs["x"], drop_of(case.params))
-    return {"y": y, "kept": (y != 0).astype(np.uint8)}
-
-
-@runner
-def rms_norm(ops: Any, case: Case) -> Outputs:
-    i = case.inputs
-    y, rstd = ops.rms_norm_forward(i["x"], i["w"], case.params["eps"])
-    return {"y": y, "rstd": rstd, "dx": ops.rms_norm_backward(i["dy"], i["x"], i["w"], rstd)[0]}
-
-
-@runner
-def rope(ops: Any, case: Case) -> Outputs:
-    i, D, layout = case.inputs, case.params["head_dim"], case.params["layout"]
-
-    def turn(inverse: bool) -> Any:
-        return ops.rope(i["x"], i["cos"], i["sin"], i["position"], D, layout, inverse)
-
-    return {"y": turn(False), "inverse": turn(True)}
-
-
-@runner
-def attention(ops: Any, case: Case) -> Outputs:
-    i, p = case.inputs, case.params
-    attn = Attn(p["heads"], p["kv_heads"], p["head_dim"], p["scale"], p["window"])
-    seqs = Seqs.of(p["lengths"])
-    o, lse = ops.attention_forward(i["q"], i["k"], i["v"], seqs, attn)
-    grads = ops.attention_backward(i["do"], i["q"], i["k"], i["v"], o, lse, seqs, attn)
-    return names("o lse dq dk dv", o, lse, *grads)
-
-
-@runner
-def swiglu(ops: Any, case: Case) -> Outputs:
-    i = case.inputs
-    dgate, dup = ops.swiglu_backward(i["dy"], i["gate"], i["up"])
-    return {"y": ops.swiglu_forward(i["gate"], i["up"]), "dgate": dgate, "dup": dup}
-
-
-@runner
-def cross_entropy(ops: Any, case: Case) -> Outputs:
-    i = case.inputs
-    nll, lse = ops.cross_entropy_forward(i["logits"], i["labels"])
-    d = ops.cross_entropy_backward(i["logits"], i["labels"], lse, i["weight"])
-    return names("nll lse dlogits", nll, lse, d)
-
-
-@runner
-def adamw(ops: Any, case: Case) -> Outputs:
-    param, grad, m, v = (case.inputs[n].copy() for n in ("param", "grad", "m", "v"))
-    ops.adamw_step(param, grad, m, v, AdamW(**case.params))
-    return names("new_param new_m new_v", param, m, v)
-
-
-@runner
-def embed(ops: Any, case: Case) -> Outputs:
-    i, path = case.inputs, case.params["path"]
-    (d, k), folder = i["W"].shape, case.files["adapter"]
-    adapter = Adapter.load(folder, {path: ModuleSpec("linear", d, k)})[path]
-    W = ops.pack(i["W"])
-    merged, residue = ops.merge(i["W"], adapter)
-    assert ops.unmerge(merged, adapter, residue).tobytes() == i["W"].tobytes()
-    y, h = ops.lora_forward(i["x"], W, lora=adapter)
-    dx, dA, dB = ops.lora_backward(i["dy"], i["x"], h, W, adapter)
-    out = names("h y dx dA dB merged", h, y, dx, dA, dB, merged)
-    for name, p, grad in (("A", adapter.A, dA), ("B", adapter.B, dB)):
-        settings = AdamW(lr=case.params["lr"], step=case.params["step"])
-        ops.adamw_step(p, np.ascontiguousarray(grad), np.zeros_like(p), np.zeros_like(p), settings)
-        out[f"new_{name}"] = p
-    return out
-
-
-@runner
-def block(ops: Any, case: Case) -> Outputs:
-    weights, adapter = vector_model.block_parts(case.inputs, case.params["scale"])
-    x, dy = case.inputs["x"], case.inputs["dy"]
-    return vector_model.block(
-        ops, vector_model.BLOCK, weights, adapter, x, dy, tuple(case.params["lengths"])
-    )
-
-
-@runner
-def training(ops: Any, case: Case) -> Outputs:
-    model, adapter = vector_model.training_model(case.inputs, case.params, np.float32, ops)
-    i = case.inputs
-    return vector_model.train(model, adapter, i["ids"], i["labels"], i["lr"], case.params)
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 # ---- every backend -------------------------------------------------------------------------------
@@ -200,7 +31,8 @@ def training(ops: Any, case: Case) -> Outputs:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return vectors.write(tmp_path_factory.mktemp("vectors") / "v1", all_cases())
+    where = tmp_path_factory.mktemp("vectors") / "v1"
+    return vectors.write(where, all_cases(), all_questions())
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +123,7 @@ def test_the_training_run_learns(cases: list[Case]) -> None:
 
 
 def test_generation_is_the_same_bit_for_bit(written: Path, tmp_path: Path) -> None:
-    again = vectors.write(tmp_path / "again", all_cases())
+    again = vectors.write(tmp_path / "again", all_cases(), all_questions())
     files = sorted(p.relative_to(written) for p in written.rglob("*") if p.is_file())
     assert files == sorted(p.relative_to(again) for p in again.rglob("*") if p.is_file())
     for file in files:
@@ -310,6 +142,7 @@ def test_the_manifest_says_what_the_files_hold(written: Path) -> None:
         for at in case["outputs"].values():
             assert at["rule"]
             assert ("bound" in at) != (at["rule"] == "exact")
+            assert set(at.get("spec", [])) <= set(known_statements())
     assert total < 400_000
 
 
@@ -319,18 +152,70 @@ def test_bounds_are_positive_small_and_finite(cases: list[Case]) -> None:
             if out.bound is None or out.value.size == 0:
                 continue
             size = max(1.0, float(np.abs(out.value).max()))
+            assert np.isfinite(out.value).all(), (case.name, name)
             assert np.isfinite(out.bound).all() and (out.bound >= 0).all(), (case.name, name)
-            assert out.bound.max() < 1e-3 * size, (case.name, name, out.bound.max())
+            loose = case.op == "lora16" or case.name == "attention-large"  # 16 bits, or cancelled
+            most = 0.05 if loose else 1e-3
+            assert out.bound.max() < most * size, (case.name, name, out.bound.max())
+
+
+def known_statements() -> list[str]:
+    text = (DOCS / "spec.md").read_text(encoding="utf-8")
+    return re.findall(r"^- \*\*([A-Z]-\d+)\*\*", text, re.M)
 
 
 def test_statements_that_are_cited_exist(cases: list[Case]) -> None:
-    import re
-
-    spec = Path(__file__).parents[2] / "docs" / "spec.md"
-    known = re.findall(r"^- \*\*([A-Z]-\d+)\*\*", spec.read_text(encoding="utf-8"), re.M)
+    known = known_statements()
     assert len(known) == len(set(known))
     for case in cases:
         assert set(case.spec) <= set(known), case.name
+        for name in case.outputs:
+            assert set(case.shown_by(name)) <= set(known), (case.name, name)
+
+
+PAGE = (DOCS / "porting.md").read_text(encoding="utf-8")
+
+
+def test_the_page_explains_every_operation_with_its_parameters_and_arrays(
+    cases: list[Case],
+) -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", PAGE, re.M))
+    assert set(rows) >= {case.op for case in cases}
+    for case in cases:
+        said = rows[case.op] + "".join(rows[op] for op in re.findall(r"as `(\w+)`", rows[case.op]))
+        for name in case.params:
+            assert f"`{name}`" in said, (case.op, name)
+        if case.op in ("block", "training"):  # by their own lists
+            continue
+        for name in [*case.inputs, *case.outputs]:
+            plain = re.sub(r"\.\d+$", ".0", name)  # A.1 as A.0
+            words = re.findall(r"[\w.]+", " ".join(re.findall(r"`([^`]+)`", said)))
+            assert plain in words, (case.op, name)
+    intermediates = PAGE[PAGE.index("- `block`: ") : PAGE.index("- `training`: ")]
+    block = next(case for case in cases if case.op == "block")
+    for name in block.outputs:
+        assert f"`{name}`" in intermediates or name.endswith((".h", ".dA", ".dB")), name
+
+
+def test_the_page_lists_the_dtypes_that_occur(cases: list[Case]) -> None:
+    sentence = PAGE[PAGE.index("- `dtype` is one of") :].split("\n")[0]
+    arrays = [
+        a for c in cases for a in [*c.inputs.values(), *(o.value for o in c.outputs.values())]
+    ]
+    found = {name for name, code in vectors.DTYPES.items() for a in arrays if a.dtype == code}
+    assert set(re.findall(r"`(\w+)`", sentence)) - {"dtype"} == found == set(vectors.DTYPES)
+    assert any(a.size == 0 for a in arrays)
+
+
+def test_the_page_lists_the_statements_that_the_vectors_show() -> None:
+    tool = runpy.run_path(str(DOCS.parent / "tools" / "vector_table.py"))
+    assert tool["stale"]() is None, "run python tools/vector_table.py"
+
+
+def test_a_reader_needs_no_escapes_and_finds_other_alphabets(written: Path) -> None:
+    text = (written / "manifest.json").read_text(encoding="utf-8")
+    assert "\\" not in text
+    assert not text.isascii()
 
 
 def test_damaged_vectors_are_named(written: Path, tmp_path: Path) -> None:

@@ -86,12 +86,14 @@ def forward(
     bias: Array | None = None,
     extra: int = 0,
     precision: str = "fp32",
+    stored: int = 0,
 ) -> Array:
     """Of y = x Wᵀ + bias + sum of s (x Aᵀ) Bᵀ, [m,d].
 
     n = k + R + 4: a term of the adapters' is multiplied and summed over k, multiplied and summed
     over all ranks R = sum r (in one accumulator with the base's k terms, at worst), by the scale,
-    itself rounded, and added to base and bias. `extra`: further roundings, such as dropout's.
+    itself rounded, and added to base and bias. `extra`: further roundings, such as dropout's, and
+    `stored` those to 16 bits.
     """
     dtype, X, Wt = kind(x), _abs(x), _abs(W).T
     n = x.shape[1] + sum(A.shape[0] for A, _, _ in adapters) + 4 + len(adapters) + extra
@@ -107,7 +109,7 @@ def forward(
         term, low = chain(X + Em, (Aa + Ea).T, Bt, s, dtype)
         off = off + abs(float(s)) * ((Em @ (Aa + Ea).T + X @ Ea.T) @ Bt)
         total, floor = total + term, floor + low
-    return relative(n, dtype, STORED["forward"] + len(adapters)) * total + floor + off
+    return relative(n, dtype, STORED["forward"] + len(adapters) + stored) * total + floor + off
 
 
 def _moved(a: Array, dtype: str, precision: str) -> tuple[Array, Array]:
@@ -127,14 +129,16 @@ def backward(
     scale: float,
     extra: int = 0,
     precision: str = "fp32",
+    more: int = 0,
 ) -> tuple[Array, Array, Array]:
     """Of dx, dA, dB: products of three, n the lengths of their two sums, and 4 for scale and sums.
 
-    dx = dy W + s (dy B) A: d + r; dA = s (dy B)ᵀ x: d + m; dB = s dyᵀ (x Aᵀ): m + k.
+    dx = dy W + s (dy B) A: d + r; dA = s (dy B)ᵀ x: d + m; dB = s dyᵀ (x Aᵀ): m + k. `extra` are
+    further roundings, and `more` those to 16 bits.
     """
     dtype, (m, d), (r, k) = kind(x), dy.shape, A.shape
     D, X, Aa, Ba = _abs(dy), _abs(x), _abs(A), _abs(B)
-    s, stored = abs(float(scale)), STORED["gradient"]
+    s, stored = abs(float(scale)), STORED["gradient"] + more
     Dw = D + (moves.of_dy(D, precision) if dtype != "bfloat16" else 0.0)
     # Of the adapter's factors: dy, x, B in g and A in h, each as it may be moved.
     Dm, Xm, Bm, Am = (a + _moved(a, dtype, precision)[1] for a in (D, X, Ba, Aa))
@@ -208,7 +212,7 @@ def loss_gradients(
     y = _abs(x) @ _abs(W).T + abs(float(scale)) * (_abs(x) @ _abs(A).T @ _abs(B).T)
     size = (y + _abs(target)) / n
     off = forward(x, W, [(A, B, scale)], precision=precision) / n
-    off = off + relative(4, kind(x), 2) * size
+    off = off + relative(4, kind(x), 4) * size
     dy, extra = (size + off).astype(x.dtype), len(batches) + 4
     _, dA, dB = backward(dy, x, W, A, B, scale, extra, precision)
     s = abs(float(scale))

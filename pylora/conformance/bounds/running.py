@@ -93,6 +93,12 @@ class Running:
     def T(self) -> Running:
         return Running(self.value.T, self.error.T, self.dtype)
 
+    @property
+    def mT(self) -> Running:
+        """The last two axes exchanged."""
+        value, error = np.swapaxes(self.value, -1, -2), np.swapaxes(self.error, -1, -2)
+        return Running(value, error, self.dtype)
+
 
 def join(parts: list[Running], axis: int) -> Running:
     """np.concatenate."""

@@ -37,6 +37,7 @@ class Correct:
     thread_safe = True
     bitwise = True
     exact_unmerge = True
+    init_methods = ("kaiming", "gaussian", "false")
     ops = Reference()
 
     # ---- one adapter --------------------------------------------------------------------------
@@ -66,13 +67,14 @@ class Correct:
     ) -> tuple[Array, Array]:
         """Sums of each micro-batch's gradients, every row weighted by 1 / all counted rows."""
         total = sum(int(counted.sum()) for _, _, counted in batches)
-        dA, dB = np.zeros_like(A), np.zeros_like(B)
+        wide: Any = np.result_type(A.dtype.type(0), np.float32)
+        dA, dB = np.zeros(A.shape, wide), np.zeros(B.shape, wide)
         for x, target, counted in batches:
             weight = np.where(counted, 1 / max(total, 1), 0).astype(x.dtype)
             dy = (self.forward(x, W, A, B, scale) - target) * weight[:, None]
             _, gA, gB = self.backward(dy, x, W, A, B, scale)[:3]
             dA, dB = dA + gA, dB + gB
-        return dA, dB
+        return dA.astype(A.dtype), dB.astype(B.dtype)
 
     def scaling(self, alpha: float, r: int, use_rslora: bool) -> float:
         return alpha / math.sqrt(r) if use_rslora else alpha / r
@@ -83,13 +85,17 @@ class Correct:
             A = random.normal((r, k), 1 / r, seed=seed, stream=stream)
         else:
             A = random.uniform((r, k), 1 / math.sqrt(k), seed=seed, stream=stream)
+        if method == "false":
+            stream = random.stream("init", "module", "B")
+            return A, random.uniform((d, r), 1 / math.sqrt(r), seed=seed, stream=stream)
         return A, np.zeros((d, r), np.float32)
 
     # ---- dropout ------------------------------------------------------------------------------
 
     def drop(self, p: float, seed: int) -> Drop | None:
         """The mask of a seed; None without dropout."""
-        return Drop(p, seed, random.stream("dropout", "module", "0")) if p else None
+        stream = random.stream("dropout", "module", "0")
+        return Drop(p, random.check_seed(seed), stream) if p else None
 
     def dropout_forward(
         self, x: Array, W: Array, A: Array, B: Array, scale: float, p: float, seed: int
@@ -121,14 +127,19 @@ class Correct:
     def merge(self, W: Array, A: Array, B: Array, scale: float) -> Any:
         """W', or (W', state): the state is what makes unmerge exact."""
         if W.dtype == np.float64:
-            return W + scale * (B @ A)
+            merged = W + scale * (B @ A)
+            lost = np.flatnonzero(~same_bits(merged - scale * (B @ A), W))
+            return merged, (lost, W.reshape(-1)[lost])
         lora, dtype = LoRA(self.widen(A), self.widen(B), scale), self.file_dtype(W)
         merged, residue = self.ops.merge(self.bits(W), lora, dtype)
         return merged.view(W.dtype), residue
 
     def unmerge(self, W: Array, A: Array, B: Array, scale: float, state: Any = None) -> Array:
         if W.dtype == np.float64:
-            return W - scale * (B @ A)
+            back: Array = np.ascontiguousarray(W - scale * (B @ A))
+            if state is not None:
+                back.reshape(-1)[state[0]] = state[1]
+            return back
         lora, dtype = LoRA(self.widen(A), self.widen(B), scale), self.file_dtype(W)
         return self.ops.unmerge(self.bits(W), lora, state, dtype).view(W.dtype)
 
@@ -203,7 +214,17 @@ class Correct:
         adapters: Mapping[str, LoraTriple],
         shape: AttentionShape,
     ) -> Array:
-        return self._attend(x, weights, adapters, shape)[0]
+        return self._attend(*self._wide(x, weights, adapters), shape)[0].astype(x.dtype)
+
+    def _wide(
+        self, x: Array, weights: Mapping[str, Array], adapters: Mapping[str, LoraTriple]
+    ) -> tuple[Array, dict[str, Array], dict[str, LoraTriple]]:
+        """bfloat16 as float32: the block is computed in that, and only its results are rounded."""
+        wide = {
+            name: W if not hasattr(W, "dtype") else self.widen(W) for name, W in weights.items()
+        }
+        low = {name: (self.widen(A), self.widen(B), s) for name, (A, B, s) in adapters.items()}
+        return self.widen(x), wide, low
 
     def attention_backward(
         self,
@@ -213,6 +234,8 @@ class Correct:
         adapters: Mapping[str, LoraTriple],
         shape: AttentionShape,
     ) -> tuple[Array, dict[str, tuple[Array, Array]]]:
+        dtype, dy = x.dtype, self.widen(dy)
+        x, weights, adapters = self._wide(x, weights, adapters)
         ops, loras = self.ops, {name: LoRA(*a) for name, a in adapters.items()}
         _, (q, k, v, o, lse, h, seqs, attn, cos, sin, position) = self._attend(
             x, weights, adapters, shape
@@ -220,17 +243,18 @@ class Correct:
         grads: dict[str, tuple[Array, Array]] = {}
 
         def back(name: str, g: Array, inp: Array) -> Array:
-            dx, dA, dB = ops.lora_backward(g, inp, h[name], weights[name], loras.get(name))
+            found: Any = ops.lora_backward(g, inp, h[name], weights[name], loras.get(name))
+            dx, dA, dB = found
             if name in loras:
-                grads[name] = dA, dB
-            return dx
+                grads[name] = dA.astype(dtype), dB.astype(dtype)
+            return np.asarray(dx)
 
         do = back("o_proj", dy, o)
         dq, dk, dv = ops.attention_backward(do, q, k, v, o, lse, seqs, attn)
         dq = ops.rope(dq, cos, sin, position, attn.head_dim, inverse=True)
         dk = ops.rope(dk, cos, sin, position, attn.head_dim, inverse=True)
         dx = back("q_proj", dq, x) + back("k_proj", dk, x) + back("v_proj", dv, x)
-        return dx, grads
+        return dx.astype(dtype), grads
 
     def _attend(
         self,
@@ -285,6 +309,12 @@ class Correct:
     def bits(self, W: Array) -> Array:
         """W itself, or the uint16 bits of a bfloat16 array."""
         return np.ascontiguousarray(W).view(np.uint16) if W.dtype.itemsize == 2 else W
+
+
+def same_bits(a: Array, b: Array) -> Array:
+    """Where two float64 arrays agree in each bit."""
+    same: Array = np.ascontiguousarray(a).view(np.int64) == np.ascontiguousarray(b).view(np.int64)
+    return same
 
 
 class CorrectModule:

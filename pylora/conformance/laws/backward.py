@@ -8,9 +8,11 @@ from __future__ import annotations
 import numpy as np
 
 from pylora.conformance.bounds import layer as bounds
+from pylora.conformance.bounds.layer import wide
 from pylora.conformance.laws import allowed, oracle
 from pylora.conformance.laws.law import Law
 from pylora.conformance.problems.layers import (
+    DTYPES,
     SEEDS,
     elements,
     exact_problems,
@@ -49,14 +51,14 @@ def _of_its_forward(t: Trial, p: Problem) -> None:
     y = t.forward(p.x, p.W, p.A, p.B, p.scale).astype(np.float64)
     limits = allowed.backward(t, p)
     for name, gradient, limit in zip(("x", "A", "B"), got, limits):
-        v = integer_array(rng, values[name].shape, 1)
+        v = integer_array(rng, values[name].shape, 1, p.x.dtype)
         moved = {**values, name: values[name] + v}
         ahead = t.forward(moved["x"], p.W, moved["A"], moved["B"], p.scale).astype(np.float64)
         slope = float((p.dy.astype(np.float64) * (ahead - y)).sum())
         along = float((np.asarray(gradient, np.float64) * v).sum())
         what = f"derivative along a change of {name}: <d{name}, v> = {along} against"
         both = allowed.forward(t, p, bias=None) + allowed.forward(t, p, bias=None, **moved)
-        off = float((np.abs(p.dy) * both).sum() + (limit * np.abs(v)).sum())
+        off = float((np.abs(wide(p.dy)) * both).sum() + (limit * np.abs(wide(v))).sum())
         if abs(slope - along) > off:
             holds = f"(RESULT.astype(float) * np.array({v.tolist()})).sum() == {slope}"
             t.fail(f"{what} <dy, y({name} + v) - y({name})> = {slope}", gradient, holds)
@@ -107,14 +109,14 @@ def _fresh(t: Trial, p: Problem) -> None:
 
 
 def _linear_in_dy(t: Trial, p: Problem) -> None:
-    other = integer_array(np.random.default_rng(p.seed), p.dy.shape)
+    other = integer_array(np.random.default_rng(p.seed), p.dy.shape, dtype=p.dy.dtype)
     one = t.backward(p.dy, p.x, p.W, p.A, p.B, p.scale)
     two = t.backward(other, p.x, p.W, p.A, p.B, p.scale)
     both = t.backward(p.dy + other, p.x, p.W, p.A, p.B, p.scale)
     limits = [allowed.backward(t, p, dy=dy) for dy in (p.dy, other, p.dy + other)]
     for i, name in enumerate(NAMES):
         off = sum(limit[i] for limit in limits)
-        t.expect(f"{name} of dy1 + dy2", both[i], one[i] + two[i], off)
+        t.expect(f"{name} of dy1 + dy2", both[i], wide(one[i]) + wide(two[i]), off)
 
 
 def _parts(t: Trial, p: Problem) -> None:
@@ -124,8 +126,8 @@ def _parts(t: Trial, p: Problem) -> None:
     one = t.backward(p.dy[:cut], p.x[:cut], p.W, p.A, p.B, p.scale)
     two = t.backward(p.dy[cut:], p.x[cut:], p.W, p.A, p.B, p.scale)
     off = [2 * limit for limit in allowed.backward(t, p)]  # the parts' bounds add up to at most it
-    t.expect("dA of the batch against its parts'", whole[1], one[1] + two[1], off[1])
-    t.expect("dB of the batch against its parts'", whole[2], one[2] + two[2], off[2])
+    t.expect("dA of the batch against its parts'", whole[1], wide(one[1]) + wide(two[1]), off[1])
+    t.expect("dB of the batch against its parts'", whole[2], wide(one[2]) + wide(two[2]), off[2])
     side = np.concatenate([one[0], two[0]])
     t.expect("dx of the batch against its parts'", whole[0], side, off[0])
 
@@ -154,7 +156,7 @@ _BATCHES = st.lists(st.sampled_from((1, 2, 3, 0, 7)), min_size=1, max_size=4)
 
 
 @st.composite  # type: ignore[untyped-decorator]
-def micro_batches(draw) -> Problem:  # type: ignore[no-untyped-def]
+def micro_batches(draw, dtype: str = "float32") -> Problem:  # type: ignore[no-untyped-def]
     """1 to 4 micro-batches of different length, some of whose rows are not counted."""
     k, d = draw(pick((1, 2, 5, 16))), draw(pick((1, 2, 5, 16)))
     r = draw(pick((1, 2, 8)))
@@ -164,7 +166,7 @@ def micro_batches(draw) -> Problem:  # type: ignore[no-untyped-def]
     kind = draw(pick(("normal", "integers", "positive")))
 
     def make(*shape: int) -> np.ndarray:
-        a: np.ndarray = elements(rng, shape, kind, "float32")
+        a: np.ndarray = elements(rng, shape, kind, dtype)
         return a
 
     batches = [(make(m, k), make(m, d), rng.random(m) < share) for m in sizes]
@@ -209,7 +211,7 @@ def _same(t: Trial, method: str, given: dict, before: dict) -> None:  # type: ig
 def _results_are_own(t: Trial, p: Problem) -> None:
     first = t.forward(p.x, p.W, p.A, p.B, p.scale, p.bias)
     kept = first.copy()
-    t.forward(p.x + 1, p.W, p.A, p.B, p.scale, p.bias)
+    t.forward(p.x + p.x.dtype.type(1), p.W, p.A, p.B, p.scale, p.bias)
     t.expect("the first result, after a second call,", first, kept)
     if first.size and first.flags.writeable:
         first[...] = 0
@@ -234,9 +236,10 @@ LAWS = (
         "as B1, with equality",
         "as B1; also products in TF32 or a 16-bit format",
         ("B-1", "S-3", "N-2"),
-        ("backward", "float32"),
+        ("backward",),
         exact_problems,
         _exact,
+        dtypes=DTYPES,
     ),
     Law(
         "B3",
@@ -244,9 +247,10 @@ LAWS = (
         "<dy, y(A + V) - y(A)> = <dA, V>, also for x and B, exact: y is linear in each",
         "forward and backward disagree, whatever the formula is",
         ("B-1",),
-        ("forward", "backward", "float32"),
-        lambda: exact_problems(features=(1, 2, 3, 7, 16), ranks=(1, 2, 3, 8)),
+        ("forward", "backward"),
+        lambda dtype: exact_problems(dtype, features=(1, 2, 3, 7, 16), ranks=(1, 2, 3, 8)),
         _of_its_forward,
+        dtypes=DTYPES,
     ),
     Law(
         "B4",
@@ -270,13 +274,14 @@ LAWS = (
     ),
     Law(
         "B6",
-        "Sums of gradients over thousands of terms keep their bound (float32).",
+        "Sums of gradients over thousands of terms keep their bound.",
         "as B1, with m, k, d or r beyond 600 and all terms of one sign",
         "an accumulator narrower than float32 that stands still",
         ("N-1", "N-2"),
-        ("backward", "float32"),
+        ("backward",),
         long_sums,
         _agrees,
+        dtypes=DTYPES,
     ),
     Law(
         "B7",
@@ -303,9 +308,10 @@ LAWS = (
         "dW is None or zero",
         "the base model is trained too, or memory for its gradient is spent",
         ("B-2",),
-        ("backward", "float32"),
+        ("backward",),
         exact_problems,
         _no_gradient_to_W,
+        dtypes=DTYPES,
     ),
     Law(
         "B9",
@@ -313,9 +319,10 @@ LAWS = (
         "B = 0 implies dA = 0, dx = dy W, dB = s dyᵀ (x Aᵀ), exact",
         "training cannot start, or starts wrongly",
         ("B-4",),
-        ("backward", "float32"),
+        ("backward",),
         exact_problems,
         _fresh,
+        dtypes=DTYPES,
     ),
     Law(
         "B10",
@@ -323,9 +330,10 @@ LAWS = (
         "gradients(dy₁ + dy₂) = gradients(dy₁) + gradients(dy₂), exact",
         "gradients are clipped, normalised or kept from an earlier call",
         ("B-1",),
-        ("backward", "float32"),
+        ("backward",),
         exact_problems,
         _linear_in_dy,
+        dtypes=DTYPES,
     ),
     Law(
         "B11",
@@ -333,9 +341,10 @@ LAWS = (
         "dA(x₁; x₂) = dA(x₁) + dA(x₂), dB too; dx side by side, exact",
         "a mean over rows hides in the backward pass, or rows are lost",
         ("B-8", "B-7"),
-        ("backward", "float32"),
+        ("backward",),
         exact_problems,
         _parts,
+        dtypes=DTYPES,
     ),
     Law(
         "B12",
@@ -343,9 +352,10 @@ LAWS = (
         "m = 0 implies dA = 0, dB = 0, dx is [0, k]",
         "an empty batch fails, or leaves memory that was not written",
         ("B-3", "F-6"),
-        ("backward", "float32"),
+        ("backward",),
         exact_problems,
         _empty,
+        dtypes=DTYPES,
     ),
     Law(
         "B13",
@@ -353,9 +363,10 @@ LAWS = (
         "dy[i,j] = NaN implies dx[l,:] for l ≠ i is as without it",
         "rows are mixed on the way back",
         ("B-7", "N-5"),
-        ("backward", "float32"),
+        ("backward",),
         exact_problems,
         _nan_stays,
+        dtypes=DTYPES,
     ),
     Law(
         "O1",
@@ -363,10 +374,11 @@ LAWS = (
         "dA, dB of Σ |y - target|² / 2 / (counted rows of all batches), within the bound",
         "a mean of means: short micro-batches weigh too much (gradient accumulation)",
         ("O-1", "B-8"),
-        ("loss_gradients", "float32"),
+        ("loss_gradients",),
         micro_batches,
         _accumulation,
         ("W", "A", "B"),
+        dtypes=DTYPES,
     ),
     Law(
         "N1",
@@ -374,9 +386,10 @@ LAWS = (
         "x, W, A, B, dy have the same bits after each call",
         "an in-place operation destroys the caller's arrays, W above all",
         ("F-8", "M-4"),
-        ("forward", "float32"),
-        lambda: exact_problems(features=(1, 2, 3, 7, 16)),
+        ("forward",),
+        lambda dtype: exact_problems(dtype, features=(1, 2, 3, 7, 16)),
         _inputs_unchanged,
+        dtypes=DTYPES,
     ),
     Law(
         "N2",
@@ -384,9 +397,10 @@ LAWS = (
         "y keeps its bits after another call, and a call does not read what the caller did to y",
         "a buffer or a cache of results is shared between calls",
         ("N-3",),
-        ("forward", "float32"),
-        lambda: exact_problems(features=(1, 2, 3, 7, 16)),
+        ("forward",),
+        lambda dtype: exact_problems(dtype, features=(1, 2, 3, 7, 16)),
         _results_are_own,
+        dtypes=DTYPES,
     ),
 )
 

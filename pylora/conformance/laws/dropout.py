@@ -7,6 +7,7 @@ mask itself. It must be a function of the seed and of x's shape; the other laws 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -14,16 +15,26 @@ from pylora.conformance.bounds import layer as bounds
 from pylora.conformance.bounds import moves
 from pylora.conformance.laws import allowed, oracle
 from pylora.conformance.laws.law import Law
-from pylora.conformance.problems.layers import SEEDS, elements, exact_problems, pick, st
+from pylora.conformance.problems.layers import (
+    DTYPES,
+    SEEDS,
+    elements,
+    exact_problems,
+    pick,
+    st,
+)
 from pylora.conformance.testcase import Problem, Trial
 from pylora.types import Array
 
 # The chance that a law about chance fails a correct implementation, once.
 UNLIKELY = 1e-18
+STORED = 2  # what dropout adds to the roundings to 16 bits: the factor, and what it multiplies
 
 
 @st.composite  # type: ignore[untyped-decorator]
-def dropout_problems(draw, large: bool = False) -> Problem:  # type: ignore[no-untyped-def]
+def dropout_problems(  # type: ignore[no-untyped-def]
+    draw, dtype: str = "float32", large: bool = False
+) -> Problem:
     """As lora_problems, of tame kinds, with p and a seed."""
     m, k = (
         (draw(pick((64, 40))), draw(pick((32, 50))))
@@ -35,17 +46,17 @@ def dropout_problems(draw, large: bool = False) -> Problem:  # type: ignore[no-u
     kind = draw(pick(("normal", "integers", "positive")))
     shapes = {"x": (m, k), "W": (d, k), "A": (r, k), "B": (d, r), "dy": (m, d)}
     return Problem(
-        **{name: elements(rng, shape, kind, "float32") for name, shape in shapes.items()},
+        **{name: elements(rng, shape, kind, dtype) for name, shape in shapes.items()},
         scale=draw(pick((1.0, 2.0, -0.5))),
         p=draw(pick((0.5, 0.1, 0.25, 0.9))),
         seed=draw(st.integers(0, 2**31 - 1)),
     )
 
 
-def _mask(t: Trial, shape: tuple[int, int], p: float, seed: int) -> Array:
+def _mask(t: Trial, shape: tuple[int, int], p: float, seed: int, dtype: Any = np.float32) -> Array:
     """What the elements of x are multiplied by, [m,k]."""
-    one = np.eye(shape[1], dtype=np.float32)
-    x, W = np.ones(shape, np.float32), np.zeros_like(one)
+    one = np.eye(shape[1]).astype(dtype)
+    x, W = np.ones(shape, dtype), np.zeros_like(one)
     mask: Array = t.dropout_forward(x, W, one, one, 1.0, p, seed)
     return mask
 
@@ -53,27 +64,30 @@ def _mask(t: Trial, shape: tuple[int, int], p: float, seed: int) -> Array:
 def _factors(t: Trial, p: Problem) -> tuple[Array, int]:
     """The mask, and how many roundings its factors are known to.
 
-    A precision that rounds what A is multiplied with has rounded the mask that is read off: there
-    the factor is 1 / (1 - p), and is off by what 1 - p and its reciprocal lost."""
-    mask = _mask(t, p.x.shape, p.p, p.seed)
-    if not moves.of_low(np.ones(1), t.precision).any():
+    A precision or a dtype that rounds what A is multiplied with has rounded the mask that is read
+    off: there the factor is 1 / (1 - p), and is off by what 1 - p and its reciprocal lost."""
+    mask = _mask(t, p.x.shape, p.p, p.seed, p.x.dtype)
+    if p.x.dtype.itemsize > 2 and not moves.of_low(np.ones(1), t.precision).any():
         return mask, 4
     return np.where(mask == 0, 0.0, 1 / (1 - p.p)), 4 + math.ceil(4 / (1 - p.p))
 
 
 def _values(t: Trial, p: Problem) -> None:
-    mask = _mask(t, p.x.shape, p.p, p.seed)
+    mask = _mask(t, p.x.shape, p.p, p.seed, p.x.dtype)
     keep = 1 / (1 - p.p)
     want = np.where(mask == 0, 0.0, keep)
     # 1 - p and its reciprocal are rounded, p itself is given as float64 or rounded too.
-    off = bounds.relative(4, "float32") * keep / (1 - p.p)
+    kind = bounds.kind(p.x)
+    off = bounds.relative(4, "float64" if kind == "float64" else "float32") * keep / (1 - p.p)
+    off = off + abs(keep - 1 / (1 - float(np.float32(p.p))))  # p MAY be a float32 (D-7)
+    off = off + bounds.relative(0, kind, STORED + 3) * (keep + off)  # and h, the update, y
     off = off + float(moves.of_low(np.asarray(keep + off), t.precision))
     bound = np.where(mask == 0, 0.0, off)
     t.expect(f"what is left of ones with p = {p.p}", mask, want, bound)
 
 
 def _expectation(t: Trial, p: Problem) -> None:
-    mask = _mask(t, p.x.shape, p.p, p.seed)
+    mask = _mask(t, p.x.shape, p.p, p.seed, p.x.dtype)
     n, kept = mask.size, int((mask != 0).sum())
     off = abs(kept - n * (1 - p.p))
     # Hoeffding: P(|kept - n (1 - p)| >= e) <= 2 exp(-2 e² / n).
@@ -85,13 +99,13 @@ def _expectation(t: Trial, p: Problem) -> None:
 
 
 def _scattered(t: Trial, p: Problem) -> None:
-    mask = _mask(t, p.x.shape, p.p, p.seed)
+    mask = _mask(t, p.x.shape, p.p, p.seed, p.x.dtype)
     kept = mask != 0
     if (kept == kept[:1]).all():
         t.fail("every row was given the same mask", mask, "(RESULT != RESULT[:1]).any()")
     if (kept == kept[:, :1]).all():
         t.fail("every column was given the same mask", mask, "(RESULT != RESULT[:, :1]).any()")
-    other = _mask(t, p.x.shape, p.p, p.seed + 1)
+    other = _mask(t, p.x.shape, p.p, p.seed + 1, p.x.dtype)
     if (kept == (other != 0)).all():
         said = f"the seeds {p.seed} and {p.seed + 1} gave the same mask"
         t.fail(said, other, "(RESULT != result).any()")
@@ -103,7 +117,7 @@ def _forward(t: Trial, p: Problem) -> None:
     W = t.weight(p.W)
     want = oracle.dropped(p.dy, p.x, mask, W, p.A, p.B, p.scale)[0]
     lora = [(p.A, p.B, p.scale / (1 - p.p))]  # every dropped element is at most x / (1 - p)
-    bound = bounds.forward(p.x, W, lora, extra=extra, precision=t.precision)
+    bound = bounds.forward(p.x, W, lora, None, extra, t.precision, STORED)
     t.expect("y", y, want, bound)
 
 
@@ -114,7 +128,7 @@ def _backward(t: Trial, p: Problem) -> None:
     W = t.weight(p.W)
     want = oracle.dropped(p.dy, p.x, mask, W, p.A, p.B, p.scale)[1:]
     scale = p.scale / (1 - p.p)
-    limits = bounds.backward(p.dy, p.x, W, p.A, p.B, scale, extra, t.precision)
+    limits = bounds.backward(p.dy, p.x, W, p.A, p.B, scale, extra, t.precision, STORED)
     for name, g, w, bound in zip(("dx", "dA", "dB"), got, want, limits):
         t.expect(name, g, w, bound)
 
@@ -130,7 +144,7 @@ def _slack(t: Trial, p: Problem, rate: float) -> Array:
     lora = [(p.A, p.B, p.scale / (1 - rate))]
     if t.bitwise:
         return np.zeros(())
-    return 2 * bounds.forward(p.x, t.weight(p.W), lora, extra=4, precision=t.precision)
+    return 2 * bounds.forward(p.x, t.weight(p.W), lora, None, 4, t.precision, STORED)
 
 
 def _repeat(t: Trial, p: Problem) -> None:
@@ -210,7 +224,7 @@ def _distribution(t: Trial, p: Problem) -> None:
 def _starts_as_base(t: Trial, p: Problem) -> None:
     (d, k), r = p.W.shape, p.A.shape[0]
     A, B = t.init(d, k, r, p.seed, "kaiming")
-    A, B = np.asarray(A, np.float32), np.asarray(B, np.float32)
+    A, B = np.asarray(A).astype(p.A.dtype), np.asarray(B).astype(p.B.dtype)
     y = t.forward(p.x, p.W, A, B, 2.0, p.bias)
     want = oracle.forward(p.x, t.weight(p.W), [], p.bias)
     t.expect("y with a fresh adapter", y, want, allowed.base(t, p))
@@ -226,7 +240,7 @@ def _big_inits() -> object:
     )
 
 
-DROP = ("dropout_forward", "float32")
+DROP = ("dropout_forward",)
 LAWS = (
     Law(
         "P1",
@@ -238,6 +252,7 @@ LAWS = (
         dropout_problems,
         _values,
         (),
+        dtypes=DTYPES,
     ),
     Law(
         "P2",
@@ -246,9 +261,10 @@ LAWS = (
         "p and 1 - p are exchanged, or dropout is off",
         ("D-2",),
         DROP,
-        lambda: dropout_problems(large=True),
+        lambda dtype: dropout_problems(dtype, large=True),
         _expectation,
         (),
+        dtypes=DTYPES,
     ),
     Law(
         "P3",
@@ -257,9 +273,10 @@ LAWS = (
         "one mask is used for all tokens, or the generator is seeded anew each time",
         ("D-2", "D-5"),
         DROP,
-        lambda: dropout_problems(large=True),
+        lambda dtype: dropout_problems(dtype, large=True),
         _scattered,
         (),
+        dtypes=DTYPES,
     ),
     Law(
         "P4",
@@ -271,6 +288,7 @@ LAWS = (
         dropout_problems,
         _forward,
         ("x", "W", "A", "B"),
+        dtypes=DTYPES,
     ),
     Law(
         "P5",
@@ -278,10 +296,11 @@ LAWS = (
         "dA = s (dy B)ᵀ (mask x), dB = s dyᵀ ((mask x) Aᵀ), dx = dy W + s mask (dy B) A, as in B1",
         "another mask is drawn, x is taken undropped, or dx goes without the mask",
         ("D-3",),
-        ("dropout_forward", "dropout_backward", "float32"),
+        ("dropout_forward", "dropout_backward"),
         dropout_problems,
         _backward,
         ("x", "W", "A", "B", "dy"),
+        dtypes=DTYPES,
     ),
     Law(
         "P6",
@@ -289,10 +308,11 @@ LAWS = (
         "y(p = 0) = y; without a promise of bits, within twice F1's bound",
         "the path of training computes something else",
         ("D-4",),
-        ("forward", "dropout_forward", "float32"),
+        ("forward", "dropout_forward"),
         dropout_problems,
         _none,
         ("x", "W", "A", "B"),
+        dtypes=DTYPES,
     ),
     Law(
         "P7",
@@ -304,6 +324,7 @@ LAWS = (
         dropout_problems,
         _repeat,
         ("x", "W", "A", "B"),
+        dtypes=DTYPES,
     ),
     Law(
         "I1",
@@ -345,9 +366,10 @@ LAWS = (
         "y(init) = x Wᵀ + bias, exact on small integers",
         "as I1",
         ("I-1", "F-2"),
-        ("init", "forward", "float32"),
+        ("init", "forward"),
         exact_problems,
         _starts_as_base,
         ("x", "W", "bias"),
+        dtypes=DTYPES,
     ),
 )

@@ -10,15 +10,18 @@ import numpy as np
 
 from pylora.conformance.bounds import layer as bounds
 from pylora.conformance.bounds import moves
+from pylora.conformance.bounds.layer import wide
 from pylora.conformance.laws import allowed, oracle
 from pylora.conformance.laws.law import Law
 from pylora.conformance.problems.layers import (
+    DTYPES,
     exact_problems,
     integer_array,
     long_sums,
     lora_problems,
     st,
 )
+from pylora.conformance.problems.sizes import LIMITS, walk
 from pylora.conformance.testcase import Problem, Trial
 from pylora.types import Array
 
@@ -64,29 +67,30 @@ def _linear_in_scale(t: Trial, p: Problem) -> None:
     parts = [t.forward(p.x, p.W, p.A, p.B, s, p.bias) for s in (0.0, a, b)]
     both = t.forward(p.x, p.W, p.A, p.B, a + b, p.bias)
     off = sum(allowed.forward(t, p, scale=s) for s in (0.0, a, b, a + b))
-    t.expect("y(a + b) against y(a) + y(b) - y(0)", both, parts[1] + parts[2] - parts[0], off)
+    zero, one, two = (wide(y) for y in parts)
+    t.expect("y(a + b) against y(a) + y(b) - y(0)", both, one + two - zero, off)
 
 
 def _bias_once(t: Trial, p: Problem) -> None:
-    bias = integer_array(np.random.default_rng(p.seed), (p.W.shape[0],))
+    bias = integer_array(np.random.default_rng(p.seed), (p.W.shape[0],), dtype=p.x.dtype)
     without = t.forward(p.x, p.W, p.A, p.B, p.scale)
     y = t.forward(p.x, p.W, p.A, p.B, p.scale, bias)
     off = allowed.forward(t, p, bias=None) + allowed.forward(t, p, bias=bias)
-    t.expect("y with bias against y without, plus the bias", y, without + bias, off)
+    t.expect("y with bias against y without, plus the bias", y, wide(without) + wide(bias), off)
 
 
 def _linear_in_x(t: Trial, p: Problem) -> None:
-    other = integer_array(np.random.default_rng(p.seed), p.x.shape)
+    other = integer_array(np.random.default_rng(p.seed), p.x.shape, dtype=p.x.dtype)
     y1 = t.forward(p.x, p.W, p.A, p.B, p.scale)
     y2 = t.forward(other, p.W, p.A, p.B, p.scale)
     y = t.forward(p.x + other, p.W, p.A, p.B, p.scale)
     off = sum(allowed.forward(t, p, x=x, bias=None) for x in (p.x, other, p.x + other))
-    t.expect("y(x1 + x2) against y(x1) + y(x2)", y, y1 + y2, off)
+    t.expect("y(x1 + x2) against y(x1) + y(x2)", y, wide(y1) + wide(y2), off)
 
 
 def _gauge(t: Trial, p: Problem) -> None:
     rng, r = np.random.default_rng(p.seed), p.A.shape[0]
-    order, power = rng.permutation(r), (2.0 ** rng.integers(-1, 2, r)).astype(np.float32)
+    order, power = rng.permutation(r), (2.0 ** rng.integers(-1, 2, r)).astype(p.A.dtype)
     A, B = (p.A * power[:, None])[order], (p.B / power)[:, order]
     if r > 1:  # and a shear: A's row i gains row j, B's column j loses column i
         i, j = int(order[0]), int(order[1])
@@ -100,8 +104,8 @@ def _gauge(t: Trial, p: Problem) -> None:
 def _padding(t: Trial, p: Problem) -> None:
     rng = np.random.default_rng(p.seed)
     n = int(rng.integers(1, 9))
-    A = np.concatenate([p.A, integer_array(rng, (n, p.A.shape[1]))])
-    B = np.concatenate([p.B, np.zeros((p.B.shape[0], n), np.float32)], axis=1)
+    A = np.concatenate([p.A, integer_array(rng, (n, p.A.shape[1]), dtype=p.A.dtype)])
+    B = np.concatenate([p.B, np.zeros((p.B.shape[0], n), p.B.dtype)], axis=1)
     want = t.forward(p.x, p.W, p.A, p.B, p.scale, p.bias)
     y = t.forward(p.x, p.W, A, B, p.scale, p.bias)
     off = allowed.forward(t, p) + allowed.forward(t, p, A=A, B=B)
@@ -111,15 +115,17 @@ def _padding(t: Trial, p: Problem) -> None:
 def _concatenation(t: Trial, p: Problem) -> None:
     rng = np.random.default_rng(p.seed)
     r2, k, d = int(rng.integers(1, 5)), p.A.shape[1], p.B.shape[0]
-    A2, B2, s2 = integer_array(rng, (r2, k)), integer_array(rng, (d, r2)), 2.0
+    A2, B2 = (integer_array(rng, shape, dtype=p.A.dtype) for shape in ((r2, k), (d, r2)))
+    s2 = 2.0
     y1 = t.forward(p.x, p.W, p.A, p.B, p.scale, p.bias)
     y2 = t.forward(p.x, p.W, A2, B2, s2, p.bias)
-    A, B = np.concatenate([p.A, A2]), np.concatenate([p.B * np.float32(p.scale), B2 * 2], axis=1)
+    scaled = p.B * p.B.dtype.type(p.scale), B2 * B2.dtype.type(2)
+    A, B = np.concatenate([p.A, A2]), np.concatenate(scaled, axis=1)
     y = t.forward(p.x, p.W, A, B, 1.0, p.bias)
     base = oracle.forward(p.x, t.weight(p.W), [], p.bias)
     parts = (p.A, p.B, p.scale), (A2, B2, s2), (A, B, 1.0)
     off = sum(allowed.forward(t, p, A=a, B=b, scale=s) for a, b, s in parts)
-    t.expect("y of the adapters concatenated along the rank", y, y1 + y2 - base, off)
+    t.expect("y of the adapters concatenated along the rank", y, wide(y1) + wide(y2) - base, off)
 
 
 def _empty(t: Trial, p: Problem) -> None:
@@ -155,6 +161,11 @@ def _scale_rule(use_rslora: bool) -> Law:
         ranks = st.sampled_from((8, 1, 2, 3, 4, 16, 64, 100, 257))
         return st.builds(lambda alpha, r: Problem(alpha=alpha, r=r), alphas, ranks)
 
+    def covering(dtype: str, examples: int) -> list[Problem]:
+        return [
+            Problem(alpha=alpha, r=r) for alpha in (16, 3.5) for r in walk(examples, LIMITS[-1])
+        ]
+
     return Law(
         "S2" if use_rslora else "S1",
         "With rsLoRA the scale is alpha over the root of the rank."
@@ -166,6 +177,7 @@ def _scale_rule(use_rslora: bool) -> Law:
         ("scaling",),
         problems,
         check,
+        covering=covering,
     )
 
 
@@ -193,19 +205,21 @@ LAWS = (
         "y = x Wᵀ + bias + s (x Aᵀ) Bᵀ, with equality",
         "any term lost, added twice or scaled wrongly; products in TF32 or a 16-bit format",
         ("F-1", "S-3", "N-2"),
-        ("forward", "float32"),
+        ("forward",),
         exact_problems,
         _exact,
+        dtypes=DTYPES,
     ),
     Law(
         "F3",
-        "Sums of thousands of terms keep their bound (float32).",
+        "Sums of thousands of terms keep their bound .",
         "as F1, with k or r beyond 600 and all terms of one sign",
         "an accumulator narrower than float32 that stands still",
         ("N-1", "N-2"),
-        ("forward", "float32"),
+        ("forward",),
         long_sums,
         _agrees,
+        dtypes=DTYPES,
     ),
     Law(
         "F4",
@@ -233,9 +247,10 @@ LAWS = (
         "B = 0 implies y = x Wᵀ + bias exactly, for any A and s, on small integers",
         "the adapter changes the model before it has learned anything",
         ("F-2", "I-1"),
-        ("forward", "float32"),
+        ("forward",),
         exact_problems,
         _zero_init,
+        dtypes=DTYPES,
     ),
     Law(
         "F7",
@@ -243,9 +258,10 @@ LAWS = (
         "B = 0 implies that y has the bits of base(x); without the promise, twice F1's bound",
         "zeros are added (-0 becomes +0), or the base is computed another way beside an adapter",
         ("F-2",),
-        ("forward", "base", "float32"),
-        lambda: lora_problems(zero_B=True),
+        ("forward", "base"),
+        lambda dtype: lora_problems(dtype, zero_B=True),
         _zero_init_bits,
+        dtypes=DTYPES,
     ),
     Law(
         "F11",
@@ -254,9 +270,10 @@ LAWS = (
         "B = 0 is multiplied out: an h that overflows makes NaN of 0 · inf, and -0.0 becomes 0.0",
         ("F-2",),
         # Frameworks multiply out what is zero, so this is asked of who promises bits.
-        ("forward", "bitwise", "float32"),
+        ("forward", "bitwise"),
         exact_problems,
         _zero_init_odd,
+        dtypes=DTYPES,
     ),
     Law(
         "F8",
@@ -264,9 +281,10 @@ LAWS = (
         "y(a + b) = y(a) + y(b) - y(0), exact",
         "the scale enters squared, is clipped, divided by r again, or left out for some values",
         ("S-3", "S-4"),
-        ("forward", "float32"),
+        ("forward",),
         exact_problems,
         _linear_in_scale,
+        dtypes=DTYPES,
     ),
     Law(
         "F9",
@@ -274,9 +292,10 @@ LAWS = (
         "y(bias) = y(no bias) + bias, exact",
         "the bias is scaled, sent through the adapter, or added with each adapter",
         ("F-3",),
-        ("forward", "float32"),
+        ("forward",),
         exact_problems,
         _bias_once,
+        dtypes=DTYPES,
     ),
     Law(
         "F10",
@@ -284,9 +303,10 @@ LAWS = (
         "y(x₁ + x₂) = y(x₁) + y(x₂) without bias, exact",
         "something beside the products acts on x",
         ("F-1",),
-        ("forward", "float32"),
+        ("forward",),
         exact_problems,
         _linear_in_x,
+        dtypes=DTYPES,
     ),
     Law(
         "G1",
@@ -294,11 +314,12 @@ LAWS = (
         "y(G A, B G⁻¹) = y(A, B), G a permutation, powers of two and a shear, exact",
         "A or B acts in another way than through B A",
         ("F-1",),
-        ("forward", "float32"),
-        lambda: exact_problems(
-            features=(1, 2, 3, 7, 16), ranks=(1, 2, 3, 8), scales=(1.0, 2.0, 0.5, -1.0)
+        ("forward",),
+        lambda dtype: exact_problems(
+            dtype, features=(1, 2, 3, 7, 16), ranks=(1, 2, 3, 8), scales=(1.0, 2.0, 0.5, -1.0)
         ),
         _gauge,
+        dtypes=DTYPES,
     ),
     Law(
         "G2",
@@ -306,9 +327,10 @@ LAWS = (
         "y([A; A'], [B, 0], s) = y(A, B, s), exact",
         "the scale is computed from the rank of the arrays, though s is given",
         ("F-1", "S-3"),
-        ("forward", "float32"),
+        ("forward",),
         exact_problems,
         _padding,
+        dtypes=DTYPES,
     ),
     Law(
         "G3",
@@ -316,9 +338,10 @@ LAWS = (
         "y([A₁; A₂], [s₁B₁, s₂B₂], 1) - base = Σ (y(Aᵢ, Bᵢ, sᵢ) - base), exact",
         "the rank is truncated, or adapters influence each other",
         ("X-2",),
-        ("forward", "float32"),
-        lambda: exact_problems(features=(1, 2, 3, 7, 16, 33)),
+        ("forward",),
+        lambda dtype: exact_problems(dtype, features=(1, 2, 3, 7, 16, 33)),
         _concatenation,
+        dtypes=DTYPES,
     ),
     Law(
         "E1",
@@ -326,9 +349,10 @@ LAWS = (
         "m = 0 implies y is [0, d]",
         "an empty batch fails, which the last part of a split batch may be",
         ("F-6",),
-        ("forward", "float32"),
+        ("forward",),
         exact_problems,
         _empty,
+        dtypes=DTYPES,
     ),
     Law(
         "E2",
@@ -336,9 +360,10 @@ LAWS = (
         "x[i,j] = NaN implies y[i,:] = NaN; y[l,:] for l ≠ i is as without it",
         "one bad token spoils a batch, or is hidden",
         ("F-7", "N-5"),
-        ("forward", "float32"),
+        ("forward",),
         exact_problems,
         _nan_stays,
+        dtypes=DTYPES,
     ),
     Law(
         "Q1",

@@ -14,6 +14,7 @@ from pylora.conformance.bounds import layer as bounds
 from pylora.conformance.laws import allowed, oracle
 from pylora.conformance.laws.law import Law
 from pylora.conformance.problems.layers import (
+    DTYPES,
     exact_problems,
     integer_array,
     lora_problems,
@@ -26,8 +27,8 @@ from pylora.types import Array
 TAME = ("normal", "integers", "positive", "wide", "zeros")
 
 
-def _exact_several() -> object:
-    return several_adapters(exact=True)
+def _exact_several(dtype: str) -> object:
+    return several_adapters(dtype, exact=True)
 
 
 # ---- all at once ---------------------------------------------------------------------------------
@@ -81,12 +82,11 @@ def _mixed_neighbours(t: Trial, p: Problem) -> None:
     chosen = int(p.rows[int(rng.integers(len(p.rows)))])
     mine = np.flatnonzero(p.rows == chosen)
     before = t.forward_mixed(p.x, p.W, p.adapters, p.rows, p.bias)
-    x = np.where((p.rows == chosen)[:, None], p.x, integer_array(rng, p.x.shape, 2))
-    x = x.astype(np.float32)
+    x = np.where((p.rows == chosen)[:, None], p.x, integer_array(rng, p.x.shape, 2, p.x.dtype))
     changed = [
         (A, B, s)
         if i == chosen
-        else (integer_array(rng, A.shape), integer_array(rng, B.shape), 2.0)
+        else (*(integer_array(rng, a.shape, dtype=a.dtype) for a in (A, B)), 2.0)
         for i, (A, B, s) in enumerate(p.adapters)
     ]
     after = t.forward_mixed(x, p.W, changed, p.rows, p.bias)
@@ -155,7 +155,7 @@ def _row_alone(t: Trial, p: Problem) -> None:
 
 def _row_bits(t: Trial, p: Problem) -> None:
     y = _forward(t, p, p.x)
-    other = p.x[::-1].copy() * np.float32(3)
+    other = p.x[::-1].copy() * p.x.dtype.type(3)
     for i in range(p.x.shape[0]):
         t.expect(f"row {i} alone", _forward(t, p, p.x[i : i + 1]), y[i], at=0, signs=True)
         x = other.copy()
@@ -165,7 +165,7 @@ def _row_bits(t: Trial, p: Problem) -> None:
 
 def _repeat(t: Trial, p: Problem) -> None:
     y = _forward(t, p, p.x).copy()
-    _forward(t, p, p.x + 1)
+    _forward(t, p, p.x + p.x.dtype.type(1))
     again = _forward(t, p, p.x)
     t.expect("y of the same inputs a second time", again, y, signs=True)
 
@@ -226,10 +226,11 @@ LAWS = (
         "y = x Wᵀ + bias + Σ sᵢ (x Aᵢᵀ) Bᵢᵀ within F1's bound with the sum of all ranks",
         "an adapter is lost, or one scale is used for all",
         ("X-1",),
-        ("forward_stacked", "float32"),
+        ("forward_stacked",),
         several_adapters,
         _stacked,
         ("x", "W", "bias"),
+        dtypes=DTYPES,
     ),
     Law(
         "X2",
@@ -237,10 +238,11 @@ LAWS = (
         "as X1, with equality, also with the adapters reversed",
         "as X1; also an update that depends on the order of adapters",
         ("X-1", "X-2"),
-        ("forward_stacked", "float32"),
+        ("forward_stacked",),
         _exact_several,
         _stacked_exact,
         ("x", "W", "bias"),
+        dtypes=DTYPES,
     ),
     Law(
         "X3",
@@ -248,10 +250,11 @@ LAWS = (
         "y[i] = x[i] Wᵀ + bias + s (x[i] Aᵀ) Bᵀ of adapter rows[i], or base for -1, as in F1",
         "a row gets another row's adapter, or another adapter's scale",
         ("X-3",),
-        ("forward_mixed", "float32"),
+        ("forward_mixed",),
         several_adapters,
         _mixed,
         ("x", "W", "bias"),
+        dtypes=DTYPES,
     ),
     Law(
         "X4",
@@ -259,10 +262,11 @@ LAWS = (
         "as X3, with equality",
         "an adapter leaks into the next row or segment, at a boundary or where ranks differ",
         ("X-3",),
-        ("forward_mixed", "float32"),
+        ("forward_mixed",),
         _exact_several,
         _mixed_exact,
         ("x", "W", "bias"),
+        dtypes=DTYPES,
     ),
     Law(
         "X5",
@@ -270,10 +274,11 @@ LAWS = (
         "y(x; rows)[i] = y(x[i]; rows[i]), exact on small integers",
         "as X4, shown without an oracle",
         ("X-3", "N-4"),
-        ("forward_mixed", "float32"),
+        ("forward_mixed",),
         _exact_several,
         _mixed_alone,
         ("x", "W", "bias"),
+        dtypes=DTYPES,
     ),
     Law(
         "X6",
@@ -281,10 +286,11 @@ LAWS = (
         "rows of adapter a keep their values when all other rows and adapters change, exact",
         "one user's adapter or prompt changes another user's answer",
         ("X-3",),
-        ("forward_mixed", "float32"),
+        ("forward_mixed",),
         _exact_several,
         _mixed_neighbours,
         ("x", "W", "bias"),
+        dtypes=DTYPES,
     ),
     Law(
         "X7",
@@ -292,10 +298,11 @@ LAWS = (
         "y(x[π]; rows[π]) = y(x; rows)[π], exact",
         "rows are sorted by adapter and not put back",
         ("X-3",),
-        ("forward_mixed", "float32"),
+        ("forward_mixed",),
         _exact_several,
         _mixed_order,
         ("x", "W", "bias"),
+        dtypes=DTYPES,
     ),
     Law(
         "X8",
@@ -303,10 +310,11 @@ LAWS = (
         "y[l] is as without NaN for every l whose x and adapter have none",
         "products with all adapters are masked afterwards: 0 · NaN is NaN",
         ("X-3", "F-7"),
-        ("forward_mixed", "float32"),
+        ("forward_mixed",),
         _exact_several,
         _mixed_nan,
         ("W", "bias"),
+        dtypes=DTYPES,
     ),
     Law(
         "X9",
@@ -314,10 +322,11 @@ LAWS = (
         "rows[i] >= number of adapters must raise",
         "memory beyond the adapters is read, or the row silently gets the base",
         ("X-4",),
-        ("forward_mixed", "float32"),
+        ("forward_mixed",),
         _exact_several,
         _mixed_bad_index,
         (),
+        dtypes=DTYPES,
     ),
     Law(
         "N3",
@@ -325,9 +334,10 @@ LAWS = (
         "|y(x[i]) - y(x)[i]| <= twice F1's bound; whether the bits are equal is reported",
         "rows influence each other",
         ("F-7", "N-4"),
-        ("forward", "float32"),
-        lambda: lora_problems(tokens=(2, 3, 5, 1), kinds=TAME),
+        ("forward",),
+        lambda dtype: lora_problems(dtype, tokens=(2, 3, 5, 1), kinds=TAME),
         _row_alone,
+        dtypes=DTYPES,
     ),
     Law(
         "N4",
@@ -335,9 +345,10 @@ LAWS = (
         "y(x[i]) has the bits of y(x)[i], whatever the batch size and the neighbours",
         "an answer changes with the load of the server",
         ("N-4",),
-        ("forward", "bitwise", "float32"),
-        lambda: lora_problems(tokens=(2, 3, 5, 1), kinds=TAME),
+        ("forward", "bitwise"),
+        lambda dtype: lora_problems(dtype, tokens=(2, 3, 5, 1), kinds=TAME),
         _row_bits,
+        dtypes=DTYPES,
     ),
     Law(
         "N5",
@@ -345,9 +356,10 @@ LAWS = (
         "y(x) has the bits of y(x) after another call",
         "a result depends on history or on chance",
         ("N-3",),
-        ("forward", "bitwise", "float32"),
-        lambda: lora_problems(kinds=TAME),
+        ("forward", "bitwise"),
+        lambda dtype: lora_problems(dtype, kinds=TAME),
         _repeat,
+        dtypes=DTYPES,
     ),
     Law(
         "N6",
@@ -355,12 +367,13 @@ LAWS = (
         "y, dA and dB with 2 and 3 threads have the bits of those with 1",
         "a race, or an order of summation that depends on how work is split",
         ("N-3",),
-        ("forward", "set_num_threads", "bitwise", "float32"),
-        lambda: st.one_of(
-            lora_problems(kinds=TAME),
-            lora_problems(tokens=(33, 64), features=(64, 130), ranks=(8, 17), kinds=TAME),
+        ("forward", "set_num_threads", "bitwise"),
+        lambda dtype: st.one_of(
+            lora_problems(dtype, kinds=TAME),
+            lora_problems(dtype, tokens=(33, 64), features=(64, 130), ranks=(8, 17), kinds=TAME),
         ),
         _threads,
+        dtypes=DTYPES,
     ),
     Law(
         "N7",
@@ -368,8 +381,9 @@ LAWS = (
         "each thread's y is exact on small integers",
         "a race: scratch memory or state is shared between calls",
         ("N-3",),
-        ("forward", "thread_safe", "float32"),
-        lambda: exact_problems(tokens=(2, 3, 5, 16), features=(1, 3, 16, 33, 64)),
+        ("forward", "thread_safe"),
+        lambda dtype: exact_problems(dtype, tokens=(2, 3, 5, 16), features=(1, 3, 16, 33, 64)),
         _concurrent,
+        dtypes=DTYPES,
     ),
 )

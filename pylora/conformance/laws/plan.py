@@ -11,7 +11,7 @@ from pylora.conformance.problems.layers import plans
 from pylora.conformance.testcase import Problem, Trial
 
 
-def _compare(t: Trial, got: Mapping[str, Any], want: Mapping[str, Any]) -> None:
+def compare(t: Trial, got: Mapping[str, Any], want: Mapping[str, Any]) -> None:
     if set(got) != set(want):
         lost, more = sorted(set(want) - set(got)), sorted(set(got) - set(want))
         holds = f"set(RESULT) == set({sorted(want)!r})"
@@ -24,7 +24,7 @@ def _compare(t: Trial, got: Mapping[str, Any], want: Mapping[str, Any]) -> None:
 
 def _agrees(t: Trial, p: Problem) -> None:
     p = fitting(p)
-    _compare(t, t.plan(p.config, p.modules), expected(p.config, p.modules))
+    compare(t, t.plan(p.config, p.modules), expected(p.config, p.modules))
 
 
 def _dots(t: Trial, p: Problem) -> None:
@@ -33,7 +33,7 @@ def _dots(t: Trial, p: Problem) -> None:
     for target in p.config["target_modules"]:
         modules[f"model.layers.0.self_attn.x{target}"] = (2, 3)
         modules[f"model.layers.0.{target}_more"] = (2, 3)
-    _compare(t, t.plan(p.config, modules), expected(p.config, modules))
+    compare(t, t.plan(p.config, modules), expected(p.config, modules))
 
 
 def _regex(t: Trial, p: Problem) -> None:
@@ -42,7 +42,7 @@ def _regex(t: Trial, p: Problem) -> None:
     config = {k: v for k, v in p.config.items() if not k.endswith("_pattern")}
     as_list = {**config, "target_modules": [name]}
     got = t.plan({**config, "target_modules": rf".*\.{name}"}, p.modules)
-    _compare(t, got, expected(as_list, p.modules))
+    compare(t, got, expected(as_list, p.modules))
     part = f"layers.0.self_attn.{name}"  # matches only part of a path
     t.must_raise(
         f"target_modules = {part!r}, which is no whole path",
@@ -57,7 +57,7 @@ def _all_linear(t: Trial, p: Problem) -> None:
     named = {**config, "target_modules": sorted({q.rsplit(".", 1)[1] for q in p.modules})}
     word = ("all-linear", "ALL-LINEAR")[p.seed % 2]
     got = t.plan({**config, "target_modules": word}, {**p.modules, "lm_head": (3, 2)})
-    _compare(t, got, expected(named, p.modules))
+    compare(t, got, expected(named, p.modules))
 
 
 def _whole_keys(t: Trial, p: Problem) -> None:
@@ -66,7 +66,7 @@ def _whole_keys(t: Trial, p: Problem) -> None:
     targets = [*p.config["target_modules"], f"x{name}"]
     config = {**p.config, "target_modules": targets, "rank_pattern": {name: 6}}
     config["alpha_pattern"] = {f".*{name}": 5, name: 9}
-    _compare(t, t.plan(config, modules), expected(config, modules))
+    compare(t, t.plan(config, modules), expected(config, modules))
 
 
 def _first_match(t: Trial, p: Problem) -> None:
@@ -75,7 +75,7 @@ def _first_match(t: Trial, p: Problem) -> None:
     paths = [path for path in p.modules if path.endswith("." + name)]
     last = paths[-1].removeprefix("model.")
     config = {**p.config, "rank_pattern": {last: 3, name: 6}, "alpha_pattern": {name: 5, last: 9}}
-    _compare(t, t.plan(config, p.modules), expected(config, p.modules))
+    compare(t, t.plan(config, p.modules), expected(config, p.modules))
 
 
 def _exclude(t: Trial, p: Problem) -> None:
@@ -87,7 +87,7 @@ def _exclude(t: Trial, p: Problem) -> None:
     )
     want = expected(config, {**p.modules, f"other.{targets[0]}": (1, 1)})
     want.pop(path)
-    _compare(t, got, want)
+    compare(t, got, want)
 
 
 def _layers(t: Trial, p: Problem) -> None:
@@ -96,7 +96,7 @@ def _layers(t: Trial, p: Problem) -> None:
     layer = layers[p.seed % len(layers)]
     got = t.plan({**config, "layers_to_transform": [layer]}, p.modules)
     want = {q: e for q, e in expected(config, p.modules).items() if q.split(".")[2] == str(layer)}
-    _compare(t, got, want)
+    compare(t, got, want)
 
 
 def _must_raise(change: Callable[[Problem], tuple[dict[str, Any], str]]) -> Any:

@@ -8,14 +8,39 @@ from pylora.conformance.laws import (
     dropout,
     files,
     forward,
+    initial,
+    layouts,
     merge,
     mixed,
     plan,
+    planned,
+    sizes,
+    sizes_attention,
+    sizes_chance,
+    sizes_files,
+    streams,
+    widths,
 )
 from pylora.conformance.laws.law import Law
 from pylora.errors import ConfigError
 
-_FILES = (forward, backward, merge, mixed, dropout, files, plan, attention)
+SIZES = (sizes, sizes_chance, sizes_attention, sizes_files)
+_FILES = (
+    forward,
+    backward,
+    merge,
+    mixed,
+    dropout,
+    streams,
+    initial,
+    files,
+    plan,
+    planned,
+    attention,
+    *SIZES,
+    layouts,
+    widths,
+)
 LAWS: dict[str, Law] = {law.id: law for file in _FILES for law in file.LAWS}
 
 

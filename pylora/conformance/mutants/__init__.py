@@ -17,12 +17,15 @@ from pylora.conformance.mutants import (
     initial,
     inputs,
     linear,
+    matching,
     merging,
     modules,
     numerics,
     plans,
     precisions,
+    randoms,
     scales,
+    streams,
 )
 from pylora.conformance.mutants.registry import REGISTRY, Mutant
 
@@ -36,11 +39,14 @@ GROUPS = (
     inputs,
     gradients,
     dropouts,
+    streams,
     initial,
+    randoms,
     merging,
     modules,
     batches,
     plans,
+    matching,
     files,
     attention,
 )

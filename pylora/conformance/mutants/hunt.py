@@ -88,5 +88,5 @@ class _Recorder(Correct):
 def _used(law: Law) -> frozenset[str]:
     """The attributes of an implementation that the law has a use for, directly or not."""
     recorder = _Recorder()
-    Search(recorder, law).run(12, 0, False)
+    Search(recorder, law).run(law.share_of(12), 0, False)
     return frozenset(recorder.read)

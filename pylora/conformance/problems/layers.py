@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from pylora.conformance.problems.layouts import LAYOUTS, laid_out
 from pylora.conformance.protocol import AttentionShape
 from pylora.conformance.testcase import Problem
 from pylora.extras import need
@@ -28,13 +29,13 @@ SCALES = (1.0, 2.0, 0.5, -1.0, 0.0, 16.0, -0.375, 1 / 3, 2.8284271247461903, 1e-
 EXACT_SCALES = (1.0, 2.0, 0.5, -1.0, 0.0, -2.0, 0.25, 4.0)
 # Kinds of elements. "ones" makes all roundings go the same way; "wide" spreads over 40 powers of 2.
 KINDS = ("normal", "integers", "ones", "wide", "zeros", "tiny", "subnormal", "huge", "positive")
-LAYOUTS = ("C", "F", "stepped", "negative", "readonly", "part", "columns")
-DTYPES = ("float32", "float64", "bfloat16")
+DTYPES = ("float32", "float64", "bfloat16")  # each law of a layer runs in all of them
+FINE = 2.0**-26  # a step beside which an integer needs more digits than float32 has
 
 
 def np_dtype(name: str) -> Any:
     """The NumPy dtype of a name of the protocol; bfloat16 is that of ml_dtypes."""
-    return need("ml_dtypes").bfloat16 if name == "bfloat16" else np.dtype(name)
+    return np.dtype(need("ml_dtypes").bfloat16 if name == "bfloat16" else name)
 
 
 def elements(rng: np.random.Generator, shape: tuple[int, ...], kind: str, dtype: str) -> Array:
@@ -58,29 +59,6 @@ def elements(rng: np.random.Generator, shape: tuple[int, ...], kind: str, dtype:
     elif kind == "huge":
         a = a * 2.0**24
     return a.astype(np_dtype(dtype))
-
-
-def laid_out(a: Array, layout: str) -> Array:
-    """The same numbers in memory as one of LAYOUTS says."""
-    if a.ndim != 2 or layout == "C":
-        return a
-    if layout == "F":
-        return np.asfortranarray(a)
-    if layout == "stepped":
-        return np.repeat(np.repeat(a, 2, axis=0), 2, axis=1)[::2, ::2]
-    if layout == "negative":
-        return np.ascontiguousarray(a[::-1, ::-1])[::-1, ::-1]
-    if layout == "columns":  # rows of a wider array, whose other columns are NaN
-        wider = np.full((a.shape[0], a.shape[1] + 3), np.nan, a.dtype)
-        wider[:, : a.shape[1]] = a
-        return wider[:, : a.shape[1]]
-    if layout == "part":  # in the middle of an array of NaN
-        around = np.full((a.shape[0] + 2, a.shape[1]), np.nan, a.dtype)
-        around[1:-1] = a
-        return around[1:-1]
-    a = a.copy()
-    a.flags.writeable = False
-    return a
 
 
 _CHOICES: dict[str, Any] = {}
@@ -116,7 +94,7 @@ def lora_problems(
     features: tuple[int, ...] = FEATURES,
     ranks: tuple[int, ...] = RANKS,
     kinds: tuple[str, ...] = KINDS,
-    layouts: tuple[str, ...] = LAYOUTS,
+    layouts: tuple[str, ...] = ("C", *LAYOUTS),
     zero_B: bool = False,
 ) -> Problem:
     """x [m,k], W [d,k], A [r,k], B [d,r], scale, bias [d] or None, dy [m,d].
@@ -164,45 +142,68 @@ def long_sums(draw: Any, dtype: str = "float32") -> Problem:
     )
 
 
-def integer_array(rng: np.random.Generator, shape: tuple[int, ...], limit: int = 3) -> Array:
-    """Integers as float32, about a third of them zero."""
-    return (rng.integers(-limit, limit + 1, shape) * (rng.random(shape) < 0.8)).astype(np.float32)
+def integer_array(
+    rng: np.random.Generator, shape: tuple[int, ...], limit: int = 3, dtype: Any = "float32"
+) -> Array:
+    """Integers, about a third of them zero; -1, 0 and 1 in dtypes of 16 bits."""
+    kind = np_dtype(dtype) if isinstance(dtype, str) else dtype
+    limit = 1 if kind.itemsize == 2 else limit
+    whole = rng.integers(-limit, limit + 1, shape) * (rng.random(shape) < 0.8)
+    return whole.astype(np.float32).astype(kind)
+
+
+# Arrays of which no two are factors of one product in y, dx or W': one group may carry steps of
+# FINE beside its integers, and every sum is still exact in float64, but not in float32.
+_CARRIERS = ((), ("W", "A", "bias"), ("x",), ("dy",), ("B",))
+_NARROW = {"features": (1, 2, 3, 4, 7, 16, 33), "ranks": (1, 2, 3, 8)}  # sums within 8 bits, mostly
 
 
 @st.composite  # type: ignore[untyped-decorator]
 def exact_problems(
     draw: Any,
+    dtype: str = "float32",
     tokens: tuple[int, ...] = (1, 2, 3, 5, 0, 16),
     features: tuple[int, ...] = (1, 2, 3, 4, 7, 16, 33, 64),
     ranks: tuple[int, ...] = (1, 2, 3, 8, 16),
     scales: tuple[float, ...] = EXACT_SCALES,
 ) -> Problem:
     """Small integers and scales that are powers of two: every result of the laws is then exact in
-    float32 in any order of summation, so that laws can ask for equality.
+    `dtype` in any order of summation, so that laws can ask for equality.
 
-    The largest sum is below 3³ · 64 · 16 · 4 < 2¹⁷, in steps of 1/4, thus within 24 bits.
+    In float32 the largest sum is below 3³ · 64 · 16 · 4 < 2¹⁷, in steps of 1/4, thus within 24
+    bits. In float64 one factor of each product may carry multiples of 2⁻²⁶ beside its integers:
+    45 bits, which float32 does not hold. In 16 bits elements are -1, 0 and 1, and laws/allowed.py
+    looks whether the sums are within the 8 bits of bfloat16.
     """
+    if np_dtype(dtype).itemsize == 2:
+        features = tuple(n for n in features if n in _NARROW["features"])
+        ranks = tuple(n for n in ranks if n in _NARROW["ranks"])
     m, k, d, r = _sizes(draw, tokens, features, ranks)
     rng = _rng(draw)
+    carriers = draw(pick(_CARRIERS)) if dtype == "float64" else ()
 
-    def make(*shape: int) -> Array:
-        return integer_array(rng, shape)
+    def make(name: str, *shape: int) -> Array:
+        a = integer_array(rng, shape, dtype=dtype)
+        return a + FINE * integer_array(rng, shape, dtype=dtype) if name in carriers else a
 
     return Problem(
-        x=make(m, k),
-        W=make(d, k),
-        A=make(r, k),
-        B=make(d, r),
-        dy=make(m, d),
+        x=make("x", m, k),
+        W=make("W", d, k),
+        A=make("A", r, k),
+        B=make("B", d, r),
+        dy=make("dy", m, d),
         scale=draw(pick(scales)),
-        bias=make(d) if draw(_EITHER) else None,
+        bias=make("bias", d) if draw(_EITHER) else None,
         seed=draw(_SMALL_SEEDS),
     )
 
 
 @st.composite  # type: ignore[untyped-decorator]
 def several_adapters(
-    draw: Any, exact: bool = False, kinds: tuple[str, ...] = ("normal", "integers", "positive")
+    draw: Any,
+    dtype: str = "float32",
+    exact: bool = False,
+    kinds: tuple[str, ...] = ("normal", "integers", "positive"),
 ) -> Problem:
     """x, W, bias and 0 to 4 adapters of different rank and scale; `rows` [m] says which row uses
     which (-1: none): one for all, alternating, in runs, or at random."""
@@ -215,7 +216,8 @@ def several_adapters(
     kind, rng = draw(pick(kinds)), _rng(draw)
 
     def make(*shape: int) -> Array:
-        return integer_array(rng, shape, 2) if exact else elements(rng, shape, kind, "float32")
+        a = integer_array(rng, shape, 2, dtype) if exact else elements(rng, shape, kind, dtype)
+        return a
 
     rows = np.full(m, -1)
     if n and pattern == "random":
@@ -241,8 +243,8 @@ def attention_problems(draw: Any, dtype: str = "float32") -> Problem:
     """A tiny attention: 1 to 4 heads that share 1 or more key heads, 1 to 3 sequences, adapters on
     any of its four projections."""
     kv = draw(pick((1, 2)))
-    heads = kv * draw(pick((1, 2)))
-    D = draw(pick((2, 4, 8)))
+    heads = kv * draw(pick((1, 2, 3)))
+    D = draw(pick((2, 4, 6, 8, 10)))
     hidden = draw(pick((2, 3, 8)))
     lengths = tuple(draw(_LENGTHS))
     r = draw(pick((1, 2, 5)))
@@ -253,12 +255,12 @@ def attention_problems(draw: Any, dtype: str = "float32") -> Problem:
     inp = {"q_proj": hidden, "k_proj": hidden, "v_proj": hidden, "o_proj": heads * D}
 
     def make(rows: int, columns: int) -> Array:
-        return (rng.normal(size=(rows, columns)) / np.sqrt(columns)).astype(dtype)
+        return (rng.normal(size=(rows, columns)) / np.sqrt(columns)).astype(np_dtype(dtype))
 
     m = sum(lengths)
     return Problem(
-        x=rng.normal(size=(m, hidden)).astype(dtype),
-        dy=rng.normal(size=(m, hidden)).astype(dtype),
+        x=rng.normal(size=(m, hidden)).astype(np_dtype(dtype)),
+        dy=rng.normal(size=(m, hidden)).astype(np_dtype(dtype)),
         weights={n: make(out[n], inp[n]) for n in names},
         adapters={
             n: (make(r, inp[n]), make(out[n], r), draw(pick((1.0, 2.0, -0.5, 0.0)))) for n in chosen

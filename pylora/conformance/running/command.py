@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from pylora.conformance.laws import registry
 from pylora.conformance.protocol import find
+from pylora.conformance.running import records
 from pylora.conformance.running.report import details, line, summary
 from pylora.conformance.running.runner import BROKEN, FAILED, PROFILES, Outcome, run
 from pylora.errors import ConfigError
@@ -31,11 +33,15 @@ def test(
     examples: int | None,
     seed: int,
     say: Callable[[str], None],
+    junit: Path | None = None,
+    as_json: Path | None = None,
 ) -> bool:
     """Whether the implementation that `path` names keeps the laws; says how it goes.
 
-    Raises ConfigError for an implementation, a law or a profile that does not exist.
+    `junit` and `as_json` are files that the report is written to as well. Raises ConfigError for an
+    implementation, a law or a profile that does not exist, and for a file that cannot be written.
     """
+    records.check(junit, as_json)
     if profile not in PROFILES:
         raise ConfigError(f"there is no profile {profile!r}; there are {', '.join(PROFILES)}")
     if examples is not None and examples < 1:
@@ -51,6 +57,8 @@ def test(
 
     number = PROFILES[profile] if examples is None else examples
     report = run(made, laws, examples=number, seed=seed, on_outcome=each)
+    records.write(junit, records.as_junit(report))
+    records.write(as_json, records.as_json(report, seed=seed, examples=number))
     for outcome in wrong:
         say("\n" + details(outcome))
     for warning in report.warnings:

@@ -19,12 +19,13 @@ from pylora.conformance.laws.law import Law
 from pylora.conformance.laws.registry import find
 from pylora.conformance.protocol import capabilities, instantiate, name_of, problems_of
 from pylora.conformance.running.counterexample import program
-from pylora.conformance.running.shrink import simpler
+from pylora.conformance.running.shrink import simpler, smallest
+from pylora.conformance.running.storage import elsewhere
 from pylora.conformance.testcase import Broken, NotTested, Problem, Trial, Violation
 from pylora.extras import need
 
 PASSED, FAILED, BROKEN, NOT_TESTED = "passed", "FAILED", "BROKEN", "not tested"
-PROFILES = {"quick": 100, "nightly": 10_000}  # examples of each law
+PROFILES = {"quick": 100, "thorough": 1000, "nightly": 10_000}  # examples of each law
 
 
 @dataclass
@@ -105,12 +106,15 @@ def run_law(
     implementation: Any, law: Law, *, examples: int = 100, seed: int = 0, shrink: bool = True
 ) -> Outcome:
     """The outcome of one law."""
-    missing = [name for name in law.needs if name not in capabilities(implementation)]
+    can = capabilities(implementation)
+    missing = [name for name in law.needs if name not in can]
+    if law.dtypes and not can & set(law.dtypes):
+        missing.append(" or ".join(law.dtypes))
     if missing:
         return Outcome(law, NOT_TESTED, f"there is no {', '.join(missing)}")
     began = time.perf_counter()
     search = Search(implementation, law)
-    search.run(examples, seed, shrink)
+    search.run(law.share_of(examples), seed, shrink)
     outcome = search.outcome(shrink)
     outcome.seconds = time.perf_counter() - began
     return outcome
@@ -121,6 +125,8 @@ class Search:
 
     def __init__(self, implementation: Any, law: Law) -> None:
         self.implementation, self.law = implementation, law
+        can = capabilities(implementation)
+        self.dtypes = [dtype for dtype in law.dtypes if dtype in can]
         self.count = self.raised = 0
         self.found_at: int | None = None
         self.broken_at: int | None = None
@@ -147,13 +153,37 @@ class Search:
         def check(problem: Problem) -> None:
             self.example(problem)
 
-        wrapped = hypothesis.given(problem=self.law.problems())(check)
+        if not self.covered(examples, shrink):
+            return
+        wrapped = hypothesis.given(problem=self.problems())(check)
         try:
-            hypothesis.seed(seed)(settings(wrapped))()
+            with elsewhere():
+                hypothesis.seed(seed)(settings(wrapped))()
         except Violation:
             pass  # it is kept in self.failure
         except hypothesis.errors.Flaky:
             pass  # a failure that came and went is a failure: the implementation depends on chance
+
+    def problems(self) -> Any:
+        """The law's strategy: of each dtype in turn where it has several."""
+        if not self.law.dtypes:
+            return self.law.problems()
+        one_of = need("hypothesis.strategies").one_of
+        return one_of([self.law.problems(dtype) for dtype in self.dtypes])
+
+    def covered(self, examples: int, shrink: bool) -> bool:
+        """Whether the law holds for all problems of its covering list."""
+        if self.law.covering is None:
+            return True
+        for dtype in self.dtypes or ["float32"]:
+            for problem in self.law.covering(dtype, examples):
+                try:
+                    self.example(problem)
+                except Violation:
+                    if shrink:
+                        self.failure = smallest(*self.failure, self._violation)  # type: ignore
+                    return False
+        return True
 
     def example(self, problem: Problem) -> None:
         searching = self.found_at is None

@@ -64,6 +64,26 @@ def simpler(
     return problem, violation
 
 
+def smallest(
+    problem: Problem, violation: Violation, check: Callable[[Problem], Violation | None]
+) -> tuple[Problem, Violation]:
+    """Of a problem that was made large in one dimension, the smallest that `check` finds wrong, as
+    far as halving the distance finds it: where a limit is, it ends just beyond."""
+    resized, size = vars(problem).get("resized"), vars(problem).get("size", 0)
+    if resized is None:
+        return problem, violation
+    right = 0
+    while size - right > 1:
+        middle = (size + right) // 2
+        candidate = resized(middle)
+        found = check(candidate)
+        if found is None:
+            right = middle
+        else:
+            problem, violation, size = candidate, found, middle
+    return problem, violation
+
+
 def _short(value: float) -> float:
     """To two significant digits."""
     return float(f"{value:.1e}") if np.isfinite(value) else value

@@ -1,11 +1,36 @@
-"""All golden vectors; cases.py writes and reads them."""
+"""All golden vectors; cases.py and questions.py write them, score.py holds a port against them."""
 
 from __future__ import annotations
 
-from pylora.conformance.vectors import model, ops
+from collections.abc import Mapping
+from typing import Any
+
+from pylora.conformance.vectors import (
+    adapterfiles,
+    converters,
+    layers,
+    merging,
+    model,
+    ops,
+    parts,
+    plans,
+    steps,
+    streams,
+)
 from pylora.conformance.vectors.cases import Case
+from pylora.conformance.vectors.questions import Question
 
 
 def all_cases() -> list[Case]:
     """Every case, computed now (seconds)."""
-    return [*ops.cases(), *model.cases()]
+    files = (ops, layers, merging, streams, parts, steps, model)
+    return [case for file in files for case in file.cases()]
+
+
+def all_questions() -> dict[str, tuple[Mapping[str, Any], list[Question]]]:
+    """Every question by kind, with the models that they name."""
+    return {
+        "plans": (plans.models(), plans.questions()),
+        "files": (adapterfiles.models(), adapterfiles.questions()),
+        "converters": ({}, converters.questions()),
+    }

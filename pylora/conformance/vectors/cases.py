@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from pylora.conformance.vectors.questions import Question
+from pylora.conformance.vectors.questions import write as write_questions
 from pylora.errors import ConfigError, FileFormatError, UnsupportedError
 from pylora.files.bounded import read_json
 from pylora.files.whole import atomic_dir
@@ -32,9 +34,8 @@ VERSION = 1  # of names, files and meanings: changes when a reader of the old on
 MANIFEST = "manifest.json"
 _LIMIT = 1 << 30  # bytes of one array that `load` accepts
 
-_DTYPES = {"f32": "<f4", "f64": "<f8", "u8": "|u1", "u16": "<u2", "u32": "<u4", "i64": "<i8"}
-_DTYPES |= {"u64": "<u8", "f16": "<f2"}
-_NAMES = {np.dtype(code).newbyteorder("="): name for name, code in _DTYPES.items()}
+DTYPES = {"f32": "<f4", "f64": "<f8", "u8": "|u1", "u16": "<u2", "u32": "<u4", "i64": "<i8"}
+_NAMES = {np.dtype(code).newbyteorder("="): name for name, code in DTYPES.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +45,7 @@ class Expected:
     value: Array
     bound: Array | None = None
     rule: str = "exact"  # where the bound comes from
+    spec: tuple[str, ...] = ()  # the statements that it shows, where not all of the case's
 
 
 @dataclass(eq=False)
@@ -58,15 +60,21 @@ class Case:
     outputs: dict[str, Expected] = field(default_factory=dict)
     files: dict[str, Mapping[str, bytes]] = field(default_factory=dict)  # folder -> its files
 
-    def expect(self, name: str, value: Array, bound: Any, rule: str) -> None:
+    def expect(
+        self, name: str, value: Array, bound: Any, rule: str, spec: tuple[str, ...] = ()
+    ) -> None:
         """An output in float64 with the bound of a float32 computation."""
         value = np.asarray(value, np.float64)
         limit = np.broadcast_to(np.asarray(bound, np.float64), value.shape).copy()
-        self.outputs[name] = Expected(value, limit, rule)
+        self.outputs[name] = Expected(value, limit, rule, spec)
 
-    def exact(self, name: str, value: Array) -> None:
+    def exact(self, name: str, value: Array, spec: tuple[str, ...] = ()) -> None:
         """An output whose bits are the same on every machine."""
-        self.outputs[name] = Expected(np.asarray(value))
+        self.outputs[name] = Expected(np.asarray(value), spec=spec)
+
+    def shown_by(self, name: str) -> tuple[str, ...]:
+        """The statements that an output shows."""
+        return self.outputs[name].spec or self.spec
 
 
 def check_output(directory: str | os.PathLike[str]) -> None:
@@ -78,8 +86,13 @@ def check_output(directory: str | os.PathLike[str]) -> None:
         )
 
 
-def write(directory: str | os.PathLike[str], cases: list[Case]) -> Path:
-    """Writes cases to a new directory, whole or not at all; returns it.
+def write(
+    directory: str | os.PathLike[str],
+    cases: list[Case],
+    questions: Mapping[str, tuple[Mapping[str, Any], list[Question]]] | None = None,
+) -> Path:
+    """Writes cases, and questions by kind with their models, to a new directory, whole or not at
+    all; returns it.
 
     Raises ConfigError where the directory exists and holds files that are not vectors.
     """
@@ -88,6 +101,8 @@ def write(directory: str | os.PathLike[str], cases: list[Case]) -> Path:
     with atomic_dir(target) as beside:
         for case in cases:
             listed.append(_write_case(beside, case))
+        for kind, (models, some) in (questions or {}).items():
+            write_questions(beside, kind, models, some)
         manifest = {
             "format": FORMAT,
             "version": VERSION,
@@ -96,7 +111,8 @@ def write(directory: str | os.PathLike[str], cases: list[Case]) -> Path:
             "spec": "docs/spec.md",
             "cases": listed,
         }
-        text = json.dumps(manifest, indent=1, allow_nan=False) + "\n"
+        text = json.dumps(manifest, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+        assert "\\" not in text  # a reader needs no escapes
         (beside / MANIFEST).write_text(text, encoding="utf-8")
     return target
 
@@ -104,7 +120,7 @@ def write(directory: str | os.PathLike[str], cases: list[Case]) -> Path:
 def _write_case(root: Path, case: Case) -> dict[str, Any]:
     def put(name: str, array: Array) -> dict[str, Any]:
         dtype = _NAMES[array.dtype]
-        data = np.ascontiguousarray(array, _DTYPES[dtype]).tobytes()
+        data = np.ascontiguousarray(array, DTYPES[dtype]).tobytes()
         file = f"{case.name}/{name}.bin"
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         (root / file).write_bytes(data)
@@ -117,6 +133,8 @@ def _write_case(root: Path, case: Case) -> dict[str, Any]:
     entry["outputs"] = outputs = {}
     for name, out in case.outputs.items():
         outputs[name] = put(name, out.value) | {"rule": out.rule}
+        if out.spec:
+            outputs[name]["spec"] = list(out.spec)
         if out.bound is not None:
             outputs[name]["bound"] = put(f"{name}.bound", out.bound)
     for folder, files in case.files.items():
@@ -152,7 +170,10 @@ def _load_case(root: Path, entry: Mapping[str, Any]) -> Case:
     inputs = {name: _get(root, at) for name, at in entry["inputs"].items()}
     outputs = {
         name: Expected(
-            _get(root, at), _get(root, at["bound"]) if "bound" in at else None, at["rule"]
+            _get(root, at),
+            _get(root, at["bound"]) if "bound" in at else None,
+            at["rule"],
+            tuple(at.get("spec", ())),
         )
         for name, at in entry["outputs"].items()
     }
@@ -164,7 +185,7 @@ def _get(root: Path, at: Mapping[str, Any]) -> Array:
     file = (root / at["file"]).resolve()
     if not file.is_relative_to(root.resolve()) or not file.is_file():
         raise FileFormatError(f"{root / MANIFEST}: there is no file {at['file']!r} in {root}")
-    dtype = np.dtype(_DTYPES[at["dtype"]])
+    dtype = np.dtype(DTYPES[at["dtype"]])
     size = math.prod(at["shape"]) * dtype.itemsize
     if file.stat().st_size != size or size > _LIMIT:
         raise FileFormatError(

@@ -3,6 +3,7 @@ gated GELU, embeddings multiplied by sqrt(hidden), local layers with a window. G
 and logits; Gemma 3 norms q and k heads and has a rotary base of its own in local layers."""
 
 import math
+from typing import Any
 
 from pylora.errors import UnsupportedError
 from pylora.model.checks import flag, number
@@ -19,7 +20,7 @@ from pylora.model.families.common import (
     windows,
     write_rope,
 )
-from pylora.model.families.family import GELU_TANH, Family, Fields, Names, Settings
+from pylora.model.families.family import GELU_TANH, Family, Fields, Gguf, Names, Settings
 
 _NAMES = Names(
     mid_norm="pre_feedforward_layernorm",
@@ -109,6 +110,33 @@ def _write3(f: Settings) -> Fields:
     return _write(f) | {"rope_parameters": {FULL: one, SLIDING: other}}
 
 
+def _gguf(meta: Any) -> Settings:
+    """llama.cpp knows the scale of attention by the size of the model: the 27B ones have a width of
+    heads that is not their head_dim."""
+    out: dict[str, Any] = {"sliding_window": meta.int("attention.sliding_window")}
+    large = meta.int("block_count") == (62 if meta.arch == "gemma3" else 46)
+    head = meta.int("attention.key_length", 256)
+    if large:
+        head = meta.int("embedding_length") // meta.int("attention.head_count")
+    out["query_pre_attn_scalar"] = head
+    for key, name in (
+        ("attn_logit_softcapping", "attn_logit_softcapping"),
+        ("final_logit_softcapping", "final_logit_softcapping"),
+    ):
+        out[name] = meta.float(key) if meta.has(key) else None
+    pattern = meta.either("attention.sliding_window_pattern")
+    if isinstance(pattern, int) and not isinstance(pattern, bool):
+        out["sliding_window_pattern"] = pattern
+    elif pattern is not None:
+        out["layer_types"] = [SLIDING if local else FULL for local in pattern]
+    if meta.has("rope.freq_base_swa"):
+        out["rope_local_base_freq"] = meta.float("rope.freq_base_swa")
+    return out
+
+
+_GGUF_KNOWS = frozenset(
+    {"attn_logit_softcapping", "final_logit_softcapping", "attention.sliding_window"}
+)
 GEMMA2 = Family(
     "gemma2",
     "Gemma2ForCausalLM",
@@ -125,6 +153,7 @@ GEMMA2 = Family(
     knows=_KNOWS,
     activations=GELU_TANH,
     unit_offset=True,
+    gguf=Gguf("gemma2", settings=_gguf, knows=_GGUF_KNOWS),
 )
 GEMMA3 = Family(
     "gemma3_text",
@@ -138,4 +167,5 @@ GEMMA3 = Family(
     activations=GELU_TANH,
     unit_offset=True,
     inside="gemma3",
+    gguf=Gguf("gemma3", settings=_gguf, knows=_GGUF_KNOWS),
 )

@@ -3,7 +3,7 @@ and projections that its files store [inputs, outputs] (Conv1D; PEFT's fan_in_fa
 
 from pylora.errors import UnsupportedError
 from pylora.model.checks import flag
-from pylora.model.families.family import ALL, GELU_TANH, Family, Fields, Names, Settings
+from pylora.model.families.family import ALL, GELU_TANH, Family, Fields, Gguf, Names, Settings
 
 _ALIASES = {
     "n_embd": "hidden_size",
@@ -74,5 +74,6 @@ GPT2 = Family(
     names=_NAMES,
     activations={**GELU_TANH, **ALL},
     transposed=True,
+    gguf=Gguf("gpt2"),
     complete=_complete,
 )

@@ -1,8 +1,10 @@
 """Granite 3 and the dense ones of 4: Llama with multipliers of embeddings, attention, residuals and
 logits."""
 
+from typing import Any
+
 from pylora.model.families.common import biases, factor, full_only, rope, write_rope
-from pylora.model.families.family import Family, Fields, Settings
+from pylora.model.families.family import Family, Fields, Gguf, Settings
 
 
 def _read(c: Settings) -> Fields:
@@ -30,6 +32,18 @@ def _write(f: Settings) -> Fields:
     }
 
 
+_SCALES = {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
+
+
+def _gguf(meta: Any) -> Settings:
+    return {name: meta.float(key) for key, name in _SCALES.items() if meta.has(key)}
+
+
 GRANITE = Family(
     "granite",
     "GraniteForCausalLM",
@@ -40,4 +54,5 @@ GRANITE = Family(
     knows=frozenset(
         {"embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"}
     ),
+    gguf=Gguf("granite", permuted=True, settings=_gguf, knows=frozenset(_SCALES)),
 )

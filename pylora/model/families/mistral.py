@@ -44,7 +44,7 @@ MISTRAL = Family(
     _read,
     _write,
     defaults=_DEFAULTS,
-    gguf=Gguf("llama", permuted=True),
+    gguf=Gguf("llama", permuted=True, knows=frozenset({"attention.sliding_window"})),
 )
 
 

@@ -1,9 +1,12 @@
 """Mixtures of experts: Mixtral, Qwen3 MoE, OLMoE."""
 
+from collections.abc import Callable
+from typing import Any
+
 from pylora.errors import ConfigError
 from pylora.model.checks import MAX_LAYERS, MAX_SIZE, check_int, flag
 from pylora.model.families.common import FULL, SLIDING, layer_types, rope, write_rope
-from pylora.model.families.family import Family, Fields, Names, Settings
+from pylora.model.families.family import Family, Fields, Gguf, Names, Settings
 from pylora.model.families.qwen import window, write_window
 
 
@@ -103,6 +106,27 @@ def _write_olmoe(f: Settings) -> Fields:
     }
 
 
+_GGUF_KNOWS = frozenset({"expert_count"})
+
+
+def _gguf(count: str, fixed: Settings | None = None) -> Callable[[Any], Settings]:
+    """`fixed`: what llama.cpp does without the file's saying so."""
+
+    def settings(meta: Any) -> Settings:
+        out: dict[str, Any] = {
+            count: meta.int("expert_count"),
+            "num_experts_per_tok": meta.int("expert_used_count"),
+            "moe_intermediate_size": meta.int(
+                "expert_feed_forward_length", meta.int("feed_forward_length")
+            ),
+        }
+        if count == "num_local_experts" or meta.arch == "olmoe":
+            out["intermediate_size"] = out.pop("moe_intermediate_size")
+        return out | dict(fixed or {})
+
+    return settings
+
+
 MIXTRAL = Family(
     "mixtral",
     "MixtralForCausalLM",
@@ -126,6 +150,7 @@ MIXTRAL = Family(
         expert_down="w2",
     ),
     knows=frozenset({"num_local_experts"}),
+    gguf=Gguf("llama", permuted=True, settings=_gguf("num_local_experts"), knows=_GGUF_KNOWS),
 )
 QWEN3_MOE = Family(
     "qwen3_moe",
@@ -143,6 +168,11 @@ QWEN3_MOE = Family(
     },
     complete=_complete,
     knows=frozenset({"num_experts", "moe_intermediate_size", "mlp_only_layers"}),
+    gguf=Gguf(
+        "qwen3moe",
+        settings=_gguf("num_experts", {"norm_topk_prob": True}),
+        knows=_GGUF_KNOWS,
+    ),
 )
 OLMOE = Family(
     "olmoe",
@@ -159,4 +189,5 @@ OLMOE = Family(
     },
     complete=_complete,
     knows=frozenset({"num_experts"}),
+    gguf=Gguf("olmoe", settings=_gguf("num_experts", {"norm_topk_prob": False}), knows=_GGUF_KNOWS),
 )

@@ -1,6 +1,8 @@
 """OLMo 2 and 3: norms behind the sublayers alone, and norms of the whole q and k projections. OLMo
 3 has windows in three of four layers, whose rotary embedding is not scaled."""
 
+from typing import Any
+
 from pylora.errors import UnsupportedError
 from pylora.model.checks import flag
 from pylora.model.families.common import (
@@ -16,7 +18,7 @@ from pylora.model.families.common import (
     windows,
     write_rope,
 )
-from pylora.model.families.family import Family, Fields, Settings
+from pylora.model.families.family import Family, Fields, Gguf, Settings
 
 _DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "eos_token_id": 50279}
 
@@ -73,7 +75,22 @@ def _write3(f: Settings) -> Fields:
     }
 
 
-OLMO2 = Family("olmo2", "Olmo2ForCausalLM", "OLMo 2", _read2, _write2, defaults=_DEFAULTS)
+def _gguf3(meta: Any) -> Settings:
+    pattern = meta.either("attention.sliding_window_pattern")
+    if isinstance(pattern, (list, tuple)):
+        return {"layer_types": [SLIDING if local else FULL for local in pattern]}
+    return {}
+
+
+OLMO2 = Family(
+    "olmo2",
+    "Olmo2ForCausalLM",
+    "OLMo 2",
+    _read2,
+    _write2,
+    defaults=_DEFAULTS,
+    gguf=Gguf("olmo2"),
+)
 OLMO3 = Family(
     "olmo3",
     "Olmo3ForCausalLM",
@@ -81,4 +98,5 @@ OLMO3 = Family(
     _read3,
     _write3,
     defaults=_DEFAULTS | {"sliding_window": 4096},
+    gguf=Gguf("olmo2", settings=_gguf3, knows=frozenset({"attention.sliding_window"})),
 )

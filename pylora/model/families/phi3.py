@@ -1,10 +1,12 @@
 """Phi-3, Phi-3.5 and Phi-4-mini: q, k and v in one projection, gate and up in one, LongRoPE, and in
 Phi-4-mini a part of each head that is not rotated."""
 
+from typing import Any
+
 from pylora.errors import UnsupportedError
 from pylora.model.checks import MAX_SIZE, check_int
 from pylora.model.families.common import full_only, rope, write_rope
-from pylora.model.families.family import Family, Fields, Settings
+from pylora.model.families.family import Family, Fields, Gguf, Settings
 
 
 def _read(c: Settings) -> Fields:
@@ -41,6 +43,13 @@ def _write(f: Settings) -> Fields:
     return out
 
 
+def _gguf(meta: Any) -> Settings:
+    head = meta.int("embedding_length") // meta.int("attention.head_count")
+    part = meta.int("rope.dimension_count", head) / head
+    original = meta.int("rope.scaling.original_context_length", meta.int("context_length"))
+    return {"partial_rotary_factor": part, "original_max_position_embeddings": original}
+
+
 PHI3 = Family(
     "phi3",
     "Phi3ForCausalLM",
@@ -55,4 +64,9 @@ PHI3 = Family(
         "eos_token_id": 32000,
     },
     knows=frozenset({"partial_rotary_factor"}),
+    gguf=Gguf(
+        "phi3",
+        settings=_gguf,
+        knows=frozenset({"attention.sliding_window", "rope.dimension_count"}),
+    ),
 )

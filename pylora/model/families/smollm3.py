@@ -13,7 +13,7 @@ from pylora.model.families.common import (
     windows,
     write_rope,
 )
-from pylora.model.families.family import Family, Fields, Settings
+from pylora.model.families.family import Family, Fields, Gguf, Settings
 
 
 def _read(c: Settings) -> Fields:
@@ -57,4 +57,5 @@ SMOLLM3 = Family(
         "tie_word_embeddings": True,
     },
     knows=frozenset({"no_rope_layers"}),
+    gguf=Gguf("smollm3", permuted=True),  # every fourth layer is not rotated, as here by default
 )

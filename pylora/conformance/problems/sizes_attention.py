@@ -1,0 +1,145 @@
+"""Attention, and losses over micro-batches, with one dimension large and the others tiny.
+
+See sizes.py. Scores and logarithms are no integers, so the laws ask for the bound; in 16 bits the
+inputs are zero but at the ends of the large dimension, or what one of a thousand terms is worth
+would be within it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+
+from pylora.conformance.problems.layers import np_dtype, st
+from pylora.conformance.problems.sizes import FEW, THOROUGH, edges, sized, walk
+from pylora.conformance.protocol import AttentionShape
+from pylora.conformance.testcase import Problem
+from pylora.types import Array
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+ATTENTION = {
+    "length": 1024,
+    "sequences": 1024,
+    "heads": 256,
+    "group": 256,
+    "kv": 256,
+    "head_dim": 512,
+    "hidden": 4096,
+    "rank": 4096,
+}
+LONG = (4097,)  # a sequence of which only some rows are looked at: the work grows with the square
+LOSS = {"rows": 65536, "batches": 1024, "k": 4096, "d": 4096, "r": 4096}
+
+
+def ends(a: Array, axis: int, narrow: bool) -> Array:
+    """Zero but at the edges along the axis, in 16 bits but at both ends; short ones stay."""
+    n = a.shape[axis]
+    at = np.array([0, n - 2, n - 1]) if narrow else edges(n)
+    if n < 64:
+        return a
+    kept = np.zeros(n, bool)
+    kept[at] = True
+    mine = kept[:, None] if axis == 0 else kept[None]
+    out: Array = np.where(mine, a, a.dtype.type(0))
+    return out
+
+
+def attention(dtype: str, name: str, n: int, seed: int = 0) -> Problem:
+    """An attention whose dimension `name` of ATTENTION is n."""
+    kv = n if name == "kv" else 1
+    heads = {"heads": n, "group": n, "kv": 2 * n}.get(name, 2)
+    kv = n if name == "heads" else kv
+    D = max(2, n + n % 2) if name == "head_dim" else (2 if name in ("heads", "kv") else 4)
+    hidden, r = (n if name == "hidden" else 3), (n if name == "rank" else 2)
+    lengths: tuple[int, ...] = (n,) if name == "length" else (3, 2)
+    if name == "sequences":
+        lengths = tuple(1 + i % 2 for i in range(n))
+    m, narrow = sum(lengths), np_dtype(dtype).itemsize == 2
+    rng = np.random.default_rng([seed, n, len(name)])
+    out = {"q_proj": heads * D, "k_proj": kv * D, "v_proj": kv * D, "o_proj": hidden}
+    inp = {"q_proj": hidden, "k_proj": hidden, "v_proj": hidden, "o_proj": heads * D}
+
+    def make(rows: int, columns: int, axis: int | None = None) -> Array:
+        a = rng.normal(size=(rows, columns)) / np.sqrt(min(columns, 8))
+        a = a.astype(np_dtype(dtype))
+        return a if axis is None else ends(a, axis, narrow)
+
+    x = rng.normal(size=(m, hidden)).astype(np_dtype(dtype))
+    if name in ("length", "hidden"):
+        x = ends(x, 0 if name == "length" else 1, narrow)
+    side = {"rank": 1, "head_dim": 0}.get(name)
+    weights = {
+        p: make(out[p], inp[p], 0 if side == 0 and p != "o_proj" else None) for p in PROJECTIONS
+    }
+    adapters = {
+        p: (make(r, inp[p]), make(out[p], r, 1 if side == 1 else None), s)
+        for p, s in zip(PROJECTIONS, (2.0, -0.5, 1.5, 0.5))
+    }
+    dy = rng.normal(size=(m, hidden)).astype(np_dtype(dtype))
+    shape = AttentionShape(heads, kv, D, lengths)
+    return Problem(x=x, dy=dy, weights=weights, adapters=adapters, shape=shape, seed=seed)
+
+
+def attentions(dtype: str, examples: int, scale: int = 1) -> Iterator[Problem]:
+    """Each dimension of ATTENTION at the sizes of `walk`."""
+    for name, top in ATTENTION.items():
+        top = top if dtype == "float32" else min(top, 256)
+        for size in walk(min(examples, THOROUGH - 1), top // scale, dtype=dtype):
+            if size <= 256 or size % 2 or examples >= THOROUGH:
+                yield sized(partial(attention, dtype, name), size)
+
+
+def long_attentions(dtype: str, examples: int) -> Iterator[Problem]:
+    """As attentions; and sequences so long that only their edges are looked at."""
+    yield from attentions(dtype, examples)
+    if dtype == "float32" and examples >= FEW:
+        for n in LONG if examples < THOROUGH else (*LONG, 8193):
+            p = attention(dtype, "length", n)
+            yield p.replaced(shown=edges(n)[-12:])
+
+
+@st.composite  # type: ignore[untyped-decorator]
+def large_attentions(draw, dtype: str) -> Problem:  # type: ignore[no-untyped-def]
+    """One dimension of a size drawn evenly by its power of two."""
+    name = draw(st.sampled_from(tuple(ATTENTION)))
+    return attention(dtype, name, int(2.0 ** draw(st.floats(0.0, 6.5, width=16))))
+
+
+# ---- losses --------------------------------------------------------------------------------------
+
+
+def loss(dtype: str, name: str, n: int, seed: int = 0) -> Problem:
+    """Micro-batches whose dimension `name` of LOSS is n; one row of eight is not counted."""
+    size = {"k": 5, "d": 4, "r": 2, "rows": 3, "batches": 2, name: n}
+    rng, narrow = np.random.default_rng([seed, n, len(name)]), np_dtype(dtype).itemsize == 2
+
+    def make(rows: int, columns: int, axis: int | None = None) -> Array:
+        a = rng.integers(1, 4, (rows, columns)) * rng.choice((-1, 1), (rows, columns))
+        b = a.astype(np.float32).astype(np_dtype(dtype))
+        return b if axis is None else ends(b, axis, narrow)
+
+    lengths = [size["rows"], 4] if name != "batches" else [1 + i % 2 for i in range(n)]
+    total = sum(lengths)
+    along = 0 if name in ("rows", "batches") else (1 if name == "k" else None)
+    x, target = make(total, size["k"], along), make(total, size["d"], 0 if along == 0 else None)
+    counted = np.arange(total) % 8 != 3
+    cuts = np.cumsum(lengths)[:-1]
+    batches = list(zip(np.split(x, cuts), np.split(target, cuts), np.split(counted, cuts)))
+    A, B = make(size["r"], size["k"]), make(size["d"], size["r"], 1 if name == "r" else None)
+    return Problem(batches=batches, W=make(size["d"], size["k"]), A=A, B=B, scale=2.0)
+
+
+def losses(dtype: str, examples: int) -> Iterator[Problem]:
+    """Each dimension of LOSS at the sizes of `walk`."""
+    for name, top in LOSS.items():
+        for size in walk(examples, top, top, dtype):
+            yield sized(partial(loss, dtype, name), size)
+
+
+@st.composite  # type: ignore[untyped-decorator]
+def large_losses(draw, dtype: str) -> Problem:  # type: ignore[no-untyped-def]
+    """One dimension of a size drawn evenly by its power of two."""
+    name = draw(st.sampled_from(tuple(LOSS)))
+    return loss(dtype, name, int(2.0 ** draw(st.floats(0.0, 9.5, width=16))))
