@@ -630,7 +630,7 @@ static void test_errors() {
   EXPECT_STATUS(PYLORA_E_VALUE, ahead(&Q, &s, ws.bytes.size()));
   a.window = 0, a.kv_heads = 3;
   EXPECT_STATUS(PYLORA_E_SHAPE, ahead(&Q, &s, ws.bytes.size()));
-  a = {1, 1, 264, 0, 1};
+  a = {1, 1, 264, 0, 1, 0};
   Matrix wide(PYLORA_BF16, 2, 264, 1), more(PYLORA_F32, 2, 1, 1);
   const std::vector<int64_t> start = {0, 2};
   const pylora_cuda_seqs two = {1, start.data(), NULL, NULL, 2, 2};
