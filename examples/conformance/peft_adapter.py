@@ -171,6 +171,8 @@ class PeftModule:
         r = A.shape[0]
         config = peft.LoraConfig(r=r, lora_alpha=scale * r)
         if isinstance(self.layer, Linear):  # another adapter beside the first, and this one active
+            if self.layer.merged:  # as PeftModel.set_adapter does, with a warning
+                self.layer.unmerge()
             name = str(len(self.layer.lora_A))
             self.layer.update_layer(name, r, lora_alpha=scale * r, config=config)
         else:

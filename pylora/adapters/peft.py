@@ -20,7 +20,7 @@ import numpy as np
 from pylora.adapters.fit import misfit
 from pylora.adapters.locate import find_adapter
 from pylora.adapters.loraconfig import LoraConfig
-from pylora.adapters.plan import Plan, resolve
+from pylora.adapters.plan import Plan, PlanEntry, resolve
 from pylora.errors import FileFormatError, PlanError, UnsupportedError
 from pylora.files.bounded import read_text
 from pylora.files.whole import atomic_dir, atomic_write
@@ -47,7 +47,11 @@ def tensor_names(plan: Plan) -> dict[str, tuple[str, str, tuple[int, ...]]]:
     out: dict[str, tuple[str, str, tuple[int, ...]]] = {}
     for e in plan.entries:
         head = _PREFIX + e.path
-        if e.kind == "embedding":
+        if e.kind == "experts":
+            at = f"{_PREFIX}{_wrapped(e, plan)}"
+            out[f"{at}.lora_A.weight"] = e.path, "A", (e.r * e.experts, e.k)
+            out[f"{at}.lora_B.weight"] = e.path, "B", (e.d, e.r * e.experts)
+        elif e.kind == "embedding":
             out[f"{head}.lora_embedding_A"] = e.path, "A", (e.r, e.k)
             out[f"{head}.lora_embedding_B"] = e.path, "B", (e.d, e.r)
         else:
@@ -60,6 +64,14 @@ def tensor_names(plan: Plan) -> dict[str, tuple[str, str, tuple[int, ...]]]:
     for path, spec in plan.bias_only:
         out[f"{_PREFIX}{path}.bias"] = path, "base_bias", (spec.d,)
     return out
+
+
+def _wrapped(e: PlanEntry, plan: Plan) -> str:
+    """Where PEFT keeps the adapter of a parameter: at the module that has it; of several of the
+    same module each wraps the ones before, so that they are deeper."""
+    module = e.path.rpartition(".")[0]
+    beside = [p.path for p in plan.entries if p.path.rpartition(".")[0] == module]
+    return module + ".base_layer" * (len(beside) - 1 - beside.index(e.path))
 
 
 def assemble(config: LoraConfig, plan: Plan, arrays: Mapping[str, Array]) -> dict[str, LoRA]:

@@ -28,7 +28,7 @@ class PlanEntry:
     """One adapted module: A is [r, k], B is [d, r], the update is scale * B A."""
 
     path: str
-    kind: str  # "linear" or "embedding"
+    kind: str  # "linear", "embedding" or "experts"
     d: int
     k: int
     r: int
@@ -40,6 +40,7 @@ class PlanEntry:
     rule_scale: str
     lora_bias: bool = False  # B has a bias
     base_bias: bool = False  # the adapter replaces the module's own bias
+    experts: int = 1  # A has a block of r rows for each, B r columns
 
     def __repr__(self) -> str:
         kind = "" if self.kind == "linear" else f" {self.kind}"
@@ -51,7 +52,9 @@ class PlanEntry:
     @property
     def parameters(self) -> int:
         """How many numbers the adapter trains in this module."""
-        return self.r * (self.d + self.k) + self.d * (self.lora_bias + self.base_bias)
+        return self.experts * self.r * (self.d + self.k) + self.d * (
+            self.lora_bias + self.base_bias
+        )
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,17 @@ def resolve(config: LoraConfig, modules: Mapping[str, ModuleSpec]) -> Plan:
             f"modules_to_save = {list(config.modules_to_save)}: training or loading whole modules "
             "beside the adapter is not supported; target them with LoRA instead"
         )
-    _check_names(config, modules)
-    chosen = {path: rule for path in modules if (rule := _target_rule(config, path, modules))}
+    whole = modules
+    held = {path: spec for path, spec in modules.items() if spec.kind == "experts"}
+    modules = {path: spec for path, spec in modules.items() if path not in held}
+    parameters = _parameters(config, held)
+    if config.target_modules or not parameters:
+        _check_names(config, modules)
+        chosen = {path: rule for path in modules if (rule := _target_rule(config, path, modules))}
+    else:
+        chosen = {}
+    chosen |= parameters
+    modules |= held
     if not chosen:
         raise PlanError(
             f"no module is left to adapt: target_modules = {_show(config.target_modules)}, "
@@ -127,7 +139,24 @@ def resolve(config: LoraConfig, modules: Mapping[str, ModuleSpec]) -> Plan:
     others: tuple[tuple[str, ModuleSpec], ...] = ()
     if config.bias == "all":
         others = tuple((p, s) for p, s in modules.items() if s.bias and p not in chosen)
+    order = {path: i for i, path in enumerate(whole)}
+    entries = tuple(sorted(entries, key=lambda e: order[e.path]))
     return Plan(entries, others)
+
+
+def _parameters(config: LoraConfig, held: Mapping[str, ModuleSpec]) -> dict[str, str]:
+    """Path -> rule of the experts' parameters that target_parameters names, by their whole paths
+    or the ends of them. PlanError for a name that matches none."""
+    chosen: dict[str, str] = {}
+    for name in config.target_parameters or ():
+        found = [path for path in held if _is_or_ends(path, name)]
+        if not found:
+            there = ", ".join(sorted({p.rpartition(".")[2] for p in held})) or "none"
+            raise PlanError(
+                f"target_parameters: {name!r} matches no parameter of experts; there are {there}"
+            )
+        chosen |= {path: f"target_parameters {name!r}" for path in found if path not in chosen}
+    return chosen
 
 
 def named_targets(config: LoraConfig, plan: Plan) -> LoraConfig:
@@ -164,6 +193,7 @@ def _entry(config: LoraConfig, path: str, spec: ModuleSpec, rule: str) -> PlanEn
         rule_scale,
         lora_bias=config.lora_bias,
         base_bias=spec.bias and config.bias != "none",
+        experts=spec.experts,
     )
 
 

@@ -40,6 +40,9 @@ def own_names(config: LlamaConfig, stored: Iterable[str]) -> tuple[dict[str, str
         return out, others
     bare = base not in ("", head) and not any(name.startswith(f"{base}.") for name in found)
     for name in found:
+        if name == "embed_out.weight":  # what older transformers call GPT-NeoX's head
+            out[f"{head}.weight"] = name
+            continue
         out[f"{base}.{name}" if bare and not name.startswith(f"{head}.") else name] = name
     return out, []
 

@@ -30,6 +30,7 @@ from pylora.merging.residue import FILE, Digests, Record
 from pylora.merging.unmerge import UnmergeReport, unmerge_checkpoint
 from pylora.merging.weight import digest, max_delta, merge_weight, unmerge_weight
 from pylora.model.config import LlamaConfig
+from pylora.model.expert_lora import parts_of
 from pylora.ops.protocol import Backend
 from pylora.types import LoRA, brief
 
@@ -143,7 +144,7 @@ def merge_adapter(
         size = write_weights(beside, *as_stored(merge.config, merge.specs, merge.tensor))
         merge.record.write(beside)
         said = write_tokenizer(beside, checkpoint, tokenizer)
-    order = list(adapter)
+    order = list(merge.parts)
     modules = tuple(sorted(merge.modules, key=lambda m: order.index(m.path)))
     kept = sum(m.bytes for m in modules)
     return MergeReport(target, modules, size, kept, said, checkpoint.notes)
@@ -158,6 +159,15 @@ class _Merge:
         self.checkpoint, self.adapter, self.dtype, self.ops = checkpoint, adapter, dtype, ops
         base = checkpoint.config
         self.kinds = {e.path: e.kind for e in adapter.plan.entries}
+        # By the paths that weights have: those of experts lie in files one by one.
+        self.parts: dict[str, LoRA] = {}
+        for path, lora in adapter.items():
+            if self.kinds.get(path) == "experts":
+                own = parts_of(base, path, lora)
+                self.parts |= own
+                self.kinds |= dict.fromkeys(own, "linear")
+            else:
+                self.parts[path] = lora
         embedding, head = base.names.embedding, base.names.head
         untie = base.tie_word_embeddings and (embedding in adapter or head in adapter)
         self.config: LlamaConfig = dataclasses.replace(
@@ -209,7 +219,7 @@ class _Merge:
     def tensor(self, name: str) -> Array:
         """The merged tensor of this name; its digests and residue go into the record."""
         path, _, part = name.rpartition(".")
-        W, dtype, lora = self.base(name), self.specs[name][1], self.adapter.get(path)
+        W, dtype, lora = self.base(name), self.specs[name][1], self.parts.get(path)
         merged = W
         if lora is not None and part == "bias":
             merged = self._bias(name, W, lora, dtype)

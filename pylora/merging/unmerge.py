@@ -23,6 +23,7 @@ from pylora.formats.hfdir import Spec, check_output, write_config, write_tokeniz
 from pylora.formats.hfnames import as_stored
 from pylora.merging.residue import Reader
 from pylora.merging.weight import digest, unmerge_weight
+from pylora.model.tensors import ModuleSpec
 from pylora.ops.protocol import Backend
 from pylora.types import brief
 
@@ -76,9 +77,18 @@ def unmerge_checkpoint(
     return UnmergeReport(target, tuple(reader.record.dtypes), len(checkpoint.names()), said)
 
 
+def _modules(checkpoint: Checkpoint) -> dict[str, ModuleSpec]:
+    """The modules by the paths that weights have, the experts' one by one."""
+    modules, inside = checkpoint.config.modules(), f".{checkpoint.config.names.experts}."
+    for name, shape in checkpoint.config.tensors().items():
+        if inside in name and len(shape) == 2:
+            modules[name.removesuffix(".weight")] = ModuleSpec("linear", *shape)
+    return modules
+
+
 def _check_record(reader: Reader, checkpoint: Checkpoint) -> None:
     """Every tensor has its digests, and every merged module is one of the model."""
-    record, modules = reader.record, checkpoint.config.modules()
+    record, modules = reader.record, _modules(checkpoint)
     for name in checkpoint.names():
         if name not in record.digests:
             raise FileFormatError(f"{reader.path}: there is no digest of tensor {name!r}")
@@ -95,7 +105,7 @@ def _check_record(reader: Reader, checkpoint: Checkpoint) -> None:
 
 def _restorer(reader: Reader, checkpoint: Checkpoint, ops: Backend) -> Callable[[str], Array]:
     """A function from tensor name to the base model's tensor, verified."""
-    record, modules = reader.record, checkpoint.config.modules()
+    record, modules = reader.record, _modules(checkpoint)
 
     def restore(name: str) -> Array:
         path, _, part = name.rpartition(".")

@@ -17,6 +17,7 @@ import numpy as np
 from pylora.errors import expect
 from pylora.model.attention import Attention, AttentionCache, Past
 from pylora.model.config import LlamaConfig
+from pylora.model.expert_lora import ExpertParameter
 from pylora.model.experts import Experts, ExpertsCache
 from pylora.model.linear import DropKey, Grads, LoRALinear
 from pylora.model.mlp import MLP, MLPCache
@@ -87,7 +88,7 @@ class Block:
         return f"Block({self.path}: {len(self.linears)} modules, {n} with an adapter)"
 
     @property
-    def linears(self) -> tuple[LoRALinear, ...]:
+    def linears(self) -> tuple[LoRALinear | ExpertParameter, ...]:
         """The modules that an adapter may sit on."""
         return *self.attention.linears, *self.mlp.linears
 

@@ -25,7 +25,7 @@ from pylora.model.checks import (
     is_number,
 )
 from pylora.model.families.family import Family, Names
-from pylora.model.tensors import ModuleSpec, Shape, layer_modules, tensors_of
+from pylora.model.tensors import ModuleSpec, Shape, expert_parameters, layer_modules, tensors_of
 from pylora.ops.features import ACTIVATIONS, QKV, Features
 from pylora.types import brief
 
@@ -303,4 +303,5 @@ class LlamaConfig:
         for i in range(self.num_hidden_layers):
             for role, spec in layer_modules(self, i).items():
                 out[f"{names.layer}.{i}.{getattr(names, role)}"] = spec
+            out |= expert_parameters(self, i)
         return out | {names.head: ModuleSpec("linear", self.vocab_size, self.hidden_size)}

@@ -13,10 +13,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from pylora.errors import ConfigError, ShapeError
+from pylora.model.attach import Module
 from pylora.model.attention import positions
 from pylora.model.embedding import Embedding
+from pylora.model.expert_lora import ExpertParameter
 from pylora.model.kvcache import KVCache
-from pylora.model.linear import LoRALinear
 from pylora.model.rope import Rope
 from pylora.ops.llama import LlamaOp, Step
 from pylora.types import Array, LoRA
@@ -26,7 +27,7 @@ class Decodable(Protocol):
     """What decoding asks of a model."""
 
     rope: Rope
-    modules: dict[str, LoRALinear | Embedding]
+    modules: dict[str, Module]
     embed_tokens: Embedding
 
     @property
@@ -45,7 +46,11 @@ def pack_attached(model: Decodable) -> Any:
 def pack_adapter(model: Decodable, adapter: Mapping[str, LoRA]) -> Any:
     """The adapter as it is now, ready for the backend. `adapter` fits the model."""
     numbers = model.numbers
-    linear = {numbers[path]: lora for path, lora in adapter.items() if path in numbers}
+    parts: dict[str, LoRA] = {}
+    for path, lora in adapter.items():
+        module = model.modules[path]
+        parts |= module.split(lora) if isinstance(module, ExpertParameter) else {path: lora}
+    linear = {numbers[path]: lora for path, lora in parts.items() if path in numbers}
     return model.op.adapter(linear, adapter.get(model.embed_tokens.path))
 
 

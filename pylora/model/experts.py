@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from pylora.model.config import LlamaConfig
+from pylora.model.expert_lora import ExpertParameter
 from pylora.model.linear import DropKey, Grads, LinearCache, LoRALinear
 from pylora.model.weights import Weights
 from pylora.ops.llama import EXPERT
@@ -27,7 +28,7 @@ from pylora.types import Array, Norm, Projection, ProjectionGrad, brief
 class ExpertsCache:
     __repr__ = brief
 
-    x: Array | None
+    x: Array | None  # None; see `Experts.input_lora`
     rstd: Array | None
     choice: Choice
     inner: list[tuple[Array, Array, Array, list[LinearCache]] | None]  # gate, up, out of each
@@ -59,11 +60,16 @@ class Experts:
                 W = weights(f"{path}.weight")
                 made.append(LoRALinear(path, W, ops=ops, precision=precision))
             self.experts.append(tuple(made))
+        held = f"{at}.{names.parameters}"
+        self.parameters = (
+            ExpertParameter(f"{held}.gate_up_proj", [e[:2] for e in self.experts], ops=ops),
+            ExpertParameter(f"{held}.down_proj", [e[2:] for e in self.experts], ops=ops),
+        )
 
     @property
-    def linears(self) -> tuple[LoRALinear, ...]:
-        """The modules that an adapter may sit on."""
-        return ()
+    def linears(self) -> tuple[ExpertParameter, ...]:
+        """What an adapter may sit on."""
+        return self.parameters
 
     @property
     def numbered(self) -> tuple[LoRALinear, ...]:
@@ -72,11 +78,12 @@ class Experts:
 
     @property
     def input_lora(self) -> bool:
-        return any(p.lora is not None for expert in self.experts for p in expert[:2])
+        """Never: each expert keeps the rows that it was given."""
+        return False
 
     @property
     def trainable(self) -> bool:
-        return any(p.lora is not None for p in self.numbered)
+        return any(p.lora is not None for p in self.parameters)
 
     def forward(
         self,
@@ -105,10 +112,9 @@ class Experts:
             out, c = expert[2].forward(product, drop=drop)
             y[rows] += out * choice.weights[rows, places][:, None]
             inner.append((gate, up, out, [a, b, c]))
-        kept = x if self.input_lora and norm is None else None
         if residual is not None:
             y = residual + y
-        return y, ExpertsCache(kept, rstd, choice, inner)
+        return y, ExpertsCache(None, rstd, choice, inner)
 
     def backward(
         self, dy: Array, cache: ExpertsCache, grads: Grads, *, need_dx: bool = True
@@ -135,6 +141,8 @@ class Experts:
             back = expert[1].backward(dup, b, grads, add=back, need_dx=need_dx)
             if need_dx:
                 dx[rows] += back
+        for parameter in self.parameters:
+            parameter.gather(grads)
         if not need_dx:
             return None
         dlogits = choose_backward(dw, choice, mix.normalize, ops.xp)

@@ -16,7 +16,7 @@ import numpy as np
 
 from pylora import backends
 from pylora.errors import ShapeError, UnsupportedError, expect, wrong_type
-from pylora.model.attach import ARRAYS, bring_back, check_fits, place
+from pylora.model.attach import ARRAYS, Module, bring_back, check_fits, place
 from pylora.model.attention import positions
 from pylora.model.block import Block
 from pylora.model.config import LlamaConfig
@@ -115,7 +115,7 @@ class Llama:
             self.norm, self.lm_head, self.activation_dtype, self.ops,
             config.logit_multiplier, config.logit_softcap,
         )  # fmt: skip
-        self.modules: dict[str, LoRALinear | Embedding] = {names.embedding: self.embed_tokens}
+        self.modules: dict[str, Module] = {names.embedding: self.embed_tokens}
         self.modules |= {p.path: p for block in self.blocks for p in block.linears}
         self.modules[names.head] = self.lm_head
         self._adapter: Mapping[str, LoRA] | None = None

@@ -7,23 +7,28 @@ other way around says so (`Family.transposed`), and the readers turn them.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from pylora.model.config import LlamaConfig
+LlamaConfig = Any  # config.py imports this
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class ModuleSpec:
-    """A module that can take LoRA: A [r, k], B [d, r]. An embedding's k is the vocabulary."""
+    """A module that can take LoRA: A [r, k], B [d, r]. An embedding's k is the vocabulary.
 
-    kind: str  # "linear" or "embedding"
+    "experts" is a parameter of transformers 5 that holds the weights [d, k] of a layer's experts:
+    A [experts * r, k] has a block of r rows for each, column j * experts + e of B [d, r * experts]
+    is column j of expert e (PEFT's target_parameters).
+    """
+
+    kind: str  # "linear", "embedding" or "experts"
     d: int
     k: int
     bias: bool = False  # whether the module has a bias of its own
     transposed: bool = False  # whether files store it [k, d]: PEFT's fan_in_fan_out
+    experts: int = 1  # how many weights of this shape it is
 
 
 def layer_modules(c: LlamaConfig, layer: int) -> dict[str, ModuleSpec]:
@@ -46,6 +51,19 @@ def layer_modules(c: LlamaConfig, layer: int) -> dict[str, ModuleSpec]:
     if not c.family.transposed:
         return {role: specs[role] for role in roles}
     return {role: replace(specs[role], transposed=True) for role in roles}
+
+
+def expert_parameters(c: LlamaConfig, layer: int) -> dict[str, ModuleSpec]:
+    """Path -> shape of the parameters that hold a layer's experts; {} where it has none."""
+    if not c.has_experts(layer):
+        return {}
+    at = f"{c.names.layer}.{layer}.{c.names.parameters}"
+    return {
+        f"{at}.gate_up_proj": ModuleSpec(
+            "experts", 2 * c.expert_size, c.hidden_size, experts=c.experts
+        ),
+        f"{at}.down_proj": ModuleSpec("experts", c.hidden_size, c.expert_size, experts=c.experts),
+    }
 
 
 def norm_roles(c: LlamaConfig, layer: int) -> tuple[str, ...]:

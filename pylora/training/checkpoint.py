@@ -155,6 +155,8 @@ def fingerprint(model: Any) -> str:
         h.update(np.ascontiguousarray(flat[:: max(1, flat.size // 65536)]).tobytes())
 
     for path, module in model.modules.items():
+        if not hasattr(module, "W"):  # experts: below
+            continue
         if id(module.W) not in seen:
             take(path, model.ops.unpack(module.W))
         seen.add(id(module.W))
@@ -167,7 +169,7 @@ def fingerprint(model: Any) -> str:
                 take(f"{i}.{name}.bias", norm.b)
         if block.router is not None:
             take(f"{i}.router", model.ops.unpack(block.router))
-            for n, expert in enumerate(block.numbered[len(block.linears) :]):
+            for n, expert in enumerate(block.mlp.numbered):
                 take(f"{i}.experts.{n}", model.ops.unpack(expert.W))
     if model.trunk.positions is not None:
         take("positions", model.ops.unpack(model.trunk.positions))

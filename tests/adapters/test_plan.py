@@ -194,7 +194,6 @@ UNSUPPORTED: list[tuple[str, Any]] = [
     ("use_dora", True),
     ("alora_invocation_tokens", [1, 2]),
     ("layer_replication", [[0, 2], [1, 3]]),
-    ("target_parameters", ["experts.gate_up_proj"]),
     ("trainable_token_indices", [0]),
     ("megatron_config", {"x": 1}),
     ("use_qalora", True),

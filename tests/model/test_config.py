@@ -92,7 +92,7 @@ def test_both_spellings_of_rope_settings() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [
-        ({"model_type": "gpt2"}, UnsupportedError, "gpt2"),
+        ({"model_type": "mamba"}, UnsupportedError, "mamba"),
         ({"model_type": None}, UnsupportedError, "None"),
         ({"hidden_act": "gelu"}, UnsupportedError, "gelu"),
         ({"quantization_config": {}}, UnsupportedError, "quantization_config"),

@@ -24,9 +24,11 @@ from hypothesis import HealthCheck, given, settings
 
 from pylora import backends
 from pylora.adapters.adapter import Adapter
+from pylora.adapters.loraconfig import LoraConfig
+from pylora.adapters.plan import resolve
 from pylora.check.gradient import SIGMAS
 from pylora.check.rounding import Exact, Rounded
-from pylora.errors import FileFormatError, PyloraError, UnsupportedError
+from pylora.errors import ConfigError, FileFormatError, PlanError, PyloraError, UnsupportedError
 from pylora.formats import open_checkpoint
 from pylora.merging.merge import merge_checkpoint, unmerge_checkpoint
 from pylora.model import families
@@ -39,6 +41,7 @@ from pylora.types import LoRA
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 BACKENDS = ("numpy", "c")
 MIXTURES = ("mixtral", "qwen3_moe", "olmoe")
+PARAMETERS = ["experts.gate_up_proj", "mlp.experts.down_proj"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 some = settings(
     max_examples=3,
@@ -55,6 +58,40 @@ class AsTheirs(Rounded):
     def rope(self, x: Any, cos: Any, sin: Any, position: Any, *args: Any, **more: Any) -> Any:
         x = self._off(x, 4.0 + 4.0 * np.asarray(position)[:, None])
         return super().rope(x, cos, sin, position, *args, **more)
+
+
+def test_an_adapter_of_experts_is_saved_as_peft_reads_it(tmp_path: Path) -> None:
+    """Ours to PEFT: the same logits; and its settings name what it does not fit."""
+    import peft
+    import torch
+
+    theirs = run_theirs("olmoe", EXAMPLES["olmoe"], tmp_path, ["q_proj"], PARAMETERS)
+    modules = open_checkpoint(theirs.directory).config.modules()
+    adapter = Adapter.load(theirs.adapter, modules)
+    assert {e.kind for e in adapter.plan} == {"linear", "experts"}
+    for lora in adapter.values():
+        lora.B[...] *= 0.5
+    adapter.save(tmp_path / "ours")
+    again = Adapter.load(tmp_path / "ours", modules)
+    assert again.digest() == adapter.digest()
+    model = quiet().AutoModelForCausalLM.from_pretrained(
+        theirs.directory, attn_implementation="eager"
+    )
+    loaded = peft.PeftModel.from_pretrained(model, tmp_path / "ours").eval()
+    with torch.no_grad():
+        want = loaded(torch.tensor(theirs.ids)[None]).logits[0].numpy()
+    net = Llama.from_checkpoint(open_checkpoint(theirs.directory), backend="c")
+    net.attach(adapter)
+    got = np.asarray(net.forward(theirs.ids)[0])
+    assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
+    fresh = LoraConfig(r=2, target_parameters=["experts.down_proj"])
+    assert [e.path for e in resolve(fresh, modules)] == [
+        f"model.layers.{i}.mlp.experts.down_proj" for i in range(2)
+    ]
+    with pytest.raises(PlanError, match="target_parameters: 'experts.up'.*down_proj, gate_up_proj"):
+        resolve(LoraConfig(r=2, target_parameters=["experts.up"]), modules)
+    with pytest.raises(ConfigError, match="target_parameters takes no lora_dropout"):
+        LoraConfig(target_parameters=["experts.down_proj"], lora_dropout=0.1)
 
 
 def wide(lora: LoRA) -> LoRA:
@@ -128,12 +165,14 @@ def test_logits_loss_gradients_and_decoding(kind: str) -> None:
     @some
     def holds(drawn: dict[str, Any]) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            theirs = run_theirs(kind, drawn, Path(folder), ATTENTION if kind in MIXTURES else [])
+            mixture = kind in MIXTURES
+            targets, parameters = (ATTENTION, PARAMETERS) if mixture else ([], None)
+            theirs = run_theirs(kind, drawn, Path(folder), targets, parameters)
             pair = Pair(theirs)
             allowed = pair.allowed()
             want = their_numbers(theirs)
             scale = {key: np.linalg.norm(value) for key, value in want.items()}
-            if kind in MIXTURES and allowed["base"] > 1e-3 * scale["base"]:
+            if mixture and allowed["base"] > 1e-3 * scale["base"]:
                 return
             for name in BACKENDS:
                 got = pair.run(backends.get(name))
@@ -167,7 +206,8 @@ def test_a_merge_loads_in_transformers_and_can_be_undone(kind: str, tmp_path: Pa
     import torch
 
     drawn = {**EXAMPLES[kind]}
-    theirs = run_theirs(kind, drawn, tmp_path, [])
+    targets, parameters = (ATTENTION, PARAMETERS) if kind in MIXTURES else ([], None)
+    theirs = run_theirs(kind, drawn, tmp_path, targets, parameters)
     merge_checkpoint(theirs.directory, theirs.adapter, tmp_path / "merged")
     merged = quiet().AutoModelForCausalLM.from_pretrained(
         tmp_path / "merged", attn_implementation="eager"
@@ -200,6 +240,15 @@ def test_a_mixed_batch_gives_each_sequence_what_it_has_alone(kind: str, name: st
             )  # fmt: skip
             for path, s in config.modules().items()
             if s.kind == "linear"
+        }
+        loras |= {
+            path: LoRA(
+                rng.standard_normal((2 * s.experts, s.k)).astype("f4"),
+                rng.standard_normal((s.d, 2 * s.experts)).astype("f4") / 4,
+                0.5,
+            )  # fmt: skip
+            for path, s in config.modules().items()
+            if s.kind == "experts"
         }
         adapters.append(pack_adapter(net, loras))
     texts = [rng.integers(0, config.vocab_size, n) for n in (5, 9, 3)]

@@ -227,6 +227,44 @@ def olmoe(draw: Any) -> dict[str, Any]:
     return draw(sizes(experts=True)) | own | {"norm_topk_prob": draw(st.booleans())}
 
 
+@st.composite
+def cohere(draw: Any) -> dict[str, Any]:
+    own = {"logit_scale": draw(st.sampled_from((0.25, 3.0))), "use_qk_norm": False}
+    return layered(draw(sizes())) | own | {"attention_bias": draw(st.booleans())}
+
+
+def layered(c: dict[str, Any], name: str = "layer_norm_eps") -> dict[str, Any]:
+    """The same sizes with LayerNorm's name of what is added to the variance."""
+    return {k: v for k, v in c.items() if k != "rms_norm_eps"} | {name: c["rms_norm_eps"]}
+
+
+@st.composite
+def stablelm(draw: Any) -> dict[str, Any]:
+    return layered(draw(sizes())) | {
+        "use_qkv_bias": draw(st.booleans()),
+        "use_parallel_residual": draw(st.booleans()),
+        "partial_rotary_factor": draw(st.sampled_from((0.5, 1.0))),
+    }
+
+
+@st.composite
+def starcoder2(draw: Any) -> dict[str, Any]:
+    own = {"use_bias": draw(st.booleans()), "sliding_window": draw(st.sampled_from((None, 4)))}
+    return layered(draw(sizes()), "norm_epsilon") | own
+
+
+@st.composite
+def gpt_neox(draw: Any) -> dict[str, Any]:
+    c = layered(draw(sizes())) | {"use_parallel_residual": draw(st.booleans())}
+    del c["num_key_value_heads"]
+    return c | {"rotary_pct": draw(st.sampled_from((0.25, 0.5, 1.0)))}
+
+
+@st.composite
+def exaone4(draw: Any) -> dict[str, Any]:
+    return draw(windowed(("layer_types",))) | {"rope_parameters": draw(scalings())}
+
+
 # By model_type: transformers' class of configurations, and the strategy.
 FAMILIES: dict[str, tuple[str, st.SearchStrategy[dict[str, Any]]]] = {
     "llama": ("LlamaConfig", llama()),
@@ -245,6 +283,11 @@ FAMILIES: dict[str, tuple[str, st.SearchStrategy[dict[str, Any]]]] = {
     "mixtral": ("MixtralConfig", mixtral()),
     "qwen3_moe": ("Qwen3MoeConfig", qwen3_moe()),
     "olmoe": ("OlmoeConfig", olmoe()),
+    "cohere": ("CohereConfig", cohere()),
+    "stablelm": ("StableLmConfig", stablelm()),
+    "starcoder2": ("Starcoder2Config", starcoder2()),
+    "gpt_neox": ("GPTNeoXConfig", gpt_neox()),
+    "exaone4": ("Exaone4Config", exaone4()),
 }
 
 
@@ -298,7 +341,20 @@ class Theirs:
     prompt: int
 
 
-def run_theirs(kind: str, settings: dict[str, Any], folder: Path, targets: list[str]) -> Theirs:
+def whole_path(path: str) -> str:
+    """A module's path, or that of the parameter of experts whose adapter PEFT keeps there."""
+    if path.endswith(".experts.base_layer"):
+        return path.removesuffix(".base_layer") + ".gate_up_proj"
+    return f"{path}.down_proj" if path.endswith(".experts") else path
+
+
+def run_theirs(
+    kind: str,
+    settings: dict[str, Any],
+    folder: Path,
+    targets: list[str],
+    parameters: list[str] | None = None,
+) -> Theirs:
     """Saves the model and a random adapter, and computes with both."""
     import peft
     import torch
@@ -311,7 +367,7 @@ def run_theirs(kind: str, settings: dict[str, Any], folder: Path, targets: list[
         base = model(rows, use_cache=False).logits[0].numpy()
     lora = peft.LoraConfig(
         r=3, lora_alpha=5, target_modules=targets or linear_names(model), init_lora_weights=False,
-        fan_in_fan_out=kind == "gpt2",
+        fan_in_fan_out=kind == "gpt2", target_parameters=parameters,
     )  # fmt: skip
     torch.manual_seed(5)
     adapted = peft.get_peft_model(model, lora)
@@ -322,7 +378,7 @@ def run_theirs(kind: str, settings: dict[str, Any], folder: Path, targets: list[
     for name, p in adapted.named_parameters():
         if p.grad is not None and ".lora_" in name:
             path, _, field = name.removeprefix("base_model.model.").partition(".lora_")
-            grads[path, field[0]] = p.grad.numpy().copy()
+            grads[whole_path(path), field[0]] = p.grad.numpy().copy()
     prompt, cache, steps = 7, None, []
     with torch.no_grad():
         for a, b in [(0, prompt), *((i, i + 1) for i in range(prompt, ids.size))]:

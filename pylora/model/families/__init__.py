@@ -10,9 +10,12 @@ import difflib
 from collections.abc import Mapping
 
 from pylora.errors import UnsupportedError
+from pylora.model.families.cohere import COHERE
+from pylora.model.families.exaone import EXAONE4
 from pylora.model.families.family import Family
 from pylora.model.families.gemma import GEMMA2, GEMMA3
 from pylora.model.families.gpt2 import GPT2
+from pylora.model.families.gpt_neox import GPT_NEOX
 from pylora.model.families.granite import GRANITE
 from pylora.model.families.llama import LLAMA
 from pylora.model.families.mistral import MINISTRAL, MISTRAL
@@ -21,10 +24,12 @@ from pylora.model.families.olmo import OLMO2, OLMO3
 from pylora.model.families.phi3 import PHI3
 from pylora.model.families.qwen import QWEN2, QWEN3
 from pylora.model.families.smollm3 import SMOLLM3
+from pylora.model.families.stablelm import STABLELM
+from pylora.model.families.starcoder2 import STARCODER2
 
 _LIST = (
     LLAMA, MISTRAL, MINISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, SMOLLM3, GRANITE, OLMO2, OLMO3,
-    GPT2, MIXTRAL, QWEN3_MOE, OLMOE,
+    GPT2, MIXTRAL, QWEN3_MOE, OLMOE, COHERE, STABLELM, STARCODER2, GPT_NEOX, EXAONE4,
 )  # fmt: skip
 ALL: Mapping[str, Family] = {family.model_type: family for family in _LIST}
 PAGE = "docs/architecture.md"

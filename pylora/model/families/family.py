@@ -42,6 +42,9 @@ class Names:
     after_mlp: str = "post_feedforward_layernorm"
     router: str = "mlp.gate"
     experts: str = "mlp.experts"
+    parameters: str = (
+        "mlp.experts"  # the module whose parameters hold all experts, in transformers 5
+    )
     expert_gate: str = "gate_proj"  # below `experts`.N
     expert_up: str = "up_proj"
     expert_down: str = "down_proj"
