@@ -7,11 +7,11 @@ struct pylora_session {
   const pylora_model *model;
   int64_t capacity, length;
   pylora_decoder decoder; /* the model with this session's tables of angles */
-  pylora_rope_table table;
+  pylora_rope_table table[2];
   pylora_mat *keys; /* [layers], then as many of values */
   void *cache, *ws; /* of all keys and values; of the last call */
   size_t ws_bytes;
-  float *angles;    /* cosines, then sines */
+  float *angles;    /* of each table cosines, then sines */
   int64_t *numbers; /* positions, which are the rows of the cache, too */
 };
 
@@ -34,7 +34,8 @@ int pylora_session_open(const pylora_model *m, int64_t capacity, pylora_session 
   s->model = m, s->capacity = capacity, s->decoder = m->decoder;
   s->keys = pylora_take(2 * layers, sizeof *s->keys);
   s->cache = bytes < (double)SIZE_MAX / 4 ? pylora_take_aligned((size_t)bytes) : NULL;
-  s->angles = pylora_take((size_t)capacity, 2 * half * sizeof *s->angles);
+  s->angles =
+      pylora_take((size_t)capacity, (size_t)m->decoder.ropes * 2 * half * sizeof *s->angles);
   s->numbers = pylora_take((size_t)capacity, sizeof *s->numbers);
   if (!s->keys || !s->cache || !s->angles || !s->numbers) {
     pylora_session_close(s);
@@ -50,11 +51,15 @@ int pylora_session_open(const pylora_model *m, int64_t capacity, pylora_session 
       a->p = (float *)s->cache + i * each;
   }
   for (int64_t i = 0; i < capacity; i++) s->numbers[i] = i;
-  float *sines = s->angles + (size_t)capacity * half;
-  pylora_model_rope(m, capacity, s->angles, sines);
-  s->table.cosines = (pylora_mat){s->angles, capacity, (int64_t)half, (int64_t)half, NULL, NULL};
-  s->table.sines = (pylora_mat){sines, capacity, (int64_t)half, (int64_t)half, NULL, NULL};
-  s->decoder.rope = &s->table;
+  for (int32_t i = 0; i < m->decoder.ropes; i++) {
+    float *cosines = s->angles + (size_t)i * 2 * (size_t)capacity * half,
+          *sines = cosines + (size_t)capacity * half;
+    pylora_model_rope(m, i, capacity, cosines, sines);
+    const int64_t n = (int64_t)half;
+    s->table[i].cosines = (pylora_mat){cosines, capacity, n, n, NULL, NULL};
+    s->table[i].sines = (pylora_mat){sines, capacity, n, n, NULL, NULL};
+  }
+  s->decoder.rope = s->table;
   *out = s;
   return PYLORA_OK;
 }
