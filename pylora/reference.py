@@ -83,7 +83,9 @@ class Reference(Formulas, Plain):
         if lora is not None:
             h = self._rows(self.dropout(x, drop), lora.A.T)
             if bool((lora.B != 0).any()):
-                y = y + x.dtype.type(lora.scale) * self._rows(h, self.xp.ascontiguousarray(lora.B).T)
+                y = y + x.dtype.type(lora.scale) * self._rows(
+                    h, self.xp.ascontiguousarray(lora.B).T
+                )
         return as_dtype(y if residual is None else residual + y, dtype), h
 
     def lora_backward(

@@ -42,6 +42,10 @@ _DTYPES = ("f32", "f16", "bf16", "f64")
 _NAMED = re.compile(r"\.(lora_(?:embedding_)?[AB])\.([^.]+)(\.weight|\.bias)?$")
 
 
+# An adapter of the language model inside a multimodal one: what the whole model calls its part.
+_TEXT_PART = re.compile(r"^(base_model\.model\.|)(?:model\.language_model|language_model\.model)\.")
+
+
 def tensor_names(plan: Plan) -> dict[str, tuple[str, str, tuple[int, ...]]]:
     """key in the file -> (module path, field of LoRA, shape), for every tensor of the plan."""
     out: dict[str, tuple[str, str, tuple[int, ...]]] = {}
@@ -251,6 +255,7 @@ def _plain(key: str, file: SafeTensors) -> str:
     if named and named[2] not in ("weight", "bias"):
         parts = key[: named.start()], named[1], named[3] or ""
         key = f"{parts[0]}.{parts[1]}{parts[2]}"
+    key = _TEXT_PART.sub(r"\1model.", key)
     return key if key.startswith(_PREFIX) or ".lora_" not in key else _PREFIX + key
 
 

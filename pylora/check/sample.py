@@ -92,8 +92,10 @@ def counted(batch: Batch) -> int:
 
 
 def default_adapter(config: LlamaConfig, seed: int) -> Adapter:
-    """r = 8 on q, k, v and o, with A and B random: a delta of a few percent of each weight."""
-    targets = ("q_proj", "k_proj", "v_proj", "o_proj")
+    """r = 8 on the attention's projections, with A and B random: a delta of a few percent of each
+    weight."""
+    roles = config.features.attention_modules
+    targets = tuple(getattr(config.names, role).rpartition(".")[2] for role in roles)
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=targets, init_lora_weights=False)
     adapter = Adapter.init(resolve(lora, config.modules()), lora, seed)
     for module in adapter.values():

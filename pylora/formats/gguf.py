@@ -23,6 +23,7 @@ from pylora.formats.ggml_decode import DECODERS
 from pylora.formats.gguf_config import NO_WEIGHTS, hf_config
 from pylora.formats.gguf_header import GGUFHeader
 from pylora.formats.gguf_split import read_gguf
+from pylora.model import families
 from pylora.model.config import LlamaConfig
 from pylora.numbers.precision import Stored
 from pylora.numbers.quantize import BLOCK_BYTES
@@ -250,19 +251,20 @@ def _by_gguf(name: str, where: str) -> Callable[[Array], Array]:
     return lambda blocks: np.asarray(quants.dequantize(blocks, qtype), np.float32)
 
 
-def hf_name(name: str, config: LlamaConfig) -> str | None:
-    """The Hugging Face name of a GGUF tensor in a model of `config`; "" if it carries no weights;
-    None if unknown."""
+def hf_name(name: str, config: LlamaConfig | None = None) -> str | None:
+    """The Hugging Face name of a GGUF tensor in a model of `config`, or in one with Llama's names;
+    "" if it carries no weights; None if unknown."""
     if name in NO_WEIGHTS or re.fullmatch(r"blk\.\d{1,5}\.attn_rot_embd", name):
         return ""
     match = re.fullmatch(r"(?:blk\.(0|[1-9]\d{0,4})\.)?([a-z_]+)\.(weight|bias)", name)
     if match is None:
         return None
     layer, stem, ending = match.groups()
-    own = config.family.gguf.stems if config.family.gguf is not None else {}
+    family = families.of("llama") if config is None else config.family
+    own = family.gguf.stems if family.gguf is not None else {}
     role = own.get(stem) or (_TOP if layer is None else _BLOCK).get(stem)
-    if role == "up" and config.fused_gate_up:
+    if role == "up" and config is not None and config.fused_gate_up:
         role = "gate_up"
-    if role is None or not (path := getattr(config.names, role)):
+    if role is None or not (path := getattr(family.names, role)):
         return None
-    return f"{path}.{ending}" if layer is None else f"{config.names.layer}.{layer}.{path}.{ending}"
+    return f"{path}.{ending}" if layer is None else f"{family.names.layer}.{layer}.{path}.{ending}"

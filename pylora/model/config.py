@@ -235,6 +235,7 @@ class LlamaConfig:
 
     @property
     def family(self) -> Family:
+        """The page of data that says what the model's files mean."""
         return families.of(self.model_type)
 
     @property
@@ -290,6 +291,7 @@ class LlamaConfig:
         return 0 if self.ropes is None else self.ropes[layer]
 
     def has_experts(self, layer: int) -> bool:
+        """Whether the layer's feed-forward part is a mixture of experts."""
         return self.experts > 0 and layer not in self.dense_layers
 
     def tensors(self) -> dict[str, Shape]:

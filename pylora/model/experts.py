@@ -11,8 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from pylora.model.config import LlamaConfig
 from pylora.model.expert_lora import ExpertParameter
 from pylora.model.linear import DropKey, Grads, LinearCache, LoRALinear
@@ -106,6 +104,7 @@ class Experts:
             if rows.size == 0:
                 inner.append(None)
                 continue
+            rows, places = ops.xp.asarray(rows), ops.xp.asarray(places)
             some = x[rows]
             (gate, a), (up, b) = (p.forward(some, drop=drop, dtype=self.dtype) for p in expert[:2])
             product = ops.activation_forward(gate, up, self.activation, self.dtype)
@@ -132,6 +131,7 @@ class Experts:
             if kept is None:
                 continue
             gate, up, out, (a, b, c) = kept
+            rows, places = ops.xp.asarray(rows), ops.xp.asarray(places)
             some = dy[rows]
             dw[rows, places] = (some * out).sum(axis=1)
             dout = some * choice.weights[rows, places][:, None]
@@ -146,5 +146,5 @@ class Experts:
         if not need_dx:
             return None
         dlogits = choose_backward(dw, choice, mix.normalize, ops.xp)
-        grad = ProjectionGrad(np.ascontiguousarray(dlogits), mix.router)
+        grad = ProjectionGrad(ops.xp.ascontiguousarray(dlogits), mix.router)
         return ops.linear_backward(None, [grad], add=dx)[0]

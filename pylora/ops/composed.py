@@ -175,6 +175,7 @@ class Composed:
             if rows.size == 0:
                 continue
             n, start = first + len(EXPERT) * e, np.searchsorted(rows, step.start)
+            rows, places = ops.xp.asarray(rows), ops.xp.asarray(places)
             gate, up = self._linear(x[rows], start, step, (n, n + 1))
             product = ops.activation_forward(gate, up, w.features.activation, w.dtype)
             (out,) = self._linear(product, start, step, (n + 2,))

@@ -26,6 +26,7 @@ from pylora import backends
 from pylora.adapters.adapter import Adapter
 from pylora.adapters.loraconfig import LoraConfig
 from pylora.adapters.plan import resolve
+from pylora.check.check import check_model
 from pylora.check.gradient import SIGMAS
 from pylora.check.rounding import Exact, Rounded
 from pylora.errors import ConfigError, FileFormatError, PlanError, PyloraError, UnsupportedError
@@ -293,6 +294,14 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "mixtral": {**_BASE, "num_local_experts": 3},
     "olmoe": {**_BASE, "num_experts": 4, "num_experts_per_tok": 2},
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "phi3", "gpt2", "olmoe"])
+def test_the_checks_of_a_real_model_pass(kind: str, tmp_path: Path) -> None:
+    """Gradients by finite differences, rows, merging: what `pylora check` proves."""
+    their_model(kind, EXAMPLES[kind]).save_pretrained(tmp_path)
+    report = check_model(tmp_path, backend="c")
+    assert report.ok, [f for f in report.findings if f.verdict == "FAIL"]
 
 
 # ---- files ---------------------------------------------------------------------------------------
