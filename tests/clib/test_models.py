@@ -245,7 +245,7 @@ def set_u32(key: str, value: int) -> Any:
         ({"more": lambda w: w.add_float32("llama.attn_logit_softcapping", 30.0)}, "softcapping"),
         ({"more": set_u32("llama.expert_count", 8)}, "llama.expert_count"),
         ({"more": set_u32("llama.rope.dimension_count", 32)}, "rope.dimension_count"),
-        ({"more": lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN)}, "spiral"),
+        ({"more": lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN)}, "yarn"),
         ({"more": lambda w: w.add_tensor("blk.0.extra.weight", np.ones(3, np.float32))}, "extra"),
         (
             {"more": lambda w: w.add_tensor("rope_freqs.weight", np.ones(3, np.float32))},
