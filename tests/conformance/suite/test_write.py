@@ -14,12 +14,11 @@ pytest.importorskip("tokenizers")
 from suites import book
 
 from pylora.conformance.suite import answers, sequences, tokenizer
-from pylora.conformance.suite.bases import Base, make
+from pylora.conformance.suite.bases import ARCHITECTURES, Base, make
 from pylora.conformance.suite.tolerance import PRECISIONS, Sensitivity
 from pylora.conformance.suite.write import write_suite
 from pylora.errors import ConfigError
 from pylora.formats import open_checkpoint
-from pylora.model.hfconfig import ARCHITECTURES
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
