@@ -214,28 +214,6 @@ class HeadsRoundedDown(Correct):
         return super().attention(x, cut, {}, replace(shape, heads=shape.heads - extra))
 
 
-@wrong(
-    "attention-16-bit-scores",
-    "subtle",
-    "In 16 bits the shares of each row add up to 1 after they were rounded: o is a rounded mean.",
-    "softmax is followed by a cast, and the cast values are normalised again.",
-)
-class SixteenBitSums(Correct):
-    def _project(
-        self, name: str, x: Array, weights: Weights, adapters: Adapters
-    ) -> tuple[Array, Array | None]:
-        y, h = super()._project(name, x, weights, adapters)
-        if name == "v_proj" and weights[name].dtype.itemsize == 2:
-            total = np.zeros_like(y).astype(weights[name].dtype)
-            for column in range(x.shape[1]):
-                W = np.asarray(weights[name])[:, column]
-                part = (x[:, column : column + 1] * self.widen(W)).astype(total.dtype)
-                total = total + part
-            base, _ = super()._project(name, x, weights, {})
-            y = y - base + self.widen(total)
-        return y, h
-
-
 # ---- the whole block -----------------------------------------------------------------------------
 
 
