@@ -37,6 +37,7 @@ from pylora.conformance.mutants import (
     scales,
     special,
     streams,
+    windows,
 )
 from pylora.conformance.mutants.registry import REGISTRY, Mutant
 
@@ -68,6 +69,7 @@ GROUPS = (
     biases,
     embeddings,
     masks,
+    windows,
     caches,
     halves,
     operations,
