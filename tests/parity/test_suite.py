@@ -15,7 +15,6 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 from pylora.conformance.suite import adapters, answers, bases, cases, forms
-from pylora.model.hfconfig import ARCHITECTURES
 
 SEED = 11
 # transformers takes norms, softmax and rotation in float32 in a model of float64.
@@ -39,7 +38,7 @@ def close(one: answers.Answer, other: answers.Answer, where: str) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", ARCHITECTURES)
+@pytest.mark.parametrize("family", bases.families())
 def test_bases_and_adapters_are_those_of_transformers_and_peft(
     family: str, tied: bool, tmp_path: Path
 ) -> None:
@@ -63,7 +62,7 @@ def test_bases_and_adapters_are_those_of_transformers_and_peft(
         close(right, said_by(model.double().eval()), case.name)
 
 
-@pytest.mark.parametrize("family", ARCHITECTURES)
+@pytest.mark.parametrize("family", bases.families())
 def test_gguf_bases_are_those_of_llama_cpp(family: str, tmp_path: Path) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
     base = bases.make(family, True, SEED)
