@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pylora.conformance import forms, tracing
 from pylora.conformance.bounds import moves
 from pylora.conformance.protocol import METHODS, precision_of
+from pylora.conformance.tracing import plain, values
 from pylora.types import Array
 
 
@@ -46,7 +48,12 @@ class NotTested(Exception):
 
 
 class Broken(Exception):
-    """The implementation raised, or what it returned has the wrong form."""
+    """The implementation raised, or what it returned has the wrong form: `holds` then says in
+    Python what RESULT, which is `source`, should be like."""
+
+    def __init__(self, said: str, source: Any = None, holds: str = "") -> None:
+        super().__init__(said)
+        self.source, self.holds = source, holds
 
 
 @dataclass(eq=False)
@@ -60,10 +67,12 @@ class Violation(Exception):
     at: Any = None  # index into the result that `got` is
     source: Any = None  # the result itself, to be found among the calls
     item: tuple[Any, ...] = ()  # keys that lead from the result to the number that is compared
-    holds: str = ""  # in place of a comparison: Python for what should hold of RESULT
+    holds: str = ""  # in place of a comparison: Python for what should hold of RESULT and OTHER
+    other: Any = None
     error: float = float("nan")
     allowed: float = float("nan")
     must_raise: bool = False
+    signs: bool = False  # whether +0 and -0 differ
 
     def __str__(self) -> str:
         return self.what
@@ -85,7 +94,11 @@ class Call:
     arguments: tuple[Any, ...]
     before: tuple[Any, ...]  # copies
     result: Any = None
+    traced: Any = None  # the same, as the law has it
     name: str = "result"  # variable for the result
+    after: tuple[Any, ...] = ()  # copies of the arguments, taken when it had returned
+    refused: bool = False  # it raised, as it may
+    at: int = field(default_factory=tracing.now)
 
 
 @dataclass(eq=False)
@@ -97,6 +110,7 @@ class Trial:
     ratio: float = 0.0  # largest error / bound seen, of bounds that are not zero
     notes: dict[str, bool] = field(default_factory=dict)
     directories: list[str] = field(default_factory=list)
+    writes: list[Any] = field(default_factory=list)  # of the law, into results
 
     def __getattr__(self, name: str) -> Any:
         if name not in METHODS:
@@ -105,28 +119,34 @@ class Trial:
 
     def call(self, owner: Any, variable: str, method: str, arguments: tuple[Any, ...]) -> Any:
         """Calls owner.method(*arguments), remembers it, and checks the form of the result."""
-        call = Call(variable, method, arguments, snapshot(arguments), name=self._name(method))
+        given = plain(arguments)
+        call = Call(variable, method, arguments, snapshot(given), name=self._name(method))
         self.calls.append(call)
         try:
-            result = getattr(owner, method)(*arguments)
+            result = getattr(owner, method)(*given)
         except NotImplementedError as error:
             raise NotTested(f"{method} says NotImplementedError: {error}") from error
         except (Exception, SystemExit) as error:
             text = " ".join(str(error).split())[:300]
             raise Broken(f"{method} raised {type(error).__name__}: {text}") from error
+        finally:
+            call.after = snapshot(given)
         call.result = result
         if variable == "implementation":
-            check_form(method, arguments, result)
-        if method == "module":
+            check_form(method, given, result)
+        _inputs_kept(call, given)
+        if method in ("module", "decoder"):
             return ModuleTrial(self, result, call.name)
-        return result
+        call.traced = tracing.result(result, call, self.writes)
+        return call.traced
 
     def must_raise(self, why: str, method: str, *arguments: Any) -> None:
         """Violation unless the call raises an Exception."""
-        call = Call("implementation", method, arguments, snapshot(arguments), name="result")
+        given = plain(arguments)
+        call = Call("implementation", method, arguments, snapshot(given), name="result")
         self.calls.append(call)
         try:
-            call.result = getattr(self.implementation, method)(*arguments)
+            call.result = getattr(self.implementation, method)(*given)
         except Exception:
             return
         raise Violation(f"{method} accepted {why}; it must raise", must_raise=True)
@@ -145,13 +165,14 @@ class Trial:
 
         With `signs` +0 and -0 differ. `item`: keys that lead from `got` to a number in it.
         """
-        source, got = got, got if at is None else got[at]
+        source, got, given = got, plain(got), want
+        got = got if at is None else got[plain(at)]
         for key in item:
             got = got[key]
-        g, w = np.asarray(got), np.asarray(want)
+        g, w = values(np.asarray(got)), values(np.asarray(plain(want)))
         if g.shape != w.shape:
             said = f"{what}: shape {g.shape}, expected {w.shape}"
-            raise Violation(said, g, w, 0.0, at, source, item)
+            raise Violation(said, g, given, 0.0, at, source, item)
         g, w = _comparable(g), _comparable(w)
         with np.errstate(all="ignore"):
             error = np.abs(g - w)
@@ -159,7 +180,8 @@ class Trial:
             error = np.where(np.isnan(error), np.inf, error).astype(np.float64)
             if signs and g.dtype.kind == "f":
                 error = np.where((error == 0) & (np.signbit(g) != np.signbit(w)), np.inf, error)
-        limit = np.broadcast_to(np.asarray(bound, np.float64), error.shape)
+        bound = values(np.asarray(plain(bound)))
+        limit = np.broadcast_to(bound.astype(np.float64), error.shape)
         bad = error > limit
         if not bad.any():
             positive = limit > 0
@@ -174,19 +196,27 @@ class Trial:
         raise Violation(
             text + count,
             np.asarray(got),
-            np.asarray(want),
+            given,
             bound,
             at,
             source,
             item,
             error=float(error[where]),
             allowed=float(limit[where]),
+            signs=signs,
         )
 
     def fail(self, what: str, got: Any = None, holds: str = "") -> None:
         """A violation that is no comparison of numbers; `holds` says in Python what RESULT, which
         is `got`, should be like."""
         raise Violation(what, got, source=got, holds=holds)
+
+    def apart(self, what: str, result: Any, other: Any) -> None:
+        """Violation if two arrays share memory."""
+        a, b = plain(result), plain(other)
+        if np.may_share_memory(a, b) and np.shares_memory(a, b):
+            holds = "not np.shares_memory(RESULT, OTHER)"
+            raise Violation(what, result, source=result, holds=holds, other=other)
 
     @property
     def bitwise(self) -> bool:
@@ -245,7 +275,7 @@ class Trial:
 
 
 class ModuleTrial:
-    """A module of the implementation, its calls remembered like the implementation's own."""
+    """A module or a decoder of the implementation, its calls remembered like the others."""
 
     def __init__(self, trial: Trial, module: Any, name: str) -> None:
         self._trial, self._module, self._name = trial, module, name
@@ -263,7 +293,7 @@ class ModuleTrial:
 
     def __getattr__(self, method: str) -> Any:
         if not self.has(method):
-            raise NotTested(f"the module has no {method}()")
+            raise NotTested(f"the object has no {method}()")
         return lambda *arguments: self._trial.call(self._module, self._name, method, arguments)
 
 
@@ -280,6 +310,25 @@ def snapshot(value: Any) -> Any:
     return value
 
 
+def _inputs_kept(call: Call, given: tuple[Any, ...]) -> None:
+    """Violation if the call wrote to an argument (spec F-8)."""
+    for array, before in zip(_arrays(given), _arrays(call.before)):
+        if array.tobytes() != before.tobytes():
+            said = f"{call.method} wrote to an argument, an array of shape {array.shape}"
+            raise Violation(said, array, before, 0.0, source=array, signs=True)
+
+
+def _arrays(value: Any) -> Iterator[Array]:
+    """The arrays in lists, tuples and dicts."""
+    if isinstance(value, np.ndarray):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for v in value:
+            yield from _arrays(v)
+    elif isinstance(value, Mapping):
+        yield from _arrays(list(value.values()))
+
+
 def _comparable(a: Array) -> Array:
     if a.dtype.kind in "fiub" and a.dtype.itemsize > 8:
         return a
@@ -293,17 +342,21 @@ def _comparable(a: Array) -> Array:
 
 def _array(what: str, a: Any, shape: tuple[int, ...], dtype: Any) -> None:
     if not isinstance(a, np.ndarray):
-        raise Broken(f"{what} is {type(a).__module__}.{type(a).__name__}, expected a NumPy array")
+        said = f"{what} is {type(a).__module__}.{type(a).__name__}, expected a NumPy array"
+        raise Broken(said, a, "isinstance(RESULT, np.ndarray)")
     if a.shape != shape:
-        raise Broken(f"{what} has shape {a.shape}, expected {shape}")
+        said = f"{what} has shape {a.shape}, expected {shape}"
+        raise Broken(said, a, f"RESULT.shape == {shape}")
     if dtype is not None and a.dtype != dtype:
-        raise Broken(f"{what} has dtype {a.dtype}, expected {np.dtype(dtype)}")
+        said = f"{what} has dtype {a.dtype}, expected {np.dtype(dtype)}"
+        raise Broken(said, a, f"str(RESULT.dtype) == {str(np.dtype(dtype))!r}")
 
 
 def _tuple(what: str, value: Any, *lengths: int) -> Any:
     if not isinstance(value, (tuple, list)) or len(value) not in lengths:
         size = f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
-        raise Broken(f"{what} is {type(value).__name__}{size}, expected a tuple of {lengths[0]}")
+        said = f"{what} is {type(value).__name__}{size}, expected a tuple of {lengths[0]}"
+        raise Broken(said, value, f"len(RESULT) in {lengths}")
     return value
 
 
@@ -353,3 +406,22 @@ def check_form(method: str, args: tuple[Any, ...], result: Any) -> None:
         for need in ("forward", "attach", "detach"):
             if not callable(getattr(result, need, None)):
                 raise Broken(f"the module has no method {need}")
+    elif method == "decoder":
+        if not callable(getattr(result, "extend", None)):
+            raise Broken("the decoder has no method extend")
+    else:
+        _form(f"the result of {method}", forms.form(method, args), result)
+
+
+def _form(what: str, form: Any, result: Any) -> None:
+    """Broken unless the result has this form; see forms.py."""
+    if isinstance(form, forms.Form):
+        _array(what, result, form.shape, form.dtype)
+    elif isinstance(form, (tuple, list)):
+        for i, (part, one) in enumerate(zip(_tuple(what, result, len(form)), form)):
+            _form(f"element {i} of {what}", one, part)
+    elif isinstance(form, dict):
+        if not isinstance(result, Mapping) or set(result) != set(form):
+            raise Broken(f"{what} must be a dict of {', '.join(form)}")
+        for name, one in form.items():
+            _form(f"{name!r} of {what}", one, result[name])

@@ -11,6 +11,7 @@ from pylora.conformance.correct.plain import Correct
 from pylora.conformance.laws.registry import LAWS
 from pylora.conformance.mutants import GROUPS, Mutant, mutants
 from pylora.conformance.mutants.hunt import concerned, hunt, killer
+from pylora.conformance.running.counterexample import fails, right
 from pylora.conformance.running.runner import PASSED, run_law
 
 ALL = mutants()
@@ -23,8 +24,12 @@ def test_the_correct_one_lives(law):
 
 
 @pytest.mark.parametrize("mutant", ALL, ids=lambda m: m.id)
-def test_the_mutant_dies(mutant):
-    assert killer(mutant) is not None, f"no law finds out: {mutant.sentence}"
+def test_the_mutant_dies_and_its_program_tells_it_from_the_correct_one(mutant):
+    found = killer(mutant)
+    assert found is not None, f"no law finds out: {mutant.sentence}"
+    program = found.counterexample
+    assert fails(program, mutant.make()), program
+    assert not fails(program, right(mutant.make())), program
 
 
 def test_there_are_enough_and_each_is_told():

@@ -11,11 +11,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from pylora.conformance.bounds.layer import wide
+from pylora.conformance.tracing import formula
 from pylora.types import Array
 
 Triple = tuple[Array, Array, float]
 
 
+@formula
 def forward(x: Array, W: Array, adapters: Sequence[Triple], bias: Array | None = None) -> Array:
     """y = x Wᵀ + bias + sum of s (x Aᵀ) Bᵀ (spec F-1, X-1)."""
     X = wide(x)
@@ -27,6 +29,7 @@ def forward(x: Array, W: Array, adapters: Sequence[Triple], bias: Array | None =
     return y
 
 
+@formula
 def backward(
     dy: Array, x: Array, W: Array, A: Array, B: Array, scale: float
 ) -> tuple[Array, Array, Array]:
@@ -36,11 +39,13 @@ def backward(
     return D @ wide(W) + scale * (g @ Aw), scale * (g.T @ X), scale * (D.T @ (X @ Aw.T))
 
 
+@formula
 def merged(W: Array, A: Array, B: Array, scale: float) -> Array:
     """W + s B A (spec M-1), not rounded."""
     return wide(W) + scale * (wide(B) @ wide(A))
 
 
+@formula
 def mixed(
     x: Array, W: Array, adapters: Sequence[Triple], rows: Array, bias: Array | None = None
 ) -> Array:
@@ -52,6 +57,7 @@ def mixed(
     return y
 
 
+@formula
 def dropped(
     dy: Array, x: Array, mask: Array, W: Array, A: Array, B: Array, scale: float
 ) -> tuple[Array, Array, Array, Array]:
@@ -63,6 +69,7 @@ def dropped(
     return y, dx, scale * (g.T @ (X * M)), scale * (D.T @ h)
 
 
+@formula
 def loss_gradients(
     batches: Sequence[tuple[Array, Array, Array]], W: Array, A: Array, B: Array, scale: float
 ) -> tuple[Array, Array]:

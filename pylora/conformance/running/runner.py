@@ -128,6 +128,7 @@ class Search:
         can = capabilities(implementation)
         self.dtypes = [dtype for dtype in law.dtypes if dtype in can]
         self.count = self.raised = 0
+        self.asked = 0, 0  # examples, seed
         self.found_at: int | None = None
         self.broken_at: int | None = None
         self.failure: tuple[Problem, Violation] | None = None
@@ -137,6 +138,7 @@ class Search:
         self.notes: dict[str, list[int]] = {}
 
     def run(self, examples: int, seed: int, shrink: bool) -> None:
+        self.asked = examples, seed
         hypothesis = need("hypothesis")
         phases = [hypothesis.Phase.generate] + [hypothesis.Phase.shrink] * shrink
         settings = hypothesis.settings(
@@ -230,12 +232,12 @@ class Search:
                     problem, violation, law.simplify, lambda p: self._violation(p)
                 )
             out.status, out.reason, out.ratio = FAILED, str(violation), violation.ratio
-            out.counterexample = self._program(violation)
+            out.counterexample = self._program(problem, violation)
         elif self.broken is not None:
-            _, _, broken = self.broken
+            _, problem, broken = self.broken
             out.status = BROKEN
             out.reason = f"{broken} (in {self.raised} of {self.count} examples)"
-            out.counterexample = self._program(broken)
+            out.counterexample = self._program(problem, broken)
         elif sum(self.not_tested.values()) >= self.count:
             out.status, out.reason = NOT_TESTED, next(iter(self.not_tested), "no example was drawn")
         elif self.not_tested:
@@ -252,13 +254,12 @@ class Search:
             return None
         return None
 
-    def _program(self, error: Any) -> str:
-        law = self.law
+    def _program(self, problem: Problem, error: Any) -> str:
+        law, trial = self.law, error.trial
         said = f"{law.id}: {law.sentence}\n{law.maths}\n{error}"
         if isinstance(error, Broken):
-            error = Violation(str(error))
-            error.trial = self.broken[2].trial  # type: ignore
-        return program(self.implementation, error.trial, error, said)
+            error = Violation(str(error), source=error.source, holds=error.holds)
+        return program(self.implementation, law, problem, trial, error, said, self.asked)
 
 
 def _size(problem: Problem) -> int:
