@@ -17,6 +17,8 @@ peft = pytest.importorskip("peft")
 from pylora.conformance.suite import adapters, answers, bases, cases, forms
 
 SEED = 11
+# What a family computes otherwise shows in these; every rule is asked of one family.
+ELSEWHERE = ("all-linear", "embedding", "head", "bias-all", "dora")
 # transformers takes norms, softmax and rotation in float32 in a model of float64.
 ALMOST_FLOAT64 = 2e-3
 
@@ -51,7 +53,7 @@ def test_bases_and_adapters_are_those_of_transformers_and_peft(
 
     close(answers.answer(base, adapters.Meaning()), said_by(load()), "base")
     for case in cases.CASES:
-        if not case.of(base):
+        if not case.of(base) or (family != "llama" and case.name not in ELSEWHERE):
             continue
         adapter = adapters.draw(case, base, SEED)
         forms.write_peft(adapter, tmp_path / case.name)
