@@ -154,7 +154,9 @@ def _tensor(base: str, name: str, shape: tuple[int, ...], seed: int) -> np.ndarr
 def write_hf(base: Base, folder: Path) -> None:
     """The model as a Hugging Face directory: bfloat16, which holds its numbers exactly."""
     folder.mkdir(parents=True)
-    _json(folder / "config.json", {**base.config.to_hf(), "dtype": "float32"})
+    # A family's own id of padding may be beyond this vocabulary.
+    content = {**base.config.to_hf(), "dtype": "float32", "pad_token_id": tokenizer.SIZE - 1}
+    _json(folder / "config.json", content)
     _json(folder / "tokenizer.json", tokenizer.tokenizer_json())
     _json(folder / "tokenizer_config.json", tokenizer.settings_json())
     tensors: dict[str, Any] = {n: Bf16(narrow(w, "bf16")) for n, w in base.weights.items()}
