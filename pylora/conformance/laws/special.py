@@ -195,6 +195,13 @@ def _hardly_zero(t: Trial, p: Problem) -> None:
     t.expect(
         f"y with B zero but for {int((B != 0).sum())} elements", y, want, allowed.forward(t, q)
     )
+    B = np.zeros_like(B)
+    B[i, j] = p.odd
+    y = t.forward(q.x, q.W, A, B, q.scale, q.bias)
+    want = oracle.forward(q.x, t.weight(q.W), [], q.bias)
+    off, idle = allowed.base(t, q), _no_row(q.x.astype(float) @ A.astype(float).T)
+    said = f"y with B zero but for {p.odd} at [{i}, {j}]"
+    reaches(t, said, y, (ALL, i), p.odd, want, off, (y, None), idle)
 
 
 def _tiny_B(t: Trial, p: Problem) -> None:
