@@ -1,4 +1,4 @@
-"""The verbs that check and tell: check, conformance, vectors, doctor, info, demo."""
+"""The verbs that check and tell: check, conformance, suite, vectors, doctor, info, demo."""
 
 from __future__ import annotations
 
@@ -9,6 +9,20 @@ from typing import Annotated
 import typer
 
 from pylora.commands.app import ADAPTER_NAMES, HERE, LOOK, TEST, Model, Seed, command
+from pylora.commands.engine_options import (
+    AdaptersBy,
+    ApiKey,
+    BaseNames,
+    ConvertCommand,
+    EnginePrecision,
+    EngineUrl,
+    FormOfFiles,
+    Patience,
+    RestartCommand,
+    SuiteDir,
+    TestNames,
+    Timeout,
+)
 from pylora.commands.guard import unfinished
 from pylora.commands.inputs import file_or_stdin
 from pylora.commands.outputs import check_file, check_folder
@@ -67,7 +81,13 @@ def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
-@command(TEST, "pylora conformance mypackage.mylora:Implementation", "pylora conformance --list")
+@command(
+    TEST,
+    "pylora conformance mypackage.mylora:Implementation",
+    "pylora conformance --list",
+    "pylora conformance --suite suite --engine http://127.0.0.1:8000/v1 --precision bf16",
+    "pylora conformance --suite suite --convert 'convert.py --base {base} {in} --outfile {out}'",
+)
 def conformance(
     implementation: Annotated[
         str | None,
@@ -93,11 +113,38 @@ def conformance(
     as_json: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="write the report as JSON too")
     ] = None,
+    suite: SuiteDir = None,
+    engine: EngineUrl = None,
+    restart: RestartCommand = None,
+    convert: ConvertCommand = None,
+    adapters_by: AdaptersBy = "vllm",
+    precision: EnginePrecision = "fp32",
+    form: FormOfFiles = None,
+    api_key: ApiKey = None,
+    timeout: Timeout = 60.0,
+    patience: Patience = 120.0,
+    bases: BaseNames = None,
+    tests: TestNames = None,
 ) -> None:
-    """Test any implementation of LoRA against the laws; exit code 1 if one fails or breaks."""
+    """Test an implementation of LoRA against the laws, or an engine or converter against a suite;
+    exit code 1 if anything is wrong."""
     from pylora.conformance.running import command as kit
 
     screen = Console()
+    if suite is not None:
+        from pylora.conformance.engines.command import Settings, test
+
+        for file, name in ((as_json, "--json"), (junit, "--junit")):
+            if file is not None:
+                check_file(file, what=name)
+        settings = Settings(
+            suite, engine, restart, convert, adapters_by, precision, form, api_key, timeout,
+            patience, tuple(bases or ()), tuple(tests or ()), as_json, junit,
+        )  # fmt: skip
+        with unfinished("no report was written"):
+            if not test(settings, screen.say):
+                raise typer.Exit(1)
+        return
     if mutants:
         from pylora.conformance.mutants.hunt import hunt
 
@@ -110,6 +157,28 @@ def conformance(
     chosen = law or []
     if not kit.test(implementation, profile, chosen, examples, seed, screen.say, junit, as_json):
         raise typer.Exit(1)
+
+
+@command(TEST, "pylora suite --out suite", "pylora suite --out suite --families llama,qwen3")
+def suite(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="folder to write; docs/engines.md")],
+    families: Annotated[
+        str, typer.Option(metavar="NAMES", help="separated by commas; default: all that pylora has")
+    ] = "",
+    seed: Seed = 0,
+) -> None:
+    """Write tiny models and adapters with what each must answer, to test engines with."""
+    from pylora.conformance.suite.write import check_output, write_suite
+
+    check_folder(out, what="--out")
+    check_output(out)
+    screen = Console()
+    wanted = [name.strip() for name in families.split(",") if name.strip()]
+    with unfinished(f"{out} was not written"):
+        manifest = write_suite(out, wanted, seed, screen.say)
+    count = sum(len(base["cases"]) for base in manifest["bases"])
+    bases = len(manifest["bases"])
+    screen.say(f"{out}: {bases} models, {count} adapters, seed {seed}")
 
 
 @command(TEST, "pylora vectors --out vectors", "pylora vectors --check port_output")

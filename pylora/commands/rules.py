@@ -85,6 +85,12 @@ _BACKEND = "this verb computes with NumPy alone (or nothing at all)"
 _DRAWS = ("top_k", "top_p", "min_p", "seed")
 _SHAPE = ("rank", "alpha", "targets", "rslora")
 _LIST = "--list tests nothing"
+_ASKED = "an engine or a converter is asked what its suite holds"
+_ENGINES = ("engine", "restart")
+_ENGINE = (
+    *_ENGINES, "convert", "adapters_by", "precision", "form", "api_key", "timeout", "bases",
+    "tests",
+)  # fmt: skip
 _HUNT = "the kit's own wrong implementations are tried with every law"
 
 
@@ -95,7 +101,7 @@ def _warm(temperature: float) -> bool:
 RULES: dict[str, tuple[Rule, ...]] = {
     ROOT: tuple(
         Excludes("backend", "verb", f"{_BACKEND}", partial(eq, verb))
-        for verb in ("plan", "inspect", "vectors", "conformance")
+        for verb in ("plan", "inspect", "suite", "vectors", "conformance")
     ),
     "train": (
         *(Excludes(o, "config", _FILE.format("--config")) for o in (*_SHAPE, "dropout")),
@@ -141,7 +147,16 @@ RULES: dict[str, tuple[Rule, ...]] = {
         OneOf(("out", "port"), "a folder to write vectors to, or what a port computed"),
     ),
     "conformance": (
-        OneOf(("implementation", "as_list", "mutants"), "what is tested, or shown"),
+        *(Excludes("convert", o, "an engine is tested, or a converter") for o in _ENGINES),
+        Excludes("engine", "restart", "an engine runs already, or is started"),
+        *(
+            Excludes(o, "convert", "a converter is asked nothing")
+            for o in ("adapters_by", "precision", "api_key")
+        ),
+        Needs("patience", "restart", "an engine that is started"),
+        *(Needs(o, "suite", "what is asked, and what is right") for o in _ENGINE),
+        OneOf(("implementation", "as_list", "mutants", "suite"), "what is tested, or shown"),
+        *(Excludes(o, "suite", _ASKED) for o in ("law", "examples", "profile", "seed")),
         Excludes("examples", "profile", "a profile is a number of examples"),
         Excludes("law", "mutants", _HUNT),
         *(Excludes(o, "mutants", _HUNT) for o in ("examples", "profile", "junit", "as_json")),

@@ -6,13 +6,16 @@ in and out are NumPy arrays of one of `dtypes` (bfloat16 is `ml_dtypes.bfloat16`
 converts. Letters: m tokens, k inputs, d outputs, r rank; a size may be 0 but for r, d and k >= 1.
 
     name: str                                            # of the report; default: the class's name
-    dtypes: tuple[str, ...] = ("float32",)               # of "float64", "float32", "bfloat16", and
-                                                         # "complex128" (forward only: complex step)
+    dtypes: tuple[str, ...] = ("float32",)               # of "float64", "float32", "bfloat16",
+                     "float16", and "complex128" (forward only: complex step)
     file_format: str = ""                                # "peft" if save and load use PEFT's layout
     thread_safe: bool = False                            # several threads at once may call it
     bitwise: bool = False                                # promises that the bits of a row of a
                      result depend on that row alone: not on the batch, its neighbours or threads
     exact_unmerge: bool = False                          # promises that unmerge gives back each bit
+    bits: bool = False                                   # promises what spec.md marks **bits**
+    attention_options: tuple[str, ...] = ()              # of "window", "interleaved", "scale": the
+                     fields of AttentionShape that attention, decoder and block heed
     precision: str = "fp32"                              # how W is stored and multiplied: "fp32x3",
                      "bf16", "int8" or "int4" as bounds/moves.py says; needs `stored`
 
@@ -37,11 +40,40 @@ converts. Letters: m tokens, k inputs, d outputs, r rank; a size may be 0 but fo
                      lora_alpha, target_modules, use_rslora, rank_pattern, alpha_pattern)
     load(directory, modules) -> {path: (A, B, scale)}        modules: {path: (d, k)}; raises where
                      the files and the modules do not fit each other
-    plan(config, modules) -> {path: (r, alpha, scale)}       raises for what matches nothing
+    plan(config, modules) -> {path: (r, alpha, scale)}       raises for what matches nothing;
+                     modules[path] is None of a module that cannot take LoRA
     attention(x [m,hidden], weights, adapters, shape) -> y [m,hidden]
                      weights: {"q_proj": W, "k_proj", "v_proj", "o_proj"}; adapters: {name: (A, B,
                      scale)} of some of them; shape: AttentionShape
     attention_backward(dy, x, weights, adapters, shape) -> (dx, {name: (dA, dB)})
+    decoder(weights, shape) -> object      shape.lengths is (); weights and shape as in attention
+        .extend(x [m,hidden], runs, adapters) -> y       runs: [(sequence, rows), ...] says whose
+                     new rows lie one behind the other in x; a sequence is an int, new or continued;
+                     a run may have 0 rows. adapters: one {name: (A, B, scale)} for each run
+        .drop(sequence), .truncate(sequence, length)     optional: forgets all, all but the first
+    block(x, weights, adapters, shape, eps) -> y             spec A-1; weights also has gate_proj,
+                     up_proj, down_proj, norm1 [hidden] and norm2, adapters any of the seven
+    backward_mixed(dy, x, W, adapters, rows) -> (dx, [(dA, dB), ...])     of forward_mixed; one pair
+                     for each adapter, zeros where no row uses it
+    bias_forward(x, W, A, B, bias_B, scale, bias=None) -> y  with lora_bias: bias_B [d] is B's
+    bias_backward(dy, x, W, A, B, bias_B, scale) -> (dx, dA, dB, dbias_B)
+    bias_merge(W, bias, A, B, bias_B, scale) -> (W', bias')  bias [d] or None; bias' [d]
+    bias_mixed(x, W, adapters, rows, bias=None) -> y         adapters: list of (A, B, bias_B, scale)
+    bias_stacked(x, W, adapters, bias=None) -> y             the same, all on
+    embedding_forward(ids [m], W [vocab,hidden], A [r,vocab], B [hidden,r], scale) -> y [m,hidden]
+    embedding_backward(dy, ids, W, A, B, scale) -> (dA, dB)
+    embedding_merge(W, A, B, scale) -> W'
+    embedding_init(vocab, hidden, r, seed, random) -> (A, B) random: init_lora_weights=False
+    dropout_mask(shape, p, seed, path, step, row0=0) -> kept [m,k] bool   of a module, from 1 on
+                     counted step, and where the rows start in the whole batch
+    rms_norm(x, w, eps) -> y
+    swiglu(gate, up) -> y;  swiglu_backward(dy, gate, up) -> (dgate, dup)
+    rope(x [m,heads*D], position [m], head_dim, theta, layout, inverse) -> y
+    cross_entropy(logits, labels) -> (nll [m], dlogits)      -100: not counted; of the mean
+    adamw(p, g, m, v, settings) -> (p, m, v)                 settings: pylora.types.AdamW
+    clip(grads, limit) -> grads                              a list of arrays
+    adapter_step(params, grads, lr, weight_decay, lora_plus_ratio) -> params     the first step of
+                     AdamW of {"A": ..., "B": ..., "bias": bias_B}; the usual betas and eps
     set_num_threads(n)
 
 A seed is 0 .. 2⁶⁴ - 1; one that is not taken in full, from 2³¹ on, must be refused, not cut off.
@@ -67,8 +99,9 @@ LoraTriple = tuple[Array, Array, float]  # (A [r,k], B [d,r], scale)
 class AttentionShape:
     """Causal attention over sequences that lie one behind the other in the rows of x.
 
-    Rotary embedding in the half-split layout, position 0 at each sequence's first row; scores are
-    scaled by 1 / sqrt(head_dim). heads % kv_heads == 0; sum(lengths) == m.
+    Rotary embedding, position 0 at each sequence's first row. heads % kv_heads == 0; head_dim is
+    even; sum(lengths) == m. The last three are at their defaults unless `attention_options` of the
+    implementation names them.
     """
 
     heads: int
@@ -76,6 +109,9 @@ class AttentionShape:
     head_dim: int
     lengths: tuple[int, ...]
     rope_theta: float = 10000.0
+    window: int = 0  # of the keys up to its own a token sees the last so many; 0: all
+    rope_layout: str = "half"  # or "interleaved"
+    scale: float | None = None  # of the scores, > 0; None: 1 / sqrt(head_dim)
 
 
 class Implementation(Protocol):
@@ -117,19 +153,43 @@ METHODS = (
     "plan",
     "attention",
     "attention_backward",
+    "decoder",
+    "block",
+    "backward_mixed",
+    "bias_forward",
+    "bias_backward",
+    "bias_merge",
+    "bias_mixed",
+    "bias_stacked",
+    "embedding_forward",
+    "embedding_backward",
+    "embedding_merge",
+    "embedding_init",
+    "dropout_mask",
+    "rms_norm",
+    "swiglu",
+    "swiglu_backward",
+    "rope",
+    "cross_entropy",
+    "adamw",
+    "clip",
+    "adapter_step",
     "set_num_threads",
 )
-PROMISES = ("thread_safe", "bitwise", "exact_unmerge")
-DTYPES = ("float32", "float64", "bfloat16", "complex128")
+PROMISES = ("thread_safe", "bitwise", "exact_unmerge", "bits")
+DTYPES = ("float32", "float64", "bfloat16", "float16", "complex128")
+ATTENTION_OPTIONS = ("window", "interleaved", "scale")
 
 
 def capabilities(implementation: Any) -> frozenset[str]:
     """The names in METHODS that it has, "float64" and the like for each of its dtypes, "peft_files"
-    where it reads and writes PEFT's files, and each of PROMISES that it makes."""
+    where it reads and writes PEFT's files, "attention_window" and the like for its attention's
+    options, and each of PROMISES that it makes."""
     found = {name for name in METHODS if callable(getattr(implementation, name, None))}
     found |= {str(d) for d in getattr(implementation, "dtypes", ("float32",))}
     if getattr(implementation, "file_format", "") == "peft":
         found.add("peft_files")
+    found |= {f"attention_{o}" for o in getattr(implementation, "attention_options", ())}
     found |= {p for p in PROMISES if getattr(implementation, p, False) is True}
     return frozenset(found)
 
@@ -195,6 +255,10 @@ def problems_of(implementation: Any) -> list[str]:
     for dtype in dtypes:
         if dtype not in DTYPES:
             said.append(f"dtypes names {dtype!r}; known are {', '.join(DTYPES)}")
+    for option in getattr(implementation, "attention_options", ()):
+        if option not in ATTENTION_OPTIONS:
+            known = ", ".join(ATTENTION_OPTIONS)
+            said.append(f"attention_options names {option!r}; known are {known}")
     precision = precision_of(implementation)
     if precision not in PRECISIONS:
         said.append(f"precision is {precision!r}; known are {', '.join(PRECISIONS)}")

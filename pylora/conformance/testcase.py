@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pylora.conformance import tracing
+from pylora.conformance import forms, tracing
 from pylora.conformance.bounds import moves
 from pylora.conformance.protocol import METHODS, precision_of
 from pylora.conformance.tracing import plain, values
@@ -135,7 +135,7 @@ class Trial:
         if variable == "implementation":
             check_form(method, given, result)
         _inputs_kept(call, given)
-        if method == "module":
+        if method in ("module", "decoder"):
             return ModuleTrial(self, result, call.name)
         call.traced = tracing.result(result, call, self.writes)
         return call.traced
@@ -275,7 +275,7 @@ class Trial:
 
 
 class ModuleTrial:
-    """A module of the implementation, its calls remembered like the implementation's own."""
+    """A module or a decoder of the implementation, its calls remembered like the others."""
 
     def __init__(self, trial: Trial, module: Any, name: str) -> None:
         self._trial, self._module, self._name = trial, module, name
@@ -293,7 +293,7 @@ class ModuleTrial:
 
     def __getattr__(self, method: str) -> Any:
         if not self.has(method):
-            raise NotTested(f"the module has no {method}()")
+            raise NotTested(f"the object has no {method}()")
         return lambda *arguments: self._trial.call(self._module, self._name, method, arguments)
 
 
@@ -406,3 +406,22 @@ def check_form(method: str, args: tuple[Any, ...], result: Any) -> None:
         for need in ("forward", "attach", "detach"):
             if not callable(getattr(result, need, None)):
                 raise Broken(f"the module has no method {need}")
+    elif method == "decoder":
+        if not callable(getattr(result, "extend", None)):
+            raise Broken("the decoder has no method extend")
+    else:
+        _form(f"the result of {method}", forms.form(method, args), result)
+
+
+def _form(what: str, form: Any, result: Any) -> None:
+    """Broken unless the result has this form; see forms.py."""
+    if isinstance(form, forms.Form):
+        _array(what, result, form.shape, form.dtype)
+    elif isinstance(form, (tuple, list)):
+        for i, (part, one) in enumerate(zip(_tuple(what, result, len(form)), form)):
+            _form(f"element {i} of {what}", one, part)
+    elif isinstance(form, dict):
+        if not isinstance(result, Mapping) or set(result) != set(form):
+            raise Broken(f"{what} must be a dict of {', '.join(form)}")
+        for name, one in form.items():
+            _form(f"{name!r} of {what}", one, result[name])

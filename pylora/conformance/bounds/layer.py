@@ -11,6 +11,10 @@ bfloat16: sums are accumulated in float32 or wider (the n above) and each interm
 stored in bfloat16 (a second, small count). "Exact" is the oracle in float64, or for float64 in
 `numpy.longdouble`, whose own gamma_n is added. No number here is tuned.
 
+float16 as bfloat16, and it ends at 65504: where the magnitudes that are summed reach that, or those
+of a product that may be stored on the way, the bound is infinite (spec H-3 says what holds there).
+Its subnormal numbers are numbers (H-2): what is stored below 2⁻¹⁴ is off by half of 2⁻²⁴.
+
 `precision`: what an implementation whose weights are stored in fewer bits rounds of the products'
 other factors (moves.py); W is the stored weight.
 """
@@ -25,7 +29,9 @@ from pylora.conformance.bounds import moves
 from pylora.conformance.bounds.ops import gamma, tiny, unit
 from pylora.types import Array
 
-STORED = {"forward": 5, "gradient": 6}  # intermediate results that may be stored in bfloat16
+STORED = {"forward": 5, "gradient": 6}  # intermediate results that may be stored in 16 bits
+NARROW = {"bfloat16": "bf16", "float16": "f16"}  # dtypes whose sums are accumulated in float32
+LARGEST = 65504.0  # of float16
 
 
 def kind(a: Array) -> str:
@@ -41,9 +47,9 @@ def wide(a: Array) -> Array:
 
 
 def relative(n: int, dtype: str, stored: int = 0) -> float:
-    """gamma_n of the accumulating dtype, of `stored` roundings to bfloat16, and of the oracle."""
-    if dtype == "bfloat16":
-        a, b = gamma(n, "f32"), gamma(stored, "bf16")
+    """gamma_n of the accumulating dtype, of `stored` roundings to 16 bits, and of the oracle."""
+    if dtype in NARROW:
+        a, b = gamma(n, "f32"), gamma(stored, NARROW[dtype])
         return a + b + a * b + gamma(n, np.float64)
     if dtype == "float32":
         return gamma(n, np.float32) + gamma(n, np.float64)
@@ -51,7 +57,9 @@ def relative(n: int, dtype: str, stored: int = 0) -> float:
 
 
 def smallest(dtype: str) -> float:
-    """The smallest normal number; bfloat16 has float32's."""
+    """The smallest normal number; bfloat16 has float32's, of float16 it is the smallest of all."""
+    if dtype == "float16":
+        return 2.0**-24
     return tiny(np.float64 if dtype in ("float64", "complex128") else np.float32)
 
 
@@ -76,7 +84,25 @@ def chain(X: Array, Y: Array, Z: Array, s: float, dtype: str) -> tuple[Array, Ar
     right = s * (X @ _floor(Y, Z, dtype) + _floor(X, YZ, dtype))
     scaled = t * (1 + s) * (X.sum(axis=1)[:, None] + 1) * (Z.sum(axis=0)[None, :] + 1)
     inner = t * (1 + s) * (np.ones_like(X) @ YZ + XY @ np.ones_like(Z))
-    return s * (XY @ Z), left + right + scaled + inner + t * (1 + s)
+    low = left + right + scaled + inner + t * (1 + s)
+    if dtype == "float16":  # what may be stored on the way, with the scale or without it
+        rows, columns = (
+            _beyond(max(1.0, s) * np.hstack([X, XY]), 1),
+            _beyond(max(1.0, s) * np.vstack([Z, YZ]), 0),
+        )
+        low = low + rows + columns
+    return s * (XY @ Z), low
+
+
+def _beyond(a: Array, axis: int) -> Array:
+    """Infinity for each row or column that has an element beyond float16's largest, else 0."""
+    top = a.max(axis=axis, keepdims=True, initial=0.0)
+    return np.where(top >= LARGEST, np.inf, 0.0)
+
+
+def ends(bound: Array, size: Array, dtype: str) -> Array:
+    """The bound, infinite where the magnitudes `size` reach what the dtype ends at."""
+    return np.where(size >= LARGEST, np.inf, bound) if dtype == "float16" else bound
 
 
 def forward(
@@ -109,7 +135,8 @@ def forward(
         term, low = chain(X + Em, (Aa + Ea).T, Bt, s, dtype)
         off = off + abs(float(s)) * ((Em @ (Aa + Ea).T + X @ Ea.T) @ Bt)
         total, floor = total + term, floor + low
-    return relative(n, dtype, STORED["forward"] + len(adapters) + stored) * total + floor + off
+    bound = relative(n, dtype, STORED["forward"] + len(adapters) + stored) * total + floor + off
+    return ends(bound, total, dtype)
 
 
 def _moved(a: Array, dtype: str, precision: str) -> tuple[Array, Array]:
@@ -143,12 +170,13 @@ def backward(
     # Of the adapter's factors: dy, x, B in g and A in h, each as it may be moved.
     Dm, Xm, Bm, Am = (a + _moved(a, dtype, precision)[1] for a in (D, X, Ba, Aa))
     through, low = chain(Dm, Bm, Aa, scale, dtype)
-    dx = relative(d + r + 4 + extra, dtype, stored) * (Dw @ _abs(W) + through)
-    dx = dx + low + _floor(Dw, _abs(W), dtype)
+    size = Dw @ _abs(W) + through
+    dx = relative(d + r + 4 + extra, dtype, stored) * size
+    dx = ends(dx + low + _floor(Dw, _abs(W), dtype), size, dtype)
     mag_A, low_A = chain(Bm.T, Dm.T, Xm, scale, dtype)
     mag_B, low_B = chain(Dm.T, Xm, Am.T, scale, dtype)
-    dA = relative(d + m + 4 + extra, dtype, stored) * mag_A + low_A
-    dB = relative(m + k + 4 + extra, dtype, stored) * mag_B + low_B
+    dA = ends(relative(d + m + 4 + extra, dtype, stored) * mag_A + low_A, mag_A, dtype)
+    dB = ends(relative(m + k + 4 + extra, dtype, stored) * mag_B + low_B, mag_B, dtype)
     if precision == "fp32":
         return dx, dA, dB
     dx = dx + (Dw - D) @ _abs(W) + (through - s * (D @ Ba @ Aa))
@@ -157,17 +185,18 @@ def backward(
 
 def merged(W: Array, A: Array, B: Array, scale: float) -> Array:
     """Of W' = W + s B A: n = r + 4 roundings, in which W may take part (one accumulator); to
-    bfloat16 the sum is rounded once and the update not before (spec M-1)."""
+    16 bits the sum is rounded once and the update not before (spec M-1)."""
     dtype, r, s = kind(W), A.shape[0], abs(float(scale))
+    summed = "float32" if dtype in NARROW else dtype
     delta = s * (_abs(B) @ _abs(A))
-    low = s * _floor(_abs(B), _abs(A), dtype) + 2 * smallest(dtype) * (
+    low = s * _floor(_abs(B), _abs(A), summed) + 2 * smallest(summed) * (
         2 + s + _abs(B).sum(axis=1)[:, None] + _abs(A).sum(axis=0)[None, :]
     )
-    narrow = dtype == "bfloat16"
-    off = relative(r + 4, "float32" if narrow else dtype) * (_abs(W) + delta) + low
-    if narrow:
+    off = relative(r + 4, summed) * (_abs(W) + delta) + low
+    if dtype in NARROW:
         exact = np.abs(wide(W) + float(scale) * (wide(B) @ wide(A)))
-        off = off + unit("bf16") * (exact + off)
+        off = off + unit(NARROW[dtype]) * (exact + off)
+        off = ends(off + (2.0**-25 if dtype == "float16" else 0.0), exact + off, dtype)
     return np.asarray(off)
 
 
@@ -176,10 +205,13 @@ def unmerged(W: Array, A: Array, B: Array, scale: float) -> Array:
     once, s = merged(W, A, B, scale), abs(float(scale))
     size = _abs(W) + s * (_abs(B) @ _abs(A)) + once
     dtype = kind(W)
-    again = relative(A.shape[0] + 4, "float32" if dtype == "bfloat16" else dtype)
+    again = relative(A.shape[0] + 4, "float32" if dtype in NARROW else dtype)
+    if dtype not in NARROW:
+        return 2 * once + again * 2 * size
     # s B A is at most the size of W + s B A, W' too.
-    stored = unit("bf16") * (_abs(W) + 2 * once) if dtype == "bfloat16" else 0.0
-    return 2 * once + again * 2 * size + stored
+    stored = unit(NARROW[dtype]) * (_abs(W) + 2 * once)
+    stored = stored + (2.0**-25 if dtype == "float16" else 0.0)
+    return ends(2 * once + again * 2 * size + stored, size, dtype)
 
 
 def merged_forward(

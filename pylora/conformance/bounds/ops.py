@@ -20,6 +20,7 @@ is the absolute error that an underflow adds.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -34,19 +35,24 @@ DROP = 3  # 1 - p, its reciprocal, and the product with x
 SCALE = 2  # the scale rounded to dtype, and the product with it
 
 
+@cache
 def unit(dtype: Any = np.float32) -> float:
     """u, the unit roundoff of round to nearest: half the distance from 1 to the next number.
 
     `dtype` is anything NumPy takes, or "f32", "f16", "bf16", "f64".
     """
     names = {"f64": 2.0**-53, "f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-8}
-    if isinstance(dtype, str) and dtype in names:
-        return names[dtype]
+    names["bfloat16"] = names["bf16"]
+    if str(dtype) in names:
+        return names[str(dtype)]
     return float(np.finfo(dtype).eps) / 2
 
 
 def tiny(dtype: Any = np.float32) -> float:
-    """What an underflow may add: the smallest normal number, should subnormals be flushed."""
+    """What an underflow may add: the smallest normal number, should subnormals be flushed; those
+    of float16 may not be (spec H-2)."""
+    if str(dtype) in ("bfloat16", "float16"):
+        return 2.0**-24 if str(dtype) == "float16" else 2.0**-126
     return float(np.finfo(dtype).tiny)
 
 

@@ -4,10 +4,13 @@
 in unit roundoff u may be from it (Higham, "Accuracy and Stability of Numerical Algorithms", 2nd
 ed., sect. 3.3; the error of a sum of n terms in any order is gamma_n of the magnitudes, 3.5). It is
 used where a chain of operations is too long to count by hand: the attention block and its backward.
+
+In bfloat16 and float16 sums are accumulated in float32 and each result is stored in 16 bits.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,12 +26,16 @@ class Running:
 
     def __init__(self, value: Any, error: Any = 0.0, dtype: Any = np.float32) -> None:
         self.value = np.asarray(value, np.float64)
-        self.error = np.broadcast_to(np.asarray(error, np.float64), self.value.shape)
+        error = np.asarray(error, np.float64)
+        same = error.shape == self.value.shape
+        self.error = error if same else np.broadcast_to(error, self.value.shape)
         self.dtype = dtype
-        self.u, self.tiny = unit(dtype), tiny(dtype)
+        self.u, self.tiny, self.narrow = _of_dtype(dtype)
+        self.sums = np.float32 if self.narrow else dtype  # what sums are accumulated in
 
     def _of(self, value: Array, error: Array, roundings: float = 1) -> Running:
-        rounding = gamma(roundings, self.dtype) * (np.abs(value) + error) + self.tiny
+        relative = gamma(roundings, self.sums) + (gamma(1, self.dtype) if self.narrow else 0.0)
+        rounding = relative * (np.abs(value) + error) + self.tiny
         return Running(value, error + rounding, self.dtype)
 
     def _other(self, other: Any) -> Running:
@@ -52,8 +59,8 @@ class Running:
         a, b, n = np.abs(self.value), np.abs(o.value), self.value.shape[-1]
         error = a @ o.error + self.error @ (b + o.error)
         size = (a + self.error) @ (b + o.error)
-        error = error + gamma(max(n, 1), self.dtype) * size + 2 * n * self.tiny
-        return Running(self.value @ o.value, error, self.dtype)
+        error = error + gamma(max(n, 1), self.sums) * size + 2 * n * self.tiny
+        return self._stored(self.value @ o.value, error)
 
     def exp(self) -> Running:
         """exp of a value <= 0 (or near it): a factor exp(±error), and the function's own error."""
@@ -65,8 +72,12 @@ class Running:
         n = self.value.shape[-1]
         value = self.value.sum(axis=-1, keepdims=True)
         size = (np.abs(self.value) + self.error).sum(axis=-1, keepdims=True)
-        error = self.error.sum(axis=-1, keepdims=True) + gamma(n, self.dtype) * size
-        return Running(value, error + n * self.tiny, self.dtype)
+        error = self.error.sum(axis=-1, keepdims=True) + gamma(n, self.sums) * size
+        return self._stored(value, error + n * self.tiny)
+
+    def _stored(self, value: Array, error: Array) -> Running:
+        """A sum as it is stored: rounded once more where the dtype is narrower than the sum."""
+        return self._of(value, error, 0) if self.narrow else Running(value, error, self.dtype)
 
     def softmax(self) -> Running:
         """Over the last axis, of values of which the largest is 0.
@@ -98,6 +109,12 @@ class Running:
         """The last two axes exchanged."""
         value, error = np.swapaxes(self.value, -1, -2), np.swapaxes(self.error, -1, -2)
         return Running(value, error, self.dtype)
+
+
+@cache
+def _of_dtype(dtype: Any) -> tuple[float, float, bool]:
+    """u, the smallest normal number, and whether sums are wider."""
+    return unit(dtype), tiny(dtype), str(dtype) in ("bfloat16", "float16")
 
 
 def join(parts: list[Running], axis: int) -> Running:

@@ -15,30 +15,32 @@ import numpy as np
 from pylora.adapters.adapter import Adapter
 from pylora.adapters.loraconfig import LoraConfig
 from pylora.adapters.plan import resolve
-from pylora.conformance.protocol import AttentionShape, LoraTriple
+from pylora.conformance.correct.adapted import Adapted
+from pylora.conformance.correct.attending import Attending
+from pylora.conformance.correct.base import by_adapter
+from pylora.conformance.correct.training import Training
+from pylora.conformance.protocol import LoraTriple
 from pylora.model.config import ModuleSpec
 from pylora.numbers import random
-from pylora.reference import Reference
-from pylora.types import Array, Attn, Drop, LoRA, Seqs
+from pylora.types import Array, Drop, LoRA
 
 Batch = tuple[Array, Array, Array]  # (x [m,k], target [m,d], counted [m] bool)
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-class Correct:
+class Correct(Adapted, Attending, Training):
     """Every capability. Subclass it and override one method to make a wrong implementation.
 
-    bfloat16 is computed in float32 and rounded once; merges of it too.
+    bfloat16 and float16 are computed in float32 and rounded once; merges of them too.
     """
 
     name = "pylora reference"
-    dtypes: tuple[str, ...] = ("float32", "float64", "bfloat16", "complex128")
+    dtypes: tuple[str, ...] = ("float32", "float64", "bfloat16", "float16", "complex128")
     file_format = "peft"
     thread_safe = True
     bitwise = True
     exact_unmerge = True
     init_methods = ("kaiming", "gaussian", "false")
-    ops = Reference()
+    bits = True
 
     # ---- one adapter --------------------------------------------------------------------------
 
@@ -132,7 +134,7 @@ class Correct:
             lost = np.flatnonzero(~same_bits(merged - scale * (B @ A), W))
             return merged, (lost, W.reshape(-1)[lost])
         lora, dtype = LoRA(self.widen(A), self.widen(B), scale), self.file_dtype(W)
-        merged, residue = self.ops.merge(self.bits(W), lora, dtype)
+        merged, residue = self.ops.merge(self.as_bits(W), lora, dtype)
         return merged.view(W.dtype), residue
 
     def unmerge(self, W: Array, A: Array, B: Array, scale: float, state: Any = None) -> Array:
@@ -142,7 +144,7 @@ class Correct:
                 back.reshape(-1)[state[0]] = state[1]
             return back
         lora, dtype = LoRA(self.widen(A), self.widen(B), scale), self.file_dtype(W)
-        return self.ops.unmerge(self.bits(W), lora, state, dtype).view(W.dtype)
+        return self.ops.unmerge(self.as_bits(W), lora, state, dtype).view(W.dtype)
 
     # ---- several adapters ---------------------------------------------------------------------
 
@@ -170,8 +172,7 @@ class Correct:
         bias: Array | None = None,
     ) -> Array:
         y = np.empty((x.shape[0], W.shape[0]), x.dtype)
-        for i in sorted({int(row) for row in rows}):
-            mine = np.asarray(rows) == i
+        for i, mine in by_adapter(rows, len(adapters)).items():
             xi = x[mine]
             y[mine] = self.base(xi, W, bias) if i < 0 else self.forward(xi, W, *adapters[i], bias)
         return y
@@ -200,116 +201,15 @@ class Correct:
         return {e.path: (e.r, e.alpha, e.scale) for e in plan}
 
     def _specs(self, modules: Mapping[str, tuple[int, int]]) -> dict[str, ModuleSpec]:
-        return {path: ModuleSpec("linear", d, k) for path, (d, k) in modules.items()}
+        """The linear ones; what cannot take LoRA is None in the protocol."""
+        return {path: ModuleSpec("linear", *s) for path, s in modules.items() if s is not None}
 
     def _resolve(self, config: dict[str, Any], modules: Mapping[str, tuple[int, int]]) -> Any:
         lora = LoraConfig.from_dict(config)
         return lora, resolve(lora, self._specs(modules))
 
-    # ---- attention ----------------------------------------------------------------------------
-
-    def attention(
-        self,
-        x: Array,
-        weights: Mapping[str, Array],
-        adapters: Mapping[str, LoraTriple],
-        shape: AttentionShape,
-    ) -> Array:
-        return self._attend(*self._wide(x, weights, adapters), shape)[0].astype(x.dtype)
-
-    def _wide(
-        self, x: Array, weights: Mapping[str, Array], adapters: Mapping[str, LoraTriple]
-    ) -> tuple[Array, dict[str, Array], dict[str, LoraTriple]]:
-        """bfloat16 as float32: the block is computed in that, and only its results are rounded."""
-        wide = {
-            name: W if not hasattr(W, "dtype") else self.widen(W) for name, W in weights.items()
-        }
-        low = {name: (self.widen(A), self.widen(B), s) for name, (A, B, s) in adapters.items()}
-        return self.widen(x), wide, low
-
-    def attention_backward(
-        self,
-        dy: Array,
-        x: Array,
-        weights: Mapping[str, Array],
-        adapters: Mapping[str, LoraTriple],
-        shape: AttentionShape,
-    ) -> tuple[Array, dict[str, tuple[Array, Array]]]:
-        dtype, dy = x.dtype, self.widen(dy)
-        x, weights, adapters = self._wide(x, weights, adapters)
-        ops, loras = self.ops, {name: LoRA(*a) for name, a in adapters.items()}
-        _, (q, k, v, o, lse, h, seqs, attn, cos, sin, position) = self._attend(
-            x, weights, adapters, shape
-        )
-        grads: dict[str, tuple[Array, Array]] = {}
-
-        def back(name: str, g: Array, inp: Array) -> Array:
-            found: Any = ops.lora_backward(g, inp, h[name], weights[name], loras.get(name))
-            dx, dA, dB = found
-            if name in loras:
-                grads[name] = dA.astype(dtype), dB.astype(dtype)
-            return np.asarray(dx)
-
-        do = back("o_proj", dy, o)
-        dq, dk, dv = ops.attention_backward(do, q, k, v, o, lse, seqs, attn)
-        dq = ops.rope(dq, cos, sin, position, attn.head_dim, inverse=True)
-        dk = ops.rope(dk, cos, sin, position, attn.head_dim, inverse=True)
-        dx = back("q_proj", dq, x) + back("k_proj", dk, x) + back("v_proj", dv, x)
-        return dx.astype(dtype), grads
-
-    def _attend(
-        self,
-        x: Array,
-        weights: Mapping[str, Array],
-        adapters: Mapping[str, LoraTriple],
-        shape: AttentionShape,
-    ) -> tuple[Array, Any]:
-        """The output, and what backward needs."""
-        ops, D, h = self.ops, shape.head_dim, {}
-
-        def project(name: str, inp: Array) -> Array:
-            out, h[name] = self._project(name, inp, weights, adapters)
-            return out
-
-        position = self._positions(shape)
-        angle = shape.rope_theta ** (-np.arange(0, D, 2) / D)
-        table = np.outer(np.arange(position.max(initial=-1) + 1), angle)
-        cos, sin = np.cos(table).astype(x.dtype), np.sin(table).astype(x.dtype)
-        seqs, attn = Seqs.of(shape.lengths), Attn(shape.heads, shape.kv_heads, D, D**-0.5)
-        q = ops.rope(project("q_proj", x), cos, sin, position, D)
-        k = ops.rope(project("k_proj", x), cos, sin, position, D)
-        v = project("v_proj", x)
-        o, lse = ops.attention_forward(q, k, v, seqs, attn)
-        return project("o_proj", o), (q, k, v, o, lse, h, seqs, attn, cos, sin, position)
-
-    def _project(
-        self, name: str, x: Array, weights: Mapping[str, Array], adapters: Mapping[str, LoraTriple]
-    ) -> tuple[Array, Array | None]:
-        """One of the four projections, with its adapter if it has one; and h."""
-        lora = LoRA(*adapters[name]) if name in adapters else None
-        return self.ops.lora_forward(x, weights[name], None, lora)
-
-    def _positions(self, shape: AttentionShape) -> Array:
-        """Each row's position in its sequence."""
-        return np.concatenate([np.arange(n) for n in (0, *shape.lengths)]).astype(np.int64)
-
     def set_num_threads(self, n: int) -> None:
         """NumPy's products of one row have no threads to set."""
-
-    # ---- dtypes -------------------------------------------------------------------------------
-
-    def widen(self, a: Array | None) -> Any:
-        """bfloat16 as float32; contiguous, since NumPy's products depend on the layout."""
-        if a is None:
-            return None
-        return np.ascontiguousarray(a.astype(np.float32) if a.dtype.itemsize == 2 else a)
-
-    def file_dtype(self, W: Array) -> str:
-        return "bf16" if W.dtype.itemsize == 2 else "f32"
-
-    def bits(self, W: Array) -> Array:
-        """W itself, or the uint16 bits of a bfloat16 array."""
-        return np.ascontiguousarray(W).view(np.uint16) if W.dtype.itemsize == 2 else W
 
 
 def same_bits(a: Array, b: Array) -> Array:

@@ -22,7 +22,7 @@ def _block(t: Trial, p: Problem) -> Block:
 def _forward(t: Trial, p: Problem) -> None:
     y = t.attention(p.x, p.weights, p.adapters, p.shape)
     want = _block(t, p).forward(p.x)
-    t.expect("y", y, want.value, _twice_if_64(p) * want.error)
+    t.expect("y", y, want.value, within(p) * want.error)
 
 
 def _backward(t: Trial, p: Problem) -> None:
@@ -30,7 +30,7 @@ def _backward(t: Trial, p: Problem) -> None:
     block = _block(t, p)
     block.forward(p.x)
     want, wants = block.backward(p.dy)
-    twice = _twice_if_64(p)
+    twice = within(p)
     t.expect("dx", dx, want.value, twice * want.error)
     for name, pair in wants.items():
         for letter, got, w in zip("AB", grads[name], pair):
@@ -42,8 +42,8 @@ def _both(t: Trial, p: Problem) -> None:
     _backward(t, p)
 
 
-def _twice_if_64(p: Problem) -> float:
-    """What is exact here is computed in float64, and is then off by as much itself."""
+def within(p: Problem) -> float:
+    """Of how much of its bound: what is exact here is computed in float64, and is off itself."""
     return 2.0 if p.x.dtype == np.float64 else 1.0 + 2.0**-20
 
 

@@ -21,6 +21,8 @@ ODD = (float("nan"), float("inf"), float("-inf"))
 ALL = slice(None)
 NAMES = ("dx", "dA", "dB")
 
+WIDE = tuple(d for d in DTYPES if d != "float16")  # float16's end is laws/edges.py's
+
 
 def poisoned(*names: str) -> Any:
     """Exact problems, one of whose arrays gets an odd number at a drawn place; as a function of
@@ -206,7 +208,7 @@ def _hardly_zero(t: Trial, p: Problem) -> None:
 
 def _tiny_B(t: Trial, p: Problem) -> None:
     """B is far below 1, and x above as much: what is tiny is not zero."""
-    down = {"float64": -500, "float32": -60, "bfloat16": -60}[str(p.x.dtype)]
+    down = {"float64": -500, "float32": -60, "bfloat16": -60, "float16": -10}[str(p.x.dtype)]
     tiny, huge = np.ldexp(1.0, down), np.ldexp(1.0, -down)
     B = (p.B.astype(np.float64) * tiny).astype(p.B.dtype)
     A = (p.A.astype(np.float64) * huge).astype(p.A.dtype)
@@ -416,7 +418,7 @@ LAWS = (
         large_numbers,
         _large,
         (),
-        dtypes=DTYPES,
+        dtypes=WIDE,
     ),
     Law(
         "V10",
@@ -428,6 +430,6 @@ LAWS = (
         large_numbers,
         _large_merge,
         (),
-        dtypes=DTYPES,
+        dtypes=WIDE,
     ),
 )

@@ -172,7 +172,7 @@ def _of_seed_alone(t: Trial, p: Problem) -> None:
         ("negative x", -np.ones(p.shape), 1.0),
         ("random x", rng.normal(size=p.shape), -2.0),
         ("growing x", np.arange(1.0, m * k + 1).reshape(m, k), 0.5),
-        ("large x", np.full(p.shape, 2.0**60), 1.0),
+        ("large x", np.full(p.shape, 2.0 ** (10 if p.dtype == "float16" else 60)), 1.0),
         ("small x", np.full(p.shape, 2.0**-60), 1.0),
         ("x of single elements", np.where(rng.random(p.shape) < 0.1, 1.0, 0.0), 1.0),
     ):

@@ -29,7 +29,7 @@ SCALES = (1.0, 2.0, 0.5, -1.0, 0.0, 16.0, -0.375, 1 / 3, 2.8284271247461903, 1e-
 EXACT_SCALES = (1.0, 2.0, 0.5, -1.0, 0.0, -2.0, 0.25, 4.0)
 # Kinds of elements. "ones" makes all roundings go the same way; "wide" spreads over 40 powers of 2.
 KINDS = ("normal", "integers", "ones", "wide", "zeros", "tiny", "subnormal", "huge", "positive")
-DTYPES = ("float32", "float64", "bfloat16")  # each law of a layer runs in all of them
+DTYPES = ("float32", "float64", "bfloat16", "float16")  # each law of a layer runs in all of them
 FINE = 2.0**-26  # a step beside which an integer needs more digits than float32 has
 
 
@@ -49,15 +49,16 @@ def elements(rng: np.random.Generator, shape: tuple[int, ...], kind: str, dtype:
     else:
         a = rng.normal(size=shape)
     if kind == "wide":
-        a = a * 2.0 ** rng.integers(-20, 21, shape)
+        spread = 3 if dtype == "float16" else 20
+        a = a * 2.0 ** rng.integers(-spread, spread + 1, shape)
     elif kind == "zeros":
         a = np.where(rng.random(shape) < 0.6, np.where(rng.random(shape) < 0.5, 0.0, -0.0), a)
     elif kind == "tiny":
-        a = a * 2.0 ** (-300 if dtype == "float64" else -48)
+        a = a * 2.0 ** {"float64": -300, "float16": -8}.get(dtype, -48)
     elif kind == "subnormal":
-        a = a * (2.0**-1024 if dtype == "float64" else 2.0**-128)
+        a = a * 2.0 ** {"float64": -1024, "float16": -16}.get(dtype, -128)
     elif kind == "huge":
-        a = a * 2.0**24
+        a = a * 2.0 ** {"float16": 3}.get(dtype, 24)
     return a.astype(np_dtype(dtype))
 
 
