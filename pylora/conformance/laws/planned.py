@@ -218,7 +218,7 @@ def _law(
     id: str, sentence: str, maths: str, violation: str, spec: tuple[str, ...], check: Any
 ) -> Law:
     cost = {_agrees: 4, _refuses: 10, _numbers: 10, _settings: 10}.get(check, 3)
-    covering = {_agrees: systematic, _refuses: _refused}.get(check)
+    covering: Any = {_agrees: systematic, _refuses: _refused}.get(check)
     return Law(
         id, sentence, maths, violation, spec, ("plan",), trees, check, (), cost=cost,
         covering=covering,
