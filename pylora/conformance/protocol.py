@@ -111,7 +111,7 @@ class AttentionShape:
     rope_theta: float = 10000.0
     window: int = 0  # of the keys up to its own a token sees the last so many; 0: all
     rope_layout: str = "half"  # or "interleaved"
-    scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim)
+    scale: float | None = None  # of the scores, > 0; None: 1 / sqrt(head_dim)
 
 
 class Implementation(Protocol):

@@ -73,7 +73,8 @@ class Correct(Adapted, Attending, Training):
         dA, dB = np.zeros(A.shape, wide), np.zeros(B.shape, wide)
         for x, target, counted in batches:
             weight = np.where(counted, 1 / max(total, 1), 0).astype(x.dtype)
-            dy = (self.forward(x, W, A, B, scale) - target) * weight[:, None]
+            off = self.forward(x, W, A, B, scale) - target
+            dy = np.where(counted[:, None], off, off.dtype.type(0)) * weight[:, None]
             _, gA, gB = self.backward(dy, x, W, A, B, scale)[:3]
             dA, dB = dA + gA, dB + gB
         return dA.astype(A.dtype), dB.astype(B.dtype)

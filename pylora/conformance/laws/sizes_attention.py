@@ -63,8 +63,8 @@ LAWS = (
     Law(
         "F15",
         "No size is a limit to attention.",
-        "as A1: positions to 4097, sequences to 1539, heads, heads of a group, key heads to 387, "
-        "sizes of a head to 770, inputs and rank to 6147, around the limits of F12",
+        "as A1: positions to 4097, sequences to 6147, heads, heads of a group, key heads, size of a "
+        "head, inputs and rank to 98307, around the limits of F12",
         "a kernel for a usual head or a usual length is used for others",
         ("L-1", "A-4"),
         ("attention",),
@@ -77,7 +77,7 @@ LAWS = (
     Law(
         "B16",
         "No size is a limit to the gradients of attention.",
-        "as A2, half as far as F15 goes",
+        "as A2, as far as F15 goes, but to 1539 positions, and 6147 elsewhere",
         "as F15, on the way back",
         ("L-1", "A-5"),
         ("attention_backward",),
@@ -85,12 +85,12 @@ LAWS = (
         _backward,
         ("x", "dy"),
         dtypes=DTYPES,
-        covering=lambda dtype, examples: sizes.attentions(dtype, examples, 2),
+        covering=lambda dtype, examples: sizes.attentions(dtype, examples, 4096),
     ),
     Law(
         "B19",
         "No size is a limit to the gradient of a step.",
-        "as O1: rows of a batch to 98307, micro-batches to 1539, k, d and r to 6147",
+        "as O1: rows of a batch, k, d and r to 98307, micro-batches to 6147",
         "rows or batches beyond a limit are left out, or counted otherwise",
         ("L-1", "O-1"),
         ("loss_gradients",),

@@ -15,7 +15,7 @@ from pylora.conformance.testcase import Problem, Trial
 
 PLAN = {"layers": 256, "targets": 64, "patterns": 32, "rank": 65536, "chosen": 128, "depth": 64}
 MANY = {**PLAN, "layers": 1024, "targets": 256, "patterns": 128, "chosen": 1024, "depth": 256}
-FILE = {"modules": 64, "rank": 4096, "k": 65536, "d": 65536, "name": 128}
+FILE = {"modules": 256, "rank": 4096, "k": 65536, "d": 65536, "name": 128}
 
 
 def plan_problem(name: str, n: int) -> Problem:
@@ -108,7 +108,7 @@ LAWS = (
     Law(
         "X15",
         "No size is a limit to a file.",
-        "as K1, with up to 99 modules, rank 6147, k and d 98307, names of 195 letters",
+        "as K1, with up to 387 modules, rank 6147, k and d 98307, names of 195 letters",
         "tensors beyond a number, or elements beyond a size, are not written or not read",
         ("L-1", "K-5"),
         ("save", "load"),

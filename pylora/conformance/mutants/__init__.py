@@ -35,6 +35,7 @@ from pylora.conformance.mutants import (
     randoms,
     readers,
     scales,
+    special,
     streams,
 )
 from pylora.conformance.mutants.registry import REGISTRY, Mutant
@@ -45,6 +46,7 @@ GROUPS = (
     scales,
     linear,
     numerics,
+    special,
     precisions,
     inputs,
     gradients,

@@ -183,7 +183,7 @@ def mixed(dtype: str, examples: int) -> Iterator[Problem]:
     """A mixed batch: its rows, their runs, the adapters, their ranks, k and d."""
     narrow = np_dtype(dtype).itemsize == 2
     tops = {"rank": 65536, "segments": 65536, "rows": 65536, "k": 65536, "d": 65536}
-    for name, top in {**tops, "adapters": 4096, "adapters used": 1024}.items():
+    for name, top in {**tops, "adapters": 4096, "adapters used": 4096}.items():
         for size in walk(examples, top, dtype=dtype):
             yield sized(_mixed_by(dtype, name, False), size)
             if narrow and name in ("rank", "k"):

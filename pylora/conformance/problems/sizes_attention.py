@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 
 from pylora.conformance.problems.layers import np_dtype, st
-from pylora.conformance.problems.sizes import FEW, THOROUGH, edges, sized, walk
+from pylora.conformance.problems.sizes import FEW, LIMITS, THOROUGH, edges, sized, walk
 from pylora.conformance.protocol import AttentionShape
 from pylora.conformance.testcase import Problem
 from pylora.types import Array
@@ -21,16 +21,17 @@ from pylora.types import Array
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 ATTENTION = {
     "length": 1024,
-    "sequences": 1024,
-    "heads": 256,
-    "group": 256,
-    "kv": 256,
-    "head_dim": 512,
-    "hidden": 4096,
-    "rank": 4096,
+    "sequences": 4096,
+    "heads": 65536,
+    "group": 65536,
+    "kv": 65536,
+    "head_dim": 65536,
+    "hidden": 65536,
+    "rank": 65536,
 }
 LONG = (4097,)  # a sequence of which only some rows are looked at: the work grows with the square
-LOSS = {"rows": 65536, "batches": 1024, "k": 4096, "d": 4096, "r": 4096}
+LOSS = {"rows": 65536, "batches": 4096, "k": 65536, "d": 65536, "r": 65536}
+SMALL = 256  # beyond it sizes are walked past each limit only
 
 
 def ends(a: Array, axis: int, narrow: bool) -> Array:
@@ -82,12 +83,15 @@ def attention(dtype: str, name: str, n: int, seed: int = 0) -> Problem:
     return Problem(x=x, dy=dy, weights=weights, adapters=adapters, shape=shape, seed=seed)
 
 
-def attentions(dtype: str, examples: int, scale: int = 1) -> Iterator[Problem]:
-    """Each dimension of ATTENTION at the sizes of `walk`."""
+def attentions(dtype: str, examples: int, most: int = 65536) -> Iterator[Problem]:
+    """Each dimension of ATTENTION at the sizes of `walk`, in other dtypes than float32 up to 387:
+    the bound of a block of 98307 is some tenths of a second's work."""
     for name, top in ATTENTION.items():
-        top = top if dtype == "float32" else min(top, 256)
-        for size in walk(min(examples, THOROUGH - 1), top // scale, dtype=dtype):
-            if size <= 256 or size % 2 or examples >= THOROUGH:
+        if dtype != "float32" and examples < THOROUGH:
+            top = SMALL
+        top = min(top, most)
+        for size in walk(min(examples, THOROUGH - 1), top, dtype=dtype):
+            if size <= SMALL or size - 1 in (256, 512, 1024, 4096) or size > top:
                 yield sized(partial(attention, dtype, name), size)
 
 
@@ -135,7 +139,8 @@ def losses(dtype: str, examples: int) -> Iterator[Problem]:
     """Each dimension of LOSS at the sizes of `walk`."""
     for name, top in LOSS.items():
         for size in walk(examples, top, top, dtype):
-            yield sized(partial(loss, dtype, name), size)
+            if size <= SMALL or size - 1 in LIMITS or size > top or examples >= THOROUGH:
+                yield sized(partial(loss, dtype, name), size)
 
 
 @st.composite  # type: ignore[untyped-decorator]

@@ -1,0 +1,68 @@
+"""The kit's own implementation, with one change in its source or in that of the reference."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pylora import reference
+from pylora.conformance.correct import plain
+from pylora.conformance.perturb.operators import changed, changes
+
+# Functions that are not asked of an implementation, or that only hand over, are left alone.
+_OF_PLAIN = frozenset(
+    "forward base backward loss_gradients scaling init drop dropout_forward dropout_backward merge "
+    "unmerge forward_stacked forward_mixed module attach detach weight attention "
+    "attention_backward _attend _project _positions _wide back project widen".split()
+)
+_OF_REFERENCE = frozenset(
+    "_rows lora_forward lora_backward _delta merge unmerge _moved _wide _narrow _bits rope _spans "
+    "_heads attention_forward attention_backward dropout".split()
+)
+_SOURCES: dict[str, tuple[Any, frozenset[str]]] = {
+    "plain": (plain, _OF_PLAIN),
+    "reference": (reference, _OF_REFERENCE),
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A wrong implementation: `make()` gives one, fresh. `methods`: of the protocol, where its
+    change can be met; empty where that is not known."""
+
+    id: str
+    kind: str
+    text: str
+    make: Callable[[], Any]
+    methods: frozenset[str] = frozenset()
+
+
+def mutants() -> list[Mutant]:
+    """All of them."""
+    found = []
+    for name, (module, inside) in _SOURCES.items():
+        source = inspect.getsource(module)
+        for number, change in enumerate(changes(ast.parse(source), inside)):
+            text = f"{name}.py:{change.line} {change.where}: {change.text}"
+            made = _maker(name, source, inside, number)
+            found.append(Mutant(f"{name}-{number}", f"source: {change.kind}", text, made))
+    return found
+
+
+def _maker(name: str, source: str, inside: frozenset[str], number: int) -> Callable[[], Any]:
+    def make() -> Any:
+        tree, _ = changed(source, inside, number)
+        module = types.ModuleType(f"perturbed_{name}_{number}")
+        module.__dict__["__name__"] = _SOURCES[name][0].__name__
+        exec(compile(tree, f"<{name} {number}>", "exec"), module.__dict__)
+        if name == "plain":
+            return module.__dict__["Correct"]()
+        made = plain.Correct()
+        made.ops = module.__dict__["Reference"]()
+        return made
+
+    return make
