@@ -51,16 +51,6 @@ def ruled(
 
 
 @ruled(
-    "match-name-anywhere",
-    "A target chooses every path that it occurs in as whole parts, not only at the end.",
-    "in path.split('.'): a container that is named takes its children along.",
-)
-class NameAnywhere(Rules):
-    def ends(self, path: str, name: str) -> bool:
-        return f".{name}." in f"{path}."
-
-
-@ruled(
     "match-name-begins",
     'A target chooses every last part that begins with it: "q_proj" also chooses "q_proj_2".',
     "startswith on the last part, for variants of a module.",
