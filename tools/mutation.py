@@ -50,7 +50,8 @@ def _judge(task: tuple[str, str]) -> dict[str, Any]:
     if not _REACHES:
         _REACHES.extend(judging.reaches())
     mutant = next(m for m in every(kind) if m.id == id)
-    return asdict(judging.judge(mutant, _REACHES))
+    one = judging.judge_apart if kind == "native" else judging.judge
+    return asdict(one(mutant, _REACHES))
 
 
 def run(tasks: list[tuple[str, str]], jobs: int, deadline: float) -> Iterator[dict[str, Any]]:

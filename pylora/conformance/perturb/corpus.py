@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from pylora.conformance.bounds import layer as bounds
-from pylora.conformance.correct.plain import Correct
 from pylora.conformance.problems.layers import KINDS, SCALES, elements
 from pylora.conformance.problems.layouts import LAYOUTS, laid_out
 from pylora.conformance.protocol import AttentionShape
@@ -30,8 +29,8 @@ _ODD = (np.nan, np.inf, -np.inf, 0.0, -0.0)
 class Draw:
     """One random call after another."""
 
-    def __init__(self, seed: int) -> None:
-        self.rng = np.random.default_rng(seed)
+    def __init__(self, seed: int, dtypes: tuple[str, ...] = _DTYPES) -> None:
+        self.rng, self.dtypes = np.random.default_rng(seed), dtypes
 
     def pick(self, options: Any) -> Any:
         return options[int(self.rng.integers(len(options)))]
@@ -59,7 +58,7 @@ class Draw:
 
     def layer(self) -> dict[str, Any]:
         m, k, d, r = self.sizes()
-        dtype, odd = self.pick(_DTYPES), self.rng.random() < 0.5
+        dtype, odd = self.pick(self.dtypes), self.rng.random() < 0.5
         shapes = {"x": (m, k), "W": (d, k), "A": (r, k), "B": (d, r), "dy": (m, d), "bias": (d,)}
         found: dict[str, Any] = {n: self.array(s, dtype, odd) for n, s in shapes.items()}
         if self.rng.random() < 0.1:
@@ -82,9 +81,11 @@ class Draw:
         ], p  # type: ignore[return-value]
 
 
-def calls(method: str, number: int = CALLS, seed: int = 77) -> Iterator[tuple[Any, ...]]:
+def calls(
+    method: str, dtypes: tuple[str, ...] = _DTYPES, number: int = CALLS, seed: int = 77
+) -> Iterator[tuple[Any, ...]]:
     """Arguments of so many calls."""
-    draw = Draw(seed)
+    draw = Draw(seed, dtypes)
     for _ in range(number):
         yield _arguments(method, draw)
 
@@ -131,7 +132,7 @@ def _arguments(method: str, draw: Draw) -> tuple[Any, ...]:
 
 def _attention(method: str, draw: Draw) -> tuple[Any, ...]:
     kv, group, D = draw.pick((1, 2, 3)), draw.pick((1, 2, 4)), 2 * draw.pick((1, 2, 3, 5, 16))
-    heads, hidden, dtype = kv * group, draw.size(), draw.pick(_DTYPES)
+    heads, hidden, dtype = kv * group, draw.size(), draw.pick(draw.dtypes)
     lengths = tuple(draw.pick((1, 2, 3, 7, 20)) for _ in range(draw.pick((1, 2, 4))))
     out = {"q_proj": heads * D, "k_proj": kv * D, "v_proj": kv * D, "o_proj": hidden}
     inp = {"q_proj": hidden, "k_proj": hidden, "v_proj": hidden, "o_proj": heads * D}
@@ -151,19 +152,19 @@ def _attention(method: str, draw: Draw) -> tuple[Any, ...]:
     return (*first, weights, adapters, shape)
 
 
-def differs(mutant: Any, methods: frozenset[str]) -> str:
-    """ "same", "within" (the bounds everywhere) or "beyond" them somewhere."""
+def differs(mutant: Any, methods: frozenset[str], right: Any) -> str:
+    """Of a mutant and what it was made from: "same", "within" (the bounds everywhere) or "beyond" them somewhere."""
     found = "same"
     if not any(calls_of(method) for method in methods):
         return "beyond"  # nothing is drawn here for them: every change counts
-    right = Correct()
+    dtypes = tuple(d for d in _DTYPES if d in right.dtypes)
     for method in sorted(methods):
         if method == "module":
-            found = _worse(found, _modules(mutant, right))
+            found = _worse(found, _modules(mutant, right, dtypes))
             continue
         if not calls_of(method):
             continue
-        for args in calls(method):
+        for args in calls(method, dtypes):
             with np.errstate(all="ignore"):
                 got, want = _result(mutant, method, args), _result(right, method, args)
                 if method == "merge" and not isinstance(want, Exception) and got is not None:
@@ -241,9 +242,9 @@ def _limits(method: str, args: tuple[Any, ...]) -> Any:
     return None
 
 
-def _modules(mutant: Any, right: Any) -> str:
+def _modules(mutant: Any, right: Any, dtypes: tuple[str, ...]) -> str:
     """Modules through their life: attached, merged, unmerged, detached, attached again."""
-    for args in calls("module", 40):
+    for args in calls("module", dtypes, 40):
         draw = Draw(len(args[0]))
         (d, k), dtype = args[0].shape, str(args[0].dtype)
         low = [

@@ -8,12 +8,14 @@ same. A mutant that hangs is killed by the processor time that it takes.
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import time
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pylora.conformance.correct.attending import CorrectDecoder
@@ -157,12 +159,32 @@ def judge(mutant: Mutant, every: list[Reach], seed: int = 0) -> Verdict:
                 return verdict(KILLED, law.id, outcome.found_at)
         if examples == FEW:
             methods = mutant.methods or _methods(mutant, every)
-            same = differs(mutant.make(), methods)
+            same = differs(mutant.make(), methods, mutant.original())
             if same == "same":
                 return verdict(EQUIVALENT)
             if same == "within":
                 return verdict(WITHIN)
     return verdict(ALIVE)
+
+
+def judge_apart(mutant: Mutant, every: list[Reach], seed: int = 0) -> Verdict:
+    """As `judge`, in a process of its own: one that falls dead is killed."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        try:
+            with os.fdopen(writing, "w") as out:
+                json.dump(asdict(judge(mutant, every, seed)), out)
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as got:
+        text = got.read()
+    os.waitpid(child, 0)
+    if text:
+        return Verdict(**json.loads(text))
+    return Verdict(mutant.id, mutant.kind, mutant.text, KILLED, "falls dead")
 
 
 def _methods(mutant: Mutant, every: list[Reach]) -> frozenset[str]:

@@ -96,7 +96,9 @@ def mutants() -> list[Mutant]:
     found = []
     for number, (kind, line, before, after, text) in enumerate(_changes(source)):
         said = f"reference.c:{line}: {before.strip()} -> {after.strip()}"
-        found.append(Mutant(f"native-{number}", f"native: {kind}", said, _maker(text), _METHODS))
+        found.append(
+            Mutant(f"native-{number}", f"native: {kind}", said, _maker(text), _METHODS, unchanged)
+        )
     return found
 
 

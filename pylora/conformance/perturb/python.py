@@ -51,6 +51,7 @@ class Mutant:
     text: str
     make: Callable[[], Any]
     methods: frozenset[str] = frozenset()
+    original: Callable[[], Any] = plain.Correct  # what it was made from
 
 
 def mutants() -> list[Mutant]:
