@@ -153,7 +153,8 @@ def _attention(method: str, draw: Draw) -> tuple[Any, ...]:
 
 
 def differs(mutant: Any, methods: frozenset[str], right: Any) -> str:
-    """Of a mutant and what it was made from: "same", "within" (the bounds everywhere) or "beyond" them somewhere."""
+    """How a mutant differs from what it was made from: it is the same, within the bounds of the
+    results everywhere, or beyond them somewhere; in these words."""
     found = "same"
     if not any(calls_of(method) for method in methods):
         return "beyond"  # nothing is drawn here for them: every change counts
