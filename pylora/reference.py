@@ -394,7 +394,8 @@ class Reference(Plain):
         xp, row = self.xp, self.xp.arange(logits.shape[0])
         d = xp.exp(logits - lse[:, None])
         d[row, xp.where(labels == IGNORE, 0, labels)] -= 1
-        return d * xp.where(labels == IGNORE, 0, weight).astype(logits.dtype)[:, None]
+        d = d * weight.astype(logits.dtype)[:, None]
+        return xp.where((labels == IGNORE)[:, None], logits.dtype.type(0), d)
 
     def cross_entropy(
         self, logits: Array, labels: Array, weight: Array, overwrite: bool = False

@@ -8,10 +8,12 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import numpy as np
+
 try:
     import peft
     import torch
-    from peft.tuners.lora.layer import Linear
+    from peft.tuners.lora.layer import Embedding, Linear
     from torch_plain import array, seeded, tensor
 except ImportError as error:
     raise SystemExit(f"this example needs PyTorch and PEFT: {error}") from None
@@ -33,6 +35,8 @@ class Peft:
     name = f"PEFT {peft.__version__}"
     dtypes = ("float32", "float64", "bfloat16")
     file_format = "peft"
+    # Those of PEFT's that change the base are carried out, on a base that the kit does not look at.
+    init_methods = ("kaiming", "gaussian", "pissa", "olora", "corda", "loftq", "lora_ga")
 
     def _layer(self, W: Any, adapters: Any, bias: Any = None, p: float = 0.0) -> Any:
         """A layer with the adapters "0", "1", ..., all active."""
@@ -125,6 +129,68 @@ class Peft:
             layer.lora_B[str(i)].weight = torch.nn.Parameter(tensor(B))
         return array(model.eval()(x=tensor(x), adapter_names=names))
 
+    # ---- biases of B (lora_bias) and embeddings -------------------------------------------------
+
+    def _biased(self, W: Any, A: Any, B: Any, more: Any, scale: float, bias: Any) -> Any:
+        r = A.shape[0]
+        config = peft.LoraConfig(r=r, lora_alpha=scale * r, lora_bias=True)
+        layer = Linear(base_layer(W, bias), "0", config, r=r, lora_alpha=scale * r)
+        layer.lora_A["0"].weight = torch.nn.Parameter(tensor(A))
+        layer.lora_B["0"].weight = torch.nn.Parameter(tensor(B))
+        layer.lora_B["0"].bias = torch.nn.Parameter(tensor(more))
+        return layer
+
+    def bias_forward(
+        self, x: Any, W: Any, A: Any, B: Any, bias_B: Any, scale: float, bias: Any = None
+    ) -> Any:
+        return array(self._biased(W, A, B, bias_B, scale, bias)(tensor(x)))
+
+    def bias_backward(
+        self, dy: Any, x: Any, W: Any, A: Any, B: Any, bias_B: Any, scale: float
+    ) -> Any:
+        layer, x = self._biased(W, A, B, bias_B, scale, None), tensor(x).requires_grad_()
+        layer(x).backward(tensor(dy))
+        low, up = layer.lora_A["0"], layer.lora_B["0"]
+        return tuple(array(t) for t in (x.grad, low.weight.grad, up.weight.grad, up.bias.grad))
+
+    def bias_merge(self, W: Any, bias: Any, A: Any, B: Any, bias_B: Any, scale: float) -> Any:
+        if bias is None:
+            raise NotImplementedError("PEFT refuses to merge lora_bias into a layer without bias")
+        layer = self._biased(W, A, B, bias_B, scale, bias)
+        layer.merge()
+        return array(layer.base_layer.weight), array(layer.base_layer.bias)
+
+    def _embedding(self, W: Any, A: Any, B: Any, scale: float) -> Any:
+        base, r = torch.nn.Embedding(*W.shape), A.shape[0]
+        base.weight = torch.nn.Parameter(tensor(W), requires_grad=False)
+        config = peft.LoraConfig(r=r, lora_alpha=scale * r)
+        layer = Embedding(base, "0", config, r=r, lora_alpha=scale * r)
+        layer.lora_embedding_A["0"] = torch.nn.Parameter(tensor(A))
+        layer.lora_embedding_B["0"] = torch.nn.Parameter(tensor(B))
+        return layer
+
+    def embedding_forward(self, ids: Any, W: Any, A: Any, B: Any, scale: float) -> Any:
+        ids = torch.from_numpy(np.asarray(ids).astype(np.int64))
+        return array(self._embedding(W, A, B, scale)(ids))
+
+    def embedding_backward(self, dy: Any, ids: Any, W: Any, A: Any, B: Any, scale: float) -> Any:
+        layer = self._embedding(W, A, B, scale)
+        ids = torch.from_numpy(np.asarray(ids).astype(np.int64))
+        layer(ids).backward(tensor(dy))
+        return array(layer.lora_embedding_A["0"].grad), array(layer.lora_embedding_B["0"].grad)
+
+    def embedding_merge(self, W: Any, A: Any, B: Any, scale: float) -> Any:
+        layer = self._embedding(W, A, B, scale)
+        layer.merge()
+        return array(layer.base_layer.weight)
+
+    def embedding_init(self, vocab: int, hidden: int, r: int, seed: int, random: bool) -> Any:
+        base = torch.nn.Embedding(vocab, hidden)
+        torch.manual_seed(seed)
+        config = peft.LoraConfig(r=r, init_lora_weights=not random)
+        layer = Embedding(base, "0", config, r=r, lora_alpha=1)
+        return array(layer.lora_embedding_A["0"]), array(layer.lora_embedding_B["0"])
+
     def module(self, W: Any, bias: Any = None) -> Any:
         return PeftModule(self, W, bias)
 
@@ -209,14 +275,15 @@ class OneLinear(torch.nn.Module):
 def tree(modules: Any) -> Any:
     """A model of nested modules with a Linear [d,k] at each path."""
     root = torch.nn.Module()
-    for path, (d, k) in modules.items():
+    for path, size in modules.items():
         *parents, name = path.split(".")
         node = root
         for part in parents:
             if part not in node._modules:
                 node.add_module(part, torch.nn.Module())
             node = node._modules[part]
-        node.add_module(name, torch.nn.Linear(k, d, bias=False))
+        other = torch.nn.LayerNorm(2)  # a module that cannot take LoRA
+        node.add_module(name, torch.nn.Linear(*size[::-1], bias=False) if size else other)
     return root
 
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 base, port = sys.argv[1], int(sys.argv[2])
 dtype = getattr(torch, sys.argv[3] if len(sys.argv) > 3 else "float32")
 tokenizer = AutoTokenizer.from_pretrained(base)
-load = lambda: AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()  # noqa: E731
+load = lambda: AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
 plain, adapters = load(), {}
 names = [tokenizer.decode([i]) for i in range(len(tokenizer))]
 

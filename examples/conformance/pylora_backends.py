@@ -9,14 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from pylora_parts import GROUP, Parts
 
 from pylora import backends
 from pylora.conformance.correct.plain import Correct, CorrectModule
 from pylora.numbers import random
 from pylora.numbers.precision import BF16
 from pylora.types import Drop, LoRA
-
-GROUP = 32  # int8 and int4 store weights in groups of so many inputs
 
 
 class Padded:
@@ -73,7 +72,7 @@ class Attached(CorrectModule):
     merge = unmerge = None
 
 
-class _Backend(Correct):
+class _Backend(Parts, Correct):
     """The methods that a backend computes; files, plan and initial values are not a backend's."""
 
     dtypes: tuple[str, ...] = ("float32",)
@@ -86,7 +85,7 @@ class _Backend(Correct):
         self.name = f"pylora, backend {name}"
         if precision != "fp32":
             self.name += f", {precision}" + f" as {self.precision}" * (precision != self.precision)
-            self.merge = self.unmerge = None
+            self.merge = self.unmerge = self.bias_merge = self.embedding_merge = None
 
     def _pack(self, W: Any) -> Any:
         if self.precision in ("int8", "int4") and np.abs(W).max(initial=0) > 65504:
@@ -145,15 +144,9 @@ class _Backend(Correct):
     def module(self, W: Any, bias: Any = None) -> Any:
         return super().module(W, bias) if self.merge else Attached(self, W, bias)
 
-    # Reference packs nothing; a backend's linear operations take packed weights.
-    def attention(self, x: Any, weights: Any, adapters: Any, shape: Any) -> Any:
-        return super().attention(x, self._packed(weights), adapters, shape)
-
-    def attention_backward(self, dy: Any, x: Any, weights: Any, adapters: Any, shape: Any) -> Any:
-        return super().attention_backward(dy, x, self._packed(weights), adapters, shape)
-
-    def _packed(self, weights: Any) -> Any:
-        return {name: self._pack(W) for name, W in weights.items()}
+    def pack(self, W: Any) -> Any:
+        """Correct's methods take weights as the reference does; a backend's are packed."""
+        return self._pack(W)
 
 
 class NumPy(_Backend):

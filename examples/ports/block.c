@@ -11,6 +11,15 @@ const char *const projection_names[PROJECTIONS] = {
 
 static pylora_mat like(pylora_mat a) { return zeros(a.rows, a.cols); }
 
+void angles(pylora_mat cosines, pylora_mat sines, const int64_t *position, double theta) {
+  const int64_t half = cosines.cols;
+  for (int64_t i = 0; i < cosines.rows * half; i++) { /* in double, rounded once */
+    const double pair = (double)(i % half);
+    const double angle = (double)position[i / half] * pow(theta, -pair / (double)half);
+    cosines.p[i] = (float)cos(angle), sines.p[i] = (float)sin(angle);
+  }
+}
+
 shape shape_of(pylora_attn attn, double theta, double eps, int64_t n, const int64_t *lengths) {
   int64_t *start = take((size_t)(n + 1) * sizeof *start), longest = 0;
   for (int64_t i = 0; i < n; i++) {
@@ -20,13 +29,10 @@ shape shape_of(pylora_attn attn, double theta, double eps, int64_t n, const int6
   int64_t *position = take((size_t)start[n] * sizeof *position); /* each sequence counts from 0 */
   for (int64_t i = 0; i < n; i++)
     for (int64_t t = start[i]; t < start[i + 1]; t++) position[t] = t - start[i];
-  const int64_t half = attn.head_dim / 2;
-  const pylora_mat cosines = zeros(longest, half), sines = zeros(longest, half);
-  for (int64_t i = 0; i < longest * half; i++) { /* tables in double, rounded once */
-    const double pair = (double)(i % half);
-    const double angle = (double)(i / half) * pow(theta, -2 * pair / attn.head_dim);
-    cosines.p[i] = (float)cos(angle), sines.p[i] = (float)sin(angle);
-  }
+  int64_t *each = take((size_t)longest * sizeof *each); /* a row of the tables is a position */
+  for (int64_t i = 0; i < longest; i++) each[i] = i;
+  const pylora_mat cosines = zeros(longest, attn.head_dim / 2), sines = copy(cosines);
+  angles(cosines, sines, each, theta);
   return (shape){start[n], position, {n, start, NULL, NULL}, attn, cosines, sines, (float)eps};
 }
 

@@ -25,17 +25,11 @@ void rope_case(testcase *c) {
   check(c, "inverse", y);
 }
 
-void tables_case(testcase *c) { /* angles in double */
+void tables_case(testcase *c) {
   const array position = typed(c, "position", "i64");
-  const double D = number(c, "head_dim"), theta = number(c, "theta");
-  const pylora_mat cosines = zeros(position.cols, (int64_t)D / 2), sines = copy(cosines);
-  for (int64_t i = 0; i < cosines.rows; i++)
-    for (int64_t j = 0; j < cosines.cols; j++) {
-      const double angle =
-          (double)((const int64_t *)position.p)[i] * pow(theta, -2 * (double)j / D);
-      cosines.p[i * cosines.ld + j] = (float)cos(angle);
-      sines.p[i * sines.ld + j] = (float)sin(angle);
-    }
+  const int64_t half = (int64_t)number(c, "head_dim") / 2;
+  const pylora_mat cosines = zeros(position.cols, half), sines = copy(cosines);
+  angles(cosines, sines, position.p, number(c, "theta"));
   check(c, "cos", cosines), check(c, "sin", sines);
 }
 

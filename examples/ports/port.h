@@ -94,6 +94,8 @@ typedef struct block { /* weights, and what forward and backward leave */
   pylora_mat dact, dgate, dup, dnormed2, dmid, d_o, dq, dk, dv, dnormed1, dx;
 } block;
 
+/* cos and sin of these positions, [positions, head_dim / 2]. */
+void angles(pylora_mat cosines, pylora_mat sines, const int64_t *position, double theta);
 shape shape_of(pylora_attn attn, double theta, double eps, int64_t n, const int64_t *lengths);
 void attention_forward(const shape *s, pylora_mat q, pylora_mat k, pylora_mat v, pylora_mat *o,
                        pylora_mat *lse);

@@ -154,7 +154,7 @@ class LoraConfig:
     def from_json(cls, text: str | bytes, where: str = "adapter_config.json") -> LoraConfig:
         """A config from the text of an adapter_config.json; repeated keys are an error."""
         try:
-            values = json.loads(text, object_pairs_hook=_unique)
+            values = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number)
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{where} is not valid JSON: {error}") from None
         if not isinstance(values, dict):
@@ -174,6 +174,10 @@ class LoraConfig:
     def to_json(self) -> str:
         """The text of an adapter_config.json. The order of pattern keys matters and is kept."""
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number in JSON")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

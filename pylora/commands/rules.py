@@ -88,8 +88,8 @@ _LIST = "--list tests nothing"
 _ASKED = "an engine or a converter is asked what its suite holds"
 _ENGINES = ("engine", "restart")
 _ENGINE = (
-    *_ENGINES, "convert", "adapters_by", "precision", "form", "api_key", "timeout", "patience",
-    "bases", "tests",
+    *_ENGINES, "convert", "adapters_by", "precision", "form", "api_key", "timeout", "bases",
+    "tests",
 )  # fmt: skip
 _HUNT = "the kit's own wrong implementations are tried with every law"
 
@@ -147,9 +147,6 @@ RULES: dict[str, tuple[Rule, ...]] = {
         OneOf(("out", "port"), "a folder to write vectors to, or what a port computed"),
     ),
     "conformance": (
-        *(Needs(o, "suite", "what is asked, and what is right") for o in _ENGINE),
-        OneOf(("implementation", "as_list", "mutants", "suite"), "what is tested, or shown"),
-        *(Excludes(o, "suite", _ASKED) for o in ("law", "examples", "profile", "seed")),
         *(Excludes("convert", o, "an engine is tested, or a converter") for o in _ENGINES),
         Excludes("engine", "restart", "an engine runs already, or is started"),
         *(
@@ -157,6 +154,9 @@ RULES: dict[str, tuple[Rule, ...]] = {
             for o in ("adapters_by", "precision", "api_key")
         ),
         Needs("patience", "restart", "an engine that is started"),
+        *(Needs(o, "suite", "what is asked, and what is right") for o in _ENGINE),
+        OneOf(("implementation", "as_list", "mutants", "suite"), "what is tested, or shown"),
+        *(Excludes(o, "suite", _ASKED) for o in ("law", "examples", "profile", "seed")),
         Excludes("examples", "profile", "a profile is a number of examples"),
         Excludes("law", "mutants", _HUNT),
         *(Excludes(o, "mutants", _HUNT) for o in ("examples", "profile", "junit", "as_json")),

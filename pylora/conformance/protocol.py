@@ -40,7 +40,8 @@ converts. Letters: m tokens, k inputs, d outputs, r rank; a size may be 0 but fo
                      lora_alpha, target_modules, use_rslora, rank_pattern, alpha_pattern)
     load(directory, modules) -> {path: (A, B, scale)}        modules: {path: (d, k)}; raises where
                      the files and the modules do not fit each other
-    plan(config, modules) -> {path: (r, alpha, scale)}       raises for what matches nothing
+    plan(config, modules) -> {path: (r, alpha, scale)}       raises for what matches nothing;
+                     modules[path] is None of a module that cannot take LoRA
     attention(x [m,hidden], weights, adapters, shape) -> y [m,hidden]
                      weights: {"q_proj": W, "k_proj", "v_proj", "o_proj"}; adapters: {name: (A, B,
                      scale)} of some of them; shape: AttentionShape
@@ -110,7 +111,7 @@ class AttentionShape:
     rope_theta: float = 10000.0
     window: int = 0  # of the keys up to its own a token sees the last so many; 0: all
     rope_layout: str = "half"  # or "interleaved"
-    scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim)
+    scale: float | None = None  # of the scores, > 0; None: 1 / sqrt(head_dim)
 
 
 class Implementation(Protocol):

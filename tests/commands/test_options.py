@@ -59,6 +59,7 @@ def base(verb: str, there: dict[str, Path], out: Path) -> list[str]:
         "demo": ["demo", "--out", str(out / "demo")],
         "vectors": ["vectors", "--out", str(out / "vectors")],
         "conformance": ["conformance", "package.module:Class"],
+        "suite": ["suite", "--out", str(out / "suite")],
     }.get(verb, [verb])
 
 
@@ -71,6 +72,9 @@ VALUES: dict[str, Any] = {
     "model": "{model}", "picture": "{out}/p.png", "data": "{data}", "as_json": "{out}/r.json",
     "out": "{out}/other", "dtype": "bf16", "profile": "nightly", "law": "A1", "examples": "3",
     "backend": "numpy", "template_arg": "a=1", "max_new_tokens": "3", "min_p": "0.2",
+    "suite": "{data}", "engine": "http://127.0.0.1:9/v1", "restart": "serve", "convert": "convert",
+    "adapters_by": "mlx", "form": "gguf", "api_key": "key", "bases": "llama", "tests": "alpha",
+    "families": "qwen2",
     "repetition_penalty": "1.5", "fields": "-label", "dropout": "0.25", "top_p": "0.5",
     "port": "{out}/port", "badge": "{out}/b.json", "markdown": "{out}/t.md",
 }  # fmt: skip
@@ -88,6 +92,8 @@ INSTEAD: dict[tuple[str, str], list[str]] = {
     ("generate", "prompts"): ["generate", "{model}"],
     ("conformance", "as_list"): ["conformance"],
     ("conformance", "mutants"): ["conformance"],
+    ("conformance", "suite"): ["conformance"],
+    ("suite", "out"): ["suite"],
     ("vectors", "out"): ["vectors"],
     ("vectors", "port"): ["vectors"],
     **{("vectors", o): ["vectors", "--check", "{out}"] for o in ("as_json", "badge", "markdown")},
@@ -95,6 +101,16 @@ INSTEAD: dict[tuple[str, str], list[str]] = {
 }
 
 
+# The least command line that an option of an engine's tests is added to.
+_SUITE = ["conformance", "--suite", "{data}"]
+START: dict[tuple[str, str], list[str]] = {
+    **{
+        ("conformance", o): [*_SUITE, "--engine", "http://127.0.0.1:9/v1"]
+        for o in ("adapters_by", "precision", "form", "api_key", "timeout", "bases", "tests")
+    },
+    **{("conformance", o): _SUITE for o in ("engine", "restart", "convert")},
+    ("conformance", "patience"): [*_SUITE, "--restart", "serve"],
+}
 REFUSED = {"resume": "resume from", "template_arg": "has no argument 'a'"}
 
 
@@ -137,6 +153,8 @@ def handed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     spy("pylora.conformance.running.command.test", last=True)
     spy("pylora.conformance.running.command.listing")
     spy("pylora.conformance.mutants.hunt.hunt", last=True)
+    spy("pylora.conformance.engines.command.test", last=True)
+    spy("pylora.conformance.suite.write.write_suite", result={"bases": []})
     spy("pylora.display.plots.adapter_picture")
     spy("pylora.commands.chat.use_template")
     spy("pylora.use")
@@ -196,7 +214,7 @@ def test_each_option_is_carried_out(
     def filled(args: list[str]) -> list[str]:
         return [a.format(out=tmp_path, **there) if "{" in a else a for a in args]
 
-    start = base(verb, there, tmp_path)
+    start = START.get((verb, name)) or base(verb, there, tmp_path)
     beside = BESIDE.get((verb, name), [])
     without = outcome(filled(start + beside), handed, capsys)
     instead = INSTEAD.get((verb, name), start)
@@ -298,11 +316,12 @@ def test_a_default_never_clashes_and_no_flag_asks_for_nothing(
         assert outcome(args + more, handed, capsys)[0] == 0
 
 
-@pytest.mark.parametrize("verb", ["plan", "inspect", "vectors", "conformance"])
+@pytest.mark.parametrize("verb", ["plan", "inspect", "suite", "vectors", "conformance"])
 def test_a_backend_is_refused_where_nothing_uses_it(
     verb: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    args = {"plan": ["m"], "inspect": ["a"], "vectors": ["--out", "o"], "conformance": ["m:C"]}
+    args = {"plan": ["m"], "inspect": ["a"], "conformance": ["m:C"]}
+    args |= {"suite": ["--out", "o"], "vectors": ["--out", "o"]}
     message = refused(["--backend", "numpy", verb, *args[verb]], capsys)
     assert "--backend" in message and verb in message
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import re
 import shutil
 import struct
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +136,47 @@ def test_javascript_notices_a_wrong_answer(node: str, written: Path, tmp_path: P
     wrong = ("list", "regex", "regex-part", "rslora")
     said = [f"plans/{name}: is wrong" for name in wrong]
     assert sorted(result.stderr.splitlines()) == sorted(said)
+
+
+@pytest.fixture(scope="module")
+def tool() -> Any:
+    path = PORTS.parents[1] / "tools" / "break_ports.py"
+    spec = importlib.util.spec_from_file_location("break_ports", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["break_ports"] = module  # its dataclass asks for it
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_break_applies_and_every_exception_is_still_there(tool: Any) -> None:
+    lines = {f: (PORTS / f).read_text(encoding="utf-8").split("\n") for f in files(tool)}
+    for some in (tool.breaks("js"), tool.breaks("c")):
+        assert len(some) > 400 and len({(b.file, b.before, b.after, b.line) for b in some}) > 400
+        for b in some:
+            assert b.applied("\n".join(lines[b.file])) != "\n".join(lines[b.file])
+    for file, before, _, why in tool.SAME:
+        assert any(line.strip() == before for line in lines[file]), (file, before)
+        assert why
+
+
+def files(tool: Any) -> list[str]:
+    return [*tool.FILES["js"], *tool.FILES["c"]]
+
+
+def test_a_sample_of_broken_ports_is_noticed(tool: Any, node: str, written: Path) -> None:
+    """tools/break_ports.py tries them all."""
+    some = tool.sample("js", 16, seed=4)
+    assert not tool.survivors("js", written, some)
+
+
+def test_a_port_that_is_not_broken_is_not_said_to_be(tool: Any, node: str, written: Path) -> None:
+    file, before, after, _ = tool.SAME[0]
+    text = (PORTS / file).read_text(encoding="utf-8")
+    number = [line.strip() for line in text.split("\n")].index(before) + 1
+    line = text.split("\n")[number - 1]
+    same = tool.Break(file, number, line, line.replace(before, after), "nothing")
+    assert tool.survivors("js", written, [same]) == [same]
 
 
 @pytest.fixture(scope="module")

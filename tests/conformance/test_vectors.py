@@ -38,7 +38,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cases(written: Path) -> list[Case]:
     found = vectors.load(written)
-    next(c for c in found if c.name == "embed").files["adapter"] = written / "embed" / "adapter"  # type: ignore[assignment]
+    for case in found:
+        if case.op == "embed":
+            case.files["adapter"] = written / case.name / "adapter"  # type: ignore[assignment]
     return found
 
 
@@ -55,8 +57,9 @@ def check(case: Case, got: Outputs) -> None:
 
 def test_every_backend_keeps_every_vector(ops: Any, cases: list[Case]) -> None:
     assert {case.op for case in cases} == set(RUNNERS)
-    for case in cases:
-        check(case, RUNNERS[case.op](ops, case))
+    with np.errstate(invalid="ignore"):  # one case has NaN, and asks for what it must not reach
+        for case in cases:
+            check(case, RUNNERS[case.op](ops, case))
 
 
 WRONG = {
@@ -155,7 +158,7 @@ def test_bounds_are_positive_small_and_finite(cases: list[Case]) -> None:
             assert np.isfinite(out.value).all(), (case.name, name)
             assert np.isfinite(out.bound).all() and (out.bound >= 0).all(), (case.name, name)
             loose = case.op == "lora16" or case.name == "attention-large"  # 16 bits, or cancelled
-            most = 0.05 if loose else 1e-3
+            most = 0.1 if loose else 1e-3
             assert out.bound.max() < most * size, (case.name, name, out.bound.max())
 
 
@@ -207,9 +210,9 @@ def test_the_page_lists_the_dtypes_that_occur(cases: list[Case]) -> None:
     assert any(a.size == 0 for a in arrays)
 
 
-def test_the_page_lists_the_statements_that_the_vectors_show() -> None:
+def test_the_page_lists_the_statements_that_the_vectors_show(cases: list[Case]) -> None:
     tool = runpy.run_path(str(DOCS.parent / "tools" / "vector_table.py"))
-    assert tool["stale"]() is None, "run python tools/vector_table.py"
+    assert tool["stale"](cases) is None, "run python tools/vector_table.py"
 
 
 def test_a_reader_needs_no_escapes_and_finds_other_alphabets(written: Path) -> None:

@@ -87,7 +87,7 @@ class Engine:
 
 
 @contextlib.contextmanager
-def served(engine: Any) -> Iterator[str]:
+def served(engine: Any, port: int = 0) -> Iterator[str]:
     """The engine's address, while the block runs."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -122,7 +122,7 @@ def served(engine: Any) -> Iterator[str]:
             except (PyloraError, LookupError, TypeError) as error:
                 self.say(400, {"error": {"message": str(error)}})
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     try:
@@ -441,3 +441,9 @@ SEQUENCES: dict[str, tuple[str, str, Any]] = {
     "names": ("replacing", "left:alpha", NamesForGood),
     "unload": ("replacing", "", NeverUnloads),
 }
+
+
+def forever(engine: Engine, port: int) -> None:
+    """Serves the engine until the process is ended."""
+    with served(engine, port):
+        threading.Event().wait()

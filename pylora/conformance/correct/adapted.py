@@ -114,7 +114,7 @@ class Adapted(Base):
         self, x: Array, W: Array, adapters: Sequence[WithBias], bias: Array | None = None
     ) -> Array:
         inp, own = self.widen(x), self._bias(bias, adapters)
-        y, _ = self.ops.lora_forward(inp, self.pack(W), own)
+        y, _ = self.ops.lora_forward(inp, self.pack(W), own, None)
         y = np.asarray(y)
         for A, B, _, scale in adapters:
             y = y + self._update(inp, (A, B, None, scale))

@@ -73,7 +73,8 @@ class Correct(Adapted, Attending, Training):
         dA, dB = np.zeros(A.shape, wide), np.zeros(B.shape, wide)
         for x, target, counted in batches:
             weight = np.where(counted, 1 / max(total, 1), 0).astype(x.dtype)
-            dy = (self.forward(x, W, A, B, scale) - target) * weight[:, None]
+            off = self.forward(x, W, A, B, scale) - target
+            dy = np.where(counted[:, None], off, off.dtype.type(0)) * weight[:, None]
             _, gA, gB = self.backward(dy, x, W, A, B, scale)[:3]
             dA, dB = dA + gA, dB + gB
         return dA.astype(A.dtype), dB.astype(B.dtype)
@@ -200,7 +201,8 @@ class Correct(Adapted, Attending, Training):
         return {e.path: (e.r, e.alpha, e.scale) for e in plan}
 
     def _specs(self, modules: Mapping[str, tuple[int, int]]) -> dict[str, ModuleSpec]:
-        return {path: ModuleSpec("linear", d, k) for path, (d, k) in modules.items()}
+        """The linear ones; what cannot take LoRA is None in the protocol."""
+        return {path: ModuleSpec("linear", *s) for path, s in modules.items() if s is not None}
 
     def _resolve(self, config: dict[str, Any], modules: Mapping[str, tuple[int, int]]) -> Any:
         lora = LoraConfig.from_dict(config)

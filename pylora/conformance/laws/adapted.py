@@ -12,6 +12,7 @@ from pylora.conformance.laws import oracle
 from pylora.conformance.laws.law import Law
 from pylora.conformance.problems.adapted import (
     ALL_DTYPES,
+    beyond_biases,
     beyond_mixed,
     biased,
     exact_biased,
@@ -318,6 +319,7 @@ LAWS = (
         _bias_backward,
         ("dy", "x", "W", "A", "B"),
         dtypes=ALL_DTYPES,
+        covering=beyond_biases,
     ),
     Law(
         "B26",

@@ -160,6 +160,7 @@ LAWS = (
         _both,
         ("x", "dy"),
         dtypes=ALL_DTYPES,
+        cost=2,
         covering=beyond_windows,
     ),
     Law(
@@ -197,6 +198,7 @@ LAWS = (
         _both,
         ("x", "dy"),
         dtypes=ALL_DTYPES,
+        cost=2,
     ),
     Law(
         "A14",
@@ -212,7 +214,7 @@ LAWS = (
     ),
     Law(
         "A15",
-        "Scores are multiplied by the scale that is given, zero and negative ones included.",
+        "Scores are multiplied by the scale that is given.",
         "softmax(scale q kᵀ) v in A1's and A2's bound",
         "1 / sqrt(head_dim) in its place or beside it",
         ("A-10", "A-4", "A-5"),
@@ -221,6 +223,7 @@ LAWS = (
         _both,
         ("x", "dy"),
         dtypes=ALL_DTYPES,
+        cost=2,
     ),
     Law(
         "A16",

@@ -228,7 +228,7 @@ LAWS = (
         "The gradients agree with the formulas (float32).",
         "dx = dy W + s (dy B) A, dA = s (dy B)ᵀ x, dB = s dyᵀ (x Aᵀ), within gamma of each chain",
         "a wrong, missing or doubled factor in a gradient: it trains, badly",
-        ("B-1", "S-3", "N-1"),
+        ("B-1", "S-3", "N-1", "N-6"),
         ("backward", "float32"),
         lora_problems,
         _agrees,

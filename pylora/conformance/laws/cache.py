@@ -199,6 +199,7 @@ LAWS = (
         _chunks,
         (),
         dtypes=ALL_DTYPES,
+        cost=2,
     ),
     Law(
         "G7",
@@ -211,6 +212,7 @@ LAWS = (
         _ours_alone,
         (),
         dtypes=ALL_DTYPES,
+        cost=2,
     ),
     Law(
         "G8",
@@ -223,6 +225,7 @@ LAWS = (
         _leaves,
         (),
         dtypes=ALL_DTYPES,
+        cost=2,
     ),
     Law(
         "G9",
@@ -235,5 +238,6 @@ LAWS = (
         _goes_back,
         (),
         dtypes=ALL_DTYPES,
+        cost=2,
     ),
 )

@@ -17,7 +17,12 @@ import numpy as np
 from pylora.conformance.laws import allowed, oracle
 from pylora.conformance.laws.law import Law
 from pylora.conformance.problems.layers import DTYPES
-from pylora.conformance.problems.sequences import function_sequences, written
+from pylora.conformance.problems.sequences import (
+    disturbed,
+    function_sequences,
+    short_sequences,
+    written,
+)
 from pylora.conformance.testcase import Broken, NotTested, Problem, Trial
 from pylora.types import Array
 
@@ -288,6 +293,7 @@ LAWS = (
         _sequence,
         ARRAYS,
         dtypes=DTYPES,
+        covering=disturbed,
     ),
     Law(
         "C4",
@@ -300,6 +306,15 @@ LAWS = (
         _sequence,
         ARRAYS,
         dtypes=DTYPES,
+        covering=short_sequences(
+            ("merge", 0, 0, 0),
+            ("merge", 0, 1, 1),
+            ("unmerge", 0),
+            ("unmerge", 1),
+            ("write", "W", 0, "all"),
+            ("write", "A", 0, "last"),
+            then=None,
+        ),  # fmt: skip
     ),
     Law(
         "C5",
@@ -312,6 +327,14 @@ LAWS = (
         _sequence,
         ARRAYS,
         dtypes=DTYPES,
+        covering=short_sequences(
+            ("dropout", 0, 0, 0, 0, 0),
+            ("dropout", 0, 0, 0, 0, 1),
+            ("dropout", 1, 0, 0, 0, 0),
+            ("dropout_backward", 0, 0, 0, 0, 0),
+            ("dropout_backward", 0, 0, 0, 0, 1),
+            then=None,
+        ),  # fmt: skip
     ),
     Law(
         "C6",
@@ -325,5 +348,16 @@ LAWS = (
         _one_of("mixed", "stacked"),
         ARRAYS,
         dtypes=DTYPES,
+        covering=short_sequences(
+            ("mixed", 0, 0, [2, 0], 0, 5),
+            ("mixed", 0, 0, [0, 1], 0, 5),
+            ("mixed", 0, 0, [1, 0], 0, 5),
+            ("mixed", 0, 0, [0, 1], 1, 5),
+            ("mixed", 0, 0, [0], 0, 5),
+            ("stacked", 0, 0, [0, 1], 1),
+            ("write", "A", 0, "turned"),
+            ("refused", 0, 0),
+            then=None,
+        ),  # fmt: skip
     ),
 )

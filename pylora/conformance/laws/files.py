@@ -109,7 +109,7 @@ def write(t: Trial, p: Problem, tensors: list[tuple[str, Array]], cut: int = 0) 
     return directory
 
 
-def _compare(
+def compare(
     t: Trial, got: Mapping[str, Any], want: dict[str, tuple[Array, Array]], p: Problem
 ) -> None:
     plan = expected(p.config, p.modules)
@@ -128,7 +128,7 @@ def _round_trip(t: Trial, p: Problem) -> None:
     p = fitting(p)
     directory, saved = t.directory() + "/adapter", adapters(p)
     t.save(directory, saved, p.config)
-    _compare(t, t.load(directory, p.modules), saved, p)
+    compare(t, t.load(directory, p.modules), saved, p)
 
 
 def _keys(t: Trial, p: Problem) -> None:
@@ -153,7 +153,7 @@ def _keys(t: Trial, p: Problem) -> None:
 
 def _reads(t: Trial, p: Problem) -> None:
     p = fitting(p)
-    _compare(t, t.load(write(t, p, tensors_of(p)), p.modules), adapters(p), p)
+    compare(t, t.load(write(t, p, tensors_of(p)), p.modules), adapters(p), p)
 
 
 def _reads_narrow(t: Trial, p: Problem) -> None:
@@ -177,7 +177,7 @@ def _reads_narrow(t: Trial, p: Problem) -> None:
         path: (np.asarray(A).astype(np.float32), np.asarray(B).astype(np.float32), s)
         for path, (A, B, s) in got.items()
     }
-    _compare(t, as_float32, want, p)
+    compare(t, as_float32, want, p)
 
 
 def _damage(kind: str) -> Any:

@@ -194,7 +194,7 @@ LAWS = (
         "The forward pass agrees with the formula (float32).",
         "|y - (x Wᵀ + bias + s (x Aᵀ) Bᵀ)| <= gamma_{k+r+5} (|x||W|ᵀ + |bias| + |s||x||A|ᵀ|B|ᵀ)",
         "a wrong product, order, scale or stride, or sums narrower than float32",
-        ("F-1", "F-6", "S-3", "S-4", "N-1"),
+        ("F-1", "F-6", "S-3", "S-4", "N-1", "N-6"),
         ("forward", "float32"),
         lora_problems,
         _agrees,

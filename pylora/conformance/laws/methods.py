@@ -23,6 +23,7 @@ from pylora.conformance.problems.layers import (
     integer_array,
     st,
 )
+from pylora.conformance.protocol import AttentionShape
 from pylora.conformance.testcase import Broken, Problem, Trial
 from pylora.types import Array
 
@@ -87,6 +88,44 @@ METHODS = (
     "forward", "base", "backward", "merge", "forward_stacked", "forward_mixed", "dropout_forward",
     "dropout_backward", "loss_gradients", "init", "attention", "attention_backward",
 )  # fmt: skip
+
+
+def _pairs(own: bool) -> Any:
+    """Each method with itself, of one shape and of two, and, unless only `own`, with each other
+    one; as a function of dtype and examples."""
+
+    def covering(dtype: str, examples: int) -> Iterator[Problem]:
+        if dtype != "float32":
+            return
+        rng = np.random.default_rng(1)
+        one, two = (_layer(rng, m, d, r) for m, d, r in ((3, 4, 2), (5, 3, 1)))
+        again = _layer(rng, 3, 4, 2).replaced(block=one.block, scale=2.0, seed=8)
+        for i in range(len(METHODS)):
+            yield Problem(first=one, second=again, methods=(i, i))
+            yield Problem(first=two, second=one, methods=(i, i))
+            for j in range(len(METHODS)):
+                if i != j and not own:
+                    yield Problem(first=one, second=again, methods=(i, j))
+
+    return covering
+
+
+def _layer(rng: np.random.Generator, m: int, d: int, r: int) -> Problem:
+    """A problem of these sizes, with an attention block."""
+    shapes = {"x": (m, 3), "dy": (m, d), "W": (d, 3), "A": (r, 3), "B": (d, r), "bias": (d,)}
+    arrays = {n: rng.integers(1, 4, s).astype(np.float32) for n, s in shapes.items()}
+    shape = AttentionShape(2, 1, 2, (m - 1, 1))
+    sizes = {"q_proj": (4, 3), "k_proj": (2, 3), "v_proj": (2, 3), "o_proj": (3, 4)}
+    weights = {n: rng.normal(size=s).astype(np.float32) for n, s in sizes.items()}
+    low = [rng.normal(size=s).astype(np.float32) for s in ((m, 3), (m, 3), (2, 3), (4, 2))]
+    block = Problem(
+        x=low[0],
+        dy=low[1],
+        weights=weights,
+        adapters={"q_proj": (low[2], low[3], 2.0)},
+        shape=shape,
+    )
+    return Problem(**arrays, scale=1.0, seed=m, block=block)
 
 
 def _chosen(t: Trial, p: Problem) -> tuple[Case, Case]:
@@ -175,6 +214,7 @@ LAWS = (
         _again,
         (),
         dtypes=DTYPES,
+        covering=_pairs(own=False),
     ),
     Law(
         "C8",
@@ -187,6 +227,7 @@ LAWS = (
         _together,
         (),
         dtypes=DTYPES,
+        covering=_pairs(own=True),
     ),
     Law(
         "C9",

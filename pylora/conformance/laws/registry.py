@@ -9,6 +9,7 @@ from pylora.conformance.laws import (
     backward,
     cache,
     calls,
+    container,
     dropout,
     edges,
     embedding,
@@ -24,13 +25,19 @@ from pylora.conformance.laws import (
     operations,
     plan,
     planned,
+    saved,
+    settings,
+    single,
     sizes,
     sizes_attention,
     sizes_chance,
     sizes_files,
     special,
+    special_parts,
     streams,
+    tensors,
     widths,
+    without,
 )
 from pylora.conformance.laws.law import Law
 from pylora.errors import ConfigError
@@ -48,14 +55,20 @@ _FILES = (
     masks,
     initial,
     files,
+    container,
+    tensors,
+    settings,
+    saved,
     plan,
     planned,
+    single,
     attention,
     attending,
     cache,
     operations,
     edges,
     special,
+    special_parts,
     modules,
     calls,
     methods,
@@ -84,7 +97,9 @@ def table() -> str:
         cells = [law.id, law.sentence, law.maths, law.violation]
         cells += [", ".join(law.spec), ", ".join(n for n in law.needs if n != "float32")]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+    head = "## Statements that no law checks"
+    said = "Every other statement of the specification is cited by a law."
+    return "\n".join([*lines, "", head, "", said, "", without.table()])
 
 
 if __name__ == "__main__":

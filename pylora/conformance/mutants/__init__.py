@@ -33,7 +33,9 @@ from pylora.conformance.mutants import (
     plans,
     precisions,
     randoms,
+    readers,
     scales,
+    special,
     streams,
 )
 from pylora.conformance.mutants.registry import REGISTRY, Mutant
@@ -44,6 +46,7 @@ GROUPS = (
     scales,
     linear,
     numerics,
+    special,
     precisions,
     inputs,
     gradients,
@@ -59,6 +62,7 @@ GROUPS = (
     plans,
     matching,
     files,
+    readers,
     attention,
     mixed_gradients,
     biases,

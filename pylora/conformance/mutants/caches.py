@@ -138,14 +138,14 @@ class ScoresScaledTwice(Correct):
 
 
 @wrong(
-    "scores-scale-0-is-none",
+    "scores-scale-of-1-is-none",
     "subtle",
-    "A scale of 0 is taken for none.",
-    "`scale or head_dim ** -0.5`.",
+    "A scale of 1 is taken for none.",
+    "1 was the default of the field.",
 )
-class ScoresScaleZero(Correct):
+class ScoresScaleOne(Correct):
     def _attn(self, shape: AttentionShape) -> Attn:
-        return super()._attn(replace(shape, scale=shape.scale or None))
+        return super()._attn(replace(shape, scale=None if shape.scale == 1 else shape.scale))
 
 
 @wrong(

@@ -528,3 +528,86 @@ class EmptyIsNone(_Mended):
         if config.get("layers_to_transform") == []:
             raise Refused("no layer is left")
         return config
+
+
+@wrong(
+    "init-pissa-as-plain",
+    "subtle",
+    "init_lora_weights is not looked at: PiSSA's adapters are read as plain ones.",
+    "Initial values do not matter once there are trained ones, it is thought.",
+)
+class PissaAsPlain(Ruled):
+    def mended(self, config: dict[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in config.items() if k != "init_lora_weights"}
+
+
+@wrong(
+    "init-pissa-by-name",
+    "subtle",
+    '"pissa" is refused, "pissa_niter_4" is not.',
+    "The number of iterations is part of the name.",
+)
+class PissaByName(Ruled):
+    def mended(self, config: dict[str, Any]) -> dict[str, Any]:
+        how = config.get("init_lora_weights")
+        return {**config, "init_lora_weights": True} if str(how).startswith("pissa_") else config
+
+
+@wrong(
+    "init-loftq-as-plain",
+    "subtle",
+    "LoftQ is taken for a plain adapter: the base is quantized otherwise here, or not at all.",
+    "The adapter's file looks like any other.",
+)
+class LoftqAsPlain(Ruled):
+    def mended(self, config: dict[str, Any]) -> dict[str, Any]:
+        how = config.get("init_lora_weights")
+        return {**config, "init_lora_weights": True} if how == "loftq" else config
+
+
+class _SeesAll(Correct):
+    """A plan whose modules that cannot take LoRA have a size of (2, 2), as any other has."""
+
+    def plan(self, config: dict[str, Any], modules: Mapping[str, Any]) -> Planned:
+        odd = {path for path, size in modules.items() if size is None}
+        found = super().plan(config, {p: s or (2, 2) for p, s in modules.items()})
+        return self.kept(found, odd, config)
+
+    def kept(self, found: Planned, odd: set[str], config: dict[str, Any]) -> Planned:
+        return {path: entry for path, entry in found.items() if path not in odd}
+
+
+@wrong(
+    "plan-no-lora-skipped",
+    "subtle",
+    "A module that cannot take LoRA is skipped in silence where a target names it.",
+    "isinstance(module, Linear) in the loop.",
+)
+class NoLoraSkipped(_SeesAll):
+    pass
+
+
+@wrong(
+    "plan-no-lora-adapted",
+    "subtle",
+    "A module that cannot take LoRA is planned like any other.",
+    "The plan knows paths alone.",
+)
+class NoLoraAdapted(_SeesAll):
+    def kept(self, found: Planned, odd: set[str], config: dict[str, Any]) -> Planned:
+        return found
+
+
+@wrong(
+    "plan-no-lora-by-all-linear",
+    "subtle",
+    '"all-linear" chooses modules that are not linear.',
+    "All that has a weight.",
+)
+class NoLoraByAllLinear(_SeesAll):
+    def kept(self, found: Planned, odd: set[str], config: dict[str, Any]) -> Planned:
+        if isinstance(config["target_modules"], str):
+            return found
+        if odd & set(found):
+            raise Refused(f"{odd} cannot take LoRA")
+        return found

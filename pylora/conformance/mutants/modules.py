@@ -199,3 +199,87 @@ class _MergeForgetsBias(CorrectModule):
 class MergeForgetsBias(Correct):
     def module(self, W: Array, bias: Array | None = None) -> CorrectModule:
         return _MergeForgetsBias(self, W, bias)
+
+
+class _SharedModule(CorrectModule):
+    """Merges where the weight lies: into the array that it was given, which others have too."""
+
+    def merge(self) -> None:
+        if self.lora is not None and self.merged is None:
+            super().merge()
+            self.write()
+
+    def write(self) -> None:
+        self.W[...] = self.merged
+
+    def unmerge(self) -> None:
+        if self.merged is not None and self.lora is not None:
+            self.W[...] = self.maker.unmerge(self.merged, *self.lora, self.state)
+            self.merged = self.state = None
+
+    def detach(self) -> None:
+        self.unmerge()
+        super().detach()
+
+
+@wrong(
+    "merge-in-place-of-tied",
+    "subtle",
+    "Merging writes into the array that the module was given, which a tied module has as well.",
+    "The head's weight is the embedding's: one merge, two changed modules.",
+)
+class MergeInPlace(Correct):
+    def module(self, W: Array, bias: Array | None = None) -> CorrectModule:
+        return _SharedModule(self, W, bias)
+
+
+@wrong(
+    "module-by-weight",
+    "subtle",
+    "Two modules over the same array are one: what is attached to one is attached to both.",
+    "A table of modules by the address of their weight.",
+)
+class ModuleByWeight(Correct):
+    def __init__(self) -> None:
+        self.known: dict[int, CorrectModule] = {}
+        self.kept: list[Array] = []
+
+    def module(self, W: Array, bias: Array | None = None) -> CorrectModule:
+        self.kept.append(W)
+        return self.known.setdefault(id(W), CorrectModule(self, W, bias))
+
+
+class _MergedTable(CorrectModule):
+    """Looks merged weights up by the base weight."""
+
+    def forward(self, x: Array) -> Array:
+        merged = self.maker.table.get(id(self.W))  # type: ignore[attr-defined]
+        if merged is not None and self.lora is None:
+            return self.maker.base(x, merged, self.bias)
+        return super().forward(x)
+
+    def merge(self) -> None:
+        super().merge()
+        self.maker.table[id(self.W)] = self.merged  # type: ignore[attr-defined]
+
+    def unmerge(self) -> None:
+        self.maker.table.pop(id(self.W), None)  # type: ignore[attr-defined]
+        super().unmerge()
+
+    def detach(self) -> None:
+        self.maker.table.pop(id(self.W), None)  # type: ignore[attr-defined]
+        super().detach()
+
+
+@wrong(
+    "merged-by-weight",
+    "subtle",
+    "The merged weight is looked up by the base weight: a tied module finds it too.",
+    "A cache of merged weights, shared by all layers.",
+)
+class MergedByWeight(Correct):
+    def __init__(self) -> None:
+        self.table: dict[int, Array | None] = {}
+
+    def module(self, W: Array, bias: Array | None = None) -> CorrectModule:
+        return _MergedTable(self, W, bias)

@@ -151,3 +151,40 @@ class ScaleFloat16(Correct):
     ) -> Array:
         with np.errstate(over="ignore"):
             return super().forward(x, W, A, B, float(np.float16(scale)), bias)
+
+
+@wrong(
+    "scale-fast-root",
+    "subtle",
+    "rsLoRA's root is an approximation with twelve digits of two.",
+    "A reciprocal square root instruction without its correction.",
+)
+class FastRoot(Correct):
+    def scaling(self, alpha: float, r: int, use_rslora: bool) -> float:
+        exact = super().scaling(alpha, r, use_rslora)
+        return exact * (1 + 2.0**-19) if use_rslora else exact
+
+
+@wrong(
+    "scale-half-reciprocal",
+    "subtle",
+    "The scale is alpha times a reciprocal of r that is kept in float16.",
+    "1 / r is computed once, in the model's dtype: right where r is a power of two.",
+)
+class HalfReciprocal(Correct):
+    def scaling(self, alpha: float, r: int, use_rslora: bool) -> float:
+        if use_rslora:
+            return super().scaling(alpha, r, use_rslora)
+        return alpha * float(np.float16(1 / r))
+
+
+@wrong(
+    "scale-alpha-in-bfloat16",
+    "subtle",
+    "alpha is rounded to bfloat16 before it is divided.",
+    "Settings become tensors.",
+)
+class AlphaInBfloat(Correct):
+    def scaling(self, alpha: float, r: int, use_rslora: bool) -> float:
+        bits = np.float32(alpha).view(np.uint32) & np.uint32(0xFFFF0000)
+        return super().scaling(float(bits.view(np.float32)), r, use_rslora)

@@ -25,7 +25,7 @@ from pylora.conformance.testcase import Problem
 from pylora.types import Array
 
 LIMITS = (8, 16, 32, 64, 128, 256, 512, 1024, 4096, 65536)
-TAME = ("normal", "integers", "positive", "ones")
+TAME = ("normal", "integers", "positive", "ones", "zeros")
 ALL_DTYPES = ("float32", "float64", "bfloat16", "float16")
 MEMORY = ("C", "C", "F", "stepped", "negative", "readonly", "columns")
 _EITHER = st.booleans()
@@ -105,8 +105,10 @@ def mixed_of(size: int, where: str, dtype: str) -> Problem:
     elif where == "adapters":  # the last ones above all
         rows = np.append(np.arange(n - 5, n), [-1, 0])
 
+    kind = "positive" if where == "rows" else "normal"  # of one sign: where narrow sums stand still
+
     def make(*shape: int) -> Array:
-        return elements(rng, shape, "normal", dtype)
+        return elements(rng, shape, kind, dtype)
 
     return Problem(
         dy=make(m, d),
@@ -129,6 +131,7 @@ def beyond_mixed(dtype: str, examples: int) -> Iterator[Problem]:
     ):  # fmt: skip
         for size in sizes(most if dtype == "float32" else 64, examples):
             yield mixed_of(size, where, dtype)
+    yield mixed_of(1025, "rows", dtype)
 
 
 @st.composite  # type: ignore[untyped-decorator]
@@ -155,6 +158,37 @@ def biased(draw: Any, dtype: str = "float32", exact: bool = False) -> Problem:
         bias=make(d) if draw(_EITHER) else None,
         seed=int(rng.integers(2**16)),
     )
+
+
+def bias_of(size: int, dtype: str) -> Problem:
+    """One adapter with a bias of B and `size` rows of one sign."""
+    rng = np.random.default_rng(size)
+
+    def make(*shape: int) -> Array:
+        return elements(rng, shape, "positive", dtype)
+
+    fields = {
+        "x": (size, 2),
+        "dy": (size, 2),
+        "W": (2, 2),
+        "A": (1, 2),
+        "B": (2, 1),
+        "bias_B": (2,),
+    }
+    return Problem(
+        **{name: make(*shape) for name, shape in fields.items()},
+        scale=0.5,
+        bias=None,
+        seed=size,
+        size=size,
+        resized=lambda n: bias_of(max(1, n), dtype),
+    )
+
+
+def beyond_biases(dtype: str, examples: int) -> Iterator[Problem]:
+    """Rows past every limit."""
+    for size in sizes(4096, examples):
+        yield bias_of(size, dtype)
 
 
 def exact_biased(dtype: str = "float32") -> Any:
@@ -221,8 +255,10 @@ def embedding_of(size: int, where: str, dtype: str) -> Problem:
     if where == "vocab":
         ids = np.array([vocab - 1, 0, vocab - 2, vocab - 1, vocab // 2, 1])
 
+    kind = "positive" if where == "tokens" else "normal"
+
     def make(*shape: int) -> Array:
-        return elements(rng, shape, "normal", dtype)
+        return elements(rng, shape, kind, dtype)
 
     return Problem(
         ids=ids.astype(np.int64),
@@ -242,3 +278,4 @@ def beyond_embeddings(dtype: str, examples: int) -> Iterator[Problem]:
     for where, most in (("vocab", 65536), ("tokens", 1024), ("hidden", 1024), ("rank", 256)):
         for size in sizes(most if dtype == "float32" else 128, examples):
             yield embedding_of(size, where, dtype)
+    yield embedding_of(1025, "tokens", dtype)

@@ -97,7 +97,7 @@ def attending(
         draw(pick((10000.0, 100.0, 1e6))),
         max(1, width) if window else 0,
         draw(pick(layouts)),
-        draw(pick((0.25, 1.0, 0.0, -0.5))) if scale else None,
+        draw(pick((0.25, 1.0, 0.01, 3.0))) if scale else None,
     )
     make, m = Arrays(np.random.default_rng(draw(SEEDS)), dtype, ragged), sum(lengths)
     wide = projections(shape, hidden)

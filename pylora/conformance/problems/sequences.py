@@ -93,30 +93,70 @@ def module_sequences(dtype: str = "float32") -> Any:
     return sequences(dtype)
 
 
-def short_sequences(*words: tuple[Any, ...]) -> Any:
-    """All sequences of these steps up to 4 long (5 and 6 where more examples are asked for), as a
-    function of dtype and examples, with one module at work beside another that has the same W. The
-    shorter ones are there twice: something is computed after each step, or after the last alone.
-    float32 alone: they hang on no dtype."""
+def _fixed() -> dict[str, Any]:
+    """The arrays of a sequence that is not drawn: no zeros, and no two alike."""
+    rng = np.random.default_rng(0)
+    shapes = {"x": (2, 3), "x2": (2, 3), "x3": (5, 3), "dy": (2, 2), "dy2": (2, 2), "dy3": (5, 2)}
+    shapes |= {"W": (2, 3), "W2": (2, 3), "A": (1, 3), "B": (2, 1), "A2": (1, 3), "B2": (2, 1)}
+    shapes |= {"A3": (2, 3), "B3": (2, 2), "bias": (2,)}
+    arrays = {n: rng.integers(1, 4, s).astype(np.float32) for n, s in shapes.items()}
+    return {**arrays, "scales": (1.0, 2.0, 0.5), "shared": True, "seed": 1}
+
+
+def short_sequences(*words: tuple[Any, ...], then: Any = ("forward", 0, 0)) -> Any:
+    """All sequences of these steps up to 3 long, 4 in the quick profile and more beyond it, as a
+    function of dtype and examples; longer ones begin with the first word. The shorter ones are
+    there twice: with `then` after each step, and without. float32 alone: they hang on no dtype."""
 
     def covering(dtype: str, examples: int) -> Iterator[Problem]:
         if dtype != "float32":
             return
-        rng = np.random.default_rng(0)
+        given = _fixed()
         longest = 3 + (examples >= 40) + (examples >= 1000) + (examples >= 10_000)
-        shapes = {"x": (2, 3), "x2": (2, 3), "W": (2, 3), "W2": (2, 3)}
-        shapes |= {"A": (1, 3), "B": (2, 1), "A2": (1, 3), "B2": (2, 1), "A3": (2, 3), "B3": (2, 2)}
-        arrays = {n: rng.integers(1, 4, s).astype(np.float32) for n, s in shapes.items()}
-        bias = np.ones(2, np.float32)
+        longest -= len(words) > 6
         for n in range(1, longest + 1):
-            first = words[:1] if n > 2 else words  # nothing happens before the first attach
+            first = words[:1] if n > 2 else words
             for chosen in itertools.product(first, *[words] * (n - 1)):
-                for often in (False, True)[: 1 + (n < longest)]:
-                    steps = [s for step in chosen for s in (step, ("forward", 0, 0))[: 1 + often]]
-                    given = {"scales": (1.0, 2.0, 0.5), "shared": True, "seed": 1, "steps": steps}
-                    yield Problem(**arrays, bias=bias, **given)
+                for often in (False, True)[: 1 + (n < longest and then is not None)]:
+                    steps = [s for step in chosen for s in (step, then)[: 1 + often]]
+                    yield Problem(**given, steps=steps)
 
     return covering
+
+
+CALLS: dict[str, tuple[Any, ...]] = {
+    "forward": (0, 0, 0, 0),
+    "base": (0, 0),
+    "backward": (0, 0, 0, 0),
+    "stacked": (0, 0, [0, 1], 0),
+    "mixed": (0, 0, [0, 1], 0, 5),
+    "merge": (0, 0, 0),
+    "dropout": (0, 0, 0, 0, 0),
+    "dropout_backward": (0, 0, 0, 0, 0),
+}
+
+
+def disturbed(dtype: str, examples: int) -> Iterator[Problem]:
+    """Each call, something else, and the call again: an array written to in each way, the same call
+    with one argument exchanged, another call, the result overwritten, a refusal, another number of
+    threads."""
+    if dtype != "float32":
+        return
+    given = _fixed()
+    between: list[Any] = [("spoil", 0), ("refused", 0, 0), ("threads", 2)]
+    between += [("write", n, 0, how) for n in ("x", "W", "A", "B", "dy", "bias") for how in WRITES]
+    between += [(word, *parts) for word, parts in CALLS.items()]
+    for word, parts in CALLS.items():
+        call = (word, *parts)
+        others = [
+            (word, *parts[:i], value, *parts[i + 1 :])
+            for i, part in enumerate(parts)
+            for value in (([1, 2], [2, 1, 0], [0]) if isinstance(part, list) else (1, 2))
+            if not (value == 2 and i == (0 if word == "merge" else 1))  # there are two W
+        ]
+        for step in between + others:
+            more = [("unmerge", 0)] if word == "merge" else []
+            yield Problem(**given, steps=[call, step, call, *more])
 
 
 def function_sequences(*words: str) -> Any:

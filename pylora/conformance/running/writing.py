@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,6 +11,7 @@ from pylora.conformance import tracing
 from pylora.conformance.laws.law import Law
 from pylora.conformance.protocol import AttentionShape
 from pylora.conformance.running.literals import layout, literal, nested, number
+from pylora.conformance.running.objects import apart, began, pairs, same, within
 from pylora.conformance.running.sources import Sources
 from pylora.conformance.testcase import Call, Problem, Trial, Violation
 from pylora.conformance.tracing import Key, Step, Traced, Write, plain
@@ -75,9 +74,8 @@ class Writer:
         self.imports.add("from pylora.conformance.running.runner import attempt")
         self.imports.add("from pylora.conformance.testcase import Problem")
         first = [(c.arguments, c.before) for c in reversed(self.trial.calls)]
-        began = {id(a): b for pair in first for a, b in _pairs(*pair)}
-        fields = (f"{n}={self._value(v, _began(v, began), n)}" for n, v in vars(problem).items())
-        self.lines.append(f"problem = Problem({', '.join(fields)})")
+        before = {id(a): b for pair in first for a, b in pairs(*pair)}
+        self.lines.append(f"problem = {self._value(problem, began(problem, before))}")
         self.lines.append(f"for _ in range({TRIES}):")
         self.lines.append(f"    attempt(implementation, LAWS[{law.id!r}], problem)")
         return self._whole(title)
@@ -199,7 +197,7 @@ class Writer:
             holds = v.holds.replace("RESULT", source).replace("OTHER", other)
             self.lines.append(f"assert {holds}, {v.what!r}")
             return
-        got = source if v.at is None else f"{_apart(source)}[{self._text(Key(v.at))}]"
+        got = source if v.at is None else f"{apart(source)}[{self._text(Key(v.at))}]"
         got += "".join(f"[{key!r}]" for key in v.item)
         bound = np.asarray(v.bound if v.bound is not None else 0.0)
         self.lines += [
@@ -257,7 +255,7 @@ class Writer:
             signature = inspect.signature(step.function)
             names = tuple(signature.parameters)
             text = self.sources.add(step.function) + text[len(step.function.__name__) :]
-        parts = step.parts if step.function is None else self._known(step.parts)
+        parts = self._known(step.parts)
         texts = [
             self._text(part, names[i] if i < len(names) else "array")
             for i, part in enumerate(parts)
@@ -265,19 +263,19 @@ class Writer:
         operands = len(texts) if text.startswith(("{} ", "-{}")) else 0
         if text.startswith(("{}[", "{}.")):
             operands = 1
-        texts[:operands] = [_apart(t) for t in texts[:operands]]
+        texts[:operands] = [apart(t) for t in texts[:operands]]
         return text.format(*texts)
 
     def _known(self, value: Any) -> Any:
-        """What a formula is given: arrays that the program has under a name, where it has the same
-        numbers. A formula only reads, so which of two equal arrays it is given does not matter."""
+        """What a step is given: arrays that the program has under a name, where it has the same
+        numbers. A step only reads, so which of two equal arrays it is given does not matter."""
         if isinstance(value, (tuple, list)):
             return type(value)(self._known(v) for v in value)
         if not isinstance(value, np.ndarray) or isinstance(value, Traced) or self._find(value):
             return value
         for array in self.keep:
             like = self.content[id(array)]
-            if like.dtype == value.dtype and _same(like, value):
+            if like.dtype == value.dtype and same(like, value):
                 return array
         return value
 
@@ -302,7 +300,7 @@ class Writer:
             name = call.name
             if call.method == "merge" and not isinstance(call.result, tuple):
                 name += "[0]"  # see _call
-            found = _within(call.result, value, name) or _within(call.traced, value, name)
+            found = within(call.result, value, name) or within(call.traced, value, name)
             if call.name and found:
                 return found
         return None
@@ -315,7 +313,7 @@ class Writer:
         known = self._find(value) if not isinstance(value, (float, str)) else None
         if known:
             given = before is not value and id(value) in self.content  # not a formula
-            if given and not _same(self.content[id(value)], before):
+            if given and not same(self.content[id(value)], before):
                 self.lines.append(f"{known}[...] = {literal(before, self.imports)}")
                 self.content[id(value)] = before
             return known
@@ -340,6 +338,13 @@ class Writer:
                     rest = value[len(directory) :]
                     return f"directory{i or ''}" + (f" + {rest!r}" if rest else "")
             return repr(value)
+        if isinstance(value, Problem):
+            fields = (
+                f"{n}={self._value(v, getattr(before, n), n)}"
+                for n, v in vars(value).items()
+                if not callable(v)
+            )
+            return f"Problem({', '.join(fields)})"
         if isinstance(value, AttentionShape):
             self.imports.add("from pylora.conformance.protocol import AttentionShape")
         if isinstance(value, type) and issubclass(value, np.generic):
@@ -367,50 +372,3 @@ class Writer:
         self.lines.append(f"{variable} = {literal(before, self.imports)}")
         self.lines += layout(variable, value)
         return variable
-
-
-def _same(a: Array, b: Array) -> bool:
-    bits = [np.ascontiguousarray(v).tobytes() for v in (a, b)]
-    return a.shape == b.shape and bits[0] == bits[1]
-
-
-def _apart(text: str) -> str:
-    """In brackets, unless it is one thing already."""
-    node = ast.parse(text, mode="eval").body
-    whole = (ast.Name, ast.Attribute, ast.Call, ast.Subscript, ast.Constant, ast.List, ast.Tuple)
-    return text if isinstance(node, whole) else f"({text})"
-
-
-def _pairs(value: Any, before: Any) -> Iterator[tuple[Array, Array]]:
-    """Each array with its copy."""
-    if isinstance(value, np.ndarray):
-        yield value, before
-    elif isinstance(value, (list, tuple)):
-        for v, b in zip(value, before):
-            yield from _pairs(v, b)
-
-
-def _began(value: Any, began: dict[int, Array]) -> Any:
-    """`value` with each array as it was before the first call that was given it."""
-    if isinstance(value, np.ndarray):
-        return began.get(id(value), value)
-    if isinstance(value, (list, tuple)):
-        return type(value)(_began(v, began) for v in value)
-    if isinstance(value, dict):
-        return {k: _began(v, began) for k, v in value.items()}
-    return value
-
-
-def _within(container: Any, value: Any, name: str) -> str | None:
-    if container is value:
-        return name
-    items: list[tuple[Any, Any]] = []
-    if isinstance(container, (list, tuple)):
-        items = list(enumerate(container))
-    elif isinstance(container, dict):
-        items = list(container.items())
-    for key, item in items:
-        found = _within(item, value, f"{name}[{key!r}]")
-        if found:
-            return found
-    return None

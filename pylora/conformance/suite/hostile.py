@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from pylora.conformance.suite.adapters import Adapter
-from pylora.conformance.suite.forms import write_gguf_lora, write_peft
+from pylora.conformance.suite.forms import write_gguf_lora, write_mlx, write_peft
+from pylora.formats.safetensors import SafeTensors
 
 WEIGHTS, CONFIG, GGUF = "adapter_model.safetensors", "adapter_config.json", "adapter.gguf"
 CANARY = "pylora-suite-pickle-was-run"
@@ -144,6 +145,19 @@ def _gguf(change: Callable[[bytes], bytes]) -> Callable[[Adapter, Path], None]:
     return write
 
 
+def _mlx(change: Callable[[Arrays], Arrays]) -> Callable[[Adapter, Path], None]:
+    """The good MLX adapter with other tensors."""
+
+    def write(adapter: Adapter, folder: Path) -> None:
+        write_mlx(adapter, folder)
+        file = folder / "adapters.safetensors"
+        with SafeTensors(file) as there:
+            tensors = {name: np.array(there.load(name)) for name in there.tensors}
+        file.write_bytes(plain_safetensors(change(tensors)))
+
+    return write
+
+
 def _renamed(old: bytes, new: bytes) -> Callable[[bytes], bytes]:
     if len(old) != len(new):
         raise ValueError("names of one length, so that all offsets stay")
@@ -203,4 +217,17 @@ _GGUF: tuple[Refused, ...] = (
         _renamed(b"\x04" + bytes(7) + b"lora", b"\x04" + bytes(7) + b"loha"))),
     Refused("nan", "NaN in the last B", _gguf(lambda d: d[:-4] + b"\x00\x00\xc0\x7f")),
 )  # fmt: skip
-REFUSED: dict[str, tuple[Refused, ...]] = {"peft": _PEFT, "gguf": _GGUF}
+_M0 = "model.layers.0.self_attn.q_proj"
+_MLX: tuple[Refused, ...] = (
+    Refused("missing-tensor", "A of a target is missing", _mlx(_without(f"{_M0}.lora_a"))),
+    Refused("missing-module", "a target has no tensors at all", _mlx(
+        _without(f"{_M0}.lora_a", f"{_M0}.lora_b"))),
+    Refused("extra-module", "tensors of a module that the settings do not name", _mlx(
+        lambda t: t | {"model.layers.0.mlp.up_proj.lora_a": np.ones((128, 4), np.float32),
+                       "model.layers.0.mlp.up_proj.lora_b": np.ones((4, 192), np.float32)})),
+    Refused("wrong-shape", "A has a column too few", _mlx(
+        _with(f"{_M0}.lora_a", lambda a: a[:-1]))),
+    Refused("nan", "NaN in A", _mlx(_with(f"{_M0}.lora_a", _number(float("nan"))))),
+    Refused("infinity", "infinity in B", _mlx(_with(f"{_M0}.lora_b", _number(float("inf"))))),
+)  # fmt: skip
+REFUSED: dict[str, tuple[Refused, ...]] = {"peft": _PEFT, "gguf": _GGUF, "mlx": _MLX}

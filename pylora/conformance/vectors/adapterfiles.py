@@ -41,7 +41,8 @@ def _numbers(name: str, shape: tuple[int, ...], dtype: str) -> Any:
 
 def _encode(dtype: str, values: Any) -> bytes:
     array = Reference()._narrow(np.asarray(values, np.float64), _CODES[dtype])
-    return array.astype(array.dtype.newbyteorder("<")).tobytes()
+    data: bytes = array.astype(array.dtype.newbyteorder("<")).tobytes()
+    return data
 
 
 def _file(header: Any, data: bytes) -> bytes:

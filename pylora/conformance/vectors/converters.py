@@ -27,7 +27,13 @@ _BLOCK = {
     "mlp.down_proj": "ffn_down",
 }
 _TOP = {"model.embed_tokens": "token_embd", "lm_head": "output"}
-_BASE = {"architecture": "llama", "heads": 2, "kv_heads": 1, "head_dim": 4, "layers": 2}
+_BASE: dict[str, Any] = {
+    "architecture": "llama",
+    "heads": 2,
+    "kv_heads": 1,
+    "head_dim": 4,
+    "layers": 2,
+}
 # d and k of each module: hidden size 6, 10 inner units, 2 heads of 4 and one key head
 _SIZES = {"q": (8, 6), "k": (4, 6), "v": (4, 6), "o": (6, 8)}
 _SIZES |= {"gate": (10, 6), "up": (10, 6), "down": (6, 10)}
@@ -97,7 +103,7 @@ def gguf(adapter: Adapter, alpha: float, architecture: str = "llama") -> dict[st
         wide = B.astype(np.float64) * (scale / (alpha / r if alpha else 1))
         if architecture == "llama" and name.endswith(("attn_q", "attn_k")):
             heads = _BASE["heads"] if name.endswith("attn_q") else _BASE["kv_heads"]
-            wide = interleave(wide, int(heads))
+            wide = interleave(wide, heads)
         tensors[f"{name}.weight.lora_a"] = A.T if name == "token_embd" else A
         tensors[f"{name}.weight.lora_b"] = wide.astype(np.float32)
     kind = {"general.type": "adapter", "adapter.type": "lora"}

@@ -24,6 +24,9 @@ def cases() -> list[Case]:
         _embedding("lora-embedding", np.array([3, 0, 3, 8, 1])),
         _embedding("lora-embedding-repeated", np.array(duplicates), scale=-0.5),
         _embedding("lora-embedding-none", none),
+        _embedding("lora-embedding-B-first", np.array([2, 0]), sparse=0),
+        _embedding("lora-embedding-B-last", np.array([2, 0]), sparse=-1),
+        _unread_embedding("lora-embedding-nan-in-A"),
         _embedding("lora-embedding-fresh", np.array([1, 4, 4]), fresh=True),
         _stacked(),
         _mixed("mixed", [1, -1, 0, 2, 2, 1, -1, 0, 2]),
@@ -50,7 +53,20 @@ def _unread(name: str) -> Case:
     return case
 
 
-def _embedding(name: str, ids: Array, *, scale: float = 1.5, fresh: bool = False) -> Case:
+def _unread_embedding(name: str) -> Case:
+    """As above for an embedding: y is the rows of W themselves, in every bit."""
+    case, ids = Case(name, "embedding", ("F-2", "F-5"), {"scale": 2.0}), np.array([4, 1], np.int64)
+    W, A = draw(f"{name}/W", (6, 3)), draw(f"{name}/A", (2, 6))
+    A[0, 4], A[1, 1] = np.nan, np.inf
+    dy, B = draw(f"{name}/dy", (2, 3)), np.zeros((3, 2), np.float32)
+    case.inputs |= {"ids": ids, "W": W, "A": A, "B": B, "dy": dy}
+    case.expect("y", W[ids], 0.0, "rows of W")
+    return case
+
+
+def _embedding(
+    name: str, ids: Array, *, scale: float = 1.5, fresh: bool = False, sparse: int | None = None
+) -> Case:
     vocab, hidden, r = 9, 5, 2
     case = Case(name, "embedding", ("F-5", "B-6"), {"scale": scale})
     ids, m = ids.astype(np.int64), len(ids)
@@ -62,6 +78,9 @@ def _embedding(name: str, ids: Array, *, scale: float = 1.5, fresh: bool = False
         "B": draw(f"{name}/B", (hidden, r)),
         "dy": draw(f"{name}/dy", (m, hidden)),
     }
+    if sparse is not None:  # one number, in this place, and negative: not an empty B
+        case.inputs["B"][...] = 0
+        case.inputs["B"].flat[sparse] = -0.5
     W, A, B, dy = (wide(case.inputs[n]) for n in ("W", "A", "B", "dy"))
     h, s, size = A[:, ids].T, scale, abs(scale)
     g = dy @ B

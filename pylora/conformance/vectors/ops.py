@@ -51,6 +51,8 @@ def cases() -> list[Case]:
         lora_case("lora-one-of-each", ("F-6",), m=1, d=1, k=1, r=1, alpha=0.5),
         lora_case("lora-no-tokens", ("F-6", "B-3"), bias=True, **usual | {"m": 0}),
         lora_case("lora-fresh", ("I-1", "F-2", "B-4"), fresh=True, **usual),
+        lora_case("lora-B-last", ("F-1", "B-1"), sparse=-0.75, **usual),
+        lora_case("lora-B-sums-to-zero", ("F-1", "B-1"), sparse=0.0, **usual),
         lora_case("lora-dropout", ("D-1", "D-2", "D-3"), p=0.25, **usual),
         lora_case("lora-dropout-most", ("D-2", "D-3"), p=0.9375, **usual),
         lora_case("lora-dropout-none", ("D-4",), p=0.0, **usual),
@@ -70,10 +72,12 @@ def lora_case(
     bias: bool = False,
     lora_bias: bool = False,
     fresh: bool = False,
+    sparse: float | None = None,
     p: float | None = None,
 ) -> Case:
     """Forward and backward of one layer, with h and g. Each bound is that of the whole chain from
-    the inputs: dB's includes what the rounding of h adds to it."""
+    the inputs: dB's includes what the rounding of h adds to it. `sparse`: B is zero but for this
+    number in its last place, or, if it is 0 itself, for 1 and -1: neither is an empty B."""
     scale = alpha / math.sqrt(r) if use_rslora else alpha / r
     params: dict[str, Any] = {"r": r, "alpha": alpha, "use_rslora": use_rslora, "scale": scale}
     drop = None
@@ -90,7 +94,9 @@ def lora_case(
         inputs["bias"] = draw(f"{name}/bias", (d,))
     inputs["A"] = draw(f"{name}/A", (r, k), k**-0.5)
     B = draw(f"{name}/B", (d, r), r**-0.5)
-    inputs["B"] = np.zeros_like(B) if fresh else B
+    inputs["B"] = np.zeros_like(B) if fresh or sparse is not None else B
+    if sparse is not None:
+        inputs["B"][-1, -2:] = (0.0, sparse) if sparse else (1.0, -1.0)
     if lora_bias:
         inputs["bias_B"] = draw(f"{name}/bias_B", (d,))
     inputs["dy"] = draw(f"{name}/dy", (m, d))

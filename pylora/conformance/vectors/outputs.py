@@ -109,6 +109,8 @@ def read(source: Any, want: Array, bounded: bool) -> Array:
 
 def _file(file: Path, want: Array, bounded: bool) -> Array:
     try:
+        if not file.is_file():
+            raise ValueError("is no ordinary file")
         size, n = file.stat().st_size, want.size
         if not bounded:
             fits = {want.nbytes: want.dtype.newbyteorder("<")}

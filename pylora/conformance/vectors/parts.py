@@ -138,7 +138,8 @@ def attention_case(
     largest survives, in float64, too: exp(-750) is 0, exp(750) infinity."""
     attn = Attn(heads, kv_heads, D, D**-0.5, window=window)
     seqs, m = Seqs.of(lengths), sum(lengths)
-    params = {"heads": heads, "kv_heads": kv_heads, "head_dim": D, "scale": attn.scale}
+    params: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "head_dim": D}
+    params |= {"scale": attn.scale}
     params |= {"window": window, "lengths": lengths}
     case = Case(name, "attention", ("A-4", "A-5", "A-7"), params)
     sizes = (("q", heads * D), ("k", kv_heads * D), ("v", kv_heads * D), ("do", heads * D))

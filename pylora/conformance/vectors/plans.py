@@ -52,7 +52,7 @@ def questions() -> list[Question]:
     out: list[Question] = []
 
     def put(name: str, spec: str, settings: Mapping[str, Any], expect: Any, model: str) -> None:
-        config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16} | settings
+        config: dict[str, Any] = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, **settings}
         config = {key: value for key, value in config.items() if value is not _LEFT_OUT}
         given = {"model": model, "config": config}
         out.append(Question(name, tuple(spec.split()), given, expect))

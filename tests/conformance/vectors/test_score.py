@@ -250,8 +250,11 @@ def test_links_and_pipes_do_not_stop_it(tmp_path: Path) -> None:
     (where / "one" / "y.bin").symlink_to(where / "one")  # a folder
     (where / "two" / "z.bin").unlink()
     os.mkfifo(where / "two" / "z.bin")
+    (where / "two" / "none.bin").unlink()
+    os.mkfifo(where / "two" / "none.bin")  # 0 bytes are expected, and would be waited for
     found = of(where)
-    assert set(why(found)) == {"one/y", "two/z"}
+    assert set(why(found)) == {"one/y", "two/z", "two/none"}
+    assert why(found)["two/none"] == "is no ordinary file"
 
 
 def test_noise_never_stops_it(tmp_path: Path) -> None:
