@@ -68,7 +68,7 @@ class Draw:
         scale = self.pick(SCALES) if self.rng.random() < 0.7 else float(self.rng.normal() * 4)
         return {**found, "scale": scale, "dtype": dtype}
 
-    def several(self) -> list[Any]:
+    def several(self) -> tuple[list[Any], dict[str, Any]]:
         p = self.layer()
         (d, k), ranks = p["W"].shape, [self.size() for _ in range(int(self.rng.integers(0, 6)))]
         return [
@@ -78,7 +78,7 @@ class Draw:
                 self.pick(SCALES),
             )
             for r in ranks
-        ], p  # type: ignore[return-value]
+        ], p
 
 
 def calls(
@@ -100,8 +100,8 @@ def _arguments(method: str, draw: Draw) -> tuple[Any, ...]:
     x, W, A, B, dy, bias, s = (p[n] for n in ("x", "W", "A", "B", "dy", "bias", "scale"))
     rate, seed = draw.pick((0.0, 0.5, 0.1, 0.9)), int(draw.rng.integers(2**31))
     if method in ("forward_stacked", "forward_mixed"):
-        adapters, p = draw.several()  # type: ignore[misc]
-        x, W, bias = p["x"], p["W"], p["bias"]  # type: ignore[index]
+        adapters, p = draw.several()
+        x, W, bias = p["x"], p["W"], p["bias"]
         if method == "forward_stacked":
             return x, W, adapters, bias
         return x, W, adapters, draw.rng.integers(-1, max(len(adapters), 0), len(x)), bias

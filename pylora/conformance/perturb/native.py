@@ -254,7 +254,7 @@ class NativeOps(Reference):
         self.keep.clear()
         return out
 
-    def rope(  # type: ignore[override]
+    def rope(
         self, x: Array, cos: Array, sin: Array, position: Array, head_dim: int,
         layout: str = "half", inverse: bool = False, **more: Any,
     ) -> Array:  # fmt: skip
@@ -278,7 +278,7 @@ class NativeOps(Reference):
         a.window, a.scale = attn.window, attn.scale
         return s, a
 
-    def attention_forward(  # type: ignore[override]
+    def attention_forward(
         self, q: Array, k: Array, v: Array, seqs: Any, attn: Any, dtype: Any = None
     ) -> tuple[Array, Array]:
         q, k, v = (np.ascontiguousarray(a) for a in (q, k, v))
@@ -289,14 +289,14 @@ class NativeOps(Reference):
         self.keep.clear()
         return o, lse
 
-    def attention_backward(  # type: ignore[override]
+    def attention_backward(
         self, do: Array, q: Array, k: Array, v: Array, o: Array, lse: Array, seqs: Any, attn: Any,
         dtype: Any = None,
     ) -> tuple[Array, Array, Array]:  # fmt: skip
         given = [np.ascontiguousarray(a) for a in (do, q, k, v, o, lse)]
-        found = tuple(np.zeros_like(a) for a in given[1:4])
+        dq, dk, dv = (np.zeros_like(a) for a in given[1:4])
         self.lib.pylora_ref_attention_backward(
-            *map(self._mat, given), *self._sequences(seqs, attn), *map(self._mat, found)
+            *map(self._mat, given), *self._sequences(seqs, attn), *map(self._mat, (dq, dk, dv))
         )
         self.keep.clear()
-        return found
+        return dq, dk, dv
