@@ -21,6 +21,7 @@ from pylora.conformance.mutants import (
     initial,
     inputs,
     keeping,
+    limits,
     linear,
     lives,
     masks,
@@ -30,6 +31,7 @@ from pylora.conformance.mutants import (
     modules,
     numerics,
     operations,
+    paths,
     plans,
     precisions,
     randoms,
@@ -73,6 +75,8 @@ GROUPS = (
     caches,
     halves,
     operations,
+    limits,
+    paths,
 )
 
 
