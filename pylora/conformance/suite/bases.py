@@ -20,10 +20,8 @@ from pylora.conformance.suite.gguf_writer import write_gguf
 from pylora.errors import ConfigError, PyloraError
 from pylora.formats.base import narrow, widen
 from pylora.formats.gguf import hf_name
-from pylora.formats.gguf_config import ARCHITECTURES as GGUF_ARCHITECTURES
 from pylora.formats.safetensors import Bf16, save
 from pylora.model.config import LlamaConfig
-from pylora.model.hfconfig import ARCHITECTURES
 from pylora.numbers.random import normal, stream
 
 # What the suite's adapters are for; a family that calls them otherwise needs cases of its own.
@@ -53,6 +51,8 @@ _OWN: dict[str, dict[str, Any]] = {"llama": {"attention_bias": True, "mlp_bias":
 _GGUF_NAME = {"mistral": "llama"}  # architectures that have another name there
 _PERMUTED = ("llama",)  # of GGUF: rows of q and k are in the order of interleaved rotation
 _SCORED = ("q_proj.weight", "k_proj.weight")  # smaller: sharp attention magnifies roundings
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")  # families of the bases
+GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _STEMS = ("token_embd", "output_norm", "output")
 _BLOCK = (
     "attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "attn_q_norm", "attn_k_norm",
