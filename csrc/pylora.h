@@ -30,7 +30,7 @@ extern "C" {
 #endif
 
 #define PYLORA_VERSION "0.1.0"
-#define PYLORA_ABI_VERSION 3
+#define PYLORA_ABI_VERSION 4
 
 typedef enum pylora_status {
   PYLORA_OK = 0,
@@ -142,7 +142,15 @@ typedef struct pylora_attn {
   int32_t heads, kv_heads, head_dim; /* heads % kv_heads == 0 */
   int32_t window;                    /* > 0: only the last `window` keys are seen; 0: all */
   float scale;                       /* usually 1 / sqrt(head_dim) */
+  float softcap; /* > 0: scores become softcap tanh(scores / softcap); 0: they stay */
 } pylora_attn;
+
+typedef enum pylora_activation {
+  PYLORA_SILU = 0,      /* x sigmoid(x) */
+  PYLORA_GELU_TANH = 1, /* x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)) */
+  PYLORA_GELU_ERF = 2,  /* x (1 + erf(x / sqrt 2)) / 2 */
+  PYLORA_RELU2 = 3,     /* max(x, 0)^2 */
+} pylora_activation;
 
 typedef enum pylora_rope_layout {
   PYLORA_ROPE_HALF = 0,        /* pairs (i, i + D/2): Hugging Face, GPT-NeoX */
@@ -293,7 +301,7 @@ int pylora_rope(const pylora_mat *x, const pylora_mat *cosines, const pylora_mat
 
 size_t pylora_attention_workspace(const pylora_seqs *seqs, const pylora_attn *a);
 /* Causal grouped-query attention.  q, o [m, heads*D]; k, v [n, kv_heads*D];
- * P = softmax(scale q kᵀ), o = P v;  lse [m, heads] = log sum exp of the scaled scores.
+ * P = softmax(scale q kᵀ, capped if there is a softcap), o = P v;  lse [m, heads] = log sum exp of the scaled scores.
  * q, k, v, o bf16 too, each by itself. */
 int pylora_attention_forward(const pylora_mat *q, const pylora_mat *k, const pylora_mat *v,
                              const pylora_seqs *seqs, const pylora_attn *a, const pylora_mat *o,
@@ -311,6 +319,24 @@ int pylora_swiglu_forward(const pylora_mat *gate, const pylora_mat *up, const py
 /* dgate may be gate, dup may be up.  All bf16 too. */
 int pylora_swiglu_backward(const pylora_mat *dy, const pylora_mat *gate, const pylora_mat *up,
                            const pylora_mat *dgate, const pylora_mat *dup);
+
+/* c = x - mean(x); rstd = 1 / sqrt(mean(c^2) + eps) [m]; y = c rstd w + b; b may be NULL.  x and y bf16 too. */
+int pylora_layer_norm_forward(const pylora_mat *x, const float *w, const float *b, float eps,
+                              const pylora_mat *y, float *rstd);
+/* dx (+)= rstd (g - mean(g) - n mean(g n)), g = dy w, n = c rstd; w and b are frozen.  dx may be dy. */
+int pylora_layer_norm_backward(const pylora_mat *dy, const pylora_mat *x, const float *w,
+                               const float *rstd, const pylora_mat *dx, int add_dx);
+/* y = act(x) up, or act(x) where up is NULL; `kind`: a pylora_activation.  All bf16 too; y may be x or up. */
+int pylora_activation_forward(int kind, const pylora_mat *x, const pylora_mat *up,
+                              const pylora_mat *y);
+/* dx = dy up act'(x), dup = dy act(x); both up and dup or neither.  dx may be x, dup may be up. */
+int pylora_activation_backward(int kind, const pylora_mat *dy, const pylora_mat *x,
+                               const pylora_mat *up, const pylora_mat *dx, const pylora_mat *dup);
+/* y = cap tanh(multiplier x / cap); multiplier x where cap is 0.  y may be x. */
+int pylora_soft_cap_forward(const pylora_mat *x, float multiplier, float cap, const pylora_mat *y);
+/* dx = dy multiplier (1 - (y / cap)^2) */
+int pylora_soft_cap_backward(const pylora_mat *dy, const pylora_mat *y, float multiplier, float cap,
+                             const pylora_mat *dx);
 
 /* y[i,:] = W[ids[i],:]  (W [vocab,k], packed) */
 int pylora_embedding_forward(const int64_t *ids, int64_t m, const pylora_packed *W,

@@ -144,6 +144,13 @@ typedef void pylora_kernel_rotate(int64_t n, pylora_vec a, pylora_vec b, const f
 typedef void pylora_kernel_swiglu_forward(int64_t n, pylora_vec gate, pylora_vec up, pylora_vec y);
 typedef void pylora_kernel_swiglu_backward(int64_t n, pylora_vec dy, pylora_vec gate, pylora_vec up,
                                            pylora_vec dgate, pylora_vec dup);
+/* y = act(x) up, or act(x) where up is {NULL, NULL}: PYLORA_SILU, PYLORA_GELU_TANH and PYLORA_RELU2 */
+typedef void pylora_kernel_activate(int kind, int64_t n, pylora_vec x, pylora_vec up, pylora_vec y);
+/* dx = dy up act'(x), dup = dy act(x) */
+typedef void pylora_kernel_activate_backward(int kind, int64_t n, pylora_vec dy, pylora_vec x,
+                                             pylora_vec up, pylora_vec dx, pylora_vec dup);
+/* y = cap tanh(x s / cap) */
+typedef void pylora_kernel_soft_cap(int64_t n, const float *x, float s, float cap, float *y);
 typedef void pylora_kernel_exp_sum(int64_t n, const float *x, float *top,
                                    float *sum); /* max x, sum exp(x - max x) */
 typedef void pylora_kernel_exp_scaled(int64_t n, const float *x, float lse, float weight,
@@ -196,7 +203,7 @@ typedef void pylora_kernel_merge_rows(int dtype, int mode, const merge_job *f);
 /* clang-format off */
 #define PYLORA_ROW_KERNELS(K) \
   K(put_tile) K(sum_squares) K(dot) K(scale) K(rms_forward) K(rms_backward) K(rms_weight) \
-  K(rotate) K(swiglu_forward) K(swiglu_backward) K(exp_sum) K(exp_scaled) K(adamw) \
+  K(rotate) K(swiglu_forward) K(swiglu_backward) K(activate) K(activate_backward) K(soft_cap) K(exp_sum) K(exp_scaled) K(adamw) \
   K(philox) K(drop)
 /* clang-format on */
 #define PYLORA_ATTEND_KERNELS(K) \

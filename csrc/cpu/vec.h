@@ -256,6 +256,21 @@ INLINE void v_sigmoid(vf x, vf *s, vf *minus) {
   *minus = v_lt(x, v_zero(), large, small);
 }
 
+/* tanh(x): its series where |x| is small, (1 - e) / (1 + e) with e = exp(-2 |x|) elsewhere; an error of a few
+ * ulp.  NaN at NaN. */
+INLINE vf v_tanh(vf x) {
+  const vf minus = v_min(x, v_neg(x)), z = v_mul(x, x);
+  const vf e = v_exp(v_add(minus, minus));
+  const vf high = v_div(v_sub(v_set1(1.0f), e), v_add(v_set1(1.0f), e));
+  vf p = v_set1(62.0f / 2835.0f);
+  p = v_fma(p, z, v_set1(-17.0f / 315.0f));
+  p = v_fma(p, z, v_set1(2.0f / 15.0f));
+  p = v_fma(p, z, v_set1(-1.0f / 3.0f));
+  const vf low = v_fma(v_mul(p, z), x, x);
+  const vf large = v_lt(x, v_zero(), v_neg(high), high);
+  return v_lt(v_set1(-0.25f), minus, low, large);
+}
+
 /* Lanes added in a fixed tree: ((0 + 8) + (4 + 12)) + ... : the same for every call. */
 INLINE float v_hsum(vf x) {
   float t[VL];

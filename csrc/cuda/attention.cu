@@ -51,6 +51,7 @@ static bool tensor_fits(const pylora_attn *a, const View &q, const View &k, cons
 /* ---- checks ------------------------------------------------------------------------------ */
 
 static int check_shape(const pylora_attn *a, const pylora_cuda_seqs *s) {
+  if (a && a->softcap != 0) return PYLORA_E_UNSUPPORTED;
   if (!a || !s) return PYLORA_E_NULL;
   if (a->heads < 1 || a->kv_heads < 1 || a->head_dim < 1 || a->heads % a->kv_heads)
     return PYLORA_E_SHAPE;

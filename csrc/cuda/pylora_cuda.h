@@ -25,7 +25,7 @@
 extern "C" {
 #endif
 
-#define PYLORA_CUDA_ABI_VERSION 1
+#define PYLORA_CUDA_ABI_VERSION 2
 
 /* A device, made ready: its properties, cuBLASLt, and the choices made for the shapes seen.  Several threads
  * may use one at a time on different streams. */

@@ -55,6 +55,9 @@ typedef struct scratch {
   float *heads;               /* [2][heads][D]: a single query widened, and its output */
 } scratch;
 
+/* What softmax multiplies scores by: capped ones have it in them. */
+static inline float scale_of(const pylora_attn *a) { return a->softcap > 0 ? 1.0f : a->scale; }
+
 typedef struct call {
   const pylora_kernels *K;
   const pylora_mat *q, *k, *v, *o, *lse;

@@ -102,8 +102,9 @@ static void put_rotated(const forward *f, const projection *p, int64_t i, int64_
     }
     const int64_t at = r->position[i + t];
     const pylora_vec from = {row, NULL};
-    pylora_rope_row(f->K, from, cols, r->head_dim, r->layout, 0, r->cosines.p + at * r->cosines.ld,
-                    r->sines.p + at * r->sines.ld, row_at(l->y, i + t, j));
+    pylora_rope_row(f->K, from, cols, r->head_dim, r->head_dim / 2, r->layout, 0,
+                    r->cosines.p + at * r->cosines.ld, r->sines.p + at * r->sines.ld,
+                    row_at(l->y, i + t, j));
   }
 }
 

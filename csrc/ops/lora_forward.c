@@ -76,6 +76,7 @@ static int check_finish(const pylora_linear *l, const pylora_finish *e, int64_t 
   if (e->rotation) {
     const pylora_rotation *r = e->rotation;
     TRY(pylora_check_rope(&r->cosines, &r->sines, r->position, m, d, r->head_dim, r->layout));
+    if (2 * r->cosines.cols != r->head_dim) return PYLORA_E_SHAPE;
     if (unit_of(e) > PYLORA_CHUNK_D) return PYLORA_E_UNSUPPORTED;
   }
   if (e->product) {

@@ -180,10 +180,11 @@ static void put(pylora_vec r, int64_t j, float x) {
 }
 
 void pylora_rope_row(const pylora_kernels *K, pylora_vec x, int64_t cols, int64_t head_dim,
-                     int layout, int inverse, const float *c, const float *s, pylora_vec y) {
-  const int64_t half = head_dim / 2;
+                     int64_t half, int layout, int inverse, const float *c, const float *s,
+                     pylora_vec y) {
   for (int64_t h = 0; h < cols; h += head_dim) {
     const pylora_vec from = vec_at(x, h), to = vec_at(y, h);
+    for (int64_t j = 2 * half; j < head_dim; j++) put(to, j, get(from, j));
     if (layout == PYLORA_ROPE_HALF) {
       K->rotate(half, from, vec_at(from, half), c, s, inverse, to, vec_at(to, half));
       continue;
@@ -200,7 +201,7 @@ static void rope_rows(const void *ctx, int64_t first, int64_t end) {
   const rope *f = ctx;
   for (int64_t i = first; i < end; i++) {
     const int64_t at = f->position[i];
-    pylora_rope_row(f->K, row_at(f->x, i, 0), f->x->cols, f->dim, f->layout, f->inverse,
+    pylora_rope_row(f->K, row_at(f->x, i, 0), f->x->cols, f->dim, f->c->cols, f->layout, f->inverse,
                     f->c->p + at * f->c->ld, f->s->p + at * f->s->ld, row_at(f->y, i, 0));
   }
 }
@@ -208,9 +209,10 @@ static void rope_rows(const void *ctx, int64_t first, int64_t end) {
 int pylora_check_rope(const pylora_mat *cosines, const pylora_mat *sines, const int64_t *position,
                       int64_t m, int64_t cols, int64_t head_dim, int layout) {
   if (head_dim < 2 || head_dim % 2 || cols % head_dim) return PYLORA_E_SHAPE;
+  if (cosines->cols < 1 || cosines->cols > head_dim / 2) return PYLORA_E_SHAPE;
   if (layout != PYLORA_ROPE_HALF && layout != PYLORA_ROPE_INTERLEAVED) return PYLORA_E_VALUE;
-  TRY(check_mat(cosines, cosines->rows, head_dim / 2, 0));
-  TRY(check_mat(sines, cosines->rows, head_dim / 2, 0));
+  TRY(check_mat(cosines, cosines->rows, cosines->cols, 0));
+  TRY(check_mat(sines, cosines->rows, cosines->cols, 0));
   if (m && !position) return PYLORA_E_NULL;
   for (int64_t i = 0; i < m; i++)
     if (position[i] < 0 || position[i] >= cosines->rows) return PYLORA_E_INDEX;

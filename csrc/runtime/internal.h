@@ -71,6 +71,7 @@ void pylora_norm_rows(const pylora_kernels *K, const pylora_mat *x, const float 
                       const pylora_mat *y, float *rstd, int64_t first, int64_t end);
 /* The heads of a row of `cols` numbers rotated by angles whose cosines and sines are c and s. */
 void pylora_rope_row(const pylora_kernels *K, pylora_vec x, int64_t cols, int64_t head_dim,
+                     int64_t half, /* pairs that are rotated; the numbers behind them stay */
                      int layout, int inverse, const float *c, const float *s, pylora_vec y);
 int pylora_check_rope(const pylora_mat *cosines, const pylora_mat *sines, const int64_t *position,
                       int64_t m, int64_t cols, int64_t head_dim, int layout);

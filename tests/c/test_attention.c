@@ -14,8 +14,12 @@ typedef struct setting {
 static setting random_setting(int cached, int64_t longest) {
   setting t = {0};
   const int64_t D = PICK(1, 2, 7, 16, 32, 33, 64), kv = PICK(1, 2, 3), group = PICK(1, 2, 3, 5);
-  t.a = (pylora_attn){(int32_t)(kv * group), (int32_t)kv, (int32_t)D, (int32_t)PICK(0, 0, 1, 5, 40),
-                      1.0f / sqrtf((float)D)};
+  t.a = (pylora_attn){(int32_t)(kv * group),
+                      (int32_t)kv,
+                      (int32_t)D,
+                      (int32_t)PICK(0, 0, 1, 5, 40),
+                      1.0f / sqrtf((float)D),
+                      0};
   const int64_t n = PICK(1, 2, 4);
   int64_t *q_start = bytes_of(sizeof(int64_t) * (size_t)(n + 1)), *k_start = ids_below(n, 1);
   int64_t *k_len = ids_below(n, 1);
@@ -245,7 +249,7 @@ static void threads(void) {
 /* Two sequences that share their keys: gradients add up. More heads per kv head than a panel is wide. */
 static void shared_keys_and_many_heads(void) {
   const int64_t starts[3] = {0, 3, 6}, at[2] = {0, 0}, len[2] = {3, 3}, alone[2] = {0, 3};
-  const pylora_attn a = {40, 1, 8, 0, 0.3f};
+  const pylora_attn a = {40, 1, 8, 0, 0.3f, 0};
   const pylora_seqs both = {2, starts, at, len}, single = {1, alone, NULL, NULL};
   const pylora_mat q = matrix(6, 320, 1), k = matrix(3, 8, 1), v = matrix(3, 8, 1),
                    o = matrix(6, 320, 0);
@@ -369,7 +373,7 @@ static void storage(void) {
 /* Sequences long enough that backward cuts them in parts: bounds, threads, and neighbours. */
 static void long_sequences(void) {
   const int64_t starts[4] = {0, 300, 301, 860}, alone[2] = {0, 559};
-  const pylora_attn a = {2, 1, 8, (int32_t)PICK(0, 200), 0.35f};
+  const pylora_attn a = {2, 1, 8, (int32_t)PICK(0, 200), 0.35f, 0};
   const pylora_seqs s = {3, starts, NULL, NULL}, one = {1, alone, NULL, NULL};
   setting t = {.a = a, .s = s, .m = 860, .n = 860};
   t.q = matrix(860, 16, 2), t.d_o = matrix(860, 16, 1);

@@ -157,7 +157,7 @@ static void attention(void) {
                    o = matrix(4, 12, 1);
   const pylora_mat lse = matrix(4, 4, 1), before = copy_of(&o), dk = matrix(6, 6, 1),
                    dv = matrix(6, 6, 1);
-  const pylora_attn a = {4, 2, 3, 0, 1};
+  const pylora_attn a = {4, 2, 3, 0, 1, 0};
   pylora_attn bad = a;
   int64_t q_start[3] = {0, 1, 4}, k_start[2] = {0, 2}, k_len[2] = {2, 4};
   pylora_seqs s = {2, q_start, k_start, k_len};

@@ -17,6 +17,7 @@ from pylora.backends.c.optimizer import Optimizer
 from pylora.backends.c.precision import Precision
 from pylora.backends.c.random import Random
 from pylora.backends.c.rows import Rows
+from pylora.ops.composed import Composed
 from pylora.ops.llama import LlamaOp, LlamaWeights
 from pylora.ops.plain import Plain
 
@@ -25,4 +26,6 @@ class CBackend(Linear, Attention, Rows, Loss, Optimizer, Random, Merging, Precis
     """The compiled core. `Reference`'s docstrings are the specification of every operation."""
 
     def llama(self, weights: LlamaWeights) -> LlamaOp:
+        if not weights.plain:
+            return Composed(self, weights)
         return CLlama(weights, self, self._scratch)

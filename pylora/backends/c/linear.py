@@ -48,6 +48,18 @@ def _mixed(projections: Sequence[Projection]) -> bool:
     return len({shape_of(p.W) and p.W.struct.dtype for p in projections}) > 1
 
 
+def _layered(norm: Norm | None) -> bool:
+    """Whether a norm is none that the fused calls know: those are RMS."""
+    return norm is not None and norm.kind != "rms"
+
+
+def _odd(rotation: Rotation | None) -> bool:
+    """Whether a rotation is none that they know: of whole heads, in halves."""
+    if rotation is None:
+        return False
+    return rotation.layout != "half" or 2 * rotation.cos.shape[1] != rotation.head_dim
+
+
 class Linear(Core):
     """`lora_*`, `linear_*`, `qkv_forward` and `gate_up_forward`."""
 
@@ -149,7 +161,7 @@ class Linear(Core):
     ) -> tuple[list[tuple[np.ndarray, np.ndarray | None]], np.ndarray | None]:
         q, k, v = projections
         rounded = rotation is not None and (q.dtype is not None or k.dtype is not None)
-        if _mixed(projections) or rounded:
+        if _mixed(projections) or rounded or _layered(norm) or _odd(rotation):
             return Plain.qkv_forward(cast(Backend, self), x, projections, norm, rotation, dtype)
         op, dtypes = "qkv_forward", [q.dtype, k.dtype, v.dtype]
         x = read_any("x", x, None, shape_of(q.W)[1])
@@ -171,10 +183,18 @@ class Linear(Core):
         projections: Sequence[Projection],
         norm: Norm | None = None,
         dtype: Any = None,
+        activation: str = "silu",
     ) -> tuple[list[tuple[np.ndarray, np.ndarray | None]], np.ndarray, np.ndarray | None]:
-        if _mixed(projections):
-            return Plain.gate_up_forward(cast(Backend, self), x, projections, norm, dtype)
+        ops = cast(Backend, self)
+        if _mixed(projections) or _layered(norm):
+            return Plain.gate_up_forward(ops, x, projections, norm, dtype, activation)
         gate, up = projections
+        if activation != "silu":
+            results, rstd = self._together(
+                "gate_up_forward", x, projections, [gate.dtype, up.dtype], norm, dtype
+            )
+            y = ops.activation_forward(results[0][0], results[1][0], activation, dtype)
+            return results, y, rstd
         x = read_any("x", x, None, shape_of(up.W)[1])
         product = self.empty((x.shape[0], shape_of(up.W)[0]), F32 if dtype is None else dtype)
         to = mat(product)

@@ -27,7 +27,7 @@ from pylora.backends.c.marshal import (
 )
 from pylora.numbers.precision import BF16
 from pylora.ops.llama import LlamaWeights, Step, bias_of, embedding_bias
-from pylora.types import Array, LoRA
+from pylora.types import Array, LoRA, Norm
 
 _MODULES = lib.PYLORA_LAYER_MODULES
 _ALIGN = 64
@@ -61,14 +61,15 @@ class CLlama:
             keep.append(a)
             return at(a)
 
+        def weight(norm: Norm | None) -> Array | None:
+            return None if norm is None else norm.w
+
         hidden, layers = weights.embedding.shape[1], len(weights.layers)
         table = ffi.new("pylora_layer[]", max(layers, 1))
         for c, layer in zip(table, weights.layers):
-            c.input_norm, c.mid_norm = (
-                vector(layer.input_norm, hidden),
-                vector(layer.mid_norm, hidden),
-            )
-            c.q_norm, c.k_norm = vector(layer.q_norm), vector(layer.k_norm)
+            c.input_norm = vector(weight(layer.input_norm), hidden)
+            c.mid_norm = vector(weight(layer.mid_norm), hidden)
+            c.q_norm, c.k_norm = vector(weight(layer.q_norm)), vector(weight(layer.k_norm))
             c.window = layer.window
             for i, (W, bias) in enumerate(zip(layer.W, layer.bias, strict=True)):
                 c.W[i], c.bias[i] = W.struct, vector(bias, W.shape[0])
@@ -81,7 +82,7 @@ class CLlama:
         }  # fmt: skip
         model.eps, model.rope_layout = weights.eps, lib.PYLORA_ROPE_HALF
         model.embedding, model.head = weights.embedding.struct, weights.head.struct
-        model.norm, model.layer = vector(weights.norm, hidden), table
+        model.norm, model.layer = vector(weights.norm.w, hidden), table
         self._model, self._keep = model, (keep, table)
         self._vocab = int(weights.head.shape[0])
 
@@ -186,5 +187,5 @@ class CLlama:
         c.outputs, c.output = step.output.shape[0], at(step.output, i64)
         model = ffi.new("pylora_llama *", self._model[0])  # a step has its own rope tables
         model.cosines, model.sines = mat(step.cos)[0], mat(step.sin)[0]
-        held = (arrays, seqs, keep, table, step.adapters, step.cos, step.sin)
+        held = (arrays, seqs, keep, table, step.adapters, step.rotations)
         return model, c, int(step.output.shape[0]), held

@@ -237,7 +237,7 @@ def attention_structs(seqs: Seqs, attn: Attn) -> tuple[Any, Any, Any]:
     q, length = ints("seqs.q_start", seqs.q_start, n + 1), ints("seqs.k_len", seqs.k_len, n)
     i64 = "int64_t *"
     s = ffi.new("pylora_seqs *", (n, at(q, i64), at(start, i64), at(length, i64)))
-    spec = (attn.heads, attn.kv_heads, attn.head_dim, attn.window, attn.scale)
+    spec = (attn.heads, attn.kv_heads, attn.head_dim, attn.window, attn.scale, attn.softcap)
     return s, ffi.new("pylora_attn *", spec), (q, start, length)
 
 

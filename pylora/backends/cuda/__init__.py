@@ -21,16 +21,20 @@ from pylora.backends.cuda.precision import Precision
 from pylora.backends.cuda.random import Random
 from pylora.backends.cuda.rows import Rows
 from pylora.backends.cuda.steps import CudaSteps
+from pylora.ops.composed import Composed
+from pylora.ops.formulas import Formulas
 from pylora.ops.llama import LlamaOp, LlamaWeights
 from pylora.ops.plain import Plain
 from pylora.ops.repeat import Repeated
 
 
-class CudaBackend(Linear, Attention, Rows, Loss, Optimizer, Random, Merging, Precision, Plain):
+class CudaBackend(
+    Linear, Attention, Rows, Loss, Optimizer, Random, Merging, Precision, Formulas, Plain
+):
     """The compiled CUDA library. `Reference`'s docstrings specify every operation."""
 
     def repeated(self) -> Repeated:
         return CudaSteps(self)
 
     def llama(self, weights: LlamaWeights) -> LlamaOp:
-        return CudaLlama(self, weights)
+        return CudaLlama(self, weights) if weights.plain else Composed(self, weights)
