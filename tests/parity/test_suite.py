@@ -64,10 +64,11 @@ def test_bases_and_adapters_are_those_of_transformers_and_peft(
         close(right, said_by(model.double().eval()), case.name)
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", bases.families())
-def test_gguf_bases_are_those_of_llama_cpp(family: str, tmp_path: Path) -> None:
+def test_gguf_bases_are_those_of_llama_cpp(family: str, tied: bool, tmp_path: Path) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
-    base = bases.make(family, True, SEED)
+    base = bases.make(family, tied, SEED)
     if base.gguf_arch is None:
         pytest.skip("no architecture in GGUF")
     bases.write_gguf_model(base, tmp_path / "base.gguf")

@@ -54,6 +54,8 @@ _OWN: dict[str, dict[str, Any]] = {
 }
 _SCORED = ("q_proj.weight", "k_proj.weight")  # smaller: sharp attention magnifies roundings
 _STEMS = ("token_embd", "output_norm", "output")
+_NEVER_TIED = ("olmo2",)  # architectures that llama.cpp wants a head of its own in
+_BEFORE, _AFTER = ("attn_norm", "ffn_norm"), ("post_attention_norm", "post_ffw_norm")
 _BLOCK = (
     "attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "attn_q_norm", "attn_k_norm",
     "ffn_norm", "ffn_gate", "ffn_up", "ffn_down", "post_attention_norm", "post_ffw_norm",
@@ -80,7 +82,7 @@ class Base:
         page = ALL[self.family]
         if page.gguf is None or page.gguf.settings is not None or page.unit_offset:
             return None
-        return page.gguf.arch
+        return None if self.tied and page.gguf.arch in _NEVER_TIED else page.gguf.arch
 
     @property
     def _permuted(self) -> bool:
@@ -165,7 +167,9 @@ def _tensor(
 def write_hf(base: Base, folder: Path) -> None:
     """The model as a Hugging Face directory: bfloat16, which holds its numbers exactly."""
     folder.mkdir(parents=True)
-    _json(folder / "config.json", {**base.config.to_hf(), "dtype": "float32"})
+    # A family's own id of padding may be beyond this vocabulary.
+    content = {**base.config.to_hf(), "dtype": "float32", "pad_token_id": tokenizer.SIZE - 1}
+    _json(folder / "config.json", content)
     _json(folder / "tokenizer.json", tokenizer.tokenizer_json())
     _json(folder / "tokenizer_config.json", tokenizer.settings_json())
     tensors: dict[str, Any] = {n: Bf16(narrow(w, "bf16")) for n, w in base.weights.items()}
@@ -212,7 +216,10 @@ def gguf_name(name: str, config: LlamaConfig) -> str:
 def _names(config: LlamaConfig) -> dict[str, str]:
     """Hugging Face's names of modules -> GGUF's, from the reader's own table."""
     top = {hf_name(f"{s}.weight", config): s for s in _STEMS}
-    block = {hf_name(f"blk.0.{s}.weight", config): s for s in _BLOCK}
+    # Norms before and after a sublayer may have one name, of which a family has one.
+    without = {"before": _AFTER, "after": _BEFORE, "both": ()}[config.norm_places]
+    stems = [s for s in _BLOCK if s not in without]
+    block = {hf_name(f"blk.0.{s}.weight", config): s for s in stems}
     out = {hf.removesuffix(".weight"): s for hf, s in top.items() if hf}
     begin = "model.layers.0."
     return out | {h[len(begin) :].removesuffix(".weight"): s for h, s in block.items() if h}
