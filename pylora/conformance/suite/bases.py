@@ -22,6 +22,7 @@ from pylora.formats.base import narrow, widen
 from pylora.formats.gguf import hf_name
 from pylora.formats.safetensors import Bf16, save
 from pylora.model.config import LlamaConfig
+from pylora.model.families import ALL
 from pylora.numbers.random import normal, stream
 
 # What the suite's adapters are for; a family that calls them otherwise needs cases of its own.
@@ -47,13 +48,14 @@ _SHARED: dict[str, Any] = {
     "eos_token_id": tokenizer.END_ID,
 }
 # What a family has beside these, as its config.json says it.
-_OWN: dict[str, dict[str, Any]] = {"llama": {"attention_bias": True, "mlp_bias": True}}
-_GGUF_NAME = {"mistral": "llama"}  # architectures that have another name there
-_PERMUTED = ("llama",)  # of GGUF: rows of q and k are in the order of interleaved rotation
+_OWN: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    **dict.fromkeys(("gemma2", "gemma3_text", "olmo3"), {"sliding_window": 512}),
+}
 _SCORED = ("q_proj.weight", "k_proj.weight")  # smaller: sharp attention magnifies roundings
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")  # families of the bases
-GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _STEMS = ("token_embd", "output_norm", "output")
+_NEVER_TIED = ("olmo2",)  # architectures that llama.cpp wants a head of its own in
+_BEFORE, _AFTER = ("attn_norm", "ffn_norm"), ("post_attention_norm", "post_ffw_norm")
 _BLOCK = (
     "attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "attn_q_norm", "attn_k_norm",
     "ffn_norm", "ffn_gate", "ffn_up", "ffn_down", "post_attention_norm", "post_ffw_norm",
@@ -75,9 +77,17 @@ class Base:
 
     @property
     def gguf_arch(self) -> str | None:
-        """The architecture in GGUF; None where pylora knows of none."""
-        arch = _GGUF_NAME.get(self.family, self.family)
-        return arch if arch in GGUF_ARCHITECTURES else None
+        """The architecture in GGUF; None where pylora knows of none, or of one whose metadata or
+        tensors are not those that all have in common, which are what is written here."""
+        page = ALL[self.family]
+        if page.gguf is None or page.gguf.settings is not None or page.unit_offset:
+            return None
+        return None if self.tied and page.gguf.arch in _NEVER_TIED else page.gguf.arch
+
+    @property
+    def _permuted(self) -> bool:
+        page = ALL[self.family].gguf
+        return page is not None and page.permuted
 
     def heads(self, path: str) -> int:
         """How many heads the rows of a module are, where GGUF stores them in another order; 0."""
@@ -85,7 +95,7 @@ class Base:
             "q_proj": self.config.num_attention_heads,
             "k_proj": self.config.num_key_value_heads,
         }
-        return count.get(path.rsplit(".", 1)[-1], 0) if self.gguf_arch in _PERMUTED else 0
+        return count.get(path.rsplit(".", 1)[-1], 0) if self._permuted else 0
 
 
 def families(wanted: Iterable[str] = ()) -> list[str]:
@@ -93,9 +103,9 @@ def families(wanted: Iterable[str] = ()) -> list[str]:
 
     ConfigError for a family that pylora has not, or whose modules have other names.
     """
-    fit = [name for name in ARCHITECTURES if not _lacks(name)]
+    fit = [name for name in ALL if not _lacks(name)]
     for name in wanted:
-        if name not in ARCHITECTURES:
+        if name not in ALL:
             raise ConfigError(f"there is no family {name!r}; there are {', '.join(fit)}")
         if name not in fit:
             raise ConfigError(f"the suite has no adapters for {name!r}: {_lacks(name)}")
@@ -121,7 +131,8 @@ def make(family: str, tied: bool, seed: int) -> Base:
     """A base of this family. Its bits are a function of its name and the seed."""
     name = f"{family}-tied" if tied else family
     config = _config(family, tied)
-    weights = {t: _tensor(name, t, shape, seed) for t, shape in config.tensors().items()}
+    offset = ALL[family].unit_offset
+    weights = {t: _tensor(name, t, shape, seed, offset) for t, shape in config.tensors().items()}
     return Base(name, family, config, weights)
 
 
@@ -132,13 +143,15 @@ def grid(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return out
 
 
-def _tensor(base: str, name: str, shape: tuple[int, ...], seed: int) -> np.ndarray[Any, Any]:
+def _tensor(
+    base: str, name: str, shape: tuple[int, ...], seed: int, unit_offset: bool
+) -> np.ndarray[Any, Any]:
     """Matrices keep the size of what they multiply; the head's logits have a deviation of about 3,
     so that tokens are told apart. Tokens that some engine cannot name are all alike, and unlikely.
     """
     number = stream("suite", base, name)
     if len(shape) == 1:
-        centre = 1.0 if name.endswith("norm.weight") else 0.0
+        centre = 0.0 if unit_offset or not name.endswith("norm.weight") else 1.0
         return grid(normal(shape, 0.2, seed=seed, stream=number) + np.float32(centre))
     outer = name in ("model.embed_tokens.weight", "lm_head.weight")
     std = 3.0 if outer else 1.0 if name.endswith(_SCORED) else 1.4
@@ -187,23 +200,26 @@ def write_gguf_model(base: Base, path: Path) -> None:
     tensors: Arrays = {}
     for name, w in base.weights.items():
         heads = base.heads(name.rsplit(".", 1)[0])
-        tensors[gguf_name(name)] = interleave(w, heads) if heads else w
+        tensors[gguf_name(name, c)] = interleave(w, heads) if heads else w
     write_gguf(path, metadata, tensors)
 
 
-def gguf_name(name: str) -> str:
-    """GGUF's name of a tensor. KeyError where none is known."""
+def gguf_name(name: str, config: LlamaConfig) -> str:
+    """GGUF's name of a tensor of such a model. KeyError where none is known."""
     stem, ending = name.rsplit(".", 1)
     if not stem.startswith("model.layers."):
-        return f"{_names()[stem]}.{ending}"
+        return f"{_names(config)[stem]}.{ending}"
     _, _, layer, rest = stem.split(".", 3)
-    return f"blk.{layer}.{_names()[rest]}.{ending}"
+    return f"blk.{layer}.{_names(config)[rest]}.{ending}"
 
 
-def _names() -> dict[str, str]:
+def _names(config: LlamaConfig) -> dict[str, str]:
     """Hugging Face's names of modules -> GGUF's, from the reader's own table."""
-    top = {hf_name(f"{s}.weight"): s for s in _STEMS}
-    block = {hf_name(f"blk.0.{s}.weight"): s for s in _BLOCK}
+    top = {hf_name(f"{s}.weight", config): s for s in _STEMS}
+    # Norms before and after a sublayer may have one name, of which a family has one.
+    without = {"before": _AFTER, "after": _BEFORE, "both": ()}[config.norm_places]
+    stems = [s for s in _BLOCK if s not in without]
+    block = {hf_name(f"blk.0.{s}.weight", config): s for s in stems}
     out = {hf.removesuffix(".weight"): s for hf, s in top.items() if hf}
     begin = "model.layers.0."
     return out | {h[len(begin) :].removesuffix(".weight"): s for h, s in block.items() if h}
