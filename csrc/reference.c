@@ -432,6 +432,30 @@ void pylora_ref_soft_cap_backward(const pylora_mat *dy, const pylora_mat *y, flo
     }
 }
 
+/* p = softmax(logits); the top_k largest of a row, the first of equal ones, and their p, over their sum */
+void pylora_ref_choose(const pylora_mat *logits, int64_t top_k, int normalize, const pylora_mat *p,
+                       int64_t *chosen, const pylora_mat *weights) {
+  const int64_t n = logits->cols;
+  for (int64_t i = 0; i < logits->rows; i++) {
+    double top = -INFINITY, total = 0, sum = 0;
+    for (int64_t e = 0; e < n; e++) top = fmax(top, *at(logits, i, e));
+    for (int64_t e = 0; e < n; e++) total += exp(*at(logits, i, e) - top);
+    for (int64_t e = 0; e < n; e++) *at(p, i, e) = (float)(exp(*at(logits, i, e) - top) / total);
+    for (int64_t t = 0; t < top_k; t++) {
+      int64_t best = -1;
+      for (int64_t e = 0; e < n; e++) {
+        int taken = 0;
+        for (int64_t s = 0; s < t; s++) taken |= chosen[i * top_k + s] == e;
+        if (!taken && (best < 0 || *at(p, i, e) > *at(p, i, best))) best = e;
+      }
+      chosen[i * top_k + t] = best;
+      sum += *at(p, i, best);
+    }
+    for (int64_t t = 0; t < top_k; t++)
+      *at(weights, i, t) = (float)(*at(p, i, chosen[i * top_k + t]) / (normalize ? sum : 1));
+  }
+}
+
 /* y[i,:] = W[ids[i],:];  W [vocab,k] */
 void pylora_ref_embedding_forward(const int64_t *ids, int64_t m, const pylora_mat *W,
                                   const pylora_mat *y) {

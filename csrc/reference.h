@@ -57,6 +57,8 @@ void pylora_ref_soft_cap_forward(const pylora_mat *x, float multiplier, float ca
                                  const pylora_mat *y);
 void pylora_ref_soft_cap_backward(const pylora_mat *dy, const pylora_mat *y, float multiplier,
                                   float cap, const pylora_mat *dx);
+void pylora_ref_choose(const pylora_mat *logits, int64_t top_k, int normalize, const pylora_mat *p,
+                       int64_t *chosen, const pylora_mat *weights);
 void pylora_ref_embedding_forward(const int64_t *ids, int64_t m, const pylora_mat *W,
                                   const pylora_mat *y);
 void pylora_ref_embedding_backward(const int64_t *ids, const pylora_mat *dy, const pylora_mat *dW);

@@ -256,19 +256,17 @@ INLINE void v_sigmoid(vf x, vf *s, vf *minus) {
   *minus = v_lt(x, v_zero(), large, small);
 }
 
-/* tanh(x): its series where |x| is small, (1 - e) / (1 + e) with e = exp(-2 |x|) elsewhere; an error of a few
- * ulp.  NaN at NaN. */
+/* tanh: a polynomial of x² where |x| is small, else 1 - 2 / (e^2|x| + 1). Infinity and NaN as in C. */
 INLINE vf v_tanh(vf x) {
-  const vf minus = v_min(x, v_neg(x)), z = v_mul(x, x);
-  const vf e = v_exp(v_add(minus, minus));
-  const vf high = v_div(v_sub(v_set1(1.0f), e), v_add(v_set1(1.0f), e));
-  vf p = v_set1(62.0f / 2835.0f);
-  p = v_fma(p, z, v_set1(-17.0f / 315.0f));
-  p = v_fma(p, z, v_set1(2.0f / 15.0f));
-  p = v_fma(p, z, v_set1(-1.0f / 3.0f));
-  const vf low = v_fma(v_mul(p, z), x, x);
-  const vf large = v_lt(x, v_zero(), v_neg(high), high);
-  return v_lt(v_set1(-0.25f), minus, low, large);
+  const vf a = v_max(x, v_neg(x)), t = v_mul(x, x), one = v_set1(1.0f);
+  vf p = v_set1(-0.00595221901f);
+  p = v_fma(p, t, v_set1(0.0208728984f));
+  p = v_fma(p, t, v_set1(-0.0538157448f));
+  p = v_fma(p, t, v_set1(0.133324116f));
+  p = v_fma(p, t, v_set1(-0.333333194f));
+  const vf small = v_fma(v_mul(p, t), x, x);
+  const vf large = v_sub(one, v_div(v_set1(2.0f), v_add(v_exp(v_add(a, a)), one)));
+  return v_lt(a, v_set1(0.625f), small, v_lt(x, v_zero(), v_neg(large), large));
 }
 
 /* Lanes added in a fixed tree: ((0 + 8) + (4 + 12)) + ... : the same for every call. */

@@ -55,9 +55,6 @@ typedef struct scratch {
   float *heads;               /* [2][heads][D]: a single query widened, and its output */
 } scratch;
 
-/* What softmax multiplies scores by: capped ones have it in them. */
-static inline float scale_of(const pylora_attn *a) { return a->softcap > 0 ? 1.0f : a->scale; }
-
 typedef struct call {
   const pylora_kernels *K;
   const pylora_mat *q, *k, *v, *o, *lse;
@@ -119,6 +116,9 @@ enum { CHUNKS = 4, CHUNK_QUERIES = 128 };
 static inline int64_t chunks_of(int64_t queries) {
   return queries ? max64(1, min64(CHUNKS, queries / CHUNK_QUERIES)) : 0;
 }
+
+/* What softmax multiplies scores by: capped ones were scaled before. */
+static inline float pylora_scale(const pylora_attn *a) { return a->softcap > 0 ? 1.0f : a->scale; }
 
 int pylora_check_attn(const pylora_attn *a);
 int pylora_check_seqs(const pylora_seqs *s, int64_t m, int64_t n);

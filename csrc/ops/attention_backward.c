@@ -53,21 +53,6 @@ static pylora_vec step(pylora_vec x, int64_t n) {
   return (pylora_vec){x.b ? NULL : x.p + n, x.b ? x.b + n : NULL};
 }
 
-/* Scores are capped, and what comes back to them is multiplied by the cap's slope: dp becomes
- * scale (dp - delta) (1 - (s / cap)^2), and delta 0. */
-static void cap_scores(const call *f, const block *b, const scratch *w, float *delta) {
-  const float scale = f->a->scale, cap = f->a->softcap;
-  for (int64_t t = 0; t < b->keys; t++) {
-    float *s = w->s + t * PANEL, *dp = w->dp + t * PANEL;
-    f->K->soft_cap(b->n, s, scale, cap, s);
-    for (int64_t c = 0; c < b->n; c++) {
-      const float part = s[c] / cap;
-      dp[c] = (dp[c] - delta[c]) * (scale * (1.0f - part * part));
-    }
-  }
-  memset(delta, 0, PANEL * sizeof(float));
-}
-
 static void backward_panel(const call *f, const block *b, int64_t head, const sides *x,
                            const partial *to, int64_t k0, const scratch *w) {
   const int64_t D = f->a->head_dim, kv = head / (f->a->heads / f->a->kv_heads) * D;
@@ -87,8 +72,11 @@ static void backward_panel(const call *f, const block *b, int64_t head, const si
   pylora_scores(f, b->keys, b->n, qk, step(x->key, skip * x->ld_key), x->ld_key, w->qt, w->s);
   pylora_scores(f, b->keys, b->n, ov, step(x->value, skip * x->ld_value), x->ld_value, w->ot,
                 w->dp);
-  if (f->a->softcap > 0) cap_scores(f, b, w, delta);
-  f->K->softmax_columns_backward(b->keys, (int)b->n, w->s, w->dp, lse, delta, scale_of(f->a));
+  if (f->a->softcap > 0)
+    f->K->softmax_columns_backward_capped(b->keys, (int)b->n, w->s, w->dp, lse, delta, f->a->scale,
+                                          f->a->softcap);
+  else
+    f->K->softmax_columns_backward(b->keys, (int)b->n, w->s, w->dp, lse, delta, f->a->scale);
 
   float *dq = f->dq->b ? w->acc : f->dq->p + b->row * f->dq->ld + head * D;
   const int64_t ld_dq = f->dq->b ? D : f->dq->ld, first = b->key - k0;

@@ -76,12 +76,12 @@ static int check_finish(const pylora_linear *l, const pylora_finish *e, int64_t 
   if (e->rotation) {
     const pylora_rotation *r = e->rotation;
     TRY(pylora_check_rope(&r->cosines, &r->sines, r->position, m, d, r->head_dim, r->layout));
-    if (2 * r->cosines.cols != r->head_dim) return PYLORA_E_SHAPE;
     if (unit_of(e) > PYLORA_CHUNK_D) return PYLORA_E_UNSUPPORTED;
   }
   if (e->product) {
     if (i == 0 || e->rotation || e[-1].rotation || e[-1].product) return PYLORA_E_VALUE;
     if (l[-1].W->d != d) return PYLORA_E_SHAPE;
+    if (e->activation < PYLORA_SILU || e->activation > PYLORA_RELU2) return PYLORA_E_VALUE;
     TRY(check_mat16(e->product, m, d, 1));
   }
   return PYLORA_OK;
@@ -90,6 +90,7 @@ static int check_finish(const pylora_linear *l, const pylora_finish *e, int64_t 
 static int check_norm(const pylora_norm *norm, int64_t k) {
   if (k == 0) return PYLORA_E_SHAPE; /* the mean of nothing */
   if (norm->dtype != PYLORA_F32 && norm->dtype != PYLORA_BF16) return PYLORA_E_UNSUPPORTED;
+  if (norm->kind != PYLORA_RMS && norm->kind != PYLORA_LAYER) return PYLORA_E_VALUE;
   return norm->w ? PYLORA_OK : PYLORA_E_NULL;
 }
 

@@ -17,7 +17,7 @@ from pylora.model.linear import DropKey, Grads, LinearCache, LoRALinear
 from pylora.model.weights import Weights
 from pylora.ops.llama import EXPERT
 from pylora.ops.llama import Experts as Mix
-from pylora.ops.mixture import Choice, choose, choose_backward
+from pylora.ops.mixture import Choice, choose_backward
 from pylora.ops.protocol import Backend
 from pylora.types import Array, Norm, Projection, ProjectionGrad, brief
 
@@ -97,7 +97,7 @@ class Experts:
             x, rstd = ops.norm_forward(x, norm, self.dtype)
         [(logits, _)] = ops.linear_forward(x, [Projection(self.mix.router)])
         mix = self.mix
-        choice = choose(logits, mix.top_k, mix.normalize, ops.to_numpy, ops.xp)
+        choice = ops.choose(logits, mix.top_k, mix.normalize)
         y = ops.zeros((x.shape[0], self.hidden), logits.dtype)
         inner: list[Any] = []
         for expert, rows, places in zip(self.experts, choice.rows, choice.places):

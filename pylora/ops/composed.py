@@ -18,7 +18,6 @@ from pylora.ops.llama import (
     bias_of,
     embedding_bias,
 )
-from pylora.ops.mixture import choose
 from pylora.types import Array, LoRA, Norm, Projection
 
 
@@ -169,7 +168,7 @@ class Composed:
         mix = w.layers[i].experts
         assert mix is not None
         [(logits, _)] = ops.linear_forward(x, [Projection(mix.router)])
-        choice = choose(logits, mix.top_k, mix.normalize, ops.to_numpy, ops.xp)
+        choice = ops.choose(logits, mix.top_k, mix.normalize)
         y = ops.zeros((x.shape[0], w.embedding.shape[1]), logits.dtype)
         first = w.starts[i] + len(w.features.attention_modules)
         for e, (rows, places) in enumerate(zip(choice.rows, choice.places)):
@@ -177,10 +176,11 @@ class Composed:
                 continue
             n, start = first + len(EXPERT) * e, np.searchsorted(rows, step.start)
             rows, places = ops.xp.asarray(rows), ops.xp.asarray(places)
-            gate, up = self._linear(x[rows], start, step, (n, n + 1))
+            at = ops.xp.asarray(rows)
+            gate, up = self._linear(x[at], start, step, (n, n + 1))
             product = ops.activation_forward(gate, up, w.features.activation, w.dtype)
             (out,) = self._linear(product, start, step, (n + 2,))
-            y[rows] += out * choice.weights[rows, places][:, None]
+            y[at] = y[at] + out * choice.weights[at, ops.xp.asarray(places)][:, None]
         return y
 
     def _embed(self, step: Step) -> Array:

@@ -76,7 +76,8 @@ class Formulas:
             c, d = x.dtype.type(2 * math.sqrt(2 / math.pi)), x.dtype.type(0.044715)
             u = c * (x + d * x * x * x)
             sigma = self._sigmoid(u)
-            return x * sigma, sigma * (1 + x * self._sigmoid(-u) * c * (1 + 3 * d * x * x))
+            r = xp.where(abs(x.real) < 20, x, 0 * x)  # beyond, a sigmoid is 0 and x² may overflow
+            return x * sigma, sigma * (1 + r * self._sigmoid(-u) * c * (1 + 3 * d * r * r))
         if kind == "gelu_erf":
             half, density = self._normal(x)
             return x * half, half + x * density

@@ -32,24 +32,29 @@ def choose(logits: Array, top_k: int, normalize: bool, to_numpy: Any, xp: Any) -
     p = e / e.sum(axis=1, keepdims=True)
     host = np.asarray(to_numpy(p)).real
     chosen = np.argsort(-host, axis=1, kind="stable")[:, :top_k]
-    w = xp.take_along_axis(p, xp.asarray(chosen), axis=1)
+    w = p[xp.arange(p.shape[0])[:, None], xp.asarray(chosen)]
     if normalize:
         w = w / w.sum(axis=1, keepdims=True)
+    return routed(p, chosen, w)
+
+
+def routed(probabilities: Array, chosen: np.ndarray, weights: Array) -> Choice:
+    """The choice sorted by experts."""
     rows, places = [], []
-    for expert in range(logits.shape[1]):
+    for expert in range(probabilities.shape[1]):
         r, c = np.nonzero(chosen == expert)
         rows.append(r)
         places.append(c)
-    return Choice(p, chosen, w, tuple(rows), tuple(places))
+    return Choice(probabilities, chosen, weights, tuple(rows), tuple(places))
 
 
 def choose_backward(dw: Array, choice: Choice, normalize: bool, xp: Any) -> Array:
     """dw [m, top_k] of the weights -> dlogits [m, experts]. The choice itself has no gradient."""
     p, chosen = choice.probabilities, xp.asarray(choice.chosen)
+    rows = xp.arange(p.shape[0])[:, None]
     if normalize:
-        picked = xp.take_along_axis(p, chosen, axis=1)
-        total = picked.sum(axis=1, keepdims=True)
+        total = p[rows, chosen].sum(axis=1, keepdims=True)
         dw = (dw - (dw * choice.weights).sum(axis=1, keepdims=True)) / total
     dp = xp.zeros_like(p)
-    xp.put_along_axis(dp, chosen, dw, axis=1)
+    dp[rows, chosen] = dw
     return p * (dp - (dp * p).sum(axis=1, keepdims=True))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from pylora.errors import DtypeError, ShapeError
+from pylora.ops.mixture import Choice, choose
 from pylora.ops.protocol import Backend
 from pylora.ops.repeat import Direct, Repeated
 from pylora.types import AdamW, Array, LoRA, Norm, Projection, Rotation
@@ -99,6 +100,10 @@ class Plain:
         if norm.kind == "layer":
             return self.layer_norm_backward(dy, x, norm.w, rstd, add)
         return self.rms_norm_backward(dy, x, norm.w, rstd, add)[0]
+
+    def choose(self: Backend, logits: Array, top_k: int, normalize: bool) -> Choice:
+        """The experts of each token, from the router's logits [m, experts]: `mixture.choose`."""
+        return choose(logits, top_k, normalize, self.to_numpy, self.xp)
 
     def repeated(self) -> Repeated:
         return Direct(self)

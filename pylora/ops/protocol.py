@@ -11,6 +11,7 @@ import numpy as np
 
 from pylora.numbers.precision import Stored
 from pylora.ops.llama import LlamaOp, LlamaWeights
+from pylora.ops.mixture import Choice
 from pylora.ops.repeat import Repeated
 from pylora.types import (
     AdamW,
@@ -127,6 +128,7 @@ class Backend(Protocol):
     ) -> tuple[Array, Array | None]: ...
     def soft_cap_forward(self, x: Array, multiplier: float, cap: float) -> Array: ...
     def soft_cap_backward(self, dy: Array, y: Array, multiplier: float, cap: float) -> Array: ...
+    def choose(self, logits: Array, top_k: int, normalize: bool) -> Choice: ...
     def rope(
         self,
         x: Array,

@@ -9,6 +9,7 @@ backend on CUDA has the same.
 from __future__ import annotations
 
 from pylora.backends.c.attention import Attention
+from pylora.backends.c.features import FeatureOps
 from pylora.backends.c.linear import Linear
 from pylora.backends.c.llama import CLlama
 from pylora.backends.c.loss import Loss
@@ -17,15 +18,14 @@ from pylora.backends.c.optimizer import Optimizer
 from pylora.backends.c.precision import Precision
 from pylora.backends.c.random import Random
 from pylora.backends.c.rows import Rows
-from pylora.ops.composed import Composed
 from pylora.ops.llama import LlamaOp, LlamaWeights
 from pylora.ops.plain import Plain
 
 
-class CBackend(Linear, Attention, Rows, Loss, Optimizer, Random, Merging, Precision, Plain):
+class CBackend(
+    Linear, Attention, Rows, Loss, Optimizer, Random, Merging, Precision, FeatureOps, Plain
+):
     """The compiled core. `Reference`'s docstrings are the specification of every operation."""
 
     def llama(self, weights: LlamaWeights) -> LlamaOp:
-        if not weights.plain:
-            return Composed(self, weights)
         return CLlama(weights, self, self._scratch)

@@ -17,12 +17,15 @@ from pylora.backends.c.base import Core
 from pylora.backends.c.marshal import (
     F32,
     Packed,
+    activation_of,
     adapter_of,
     adapter_or_struct,
     at,
     fields,
     ints,
+    layout_of,
     mat,
+    norm_struct,
     owned,
     read,
     read_any,
@@ -46,18 +49,6 @@ def _kind(dtype: Any) -> int:
 def _mixed(projections: Sequence[Projection]) -> bool:
     """Whether their weights have several formats, as those of a file may: one call takes one."""
     return len({shape_of(p.W) and p.W.struct.dtype for p in projections}) > 1
-
-
-def _layered(norm: Norm | None) -> bool:
-    """Whether a norm is none that the fused calls know: those are RMS."""
-    return norm is not None and norm.kind != "rms"
-
-
-def _odd(rotation: Rotation | None) -> bool:
-    """Whether a rotation is none that they know: of whole heads, in halves."""
-    if rotation is None:
-        return False
-    return rotation.layout != "half" or 2 * rotation.cos.shape[1] != rotation.head_dim
 
 
 class Linear(Core):
@@ -126,9 +117,9 @@ class Linear(Core):
         keep: list[Any] = []
         first, rstd = ffi.NULL, None
         if norm is not None:
-            w, rstd = np.ascontiguousarray(read("w", norm.w, k)), np.empty(m, np.float32)
-            first = ffi.new("pylora_norm *", (at(w), norm.eps, _kind(dtype), at(rstd)))
-            keep.append(w)
+            rstd = np.empty(m, np.float32)
+            first, alive = norm_struct(norm, k, _kind(dtype), at(rstd))
+            keep.append(alive)
         for p, kind in zip(projections, dtypes, strict=True):
             d, _ = want_inputs(p.W, k)
             y, h = empty((m, d), F32 if kind is None else kind), None
@@ -161,20 +152,19 @@ class Linear(Core):
     ) -> tuple[list[tuple[np.ndarray, np.ndarray | None]], np.ndarray | None]:
         q, k, v = projections
         rounded = rotation is not None and (q.dtype is not None or k.dtype is not None)
-        if _mixed(projections) or rounded or _layered(norm) or _odd(rotation):
+        if _mixed(projections) or rounded:
             return Plain.qkv_forward(cast(Backend, self), x, projections, norm, rotation, dtype)
         op, dtypes = "qkv_forward", [q.dtype, k.dtype, v.dtype]
         x = read_any("x", x, None, shape_of(q.W)[1])
         if rotation is None:
             return self._together(op, x, projections, dtypes, norm, dtype)
-        half = rotation.head_dim // 2
-        cos = read("cos", rotation.cos, None, half)
-        sin = read("sin", rotation.sin, cos.shape[0], half)
+        cos = read("cos", rotation.cos, None, None)
+        sin = read("sin", rotation.sin, *cos.shape)
         position = ints("position", rotation.position, x.shape[0])
         turn = ffi.new("pylora_rotation *")
         turn.cosines, turn.sines, turn.position = mat(cos)[0], mat(sin)[0], at(position, _INT64)
-        turn.head_dim, turn.layout = rotation.head_dim, lib.PYLORA_ROPE_HALF
-        finish = ffi.new("pylora_finish[3]", [(turn, ffi.NULL), (turn, ffi.NULL)])
+        turn.head_dim, turn.layout = rotation.head_dim, layout_of(rotation.layout)
+        finish = ffi.new("pylora_finish[3]", [(turn,), (turn,)])
         return self._together(op, x, projections, [dtype, dtype, v.dtype], norm, dtype, finish)
 
     def gate_up_forward(
@@ -186,19 +176,13 @@ class Linear(Core):
         activation: str = "silu",
     ) -> tuple[list[tuple[np.ndarray, np.ndarray | None]], np.ndarray, np.ndarray | None]:
         ops = cast(Backend, self)
-        if _mixed(projections) or _layered(norm):
+        if _mixed(projections):
             return Plain.gate_up_forward(ops, x, projections, norm, dtype, activation)
         gate, up = projections
-        if activation != "silu":
-            results, rstd = self._together(
-                "gate_up_forward", x, projections, [gate.dtype, up.dtype], norm, dtype
-            )
-            y = ops.activation_forward(results[0][0], results[1][0], activation, dtype)
-            return results, y, rstd
         x = read_any("x", x, None, shape_of(up.W)[1])
         product = self.empty((x.shape[0], shape_of(up.W)[0]), F32 if dtype is None else dtype)
         to = mat(product)
-        finish = ffi.new("pylora_finish[2]", [(ffi.NULL, ffi.NULL), (ffi.NULL, to)])
+        finish = ffi.new("pylora_finish[2]", [(), (ffi.NULL, to, activation_of(activation))])
         results, rstd = self._together(
             "gate_up_forward", x, projections, [gate.dtype, up.dtype], norm, dtype, finish
         )

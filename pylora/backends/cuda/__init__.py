@@ -12,6 +12,7 @@ package loads no library and looks for no GPU; making the backend does.
 from __future__ import annotations
 
 from pylora.backends.cuda.attention import Attention
+from pylora.backends.cuda.features import FeatureOps
 from pylora.backends.cuda.linear import Linear
 from pylora.backends.cuda.llama import CudaLlama
 from pylora.backends.cuda.loss import Loss
@@ -22,14 +23,13 @@ from pylora.backends.cuda.random import Random
 from pylora.backends.cuda.rows import Rows
 from pylora.backends.cuda.steps import CudaSteps
 from pylora.ops.composed import Composed
-from pylora.ops.formulas import Formulas
 from pylora.ops.llama import LlamaOp, LlamaWeights
 from pylora.ops.plain import Plain
 from pylora.ops.repeat import Repeated
 
 
 class CudaBackend(
-    Linear, Attention, Rows, Loss, Optimizer, Random, Merging, Precision, Formulas, Plain
+    Linear, Attention, Rows, Loss, Optimizer, Random, Merging, Precision, FeatureOps, Plain
 ):
     """The compiled CUDA library. `Reference`'s docstrings specify every operation."""
 
