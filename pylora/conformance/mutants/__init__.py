@@ -35,7 +35,9 @@ from pylora.conformance.mutants import (
     randoms,
     readers,
     scales,
+    slots,
     special,
+    special_parts,
     streams,
 )
 from pylora.conformance.mutants.registry import REGISTRY, Mutant
@@ -47,6 +49,7 @@ GROUPS = (
     linear,
     numerics,
     special,
+    special_parts,
     precisions,
     inputs,
     gradients,
@@ -59,6 +62,7 @@ GROUPS = (
     lives,
     batches,
     keeping,
+    slots,
     plans,
     matching,
     files,
