@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from pylora.conformance.laws.law import Law
-from pylora.conformance.problems.layers import np_dtype, st
+from pylora.conformance.problems.layers import DTYPES, np_dtype, st
 from pylora.conformance.testcase import NotTested, Problem, Trial
 
 
