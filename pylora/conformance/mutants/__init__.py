@@ -21,6 +21,7 @@ from pylora.conformance.mutants import (
     initial,
     inputs,
     keeping,
+    limits,
     linear,
     lives,
     masks,
@@ -30,6 +31,7 @@ from pylora.conformance.mutants import (
     modules,
     numerics,
     operations,
+    paths,
     plans,
     precisions,
     randoms,
@@ -39,6 +41,7 @@ from pylora.conformance.mutants import (
     special,
     special_parts,
     streams,
+    windows,
 )
 from pylora.conformance.mutants.registry import REGISTRY, Mutant
 
@@ -72,9 +75,12 @@ GROUPS = (
     biases,
     embeddings,
     masks,
+    windows,
     caches,
     halves,
     operations,
+    limits,
+    paths,
 )
 
 
