@@ -137,7 +137,9 @@ def _compare(
 
 
 def _parts(result: Any) -> list[tuple[str, Array]]:
-    """The arrays of a result, named."""
+    """The arrays of a result, named; a dW that is None is none."""
+    if result is None:
+        return []
     if isinstance(result, np.ndarray):
         return [("the result", result)]
     if result is None:  # the gradient of W, which nobody has to give

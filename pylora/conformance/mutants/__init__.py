@@ -21,6 +21,7 @@ from pylora.conformance.mutants import (
     initial,
     inputs,
     keeping,
+    limits,
     linear,
     lives,
     masks,
@@ -30,6 +31,7 @@ from pylora.conformance.mutants import (
     modules,
     numerics,
     operations,
+    paths,
     plans,
     precisions,
     randoms,
@@ -37,6 +39,7 @@ from pylora.conformance.mutants import (
     scales,
     special,
     streams,
+    windows,
 )
 from pylora.conformance.mutants.registry import REGISTRY, Mutant
 
@@ -68,9 +71,12 @@ GROUPS = (
     biases,
     embeddings,
     masks,
+    windows,
     caches,
     halves,
     operations,
+    limits,
+    paths,
 )
 
 

@@ -489,7 +489,7 @@ class UnknownDropped(_Mended):
     "setting-rslora-truthy",
     "subtle",
     'use_rslora of "false" is true.',
-    "if config['use_rslora']:",
+    "if config['use_rslora']: any string is true.",
 )
 class RsloraTruthy(_Mended):
     def mended(self, config: dict[str, Any]) -> dict[str, Any]:

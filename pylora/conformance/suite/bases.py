@@ -17,7 +17,7 @@ import numpy as np
 
 from pylora.conformance.suite import tokenizer
 from pylora.conformance.suite.gguf_writer import write_gguf
-from pylora.errors import ConfigError
+from pylora.errors import ConfigError, PyloraError
 from pylora.formats.base import narrow, widen
 from pylora.formats.gguf import hf_name
 from pylora.formats.gguf_config import ARCHITECTURES as GGUF_ARCHITECTURES
@@ -26,6 +26,10 @@ from pylora.model.config import LlamaConfig
 from pylora.model.hfconfig import ARCHITECTURES
 from pylora.numbers.random import normal, stream
 
+# What the suite's adapters are for; a family that calls them otherwise needs cases of its own.
+MODULES = frozenset(
+    "embed_tokens q_proj k_proj v_proj o_proj gate_proj up_proj down_proj lm_head".split()
+)
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 # Heads of 32 and rows of whole blocks of 32, so that every format and every kernel takes them.
@@ -85,19 +89,38 @@ class Base:
 
 
 def families(wanted: Iterable[str] = ()) -> list[str]:
-    """The families to write, all if none is named. ConfigError for one that pylora has not."""
-    chosen = list(wanted) or list(ARCHITECTURES)
-    for name in chosen:
+    """The families to write; if none is named, all whose modules the suite's adapters name.
+
+    ConfigError for a family that pylora has not, or whose modules have other names.
+    """
+    fit = [name for name in ARCHITECTURES if not _lacks(name)]
+    for name in wanted:
         if name not in ARCHITECTURES:
-            raise ConfigError(f"there is no family {name!r}; there are {', '.join(ARCHITECTURES)}")
-    return list(dict.fromkeys(chosen))
+            raise ConfigError(f"there is no family {name!r}; there are {', '.join(fit)}")
+        if name not in fit:
+            raise ConfigError(f"the suite has no adapters for {name!r}: {_lacks(name)}")
+    return list(dict.fromkeys(wanted)) or fit
+
+
+def _lacks(family: str) -> str:
+    """Why the suite's adapters do not fit a family; "" where they do."""
+    try:
+        modules = _config(family, False).modules()
+    except PyloraError as error:
+        return str(error)
+    missing = MODULES - {path.rsplit(".", 1)[-1] for path in modules}
+    return f"it has no module {', '.join(sorted(missing))}" if missing else ""
+
+
+def _config(family: str, tied: bool) -> LlamaConfig:
+    content = {"model_type": family, **_SHARED, **_OWN.get(family, {}), "tie_word_embeddings": tied}
+    return LlamaConfig.from_hf(content)
 
 
 def make(family: str, tied: bool, seed: int) -> Base:
     """A base of this family. Its bits are a function of its name and the seed."""
     name = f"{family}-tied" if tied else family
-    content = {"model_type": family, **_SHARED, **_OWN.get(family, {}), "tie_word_embeddings": tied}
-    config = LlamaConfig.from_hf(content)
+    config = _config(family, tied)
     weights = {t: _tensor(name, t, shape, seed) for t, shape in config.tensors().items()}
     return Base(name, family, config, weights)
 
@@ -131,7 +154,9 @@ def _tensor(base: str, name: str, shape: tuple[int, ...], seed: int) -> np.ndarr
 def write_hf(base: Base, folder: Path) -> None:
     """The model as a Hugging Face directory: bfloat16, which holds its numbers exactly."""
     folder.mkdir(parents=True)
-    _json(folder / "config.json", {**base.config.to_hf(), "dtype": "float32"})
+    # A family's own id of padding may be beyond this vocabulary.
+    content = {**base.config.to_hf(), "dtype": "float32", "pad_token_id": tokenizer.SIZE - 1}
+    _json(folder / "config.json", content)
     _json(folder / "tokenizer.json", tokenizer.tokenizer_json())
     _json(folder / "tokenizer_config.json", tokenizer.settings_json())
     tensors: dict[str, Any] = {n: Bf16(narrow(w, "bf16")) for n, w in base.weights.items()}
