@@ -1,4 +1,4 @@
-"""Settings as text: what is no JSON is refused. Fields and values are tested with plans and PEFT."""
+"""Settings as text: what is no JSON is refused. Fields and values: test_plan.py, test_peft.py."""
 
 from __future__ import annotations
 
