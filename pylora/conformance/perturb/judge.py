@@ -30,7 +30,7 @@ from pylora.reference import Reference
 
 KILLED, EQUIVALENT, WITHIN, ALIVE = "killed", "equivalent", "within the bounds", "alive"
 FEW, QUICK = 10, 100
-PATIENCE = 60  # seconds of processor time for one law
+PATIENCE = 30  # seconds of processor time for one law
 
 
 @dataclass(frozen=True)
@@ -116,13 +116,14 @@ class Hangs(Exception):
 
 
 @contextmanager
-def patience(seconds: float) -> Iterator[None]:
-    """Hangs is raised in what runs longer."""
+def patience(seconds: float, deadly: bool = False) -> Iterator[None]:
+    """Hangs is raised in what runs longer; or, since a loop in C does not hear of it, the process
+    ends."""
 
     def stop(number: int, frame: Any) -> None:
         raise Hangs(f"more than {seconds} s of processor time")
 
-    before = signal.signal(signal.SIGPROF, stop)
+    before = signal.signal(signal.SIGPROF, signal.SIG_DFL if deadly else stop)
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
@@ -131,8 +132,8 @@ def patience(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGPROF, before)
 
 
-def judge(mutant: Mutant, every: list[Reach], seed: int = 0) -> Verdict:
-    """Runs the laws that concern it."""
+def judge(mutant: Mutant, every: list[Reach], seed: int = 0, deadly: bool = False) -> Verdict:
+    """Runs the laws that concern it. `deadly`: this process may end with it."""
     began = time.process_time()
 
     def verdict(status: str, law: str = "", at: int | None = None) -> Verdict:
@@ -149,7 +150,7 @@ def judge(mutant: Mutant, every: list[Reach], seed: int = 0) -> Verdict:
             continue  # sizes are walked to the end with the quick profile's examples
         for law in laws:
             try:
-                with patience(PATIENCE):
+                with patience(PATIENCE, deadly):
                     outcome = run_law(made, law, examples=examples, seed=seed, shrink=False)
             except Hangs:
                 return verdict(KILLED, f"{law.id} hangs")
@@ -175,7 +176,7 @@ def judge_apart(mutant: Mutant, every: list[Reach], seed: int = 0) -> Verdict:
         os.close(reading)
         try:
             with os.fdopen(writing, "w") as out:
-                json.dump(asdict(judge(mutant, every, seed)), out)
+                json.dump(asdict(judge(mutant, every, seed, deadly=True)), out)
         finally:
             os._exit(0)
     os.close(writing)

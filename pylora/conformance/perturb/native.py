@@ -217,7 +217,7 @@ class NativeOps(Reference):
         self.keep.clear()
         return y, h
 
-    def lora_backward(  # type: ignore[override]
+    def lora_backward(
         self, dy: Array, x: Any, h: Any, W: Any, lora: Any = None, drop: Any = None, **more: Any
     ) -> tuple[Any, Any, Any]:
         dy, x, W = (np.ascontiguousarray(a) for a in (dy, x, W))
@@ -254,7 +254,7 @@ class NativeOps(Reference):
         self.keep.clear()
         return out
 
-    def rope(
+    def rope(  # type: ignore[override]
         self, x: Array, cos: Array, sin: Array, position: Array, head_dim: int,
         layout: str = "half", inverse: bool = False, **more: Any,
     ) -> Array:  # fmt: skip
