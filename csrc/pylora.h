@@ -414,6 +414,7 @@ typedef struct pylora_layer {
 typedef struct pylora_rope_table {
   pylora_mat cosines, sines;
   int32_t layout;
+  const int64_t *position; /* [m]: each token's row, where that is not its position; or NULL */
 } pylora_rope_table;
 
 /* A decoder; where a field of its structure is 0, it is as in Llama: x = embedding; for each layer

@@ -3,9 +3,9 @@
     python tools/mutation.py --out mutation.jsonl --kinds size,dtype,source --sample 200 --jobs 2
     python tools/mutation.py --out mutation.jsonl --table
 
-Each mutant is a line of JSON in the file, and is not run again while it is there. `--minutes` ends it
-in time; `--table` prints the rate by kind of what is in the file, and who lives. The sample is drawn
-from each kind by `--seed`. Exits with 1 if one is alive.
+Each mutant is a line of JSON in the file, and is not run again while it is there. `--minutes` ends
+it in time; `--table` prints the rate by kind of what is in the file, and who lives. The sample is
+drawn from each kind by `--seed`. Exits with 1 if one is alive.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import random
 import sys
 import time
 from collections.abc import Iterator
@@ -49,7 +50,8 @@ def _judge(task: tuple[str, str]) -> dict[str, Any]:
     if not _REACHES:
         _REACHES.extend(judging.reaches())
     mutant = next(m for m in every(kind) if m.id == id)
-    return asdict(judging.judge(mutant, _REACHES))
+    one = judging.judge_apart if kind == "native" else judging.judge
+    return asdict(one(mutant, _REACHES))
 
 
 def run(tasks: list[tuple[str, str]], jobs: int, deadline: float) -> Iterator[dict[str, Any]]:
@@ -121,6 +123,7 @@ def main() -> int:
             for m in triggers.sample(every(kind), args.sample, args.seed)
             if m.id not in done
         ]
+        random.Random(args.seed).shuffle(tasks)  # what is cut off is then of no kind
         deadline = time.monotonic() + 60 * args.minutes
         with args.out.open("a", encoding="utf-8") as out:
             for verdict in run(tasks, args.jobs, deadline):

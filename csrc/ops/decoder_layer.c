@@ -27,6 +27,11 @@ static int read_from(const run *f, const pylora_norm *norm, source *s) {
 
 /* ---- attention ---- */
 
+/* Of each token, in a table of angles. */
+static const int64_t *rows_of(const run *f, const pylora_rope_table *t) {
+  return t->position ? t->position : f->step->position;
+}
+
 /* q or k: normed in place and rotated, each where that is asked for. */
 static int turn(const run *f, const pylora_layer *l, const pylora_mat *raw, const pylora_norm *norm,
                 const pylora_mat *y) {
@@ -38,7 +43,7 @@ static int turn(const run *f, const pylora_layer *l, const pylora_mat *raw, cons
   }
   if (l->rope < 0) return pylora_cast(raw, y);
   const pylora_rope_table *r = &f->model->rope[l->rope];
-  return pylora_rope(raw, &r->cosines, &r->sines, f->step->position, (int32_t)D, r->layout, 0, y);
+  return pylora_rope(raw, &r->cosines, &r->sines, rows_of(f, r), (int32_t)D, r->layout, 0, y);
 }
 
 static void put(const pylora_mat *y, int64_t row, int64_t to, const float *from, int64_t n) {
@@ -86,10 +91,11 @@ static int project(const run *f, const pylora_layer *l) {
         linear_of(l, PYLORA_K, normed ? &b->raw_k : &b->k),
         linear_of(l, PYLORA_V, &b->v),
     };
-    pylora_rotation r = {.position = f->step->position, .head_dim = f->model->attn.head_dim};
+    pylora_rotation r = {.head_dim = f->model->attn.head_dim};
     if (turned) {
       const pylora_rope_table *t = &f->model->rope[l->rope];
       r.cosines = t->cosines, r.sines = t->sines, r.layout = t->layout;
+      r.position = rows_of(f, t);
     }
     const pylora_finish finish[] = {{.rotation = &r}, {.rotation = &r}, {.rotation = NULL}};
     const group in = {

@@ -160,7 +160,7 @@ static void make_world(world *w, int dtype, int plain) {
   for (int i = 0; i < 2; i++) {
     const int64_t half = plain || below(2) ? D / 2 : D / 4;
     w->rope[i] = (pylora_rope_table){matrix(LONGEST, half, 1), matrix(LONGEST, half, 1),
-                                     plain ? PYLORA_ROPE_HALF : (int)below(2)};
+                                     plain ? PYLORA_ROPE_HALF : (int)below(2), NULL};
   }
   w->router = weight(PYLORA_F32, EXPERTS, HIDDEN);
   w->experts = (pylora_experts){&w->router, EXPERTS, (int32_t)(1 + below(EXPERTS)), (int)below(2)};

@@ -132,9 +132,10 @@ def adapters_of(w: LlamaWeights, rng: np.random.Generator, op: Any) -> list[Any]
 def rotations(s: dict[str, Any], rng: np.random.Generator, position: np.ndarray, ops: Any) -> Any:
     half = s["rotated"] // 2
     tables = [ops.asarray(normal(rng, POSITIONS, half)) for _ in range(4)]
+    other = rng.permutation(POSITIONS)[position]  # rows need not be positions
     return tuple(
-        Rotation(cos, sin, position, s["attn"].head_dim, s["layout"])
-        for cos, sin in (tables[:2], tables[2:])
+        Rotation(cos, sin, rows, s["attn"].head_dim, s["layout"])
+        for cos, sin, rows in ((*tables[:2], position), (*tables[2:], other))
     )
 
 

@@ -20,6 +20,7 @@ from pylora.backends.c.marshal import (
     at,
     attention_structs,
     check,
+    ints,
     layout_of,
     lora_struct,
     mat,
@@ -218,7 +219,9 @@ class CLlama:
             sin = read("sin", r.sin, *cos.shape)
             table_of.cosines, table_of.sines = mat(cos)[0], mat(sin)[0]
             table_of.layout = layout_of(r.layout)
-            held_arrays.append((cos, sin))
+            rows = ints("rotation.position", r.position, m)
+            table_of.position = at(rows, i64)
+            held_arrays.append((cos, sin, rows))
         model = ffi.new("pylora_decoder *", self._model[0])  # a step has its own rope tables
         model.ropes, model.rope = len(step.rotations), tables
         held = (arrays, seqs, keep, table, step.adapters, step.rotations, tables, held_arrays)

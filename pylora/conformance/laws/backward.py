@@ -13,6 +13,7 @@ from pylora.conformance.laws import allowed, oracle
 from pylora.conformance.laws.law import Law
 from pylora.conformance.problems.layers import (
     DTYPES,
+    KINDS,
     SEEDS,
     elements,
     exact_problems,
@@ -166,7 +167,7 @@ def micro_batches(draw, dtype: str = "float32") -> Problem:  # type: ignore[no-u
     sizes = draw(_BATCHES)
     rng = np.random.default_rng(draw(SEEDS))
     share = draw(pick((1.0, 0.6, 0.2)))
-    kind = draw(pick(("normal", "integers", "positive")))
+    kind = draw(pick(KINDS))
 
     def make(*shape: int) -> np.ndarray:
         a: np.ndarray = elements(rng, shape, kind, dtype)

@@ -17,6 +17,7 @@ from pylora.conformance.laws import allowed, oracle
 from pylora.conformance.laws.law import Law
 from pylora.conformance.problems.layers import (
     DTYPES,
+    KINDS,
     SEEDS,
     elements,
     exact_problems,
@@ -43,7 +44,7 @@ def dropout_problems(  # type: ignore[no-untyped-def]
     )
     d, r = draw(pick((1, 2, 3, 8, 17))), draw(pick((1, 2, 4)))
     rng = np.random.default_rng(draw(SEEDS))
-    kind = draw(pick(("normal", "integers", "positive")))
+    kind = draw(pick(KINDS))
     shapes = {"x": (m, k), "W": (d, k), "A": (r, k), "B": (d, r), "dy": (m, d)}
     return Problem(
         **{name: elements(rng, shape, kind, dtype) for name, shape in shapes.items()},

@@ -63,8 +63,8 @@ LAWS = (
     Law(
         "F15",
         "No size is a limit to attention.",
-        "as A1: positions to 4097, sequences to 6147, heads, heads of a group, key heads, size of a "
-        "head, inputs and rank to 98307, around the limits of F12",
+        "as A1: positions to 4097, sequences to 6147, heads, heads of a group, key heads, size of "
+        "a head, inputs and rank to 98307, around the limits of F12",
         "a kernel for a usual head or a usual length is used for others",
         ("L-1", "A-4"),
         ("attention",),

@@ -21,6 +21,7 @@ from pylora.conformance.mutants import (
     initial,
     inputs,
     keeping,
+    limits,
     linear,
     lives,
     masks,
@@ -30,13 +31,17 @@ from pylora.conformance.mutants import (
     modules,
     numerics,
     operations,
+    paths,
     plans,
     precisions,
     randoms,
     readers,
     scales,
+    slots,
     special,
+    special_parts,
     streams,
+    windows,
 )
 from pylora.conformance.mutants.registry import REGISTRY, Mutant
 
@@ -47,6 +52,7 @@ GROUPS = (
     linear,
     numerics,
     special,
+    special_parts,
     precisions,
     inputs,
     gradients,
@@ -59,6 +65,7 @@ GROUPS = (
     lives,
     batches,
     keeping,
+    slots,
     plans,
     matching,
     files,
@@ -68,9 +75,12 @@ GROUPS = (
     biases,
     embeddings,
     masks,
+    windows,
     caches,
     halves,
     operations,
+    limits,
+    paths,
 )
 
 

@@ -281,7 +281,7 @@ def _misread(a: Any) -> Any:
     memory = a
     while isinstance(memory.base, np.ndarray):
         memory = memory.base
-    flat = np.frombuffer(memory.tobytes(), np.uint8)
+    flat = np.frombuffer(memory.tobytes("A"), np.uint8)
     start = a.__array_interface__["data"][0] - memory.__array_interface__["data"][0]
     taken = np.resize(flat[start : start + a.nbytes], a.nbytes) if start < flat.size else flat
     return np.resize(taken, a.nbytes).view(a.dtype).reshape(a.shape).copy()

@@ -204,7 +204,7 @@ def several_adapters(
     draw: Any,
     dtype: str = "float32",
     exact: bool = False,
-    kinds: tuple[str, ...] = ("normal", "integers", "positive"),
+    kinds: tuple[str, ...] = KINDS,
 ) -> Problem:
     """x, W, bias and 0 to 4 adapters of different rank and scale; `rows` [m] says which row uses
     which (-1: none): one for all, alternating, in runs, or at random."""

@@ -232,12 +232,14 @@ class Search:
                     problem, violation, law.simplify, lambda p: self._violation(p)
                 )
             out.status, out.reason, out.ratio = FAILED, str(violation), violation.ratio
-            out.counterexample = self._program(problem, violation)
+            if shrink or _size(problem) <= SHOWN:
+                out.counterexample = self._program(problem, violation)
         elif self.broken is not None:
             _, problem, broken = self.broken
             out.status = BROKEN
             out.reason = f"{broken} (in {self.raised} of {self.count} examples)"
-            out.counterexample = self._program(problem, broken)
+            if shrink or _size(problem) <= SHOWN:
+                out.counterexample = self._program(problem, broken)
         elif sum(self.not_tested.values()) >= self.count:
             out.status, out.reason = NOT_TESTED, next(iter(self.not_tested), "no example was drawn")
         elif self.not_tested:
@@ -262,5 +264,18 @@ class Search:
         return program(self.implementation, law, problem, trial, error, said, self.asked)
 
 
-def _size(problem: Problem) -> int:
-    return sum(v.size if isinstance(v, np.ndarray) else 1 for v in vars(problem).values())
+SHOWN = 5000  # numbers of a problem that was not made small and is written out all the same
+
+
+def _size(problem: Any) -> int:
+    """How many numbers it has, in arrays in lists and dicts too."""
+    if isinstance(problem, np.ndarray):
+        return int(problem.size)
+    inner: Any = ()
+    if isinstance(problem, Problem):
+        inner = vars(problem).values()
+    elif isinstance(problem, dict):
+        inner = problem.values()
+    elif isinstance(problem, (list, tuple)):
+        inner = problem
+    return 1 + sum(_size(v) for v in inner)
