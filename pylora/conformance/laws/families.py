@@ -268,7 +268,7 @@ LAWS = (
         "A37",
         "Scaled angles are those of the papers, and YaRN and LongRoPE have a factor besides.",
         "linear, dynamic NTK, Llama 3, YaRN, LongRoPE, before and beyond the trained length",
-        "the factor of cos and sin left out, one set of LongRoPE's factors, a base that never grows",
+        "no factor of cos and sin, one of LongRoPE's sets alone, a base that never grows",
         ("A-25",),
         ("rope_frequencies",),
         scalings,

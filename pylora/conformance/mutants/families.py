@@ -340,7 +340,9 @@ class NeverNormalized(Correct):
         return super().experts(logits, k, False)
 
 
-@wrong("experts-last-of-equal", "subtle", "Of equal experts the last is chosen.", "argsort()[::-1].")
+@wrong(
+    "experts-last-of-equal", "subtle", "Of equal experts the last is chosen.", "argsort()[::-1]."
+)
 class LastOfEqual(Correct):
     def experts(self, logits: Array, k: int, normalize: bool) -> Array:
         turned = super().experts(np.ascontiguousarray(logits[:, ::-1]), k, normalize)
