@@ -184,7 +184,7 @@ class _Function:
                 yield other("statement dropped", ast.Pass())
 
 
-def _constants(value: object) -> list[object]:
+def _constants(value: object) -> list[int | float]:
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, (int, float)):
