@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, given, settings
 
 from pylora import backends
 from pylora.adapters.adapter import Adapter
-from pylora.adapters.inspect import inspect
+from pylora.adapters.inspect import inspect, modules_of
 from pylora.adapters.loraconfig import LoraConfig
 from pylora.adapters.plan import resolve
 from pylora.check.check import check_model
@@ -75,6 +75,9 @@ def test_an_adapter_of_experts_is_saved_as_peft_reads_it(tmp_path: Path) -> None
         lora.B[...] *= 0.5
     found = {s.path: s for s in inspect(adapter)}["model.layers.0.mlp.experts.down_proj"]
     assert found.rank == 3 and len(found.singular_values) == 4 * 3
+    alone = inspect(Adapter.load(theirs.adapter, modules_of(theirs.adapter)))
+    whole = inspect(Adapter.load(theirs.adapter, modules))
+    assert {s.path: s for s in alone} == {s.path: s for s in whole}, "without the model"
     adapter.save(tmp_path / "ours")
     again = Adapter.load(tmp_path / "ours", modules)
     assert again.digest() == adapter.digest()
