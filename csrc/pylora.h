@@ -30,7 +30,7 @@ extern "C" {
 #endif
 
 #define PYLORA_VERSION "0.1.0"
-#define PYLORA_ABI_VERSION 3
+#define PYLORA_ABI_VERSION 4
 
 typedef enum pylora_status {
   PYLORA_OK = 0,
@@ -142,12 +142,25 @@ typedef struct pylora_attn {
   int32_t heads, kv_heads, head_dim; /* heads % kv_heads == 0 */
   int32_t window;                    /* > 0: only the last `window` keys are seen; 0: all */
   float scale;                       /* usually 1 / sqrt(head_dim) */
+  float softcap; /* > 0: scores become softcap tanh(scores / softcap); 0: none */
 } pylora_attn;
 
 typedef enum pylora_rope_layout {
   PYLORA_ROPE_HALF = 0,        /* pairs (i, i + D/2): Hugging Face, GPT-NeoX */
   PYLORA_ROPE_INTERLEAVED = 1, /* pairs (2i, 2i + 1): the paper, GGUF's Llama */
 } pylora_rope_layout;
+
+typedef enum pylora_norm_kind {
+  PYLORA_RMS = 0,   /* x rstd w */
+  PYLORA_LAYER = 1, /* (x - mean) rstd w + b */
+} pylora_norm_kind;
+
+typedef enum pylora_activation {
+  PYLORA_SILU = 0,      /* x sigmoid(x) */
+  PYLORA_GELU_TANH = 1, /* x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x³) */
+  PYLORA_GELU_ERF = 2,  /* x (1 + erf(x / sqrt 2)) / 2 */
+  PYLORA_RELU2 = 3,     /* max(x, 0)² */
+} pylora_activation;
 
 typedef struct pylora_adamw { /* doubles: 1 - 0.999 of a float is off by 1e-5 */
   double lr, beta1, beta2, eps, weight_decay;
@@ -205,8 +218,10 @@ int pylora_linear_forward(const pylora_mat *x, int64_t n, const pylora_linear *l
 typedef struct pylora_norm { /* x is normed first, as by pylora_rms_norm_forward */
   const float *w;            /* [k] */
   float eps;
-  int32_t dtype; /* of the normed x: PYLORA_F32 or PYLORA_BF16 */
-  float *rstd;   /* [m], or NULL: not kept */
+  int32_t dtype;  /* of the normed x: PYLORA_F32 or PYLORA_BF16 */
+  float *rstd;    /* [m], or NULL: not kept */
+  int32_t kind;   /* a pylora_norm_kind: PYLORA_LAYER as by pylora_layer_norm_forward */
+  const float *b; /* [k] or NULL, of PYLORA_LAYER */
 } pylora_norm;
 typedef struct pylora_rotation { /* see pylora_rope */
   pylora_mat cosines, sines;
@@ -216,9 +231,10 @@ typedef struct pylora_rotation { /* see pylora_rope */
 typedef struct pylora_finish {
   /* y is rotated, float32 until then; or NULL */
   const pylora_rotation *rotation;
-  /* silu(gate) up goes there [m,d], bf16 too: gate and up are the y of the projection before this one and
+  /* act(gate) up goes there [m,d], bf16 too: gate and up are the y of the projection before this one and
    * this one's.  It may be either of them, the whole of it.  Or NULL */
   const pylora_mat *product;
+  int32_t activation; /* of the product: a pylora_activation */
 } pylora_finish;
 
 /* pylora_linear_forward with a norm (or NULL) and with finish [n] (or NULL), in the same workspace.  h is
@@ -284,21 +300,33 @@ int pylora_rms_norm_forward(const pylora_mat *x, const float *w, float eps, cons
 int pylora_rms_norm_backward(const pylora_mat *dy, const pylora_mat *x, const float *w,
                              const float *rstd, const pylora_mat *dx, int add_dx, float *dw);
 
+/* c = x - mean(x);  rstd = 1 / sqrt(mean(c²) + eps) [m];  y = c rstd w + b  [m,k]; b may be NULL.  x and y bf16
+ * too.  y may be x. */
+int pylora_layer_norm_forward(const pylora_mat *x, const float *w, const float *b, float eps,
+                              const pylora_mat *y, float *rstd);
+/* dx = [dx +] rstd * (g - mean(g) - n mean(g n)), g = dy w, n = (x - mean(x)) rstd.  dx may be dy; dy and x
+ * bf16 too. */
+int pylora_layer_norm_backward(const pylora_mat *dy, const pylora_mat *x, const float *w,
+                               const float *rstd, const pylora_mat *dx, int add_dx);
+
 /* Rotates each of the cols / head_dim heads of x [m, heads*D] by the angles whose cosines and sines
- * are row position[i] of cos, sin [positions, D/2].  inverse != 0: by the negative angle, which is
- * the backward pass.  x and y bf16 too; y may be x. */
+ * are row position[i] of cos, sin [positions, R/2], 2 <= R <= D: the numbers of a head from R on stay.
+ * PYLORA_ROPE_HALF pairs (i, i + R/2).  inverse != 0: by the negative angle, which is the backward
+ * pass.  x and y bf16 too; y may be x. */
 int pylora_rope(const pylora_mat *x, const pylora_mat *cosines, const pylora_mat *sines,
                 const int64_t *position, int32_t head_dim, int layout, int inverse,
                 const pylora_mat *y);
 
 size_t pylora_attention_workspace(const pylora_seqs *seqs, const pylora_attn *a);
 /* Causal grouped-query attention.  q, o [m, heads*D]; k, v [n, kv_heads*D];
- * P = softmax(scale q kᵀ), o = P v;  lse [m, heads] = log sum exp of the scaled scores.
+ * P = softmax(scale q kᵀ), o = P v;  lse [m, heads] = log sum exp of the scaled scores.  With a softcap c
+ * the scores are c tanh(scale q kᵀ / c).
  * q, k, v, o bf16 too, each by itself. */
 int pylora_attention_forward(const pylora_mat *q, const pylora_mat *k, const pylora_mat *v,
                              const pylora_seqs *seqs, const pylora_attn *a, const pylora_mat *o,
                              const pylora_mat *lse, void *ws, size_t ws_bytes);
-/* dP = do vᵀ; dS = P (dP - rowsum(do o)); dq = scale dS k; dk = scale dSᵀ q; dv = Pᵀ do.
+/* dP = do vᵀ; dS = P (dP - rowsum(do o)); dq = scale dS k; dk = scale dSᵀ q; dv = Pᵀ do.  With a softcap c dS is
+ * multiplied by 1 - (S / c)², S being the capped scores.
  * Rows of dk, dv that no sequence uses are left as they are.  All but lse bf16 too, each by itself. */
 int pylora_attention_backward(const pylora_mat *d_o, const pylora_mat *q, const pylora_mat *k,
                               const pylora_mat *v, const pylora_mat *o, const pylora_mat *lse,
@@ -312,6 +340,24 @@ int pylora_swiglu_forward(const pylora_mat *gate, const pylora_mat *up, const py
 int pylora_swiglu_backward(const pylora_mat *dy, const pylora_mat *gate, const pylora_mat *up,
                            const pylora_mat *dgate, const pylora_mat *dup);
 
+/* y = act(x) up; up = NULL: act(x).  `kind` is a pylora_activation.  All bf16 too; y may be x or up.  PYLORA_SILU
+ * with up has the bits of pylora_swiglu_forward. */
+int pylora_activation_forward(int kind, const pylora_mat *x, const pylora_mat *up,
+                              const pylora_mat *y);
+/* dx = dy up act'(x), dup = dy act(x); up = dup = NULL: dx = dy act'(x).  All bf16 too; dx may be x, dup up. */
+int pylora_activation_backward(int kind, const pylora_mat *dy, const pylora_mat *x,
+                               const pylora_mat *up, const pylora_mat *dx, const pylora_mat *dup);
+/* y = cap tanh(multiplier x / cap); cap = 0: multiplier x.  y may be x. */
+int pylora_soft_cap_forward(const pylora_mat *x, float multiplier, float cap, const pylora_mat *y);
+/* dx = multiplier dy (1 - (y / cap)²), y being what forward gave; cap = 0: multiplier dy.  dx may be dy. */
+int pylora_soft_cap_backward(const pylora_mat *dy, const pylora_mat *y, float multiplier, float cap,
+                             const pylora_mat *dx);
+/* Which experts each token goes to: p = softmax(logits) [m,experts], the top_k largest of a row (of equal ones
+ * the first, NaN last) in chosen [m,top_k], their p in weights [m,top_k], divided by their sum with
+ * `normalize`.  p may be logits. */
+int pylora_choose(const pylora_mat *logits, int64_t top_k, int normalize, const pylora_mat *p,
+                  int64_t *chosen, const pylora_mat *weights);
+
 /* y[i,:] = W[ids[i],:]  (W [vocab,k], packed) */
 int pylora_embedding_forward(const int64_t *ids, int64_t m, const pylora_packed *W,
                              const pylora_mat *y);
@@ -320,7 +366,7 @@ int pylora_embedding_backward(const int64_t *ids, const pylora_mat *dy, const py
 
 /* ---- a whole model, inference only ------------------------------------------------------- */
 
-/* The linear modules of a layer, in the order of forward. */
+/* The modules of a Llama layer, in the order of forward. */
 #define PYLORA_Q 0
 #define PYLORA_K 1
 #define PYLORA_V 2
@@ -330,32 +376,79 @@ int pylora_embedding_backward(const int64_t *ids, const pylora_mat *dy, const py
 #define PYLORA_DOWN 6
 #define PYLORA_LAYER_MODULES 7
 
+/* How the rows of one projection of q, k and v lie. */
+typedef enum pylora_fused_qkv {
+  PYLORA_QKV_APART = 0,  /* it is three */
+  PYLORA_QKV_BLOCKS = 1, /* all of q, then of k, then of v */
+  PYLORA_QKV_GROUPS = 2, /* for each kv head its queries' heads, its key, its value */
+} pylora_fused_qkv;
+
+/* A mixture of experts in the place of a layer's feed-forward part: the sum of each token's top_k experts by
+ * their weights, expert by expert. */
+typedef struct pylora_experts {
+  const pylora_packed *router; /* [count,hidden] */
+  int32_t count, top_k;
+  int32_t normalize; /* see pylora_choose */
+} pylora_experts;
+
+/* A layer. Where a norm's w is NULL there is none; of the others w, eps, kind and b count. */
 typedef struct pylora_layer {
-  const float *input_norm, *mid_norm; /* [hidden] */
-  const float *q_norm, *k_norm; /* [head_dim], of each head before its rotation; or both NULL */
-  const pylora_packed *W[7]; /* q [heads*D,hidden], k, v [kv_heads*D,hidden], o, gate, up, down */
-  const float *bias[7];      /* [d] or NULL */
-  int32_t window;            /* see pylora_attn */
+  pylora_norm input_norm,
+      mid_norm; /* [hidden], before attention and before the feed-forward part */
+  pylora_norm after_attention, after_mlp; /* [hidden], of what is added */
+  /* Before the rotation: of each head [head_dim], or with norm_whole of the projection [heads*D], [kv_heads*D];
+   * both or neither. */
+  pylora_norm q_norm, k_norm;
+  int32_t norm_whole;
+  int32_t window;                /* see pylora_attn */
+  int32_t rope;                  /* which of the model's tables; -1: no rotation */
+  const pylora_experts *experts; /* or NULL */
+  /* The modules: q [heads*D,hidden], k, v [kv_heads*D,hidden] (or qkv, as the model says); o; then gate, up, down
+   * (or up, down; or gate_up, down); with experts gate, up, down of each. */
+  const pylora_packed *const *W;
+  const float *const *bias; /* of each [d] or NULL; NULL: none has one */
+  int64_t module;           /* the number of W[0]; the layers' modules follow each other */
 } pylora_layer;
 
-/* A Llama-type model: x = embedding; for each layer x += o(attention(rope(q, k of norm(x)), v)),
- * x += down(silu(gate(norm(x))) * up(norm(x))); logits = head(norm(x)).
+/* cos, sin [positions, R/2]: see pylora_rope. */
+typedef struct pylora_rope_table {
+  pylora_mat cosines, sines;
+  int32_t layout;
+  const int64_t *position; /* [m]: each token's row, where that is not its position; or NULL */
+} pylora_rope_table;
+
+/* A decoder; where a field of its structure is 0, it is as in Llama: x = embedding; for each layer
+ * x += o(attention(rope(q, k of norm(x)), v)), x += down(silu(gate(norm(x))) * up(norm(x)));
+ * logits = head(norm(x)).
  * With bf16 activations the norms' results, q and k once rotated, v, o, gate, up and their product are
- * bfloat16, as bf16 weights take them; x and the logits are float32 all the same. */
-typedef struct pylora_llama {
+ * bfloat16, as bf16 weights take them; x, what is added to it and the logits are float32 all the same. */
+typedef struct pylora_decoder {
   int32_t layers;
   int32_t activations; /* PYLORA_F32; or PYLORA_BF16, see above */
   pylora_attn attn;    /* `window` is each layer's own */
-  float eps;           /* of the norms */
-  int32_t rope_layout;
-  pylora_mat cosines, sines;             /* [positions, head_dim / 2] */
-  const pylora_packed *embedding, *head; /* [vocab,hidden]; may be the same */
-  const float *norm;                     /* [hidden], the last one */
-  const pylora_layer *layer;             /* [layers] */
-} pylora_llama;
 
-/* An adapter of the model's modules.  Tables have 7 * layers + 1 entries: the layers' modules in order,
- * then the head. */
+  int32_t activation; /* a pylora_activation */
+  int32_t ungated;    /* down(act(up x)), without gate */
+  int32_t
+      parallel; /* attention and feed-forward part of the same x; mid_norm may be missing: then the
+                                 * latter is of input_norm, too */
+  int32_t fused_qkv;          /* a pylora_fused_qkv */
+  int32_t fused_gate_up;      /* one projection, gate in the first half of its rows */
+  float embedding_multiplier; /* of what the embedding and its adapter give; 0: none, as 1 */
+  float residual_multiplier;  /* of what is added to x; 0: none */
+  float logit_multiplier;     /* 0: none */
+  float logit_softcap;        /* after the multiplier; 0: none */
+
+  int32_t ropes;
+  const pylora_rope_table *rope;
+  const pylora_packed *embedding, *head; /* [vocab,hidden]; may be the same */
+  const pylora_packed *positions;        /* [positions,hidden], added to the embedding; or NULL */
+  pylora_norm norm;                      /* the last one */
+  const pylora_layer *layer;             /* [layers] */
+} pylora_decoder;
+
+/* An adapter of the model's modules.  Tables have an entry for each module (7 * layers of
+ * Llama's), then the head's. */
 typedef struct pylora_adapter {
   const pylora_lora *const *lora; /* each may be NULL; packed for its W if the step has segments */
   const float *const *bias;       /* NULL, or: where not NULL, in place of the module's own bias */
@@ -385,12 +478,13 @@ typedef struct pylora_step {
 
 /* Bytes of workspace for a step (its sizes, sequences and adapters; not its ids), with the present
  * number of threads; 0 if something does not fit. */
-size_t pylora_llama_workspace(const pylora_llama *model, const pylora_step *step);
+size_t pylora_decoder_workspace(const pylora_decoder *model, const pylora_step *step);
 /* Writes the tokens' keys and values to the cache and the wanted rows' logits [outputs,vocab].  The
  * same bits as the operations above one by one, and as the whole sequences at once.  On an error the
  * cache's rows kv_row may have been written. */
-int pylora_llama_forward(const pylora_llama *model, const pylora_kv *kv, const pylora_step *step,
-                         const pylora_mat *logits, void *ws, size_t ws_bytes);
+int pylora_decoder_forward(const pylora_decoder *model, const pylora_kv *kv,
+                           const pylora_step *step, const pylora_mat *logits, void *ws,
+                           size_t ws_bytes);
 
 /* ---- loss ------------------------------------------------------------------------------- */
 

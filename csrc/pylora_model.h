@@ -27,7 +27,7 @@ typedef struct pylora_model pylora_model;
 
 #define PYLORA_MAX_EOS 16
 typedef struct pylora_about {
-  const char *family; /* "llama", "mistral", "qwen2" or "qwen3" */
+  const char *family; /* config.json's model_type: "llama", "gemma3_text", ... */
   int64_t vocab, hidden, inner;
   int64_t positions; /* the longest sequence */
   int32_t layers, heads, kv_heads, head_dim;
@@ -48,11 +48,12 @@ int pylora_model_open(const char *path, int precision, pylora_model **out, pylor
 void pylora_model_close(pylora_model *model);
 const pylora_about *pylora_model_about(const pylora_model *model);
 
-/* The weights, for a program that calls pylora_llama_forward itself, with many sequences or adapters.  Its
- * cosines and sines are empty: a program has tables of its own (pylora_model_rope) in a copy of the struct. */
-const pylora_llama *pylora_model_llama(const pylora_model *model);
-/* cos, sin [positions, head_dim / 2] of the first positions. */
-int pylora_model_rope(const pylora_model *model, int64_t positions, float *cosines, float *sines);
+/* The weights, for a program that calls pylora_decoder_forward itself, with many sequences or adapters.  Its
+ * `rope` is NULL: a program has tables of its own (pylora_model_rope) in a copy of the struct. */
+const pylora_decoder *pylora_model_decoder(const pylora_model *model);
+/* cos, sin [positions, head_dim / 2] of the first positions, of table 0 .. ropes - 1 of pylora_decoder. */
+int pylora_model_rope(const pylora_model *model, int32_t table, int64_t positions, float *cosines,
+                      float *sines);
 
 /* The modules that can take LoRA are numbered as pylora_adapter's tables are, the embedding behind the head; their
  * names are Hugging Face's.  NULL past the end; the text lives as long as the model. */
@@ -75,7 +76,7 @@ typedef struct pylora_plan_entry {
 int pylora_adapter_open(const pylora_model *model, const char *path, pylora_adapter_file **out,
                         pylora_message *why);
 void pylora_adapter_close(pylora_adapter_file *adapter);
-/* As pylora_llama_forward and pylora_session_forward take it. */
+/* As pylora_decoder_forward and pylora_session_forward take it. */
 const pylora_adapter *pylora_adapter_struct(const pylora_adapter_file *adapter);
 /* What it does, module by module, in the model's order; NULL past the end. */
 const pylora_plan_entry *pylora_adapter_entry(const pylora_adapter_file *adapter, int64_t index);

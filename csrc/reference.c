@@ -194,13 +194,15 @@ void pylora_ref_rms_norm_backward(const pylora_mat *dy, const pylora_mat *x, con
   }
 }
 
-/* Pairs (a, b) of each head become (a c - b s, b c + a s); x [m, heads*D], c and s [positions, D/2] */
+/* Pairs (a, b) of each head become (a c - b s, b c + a s); x [m, heads*D], c and s [positions, R/2], R <= D:
+ * the numbers of a head from R on stay. */
 void pylora_ref_rope(const pylora_mat *x, const pylora_mat *cosines, const pylora_mat *sines,
                      const int64_t *position, int32_t head_dim, int layout, int inverse,
                      const pylora_mat *y) {
-  const int64_t half = head_dim / 2;
+  const int64_t half = cosines->cols;
   for (int64_t i = 0; i < x->rows; i++)
-    for (int64_t head = 0; head < x->cols; head += head_dim)
+    for (int64_t head = 0; head < x->cols; head += head_dim) {
+      for (int64_t j = 2 * half; j < head_dim; j++) *at(y, i, head + j) = *at(x, i, head + j);
       for (int64_t j = 0; j < half; j++) {
         const int64_t first = head + (layout == PYLORA_ROPE_HALF ? j : 2 * j);
         const int64_t second = first + (layout == PYLORA_ROPE_HALF ? half : 1);
@@ -210,6 +212,7 @@ void pylora_ref_rope(const pylora_mat *x, const pylora_mat *cosines, const pylor
         *at(y, i, first) = (float)(a * c - b * s);
         *at(y, i, second) = (float)(b * c + a * s);
       }
+    }
 }
 
 /* The keys [first, end) that query row t of sequence i sees. */
@@ -227,6 +230,12 @@ static double dot(int64_t n, const float *a, const float *b) {
   return sum;
 }
 
+/* The score of a query and a key, capped where the model says so. */
+static double score_of(const pylora_attn *a, const float *query, const float *key) {
+  const double s = a->scale * dot(a->head_dim, query, key);
+  return a->softcap > 0 ? a->softcap * tanh(s / a->softcap) : s;
+}
+
 /* P = softmax(scale q kᵀ) over the keys a query sees;  o = P v [m, heads*D];  lse [m, heads] */
 void pylora_ref_attention_forward(const pylora_mat *q, const pylora_mat *k, const pylora_mat *v,
                                   const pylora_seqs *seqs, const pylora_attn *a,
@@ -240,16 +249,14 @@ void pylora_ref_attention_forward(const pylora_mat *q, const pylora_mat *k, cons
         int64_t first, end;
         keys_of(seqs, a, i, t, &first, &end);
         double top = -INFINITY, total = 0;
-        for (int64_t j = first; j < end; j++)
-          top = fmax(top, a->scale * dot(D, query, at(k, j, kv)));
-        for (int64_t j = first; j < end; j++)
-          total += exp(a->scale * dot(D, query, at(k, j, kv)) - top);
+        for (int64_t j = first; j < end; j++) top = fmax(top, score_of(a, query, at(k, j, kv)));
+        for (int64_t j = first; j < end; j++) total += exp(score_of(a, query, at(k, j, kv)) - top);
         const double log_total = top + log(total);
         *at(lse, t, head) = (float)log_total;
         for (int64_t c = 0; c < D; c++) {
           double sum = 0;
           for (int64_t j = first; j < end; j++)
-            sum += exp(a->scale * dot(D, query, at(k, j, kv)) - log_total) * *at(v, j, kv + c);
+            sum += exp(score_of(a, query, at(k, j, kv)) - log_total) * *at(v, j, kv + c);
           *at(o, t, head * D + c) = (float)sum;
         }
       }
@@ -260,8 +267,9 @@ static double weight_of(const pylora_mat *d_o, const pylora_mat *q, const pylora
                         const pylora_mat *v, const pylora_mat *o, const pylora_mat *lse,
                         const pylora_attn *a, int64_t t, int64_t head, int64_t j, double *dS) {
   const int64_t D = a->head_dim, kv = head / (a->heads / a->kv_heads) * D, c = head * D;
-  const double P = exp(a->scale * dot(D, at(q, t, c), at(k, j, kv)) - *at(lse, t, head));
+  const double s = score_of(a, at(q, t, c), at(k, j, kv)), P = exp(s - *at(lse, t, head));
   *dS = P * (dot(D, at(d_o, t, c), at(v, j, kv)) - dot(D, at(d_o, t, c), at(o, t, c)));
+  if (a->softcap > 0) *dS *= 1 - s / a->softcap * (s / a->softcap);
   return P;
 }
 
@@ -327,6 +335,125 @@ void pylora_ref_swiglu_backward(const pylora_mat *dy, const pylora_mat *gate, co
       *at(dgate, i, j) = (float)(d * u * sigmoid(g) * (1 + g * sigmoid(-g)));
       *at(dup, i, j) = (float)(d * g * sigmoid(g));
     }
+}
+
+/* c = x - mean(x);  rstd = 1 / sqrt(mean(c^2) + eps);  y = c rstd w + b */
+void pylora_ref_layer_norm_forward(const pylora_mat *x, const float *w, const float *b, float eps,
+                                   const pylora_mat *y, float *rstd) {
+  const int64_t k = x->cols;
+  for (int64_t i = 0; i < x->rows; i++) {
+    double mean = 0, squares = 0;
+    for (int64_t j = 0; j < k; j++) mean += *at(x, i, j) / (double)k;
+    for (int64_t j = 0; j < k; j++) squares += (*at(x, i, j) - mean) * (*at(x, i, j) - mean);
+    const double r = 1 / sqrt(squares / (double)k + eps);
+    rstd[i] = (float)r;
+    for (int64_t j = 0; j < k; j++)
+      *at(y, i, j) = (float)((*at(x, i, j) - mean) * r * w[j] + (b ? b[j] : 0));
+  }
+}
+
+/* dx (+)= rstd (g - mean(g) - n mean(g n)), g = dy w, n = c rstd */
+void pylora_ref_layer_norm_backward(const pylora_mat *dy, const pylora_mat *x, const float *w,
+                                    const float *rstd, const pylora_mat *dx, int add_dx) {
+  const int64_t k = x->cols;
+  for (int64_t i = 0; i < x->rows; i++) {
+    double mean = 0, sum = 0, with = 0;
+    for (int64_t j = 0; j < k; j++) mean += *at(x, i, j) / (double)k;
+    for (int64_t j = 0; j < k; j++) {
+      const double g = (double)*at(dy, i, j) * w[j], n = (*at(x, i, j) - mean) * rstd[i];
+      sum += g / (double)k, with += g * n / (double)k;
+    }
+    for (int64_t j = 0; j < k; j++) {
+      const double g = (double)*at(dy, i, j) * w[j], n = (*at(x, i, j) - mean) * rstd[i];
+      const double d = rstd[i] * (g - sum - n * with);
+      *at(dx, i, j) = (float)(add_dx ? *at(dx, i, j) + d : d);
+    }
+  }
+}
+
+/* act(x), and act'(x) */
+static double activation_of(int kind, double x, double *slope) {
+  const double root = 0.7978845608028654, third = 0.044715; /* sqrt(2/pi) */
+  if (kind == PYLORA_RELU2) {
+    *slope = x > 0 ? 2 * x : 0;
+    return x > 0 ? x * x : 0;
+  }
+  if (kind == PYLORA_GELU_ERF) {
+    const double below = erfc(-x / sqrt(2.0)) / 2;
+    *slope = below + x * root / 2 * exp(-x * x / 2);
+    return x * below;
+  }
+  const double u = kind == PYLORA_SILU ? x : 2 * root * (x + third * x * x * x);
+  const double du = kind == PYLORA_SILU ? 1 : 2 * root * (1 + 3 * third * x * x);
+  *slope = sigmoid(u) * (1 + x * sigmoid(-u) * du);
+  return x * sigmoid(u);
+}
+
+/* y = act(x) up, or act(x) */
+void pylora_ref_activation_forward(int kind, const pylora_mat *x, const pylora_mat *up,
+                                   const pylora_mat *y) {
+  double slope;
+  for (int64_t i = 0; i < x->rows; i++)
+    for (int64_t j = 0; j < x->cols; j++)
+      *at(y, i, j) = (float)(activation_of(kind, *at(x, i, j), &slope) * (up ? *at(up, i, j) : 1));
+}
+
+/* dx = dy up act'(x);  dup = dy act(x) */
+void pylora_ref_activation_backward(int kind, const pylora_mat *dy, const pylora_mat *x,
+                                    const pylora_mat *up, const pylora_mat *dx,
+                                    const pylora_mat *dup) {
+  for (int64_t i = 0; i < x->rows; i++)
+    for (int64_t j = 0; j < x->cols; j++) {
+      double slope;
+      const double a = activation_of(kind, *at(x, i, j), &slope), d = *at(dy, i, j);
+      const double u = up ? *at(up, i, j) : 1;
+      *at(dx, i, j) = (float)(d * u * slope);
+      if (up) *at(dup, i, j) = (float)(d * a);
+    }
+}
+
+/* y = cap tanh(multiplier x / cap); multiplier x without a cap */
+void pylora_ref_soft_cap_forward(const pylora_mat *x, float multiplier, float cap,
+                                 const pylora_mat *y) {
+  for (int64_t i = 0; i < x->rows; i++)
+    for (int64_t j = 0; j < x->cols; j++) {
+      const double s = (double)multiplier * *at(x, i, j);
+      *at(y, i, j) = (float)(cap > 0 ? cap * tanh(s / cap) : s);
+    }
+}
+
+/* dx = dy multiplier (1 - (y / cap)^2) */
+void pylora_ref_soft_cap_backward(const pylora_mat *dy, const pylora_mat *y, float multiplier,
+                                  float cap, const pylora_mat *dx) {
+  for (int64_t i = 0; i < dy->rows; i++)
+    for (int64_t j = 0; j < dy->cols; j++) {
+      const double t = cap > 0 ? (double)*at(y, i, j) / cap : 0;
+      *at(dx, i, j) = (float)(*at(dy, i, j) * (double)multiplier * (1 - t * t));
+    }
+}
+
+/* p = softmax(logits); the top_k largest of a row, the first of equal ones, and their p, over their sum */
+void pylora_ref_choose(const pylora_mat *logits, int64_t top_k, int normalize, const pylora_mat *p,
+                       int64_t *chosen, const pylora_mat *weights) {
+  const int64_t n = logits->cols;
+  for (int64_t i = 0; i < logits->rows; i++) {
+    double top = -INFINITY, total = 0, sum = 0;
+    for (int64_t e = 0; e < n; e++) top = fmax(top, *at(logits, i, e));
+    for (int64_t e = 0; e < n; e++) total += exp(*at(logits, i, e) - top);
+    for (int64_t e = 0; e < n; e++) *at(p, i, e) = (float)(exp(*at(logits, i, e) - top) / total);
+    for (int64_t t = 0; t < top_k; t++) {
+      int64_t best = -1;
+      for (int64_t e = 0; e < n; e++) {
+        int taken = 0;
+        for (int64_t s = 0; s < t; s++) taken |= chosen[i * top_k + s] == e;
+        if (!taken && (best < 0 || *at(p, i, e) > *at(p, i, best))) best = e;
+      }
+      chosen[i * top_k + t] = best;
+      sum += *at(p, i, best);
+    }
+    for (int64_t t = 0; t < top_k; t++)
+      *at(weights, i, t) = (float)(*at(p, i, chosen[i * top_k + t]) / (normalize ? sum : 1));
+  }
 }
 
 /* y[i,:] = W[ids[i],:];  W [vocab,k] */

@@ -44,6 +44,21 @@ void pylora_ref_attention_backward(const pylora_mat *d_o, const pylora_mat *q, c
 void pylora_ref_swiglu_forward(const pylora_mat *gate, const pylora_mat *up, const pylora_mat *y);
 void pylora_ref_swiglu_backward(const pylora_mat *dy, const pylora_mat *gate, const pylora_mat *up,
                                 const pylora_mat *dgate, const pylora_mat *dup);
+void pylora_ref_layer_norm_forward(const pylora_mat *x, const float *w, const float *b, float eps,
+                                   const pylora_mat *y, float *rstd);
+void pylora_ref_layer_norm_backward(const pylora_mat *dy, const pylora_mat *x, const float *w,
+                                    const float *rstd, const pylora_mat *dx, int add_dx);
+void pylora_ref_activation_forward(int kind, const pylora_mat *x, const pylora_mat *up,
+                                   const pylora_mat *y);
+void pylora_ref_activation_backward(int kind, const pylora_mat *dy, const pylora_mat *x,
+                                    const pylora_mat *up, const pylora_mat *dx,
+                                    const pylora_mat *dup);
+void pylora_ref_soft_cap_forward(const pylora_mat *x, float multiplier, float cap,
+                                 const pylora_mat *y);
+void pylora_ref_soft_cap_backward(const pylora_mat *dy, const pylora_mat *y, float multiplier,
+                                  float cap, const pylora_mat *dx);
+void pylora_ref_choose(const pylora_mat *logits, int64_t top_k, int normalize, const pylora_mat *p,
+                       int64_t *chosen, const pylora_mat *weights);
 void pylora_ref_embedding_forward(const int64_t *ids, int64_t m, const pylora_mat *W,
                                   const pylora_mat *y);
 void pylora_ref_embedding_backward(const int64_t *ids, const pylora_mat *dy, const pylora_mat *dW);

@@ -32,7 +32,9 @@ import numpy as np
 from pylora.errors import BackendError, RangeError
 from pylora.numbers.philox import philox
 from pylora.numbers.precision import as_dtype
-from pylora.ops.llama import Composed, LlamaOp, LlamaWeights
+from pylora.ops.composed import Composed
+from pylora.ops.formulas import Formulas
+from pylora.ops.llama import LlamaOp, LlamaWeights
 from pylora.ops.plain import Plain
 from pylora.types import (
     AdamW,
@@ -49,7 +51,7 @@ from pylora.types import (
 IGNORE = -100  # a label with this value is not counted in the loss
 
 
-class Reference(Plain):
+class Reference(Formulas, Plain):
     """The operations over the array namespace `xp`. Inputs are never written to."""
 
     def __init__(self, xp: Any = np) -> None:
@@ -81,7 +83,9 @@ class Reference(Plain):
         if lora is not None:
             h = self._rows(self.dropout(x, drop), lora.A.T)
             if bool((lora.B != 0).any()):
-                y = y + x.dtype.type(lora.scale) * self._rows(h, lora.B.T)
+                y = y + x.dtype.type(lora.scale) * self._rows(
+                    h, self.xp.ascontiguousarray(lora.B).T
+                )
         return as_dtype(y if residual is None else residual + y, dtype), h
 
     def lora_backward(
@@ -256,22 +260,23 @@ class Reference(Plain):
     ) -> Array:
         """Rotates pairs of each head by its position's angles (Su et al. 2021); `inverse` undoes.
 
-        x [m, heads * D]; cos, sin [positions, D/2]; layout "half" pairs (i, i + D/2), "interleaved"
-        pairs (2i, 2i + 1). A rotation's transpose is its inverse, so backward is inverse=True.
+        x [m, heads * D]; cos, sin [positions, R/2], R <= D; layout "half" pairs (i, i + R/2),
+        "interleaved" pairs (2i, 2i + 1); the numbers from R on stay. A rotation's transpose is its
+        inverse, so backward is inverse=True; that holds for tables that were multiplied, too.
         """
-        m, half = x.shape[0], head_dim // 2
+        m, half = x.shape[0], cos.shape[1]
         _in_range("position", position, cos.shape[0])
         c, s = cos[position][:, None, :], sin[position][:, None, :]
         s = -s if inverse else s
         pairs = {
-            "half": (slice(0, half), slice(half, None)),
-            "interleaved": (slice(0, None, 2), slice(1, None, 2)),
+            "half": (slice(0, half), slice(half, 2 * half)),
+            "interleaved": (slice(0, 2 * half, 2), slice(1, 2 * half, 2)),
         }
         if layout not in pairs:
             raise BackendError(f"rope: layout {layout!r} is none of {', '.join(pairs)}")
         first, second = pairs[layout]
         heads = x.reshape(m, x.shape[1] // head_dim, head_dim)
-        y, a, b = self.xp.empty_like(heads), heads[..., first], heads[..., second]
+        y, a, b = heads.copy(), heads[..., first], heads[..., second]
         y[..., first], y[..., second] = a * c - b * s, b * c + a * s
         return as_dtype(y.reshape(x.shape), dtype)
 
@@ -296,13 +301,15 @@ class Reference(Plain):
     ) -> tuple[Array, Array]:
         """P = softmax(scale q kᵀ) over the keys a query may see; o = P v. Gives o, lse [m, heads].
 
-        q [m, heads * D]; k, v [n, kv_heads * D]; lse is the log of the softmax's denominator.
+        With a softcap c the scores are c tanh(scale q kᵀ / c) (Gemma 2). q [m, heads * D]; k, v
+        [n, kv_heads * D]; lse is the log of the softmax's denominator.
         """
         xp, o = self.xp, self.xp.zeros_like(q)
         lse = xp.zeros((q.shape[0], attn.heads), q.dtype)
         Q, K, V, O = self._heads(attn, q, k, v, o)
         for t, a, b in self._spans(seqs, attn):
             S = q.dtype.type(attn.scale) * (Q[t] @ K[a:b, :, 0].transpose(1, 2, 0))  # [G, H/G, b-a]
+            S = self.capped(S, attn.softcap)
             top = S.real.max(axis=-1, keepdims=True)
             E = xp.exp(S - top)
             total = E.sum(axis=-1, keepdims=True)
@@ -322,16 +329,22 @@ class Reference(Plain):
         attn: Attn,
         dtype: Any = None,
     ) -> tuple[Array, Array, Array]:
-        """dP = do vᵀ; dS = P (dP - sum(do o)); dq = scale dS k; dk = scale dSᵀ q; dv = Pᵀ do."""
+        """dP = do vᵀ; dS = P (dP - sum(do o)); dq = scale dS k; dk = scale dSᵀ q; dv = Pᵀ do.
+
+        With a softcap c, dS is multiplied by 1 - (S / c)², S being the capped scores.
+        """
         xp, scale = self.xp, q.dtype.type(attn.scale)
         dq, dk, dv = xp.zeros_like(q), xp.zeros_like(k), xp.zeros_like(v)
         Q, K, V, O, dO, dQ, dK, dV = self._heads(attn, q, k, v, o, do, dq, dk, dv)
         L = lse.reshape(-1, attn.kv_heads, attn.heads // attn.kv_heads, 1)
         for t, a, b in self._spans(seqs, attn):
             Kt, Vt = K[a:b, :, 0].transpose(1, 0, 2), V[a:b, :, 0].transpose(1, 0, 2)  # [G, b-a, D]
-            P = xp.exp(scale * (Q[t] @ Kt.transpose(0, 2, 1)) - L[t])
+            S = self.capped(scale * (Q[t] @ Kt.transpose(0, 2, 1)), attn.softcap)
+            P = xp.exp(S - L[t])
             dP = dO[t] @ Vt.transpose(0, 2, 1)
             dS = scale * P * (dP - (dO[t] * O[t]).sum(axis=-1, keepdims=True))
+            if attn.softcap:
+                dS = dS * (1 - (S / S.dtype.type(attn.softcap)) ** 2)
             dQ[t] = dS @ Kt
             dK[a:b, :, 0] += (dS.transpose(0, 2, 1) @ Q[t]).transpose(1, 0, 2)
             dV[a:b, :, 0] += (P.transpose(0, 2, 1) @ dO[t]).transpose(1, 0, 2)
@@ -349,13 +362,6 @@ class Reference(Plain):
         dgate = dy * up * sigma * (1 + gate * self._sigmoid(-gate))
         return as_dtype(dgate, dtype), as_dtype(dy * gate * sigma, dtype)
 
-    def _sigmoid(self, x: Array) -> Array:
-        xp = self.xp
-        if x.dtype.kind == "c":  # complex step: one formula, analytic everywhere
-            return 1 / (1 + xp.exp(-x))
-        e = xp.exp(-abs(x))  # at most 1: no overflow
-        return xp.where(x >= 0, 1, e) / (1 + e)
-
     def embedding_forward(self, ids: Array, W: Array) -> Array:
         """y[i] = W[ids[i]]; W [vocab, k]. RangeError for an id outside of it."""
         W = values_of(W)
@@ -372,7 +378,7 @@ class Reference(Plain):
     # ---- a whole model ------------------------------------------------------------------------
 
     def llama(self, weights: LlamaWeights) -> LlamaOp:
-        """The operations above as a whole model, for inference: see pylora.ops.llama."""
+        """The operations above as a whole model, for inference: see pylora.ops.composed."""
         return Composed(self, weights)
 
     # ---- loss and optimizer -------------------------------------------------------------------

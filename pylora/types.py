@@ -99,24 +99,28 @@ class Projection:
 
 @dataclass(frozen=True, eq=False)
 class Norm:
-    """The RMS norm before some projections: x rstd w."""
+    """A norm of rows: x rstd w (RMS), or (x - mean x) rstd w + b ("layer")."""
 
     __repr__ = brief
 
     w: Array  # [k]
     eps: float
+    kind: str = "rms"  # or "layer"
+    b: Array | None = None  # [k], of a LayerNorm
 
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """The rotary embedding of q and k: see `rope`."""
+    """The rotary embedding of q and k: see `rope`. Tables of fewer columns than head_dim / 2 turn
+    the first numbers of a head and leave the others."""
 
     __repr__ = brief
 
-    cos: Array  # [positions, head_dim / 2]
+    cos: Array  # [rows, rotated / 2]
     sin: Array
-    position: np.ndarray  # int64 [m]
+    position: np.ndarray  # int64 [m]: a token's row of the tables
     head_dim: int
+    layout: str = "half"  # or "interleaved"
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,6 +166,7 @@ class Attn:
     head_dim: int
     scale: float
     window: int = 0
+    softcap: float = 0.0  # scores become softcap tanh(scores / softcap); 0: they stay
 
 
 @dataclass(frozen=True)

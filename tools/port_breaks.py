@@ -381,4 +381,7 @@ SAME = (
     ("training.c", "must(pylora_rms_norm_backward(&dnormed, &x, model->norm, rstd, &dlast, 0, NULL));",
      "must(pylora_rms_norm_backward(&dnormed, &x, model->norm, rstd, &dlast, 1, NULL));",
      "what is added to is zero"),
+    ("training.c", "for (int64_t n = 0; n < model->layers; n++)",
+     "for (int64_t n = 0; n <= model->layers; n++)",
+     "one beyond the end, which is read or written and not used"),
 )  # fmt: skip

@@ -144,6 +144,25 @@ typedef void pylora_kernel_rotate(int64_t n, pylora_vec a, pylora_vec b, const f
 typedef void pylora_kernel_swiglu_forward(int64_t n, pylora_vec gate, pylora_vec up, pylora_vec y);
 typedef void pylora_kernel_swiglu_backward(int64_t n, pylora_vec dy, pylora_vec gate, pylora_vec up,
                                            pylora_vec dgate, pylora_vec dup);
+/* LayerNorm: sum x;  sum (x - mean)²;  y = (x - mean) r w + b, b may be NULL */
+typedef float pylora_kernel_sum(int64_t n, pylora_vec x);
+typedef float pylora_kernel_deviations(int64_t n, pylora_vec x, float mean);
+typedef void pylora_kernel_layer_forward(int64_t n, pylora_vec x, const float *w, const float *b,
+                                         float mean, float r, pylora_vec y);
+/* dx = (add ? dx : 0) + r (g - mean(g) - t mean(g t)), g = dy w, t = (x - mean) r */
+typedef void pylora_kernel_layer_backward(int64_t n, pylora_vec dy, pylora_vec x, const float *w,
+                                          float mean, float r, float *dx, int add);
+/* y = act(x) up; without up (both pointers NULL) act(x).  kind: pylora_activation */
+typedef void pylora_kernel_activation_forward(int kind, int64_t n, pylora_vec x, pylora_vec up,
+                                              pylora_vec y);
+/* dx = dy up act'(x), dup = dy act(x); without up dx = dy act'(x) */
+typedef void pylora_kernel_activation_backward(int kind, int64_t n, pylora_vec dy, pylora_vec x,
+                                               pylora_vec up, pylora_vec dx, pylora_vec dup);
+/* y = cap tanh(multiplier x / cap), cap > 0;  dx = dy (1 - (y / cap)²) multiplier */
+typedef void pylora_kernel_soft_cap(int64_t n, const float *x, float multiplier, float cap,
+                                    float *y);
+typedef void pylora_kernel_soft_cap_backward(int64_t n, const float *dy, const float *y,
+                                             float multiplier, float cap, float *dx);
 typedef void pylora_kernel_exp_sum(int64_t n, const float *x, float *top,
                                    float *sum); /* max x, sum exp(x - max x) */
 typedef void pylora_kernel_exp_scaled(int64_t n, const float *x, float lse, float weight,
@@ -161,6 +180,11 @@ typedef void pylora_kernel_softmax_columns(int64_t n, int cols, float scale, flo
 typedef void pylora_kernel_softmax_columns_backward(int64_t n, int cols, float *s, float *dp,
                                                     const float *lse, const float *delta,
                                                     float scale);
+/* The same of capped scores c = cap tanh(s scale / cap): s = P = exp(c - lse);
+ * dp = scale (1 - (c / cap)²) P (dp - delta) */
+typedef void pylora_kernel_softmax_columns_backward_capped(int64_t n, int cols, float *s, float *dp,
+                                                           const float *lse, const float *delta,
+                                                           float scale, float cap);
 /* A few heads of one query, each with a row of s, where the above has columns; every sum in the same
  * order.  s[h*lds + t] = q[h] k[t] for n keys: float32 terms, or pairs as in gemm_bf16 if q is
  * bfloat16 (then k is, too, and D is even).  q [heads][D]. */
@@ -197,10 +221,12 @@ typedef void pylora_kernel_merge_rows(int dtype, int mode, const merge_job *f);
 #define PYLORA_ROW_KERNELS(K) \
   K(put_tile) K(sum_squares) K(dot) K(scale) K(rms_forward) K(rms_backward) K(rms_weight) \
   K(rotate) K(swiglu_forward) K(swiglu_backward) K(exp_sum) K(exp_scaled) K(adamw) \
-  K(philox) K(drop)
+  K(philox) K(drop) K(sum) K(deviations) K(layer_forward) K(layer_backward) \
+  K(activation_forward) K(activation_backward) K(soft_cap) K(soft_cap_backward)
 /* clang-format on */
 #define PYLORA_ATTEND_KERNELS(K) \
-  K(softmax_columns) K(softmax_columns_backward) K(softmax_row) K(few_values)
+  K(softmax_columns)             \
+  K(softmax_columns_backward) K(softmax_columns_backward_capped) K(softmax_row) K(few_values)
 #define PYLORA_MERGE_KERNELS(K) K(merge_rows)
 #define PYLORA_ALL_KERNELS(K) \
   PYLORA_F32_KERNELS(K)       \

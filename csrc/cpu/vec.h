@@ -256,6 +256,19 @@ INLINE void v_sigmoid(vf x, vf *s, vf *minus) {
   *minus = v_lt(x, v_zero(), large, small);
 }
 
+/* tanh: a polynomial of x² where |x| is small, else 1 - 2 / (e^2|x| + 1). Infinity and NaN as in C. */
+INLINE vf v_tanh(vf x) {
+  const vf a = v_max(x, v_neg(x)), t = v_mul(x, x), one = v_set1(1.0f);
+  vf p = v_set1(-0.00595221901f);
+  p = v_fma(p, t, v_set1(0.0208728984f));
+  p = v_fma(p, t, v_set1(-0.0538157448f));
+  p = v_fma(p, t, v_set1(0.133324116f));
+  p = v_fma(p, t, v_set1(-0.333333194f));
+  const vf small = v_fma(v_mul(p, t), x, x);
+  const vf large = v_sub(one, v_div(v_set1(2.0f), v_add(v_exp(v_add(a, a)), one)));
+  return v_lt(a, v_set1(0.625f), small, v_lt(x, v_zero(), v_neg(large), large));
+}
+
 /* Lanes added in a fixed tree: ((0 + 8) + (4 + 12)) + ... : the same for every call. */
 INLINE float v_hsum(vf x) {
   float t[VL];

@@ -44,8 +44,8 @@ static Cut cut_forward(const pylora_cuda_seqs *s, const pylora_attn *a, bool ten
 static int padded(int D) { return D <= 64 ? 64 : D <= 128 ? 128 : 256; }
 
 static bool tensor_fits(const pylora_attn *a, const View &q, const View &k, const View &v) {
-  return q.dtype != PYLORA_F32 && a->head_dim % 8 == 0 && vectors_fit(q, 8) && vectors_fit(k, 8) &&
-         vectors_fit(v, 8);
+  return a->softcap == 0 && q.dtype != PYLORA_F32 && a->head_dim % 8 == 0 && vectors_fit(q, 8) &&
+         vectors_fit(k, 8) && vectors_fit(v, 8);
 }
 
 /* ---- checks ------------------------------------------------------------------------------ */
@@ -54,7 +54,7 @@ static int check_shape(const pylora_attn *a, const pylora_cuda_seqs *s) {
   if (!a || !s) return PYLORA_E_NULL;
   if (a->heads < 1 || a->kv_heads < 1 || a->head_dim < 1 || a->heads % a->kv_heads)
     return PYLORA_E_SHAPE;
-  if (a->window < 0) return PYLORA_E_VALUE;
+  if (a->window < 0 || !(a->softcap >= 0)) return PYLORA_E_VALUE;
   if (a->head_dim > MOST_D) return PYLORA_E_UNSUPPORTED;
   if (s->n < 0 || s->max_q < 0 || s->max_k < 0) return PYLORA_E_SHAPE;
   if (s->n > 0 && (!s->q_start || !s->k_start != !s->k_len)) return PYLORA_E_NULL;
@@ -96,7 +96,7 @@ static AttentionArgs arguments_of(pylora_cuda *g, const pylora_mat *q, const pyl
   args.n = s->n, args.max_q = s->max_q;
   args.heads = a->heads, args.kv_heads = a->kv_heads, args.group = a->heads / a->kv_heads;
   args.D = a->head_dim, args.window = a->window > 0 ? a->window : ATTENTION_MOST;
-  args.splits = 1, args.scale = a->scale, args.bad = g->bad;
+  args.splits = 1, args.scale = a->scale, args.softcap = a->softcap, args.bad = g->bad;
   return args;
 }
 

@@ -34,6 +34,7 @@ struct AttentionArgs {
   int32_t splits, chunk; /* forward: pieces of the keys, and how many keys each has */
   int32_t pairs;         /* results may be written in pairs */
   float scale;
+  float softcap;           /* 0: none; only without tensor cores */
   float *part_o, *part_ml; /* of the pieces: [splits][m * heads][D] and [..][2], maximum and sum */
   float *delta;            /* [m * heads]: rowsum(do o) */
   const float
@@ -68,6 +69,16 @@ DEVICE Span attention_span(const AttentionArgs &a, int64_t i) {
   }
   s.k0 = k0, s.keys = (int32_t)keys, s.off = s.keys - s.queries;
   return s;
+}
+
+/* The score of a product, and the slope of the cap there. */
+DEVICE float attention_score(const AttentionArgs &a, float product, float *slope) {
+  const float s = product * a.scale;
+  *slope = 1;
+  if (a.softcap == 0) return s;
+  const float t = tanhf(s / a.softcap);
+  *slope = 1 - t * t;
+  return a.softcap * t;
 }
 
 DEVICE bool attention_sees(int32_t pos, int32_t window, int32_t key) {

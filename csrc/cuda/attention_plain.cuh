@@ -158,7 +158,9 @@ template <int DT> DEVICE void attention_forward_plain(const AttentionArgs &a) {
       float high = top[i];
       ATTENTION_UNROLL
       for (int j = 0; j < 4; j++) {
-        w[i][j] = seen[i] >> (tx + 8 * j) & 1 ? w[i][j] * a.scale : none;
+        float slope;
+        const float score = attention_score(a, w[i][j], &slope);
+        w[i][j] = seen[i] >> (tx + 8 * j) & 1 ? score : none;
         high = fmaxf(high, w[i][j]);
       }
       high = plain_max(high);

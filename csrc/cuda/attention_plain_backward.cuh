@@ -58,8 +58,9 @@ template <int DT> DEVICE void attention_keys_plain(const AttentionArgs &a) {
       for (int h = 0; h < 2; h++) ATTENTION_UNROLL
       for (int j = 0; j < 4; j++) {
         const int r = tx + 8 * j, at = (2 * ty + h) * PLAIN_W + r;
-        const float e = expf(p[h][j] * a.scale - lse[r]);
-        P[at] = e, S[at] = e * (ds[h][j] - delta[r]);
+        float slope;
+        const float e = expf(attention_score(a, p[h][j], &slope) - lse[r]);
+        P[at] = e, S[at] = e * (ds[h][j] - delta[r]) * slope;
       }
       __syncwarp();
       plain_weighted<DT>(dv, P, O, seen);
@@ -107,9 +108,11 @@ template <int DT> DEVICE void attention_rows_plain(const AttentionArgs &a) {
     for (int i = 0; i < 2; i++) {
       seen[i] = plain_seen(a, facts[i].pos, j0, r);
       ATTENTION_UNROLL
-      for (int j = 0; j < 4; j++)
-        S[(2 * ty + i) * PLAIN_W + tx + 8 * j] =
-            expf(p[i][j] * a.scale - facts[i].lse) * (ds[i][j] - facts[i].delta);
+      for (int j = 0; j < 4; j++) {
+        float slope;
+        const float e = expf(attention_score(a, p[i][j], &slope) - facts[i].lse);
+        S[(2 * ty + i) * PLAIN_W + tx + 8 * j] = e * (ds[i][j] - facts[i].delta) * slope;
+      }
     }
     __syncwarp();
     plain_weighted<DT>(dq, S, K, seen);

@@ -6,6 +6,7 @@
 #include "copy.cuh"
 #include "norm.cuh"
 #include "pointwise.cuh"
+#include "features.cuh"
 #include "loss.cuh"
 #include "optim.cuh"
 #include "merge.cuh"

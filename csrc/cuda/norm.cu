@@ -2,41 +2,12 @@
 #include "norm.cuh"
 #include "cover.h"
 #include "host.h"
+#include "norm_launch.h"
 
 enum {
-  WARP_VECTORS = 4 * WARP, /* rows of up to this many vectors are a warp's each */
-  LEAST_CHUNK = 32,        /* rows whose part of dw is added up by one thread, at least */
+  LEAST_CHUNK = 32, /* rows whose part of dw is added up by one thread, at least */
   MOST_CHUNKS = 64,
 };
-
-/* The launch for rows of n vectors of four: the same wherever they lie. */
-struct NormLaunch {
-  bool block;
-  dim3 grid;
-  unsigned threads;
-  NormLaunch(int64_t m, int64_t n) : block(n > WARP_VECTORS) {
-    threads = block ? (unsigned)min64(NORM_THREADS, ceil_div(ceil_div(n, NORM_KEEP), WARP) * WARP)
-                    : NORM_WARPS * WARP;
-    grid = dim3((unsigned)min64(block ? m : ceil_div(m, NORM_WARPS), INT32_MAX));
-  }
-};
-
-static View weight_view(const float *w, int64_t k) {
-  const View v = {(void *)(uintptr_t)w, 1, k, k, PYLORA_F32};
-  return v;
-}
-
-#define LAUNCH_NORM(kernel, how, four, ...)                                    \
-  do {                                                                         \
-    if (how.block && four)                                                     \
-      LAUNCH(kernel##_block_4, how.grid, how.threads, 0, stream, __VA_ARGS__); \
-    else if (how.block)                                                        \
-      LAUNCH(kernel##_block_1, how.grid, how.threads, 0, stream, __VA_ARGS__); \
-    else if (four)                                                             \
-      LAUNCH(kernel##_warp_4, how.grid, how.threads, 0, stream, __VA_ARGS__);  \
-    else                                                                       \
-      LAUNCH(kernel##_warp_1, how.grid, how.threads, 0, stream, __VA_ARGS__);  \
-  } while (0)
 
 int pylora_cuda_rms_norm_forward(pylora_cuda *g, void *stream, const pylora_mat *x, const float *w,
                                  float eps, const pylora_mat *y, float *rstd) {

@@ -11,9 +11,10 @@ int pylora_cuda_rope(pylora_cuda *g, void *stream, const pylora_mat *x, const py
                      const pylora_mat *sines, const int64_t *position, int32_t head_dim,
                      int32_t layout, int32_t inverse, const pylora_mat *y) {
   if (!g || !x || !cosines || !sines || !y) return PYLORA_E_NULL;
-  if (head_dim < 2 || head_dim % 2 || x->cols % head_dim) return PYLORA_E_SHAPE;
+  if (head_dim < 2 || x->cols % head_dim) return PYLORA_E_SHAPE;
   if (layout != PYLORA_ROPE_HALF && layout != PYLORA_ROPE_INTERLEAVED) return PYLORA_E_VALUE;
-  const int32_t half = head_dim / 2;
+  if (cosines->cols < 1 || 2 * cosines->cols > head_dim) return PYLORA_E_SHAPE;
+  const int32_t half = (int32_t)cosines->cols;
   TRY(check_view(x, x->rows, x->cols, false));
   TRY(check_view(y, x->rows, x->cols, true));
   TRY(check_view(cosines, cosines->rows, half, false));
@@ -23,6 +24,12 @@ int pylora_cuda_rope(pylora_cuda *g, void *stream, const pylora_mat *x, const py
   const OnDevice device(g);
   const View from = view_of(x), to = view_of(y), c = view_of(cosines), s = view_of(sines);
   const float sign = inverse ? -1.0f : 1.0f;
+  if (2 * half != head_dim) {
+    const Covering over(from.rows, from.cols / head_dim * (head_dim - half), 1);
+    LAUNCH(pylora_rope_part, over.grid, COVER_THREADS, 0, stream, from, c, s, position, head_dim,
+           half, layout, sign, to, over.lanes, g->bad);
+    return PYLORA_OK;
+  }
   if (layout == PYLORA_ROPE_HALF) {
     const bool four = half % 4 == 0 && all_fit(4, from, to, c, s);
     const Covering over(from.rows, from.cols / (four ? 8 : 2), 1);

@@ -3,6 +3,7 @@
 #ifndef PYLORA_POINTWISE_CUH
 #define PYLORA_POINTWISE_CUH
 
+#include "sigmoid.cuh"
 #include "vector.cuh"
 
 enum { ROPE_HALF = 0, ROPE_INTERLEAVED = 1 }; /* pylora_rope_layout */
@@ -117,15 +118,42 @@ KERNEL pylora_rope_interleaved_1(View x, View cosines, View sines, const int64_t
   rope_interleaved(x, cosines, sines, position, half, sign, y, lanes, false, bad);
 }
 
-/* ---- SwiGLU ---- */
+/* ---- a part of each head rotated ---- */
 
-/* σ(x) and σ(-x) = 1 - σ(x), both to a few ulp: the exponential never overflows, and the small one of the two is not a
- * difference. */
-DEVICE void sigmoid(float x, float *s, float *t) {
-  const float e = expf(-fabsf(x)), large = 1.0f / (1.0f + e), small = e * large;
-  *s = x < 0 ? small : large;
-  *t = x < 0 ? large : small;
+/* The first 2 * half numbers of each head, in pairs (j, j + half) or (2j, 2j + 1); the others stay.  A thread has a
+ * pair, or one of the others. */
+KERNEL pylora_rope_part(View x, View cosines, View sines, const int64_t *position, int32_t head_dim,
+                        int32_t half, int32_t layout, float sign, View y, int32_t lanes,
+                        int32_t *bad) {
+  const Cover c = cover(lanes);
+  const uint32_t each = (uint32_t)(head_dim - half); /* threads of a head */
+  const int64_t units = x.cols / head_dim * each;
+  for (int64_t i = c.row; i < x.rows; i += c.row_step) {
+    const int64_t at = position[i];
+    const bool fine = at >= 0 && at < cosines.rows;
+    if (!fine) flag_bad_index(bad);
+    for (int64_t u = c.col; u < units; u += c.col_step) {
+      const int64_t head = divided(u, each), j = u - head * each, base = head * head_dim;
+      Numbers<1> a = all<1>(quiet_nan()), b = a;
+      if (j >= half) {
+        if (fine) a = numbers<1>(x.p, x.dtype, i * x.ld + base + j + half);
+        put(y.p, y.dtype, i * y.ld + base + j + half, a);
+        continue;
+      }
+      const int64_t first = base + (layout == ROPE_HALF ? j : 2 * j),
+                    second = layout == ROPE_HALF ? first + half : first + 1;
+      if (fine) {
+        a = numbers<1>(x.p, x.dtype, i * x.ld + first);
+        b = numbers<1>(x.p, x.dtype, i * x.ld + second);
+        rotate(a, b, cosines, sines, at, j, sign);
+      }
+      put(y.p, y.dtype, i * y.ld + first, a);
+      put(y.p, y.dtype, i * y.ld + second, b);
+    }
+  }
 }
+
+/* ---- SwiGLU ---- */
 
 template <int W>
 DEVICE void swiglu_forward(const View &gate, const View &up, const View &y, int32_t lanes) {

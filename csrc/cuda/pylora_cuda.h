@@ -25,7 +25,7 @@
 extern "C" {
 #endif
 
-#define PYLORA_CUDA_ABI_VERSION 1
+#define PYLORA_CUDA_ABI_VERSION 2
 
 /* A device, made ready: its properties, cuBLASLt, and the choices made for the shapes seen.  Several threads
  * may use one at a time on different streams. */
@@ -106,6 +106,12 @@ int pylora_cuda_rms_norm_backward(pylora_cuda *g, void *stream, const pylora_mat
                                   const pylora_mat *x, const float *w, const float *rstd,
                                   const pylora_mat *dx, int32_t add_dx, float *dw, void *ws,
                                   size_t ws_bytes);
+int pylora_cuda_layer_norm_forward(pylora_cuda *g, void *stream, const pylora_mat *x,
+                                   const float *w, const float *b, float eps, const pylora_mat *y,
+                                   float *rstd);
+int pylora_cuda_layer_norm_backward(pylora_cuda *g, void *stream, const pylora_mat *dy,
+                                    const pylora_mat *x, const float *w, const float *rstd,
+                                    const pylora_mat *dx, int32_t add_dx);
 int pylora_cuda_rope(pylora_cuda *g, void *stream, const pylora_mat *x, const pylora_mat *cosines,
                      const pylora_mat *sines, const int64_t *position, int32_t head_dim,
                      int32_t layout, int32_t inverse, const pylora_mat *y);
@@ -118,7 +124,7 @@ typedef struct pylora_cuda_seqs {
   int64_t max_q, max_k;   /* no sequence has more queries, or more keys; a larger number is fine */
 } pylora_cuda_seqs;
 /* Attention with 16-bit q, k and v, a head_dim that is a multiple of 8 and rows at multiples of 16 bytes uses tensor
- * cores: P, dS and do are rounded to that type for products.  (float16: do is scaled by a power of two first, so
+ * cores, unless there is a softcap: P, dS and do are rounded to that type for products.  (float16: do is scaled by a power of two first, so
  * that small gradients have numbers.)  All else is float32 throughout, any layout, head_dim at most 256.
  * A sequence whose numbers do not fit the matrices gets NaN in o,
  * lse and dq, and leaves dk and dv as they are.  A row that sees an infinity may be NaN throughout. */
@@ -140,6 +146,16 @@ int pylora_cuda_swiglu_forward(pylora_cuda *g, void *stream, const pylora_mat *g
 int pylora_cuda_swiglu_backward(pylora_cuda *g, void *stream, const pylora_mat *dy,
                                 const pylora_mat *gate, const pylora_mat *up,
                                 const pylora_mat *dgate, const pylora_mat *dup);
+int pylora_cuda_activation_forward(pylora_cuda *g, void *stream, int32_t kind, const pylora_mat *x,
+                                   const pylora_mat *up, const pylora_mat *y);
+int pylora_cuda_activation_backward(pylora_cuda *g, void *stream, int32_t kind,
+                                    const pylora_mat *dy, const pylora_mat *x, const pylora_mat *up,
+                                    const pylora_mat *dx, const pylora_mat *dup);
+int pylora_cuda_soft_cap_forward(pylora_cuda *g, void *stream, const pylora_mat *x,
+                                 float multiplier, float cap, const pylora_mat *y);
+int pylora_cuda_soft_cap_backward(pylora_cuda *g, void *stream, const pylora_mat *dy,
+                                  const pylora_mat *y, float multiplier, float cap,
+                                  const pylora_mat *dx);
 int pylora_cuda_embedding_forward(pylora_cuda *g, void *stream, const int64_t *ids, int64_t m,
                                   const pylora_packed *W, const pylora_mat *y);
 int pylora_cuda_embedding_backward(pylora_cuda *g, void *stream, const int64_t *ids,

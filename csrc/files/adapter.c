@@ -118,7 +118,7 @@ static int bias(const maker *x, int64_t i, const pylora_part *p, int64_t d) {
 
 static int linear(const maker *x, int64_t i, const pylora_part *p, int64_t d, int64_t k) {
   const int64_t head = pylora_head_number(x->m);
-  const pylora_packed *W = i == head ? x->m->llama.head : &x->m->packed[i];
+  const pylora_packed *W = i == head ? x->m->decoder.head : &x->m->packed[i];
   pylora_lora *l = &x->a->lora[i];
   if (p->r) {
     const size_t bytes = pylora_lora_pack_bytes(W->dtype, d, k, p->r);

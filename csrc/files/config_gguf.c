@@ -82,17 +82,21 @@ static int architecture(meta *m, pylora_settings *s) {
   const char *text = "none";
   size_t n = 4;
   pylora_file_text(m->file, "general.architecture", &text, &n);
-  static const pylora_family known[] = {LLAMA, QWEN2, QWEN3};
-  for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
-    const char *name = pylora_family_names[known[i]];
-    if (strlen(name) != n || memcmp(name, text, n) != 0) continue;
-    s->family = known[i];
-    snprintf(m->arch, sizeof m->arch, "%s", name);
-    return PYLORA_OK;
+  char list[160] = "";
+  for (int i = 0; i < FAMILIES; i++) {
+    const char *name = pylora_families[i].arch;
+    if (!name) continue;
+    if (strlen(name) == n && memcmp(name, text, n) == 0) {
+      s->family = (pylora_family)i;
+      snprintf(m->arch, sizeof m->arch, "%s", name);
+      return PYLORA_OK;
+    }
+    const size_t end = strlen(list);
+    snprintf(list + end, sizeof list - end, "%s%s", end ? ", " : "", name);
   }
   return pylora_fail(m->why, PYLORA_E_UNSUPPORTED,
-                     "%.300s: the architecture is '%.*s'; supported are llama, qwen2, qwen3",
-                     m->file->name, (int)(n < 80 ? n : 80), text);
+                     "%.300s: the architecture is '%.*s'; supported by the C library are %s",
+                     m->file->name, (int)(n < 80 ? n : 80), text, list);
 }
 
 static int only(const meta *m, const char *name, int64_t expected) {
@@ -104,22 +108,77 @@ static int only(const meta *m, const char *name, int64_t expected) {
   return PYLORA_OK;
 }
 
-static int refuse(const meta *m) {
-  static const char *const refused[] = {
-      "attention.scale",
-      "attention.clamp_kqv",
-      "attention.max_alibi_bias",
-      "attn_logit_softcapping",
-      "final_logit_softcapping",
-      "embedding_scale",
-      "logit_scale",
-      "residual_scale",
+#define GEMMAS (1u << GEMMA2 | 1u << GEMMA3)
+
+static int refuse(const meta *m, pylora_family family) {
+  static const struct {
+    const char *key;
+    unsigned known; /* families that carry it out */
+  } refused[] = {
+      {"attention.scale", 1u << GRANITE},  {"attention.clamp_kqv", 0},
+      {"attention.max_alibi_bias", 0},     {"attn_logit_softcapping", GEMMAS},
+      {"final_logit_softcapping", GEMMAS}, {"embedding_scale", 1u << GRANITE},
+      {"logit_scale", 1u << GRANITE},      {"residual_scale", 1u << GRANITE},
+      {"expert_weights_scale", 0},
   };
   for (size_t i = 0; i < sizeof refused / sizeof *refused; i++)
-    if (has(m, refused[i]))
+    if (has(m, refused[i].key) && !(refused[i].known & 1u << family))
       return pylora_fail(m->why, PYLORA_E_UNSUPPORTED, "%.300s: %s is set; it is not supported",
-                         m->file->name, key_of(m, refused[i]).text);
+                         m->file->name, key_of(m, refused[i].key).text);
+  if (has(m, "use_parallel_residual"))
+    return pylora_fail(m->why, PYLORA_E_UNSUPPORTED, "%.300s: %s is set; it is not supported",
+                       m->file->name, key_of(m, "use_parallel_residual").text);
   return PYLORA_OK;
+}
+
+/* A number that is there, or `otherwise`. */
+static int maybe(const meta *m, const char *name, double otherwise, double *out) {
+  if (has(m, name)) return real(m, name, 0, out);
+  *out = otherwise;
+  return PYLORA_OK;
+}
+
+/* What a family has beside Llama; see pylora/model/families. */
+static int own(const meta *m, pylora_settings *s) {
+  const int64_t layers = s->layers < PYLORA_MAX_LAYERS ? s->layers : PYLORA_MAX_LAYERS;
+  double scaling;
+  if (s->family == GRANITE) {
+    TRY(maybe(m, "attention.scale", 1, &s->attention_scale));
+    TRY(maybe(m, "embedding_scale", 1, &s->embedding_multiplier));
+    TRY(maybe(m, "residual_scale", 1, &s->residual_multiplier));
+    TRY(maybe(m, "logit_scale", 1, &scaling));
+    s->logit_multiplier = 1 / scaling;
+  }
+  if (s->family == SMOLLM3)
+    for (int64_t i = 0; i < layers; i++) s->rope[i] = (i + 1) % 4 ? 0 : -1;
+  if (s->family != GEMMA2 && s->family != GEMMA3) {
+    for (int64_t i = 0; i < layers; i++) s->local[i] = s->window > 0;
+    return PYLORA_OK;
+  }
+  /* llama.cpp knows the scale of attention by the size of the model: the 27B ones have a width of heads that is
+   * not their head_dim. */
+  int64_t width = 256, every = s->family == GEMMA2 ? 2 : 6;
+  TRY(whole(m, "attention.key_length", 256, &width));
+  if (s->layers == (s->family == GEMMA3 ? 62 : 46)) width = s->hidden / s->heads;
+  s->attention_scale = pow((double)width, -0.5);
+  s->embedding_multiplier = sqrt((double)s->hidden);
+  TRY(maybe(m, "attn_logit_softcapping", 0, &s->attention_softcap));
+  TRY(maybe(m, "final_logit_softcapping", 0, &s->logit_softcap));
+  TRY(whole(m, "attention.sliding_window_pattern", every, &every)); /* a list is refused by name */
+  if (s->family == GEMMA2) every = 2;
+  if (every < 1)
+    return pylora_fail(m->why, PYLORA_E_FILE, "%.300s: %s must be from 1 on", m->file->name,
+                       key_of(m, "attention.sliding_window_pattern").text);
+  int any = 0;
+  for (int64_t i = 0; i < layers; i++) {
+    any |= s->local[i] = (i + 1) % every != 0;
+    if (s->family == GEMMA3) s->rope[i] = (signed char)s->local[i];
+  }
+  if (any && s->window < 1)
+    return pylora_fail(m->why, PYLORA_E_FILE, "%.300s: the metadata lack %s", m->file->name,
+                       key_of(m, "attention.sliding_window").text);
+  s->two_ropes = s->family == GEMMA3;
+  return maybe(m, "rope.freq_base_swa", 1e4, &s->local_theta);
 }
 
 /* ---- rope scaling ---- */
@@ -207,7 +266,7 @@ int pylora_settings_gguf(const pylora_files *files, pylora_settings *s, pylora_m
   meta m_ = {file, files, "", why}, *m = &m_;
   *s = (pylora_settings){.interleaved = 0};
   TRY(architecture(m, s));
-  s->interleaved = s->family == LLAMA;
+  s->interleaved = pylora_families[s->family].interleaved;
   TRY(whole(m, "attention.head_count", -1, &s->heads));
   TRY(whole(m, "embedding_length", -1, &s->hidden));
   TRY(whole(m, "attention.key_length", s->heads > 0 ? s->hidden / s->heads : 0, &s->head_dim));
@@ -215,14 +274,16 @@ int pylora_settings_gguf(const pylora_files *files, pylora_settings *s, pylora_m
   TRY(only(m, "attention.value_length", s->head_dim));
   TRY(only(m, "rope.dimension_count", s->head_dim));
   TRY(only(m, "expert_count", 0));
-  TRY(refuse(m));
+  TRY(only(m, "expert_shared_count", 0));
+  TRY(refuse(m, s->family));
   TRY(real(m, "rope.freq_base", 10000, &s->theta));
   TRY(whole(m, "attention.sliding_window", 0, &s->window));
-  if (s->window && s->family != LLAMA)
+  const int gemma = s->family == GEMMA2 || s->family == GEMMA3;
+  if (s->window && s->family != LLAMA && !gemma)
     return pylora_fail(why, PYLORA_E_UNSUPPORTED, "%.300s: a sliding window in the architecture %s",
                        file->name, m->arch);
   /* llama.cpp has no architecture of Mistral's own; its window is all that tells it apart. */
-  if (s->window) s->family = MISTRAL;
+  if (s->window && !gemma) s->family = MISTRAL;
   const pylora_tensor *embedding = pylora_files_find(files, "token_embd.weight");
   if (embedding)
     s->vocab = embedding->shape[0];
@@ -235,13 +296,15 @@ int pylora_settings_gguf(const pylora_files *files, pylora_settings *s, pylora_m
   TRY(real(m, "attention.layer_norm_rms_epsilon", -1, &s->eps));
   const int biased = pylora_files_find(files, "blk.0.attn_q.bias") != NULL;
   s->qkv_bias = s->family == QWEN2 || (biased && s->family != MISTRAL);
-  s->o_bias = biased && (s->family == LLAMA || s->family == QWEN3);
-  s->mlp_bias = s->family == LLAMA && pylora_files_find(files, "blk.0.ffn_gate.bias") != NULL;
-  s->qk_norm = s->family == QWEN3;
+  s->o_bias = biased && s->family != QWEN2 && s->family != MISTRAL;
+  s->mlp_bias = (s->family == LLAMA || s->family == GRANITE || s->family == SMOLLM3) &&
+                pylora_files_find(files, "blk.0.ffn_gate.bias") != NULL;
   s->tied = pylora_files_find(files, "output.weight") == NULL;
   TRY(token(m, "tokenizer.ggml.bos_token_id", &s->bos));
   TRY(token(m, "tokenizer.ggml.eos_token_id", &s->eos[0]));
   s->eos_count = s->eos[0] >= 0;
+  if (s->heads < 1) return pylora_settings_check(file->name, s, why);
+  TRY(own(m, s));
   TRY(pylora_settings_check(file->name, s, why));
   TRY(scaling(m, s));
   return pylora_settings_check(file->name, s, why);

@@ -29,7 +29,7 @@ static int metadata(const pylora_model *m, const pylora_file *file, double *alph
         "adapter.type 'lora', and one of them is '%.*s'",
         file->name, (int)(n < 80 ? n : 80), text);
   /* Mistral is an architecture of Hugging Face's alone */
-  const char *arch = pylora_family_names[m->s.family == MISTRAL ? LLAMA : m->s.family];
+  const char *arch = pylora_families[m->s.family == MISTRAL ? LLAMA : m->s.family].arch;
   if (!is(file, "general.architecture", arch, &text, &n))
     WRONG("%.300s: the adapter is for the architecture '%.*s', the model is a %s", file->name,
           (int)(n < 80 ? n : 80), text, arch);
@@ -105,7 +105,7 @@ int pylora_gguf_adapter(const pylora_model *m, const pylora_file *file, pylora_p
     p->A_transposed = i == pylora_module_count(m) - 1;
     TRY(shapes(m, file, i, p, why));
     /* by the adapter's architecture, which is the model's: also for a model from Hugging Face's files */
-    const int llama = m->s.family == LLAMA || m->s.family == MISTRAL;
+    const int llama = pylora_families[m->s.family].interleaved;
     const int64_t place = i < pylora_head_number(m) ? i % MODULES : MODULES;
     p->heads = !llama ? 0 : place == PYLORA_Q ? m->s.heads : place == PYLORA_K ? m->s.kv_heads : 0;
     p->alpha = alpha ? alpha : (double)p->r;

@@ -27,7 +27,7 @@ static int find(loader *l, const char *name, int64_t rows, int64_t cols,
   const pylora_tensor *t = *out = pylora_model_tensor(&m->files, name);
   if (!t)
     SAY(PYLORA_E_FILE, "%.300s: there is no tensor '%s', which a %s model with %lld layers has",
-        m->path, name, pylora_family_names[m->s.family], (long long)m->s.layers);
+        m->path, name, pylora_families[m->s.family].name, (long long)m->s.layers);
   const int64_t shape[2] = {rows, cols};
   const int dims = cols ? 2 : 1;
   if (t->dims != dims || t->shape[0] != rows || (cols && t->shape[1] != cols))
@@ -73,22 +73,50 @@ static int vector(loader *l, const char *name, int64_t n, int64_t heads, const f
   return PYLORA_OK;
 }
 
+/* A norm; llama.cpp's files of a family that multiplies by 1 + w hold the sum, rounded once. */
+static int norm(loader *l, const char *name, int64_t n, pylora_norm *out) {
+  const float *w;
+  TRY(vector(l, name, n, 0, &w));
+  float *own = (float *)(uintptr_t)w;
+  for (int64_t i = 0; pylora_families[l->m->s.family].offset && i < n; i++) {
+    const float less = l->m->files.gguf ? own[i] - 1.0f : own[i];
+    own[i] = less + 1.0f;
+  }
+  *out = (pylora_norm){.w = w, .eps = (float)l->m->s.eps};
+  return PYLORA_OK;
+}
+
+/* What the files call a norm of layer i; 0: the family has none. */
+static int norm_name(const pylora_model *m, long long i, int which, char out[PYLORA_NAME]) {
+  const char *hf = pylora_norm_suffix(m->s.family, which);
+  if (!hf) return 0;
+  if (m->files.gguf)
+    snprintf(out, PYLORA_NAME, "blk.%lld.%s.weight", i, pylora_norm_stem[which]);
+  else
+    snprintf(out, PYLORA_NAME, "model.layers.%lld.%s.weight", i, hf);
+  return 1;
+}
+
 static int layer(loader *l, int64_t i) {
   pylora_model *m = l->m;
   pylora_layer *out = &m->layer[i];
   char name[PYLORA_NAME];
 #define NAMED(...) (snprintf(name, sizeof name, __VA_ARGS__), name)
   const long long n = i;
-  TRY(vector(l, NAMED("model.layers.%lld.input_layernorm.weight", n), m->s.hidden, 0,
-             &out->input_norm));
-  TRY(vector(l, NAMED("model.layers.%lld.post_attention_layernorm.weight", n), m->s.hidden, 0,
-             &out->mid_norm));
-  if (m->s.qk_norm) {
-    TRY(vector(l, NAMED("model.layers.%lld.self_attn.q_norm.weight", n), m->s.head_dim, 0,
-               &out->q_norm));
-    TRY(vector(l, NAMED("model.layers.%lld.self_attn.k_norm.weight", n), m->s.head_dim, 0,
-               &out->k_norm));
-  }
+  const int whole = pylora_families[m->s.family].qk_norm == OF_ALL;
+  pylora_norm *norms[NORMS] = {&out->input_norm, &out->mid_norm, &out->after_attention,
+                               &out->after_mlp,  &out->q_norm,   &out->k_norm};
+  const int64_t D = m->s.head_dim, size[NORMS] = {m->s.hidden,
+                                                  m->s.hidden,
+                                                  m->s.hidden,
+                                                  m->s.hidden,
+                                                  whole ? m->s.heads * D : D,
+                                                  whole ? m->s.kv_heads * D : D};
+  for (int j = 0; j < NORMS; j++)
+    if (norm_name(m, n, j, name)) TRY(norm(l, name, size[j], norms[j]));
+  out->norm_whole = whole;
+  out->module = MODULES * i;
+  out->W = m->W + MODULES * i, out->bias = m->bias + MODULES * i;
   for (int j = 0; j < MODULES; j++) {
     int64_t d, k;
     int bias;
@@ -97,13 +125,14 @@ static int layer(loader *l, int64_t i) {
     pylora_packed *W = &m->packed[MODULES * i + j];
     TRY(matrix(l, NAMED("model.layers.%lld.%s.weight", n, pylora_module_suffix[j]), d, k, heads,
                W));
-    out->W[j] = W;
+    m->W[MODULES * i + j] = W;
     if (bias)
       TRY(vector(l, NAMED("model.layers.%lld.%s.bias", n, pylora_module_suffix[j]), d, heads,
-                 &out->bias[j]));
+                 &m->bias[MODULES * i + j]));
   }
 #undef NAMED
-  out->window = (int32_t)(m->s.window && i >= m->s.first_window ? m->s.window : 0);
+  out->window = (int32_t)(m->s.local[i] ? m->s.window : 0);
+  out->rope = m->s.rope[i];
   return PYLORA_OK;
 }
 
@@ -139,21 +168,20 @@ static int expected(const pylora_model *m, const char *name, char *buffer) {
     if (m->files.gguf) pylora_gguf_name(tops[i], buffer);
     if (strcmp(name, m->files.gguf ? buffer : tops[i]) == 0) return 1;
   }
-  static const char *const norms[] = {"input_layernorm", "post_attention_layernorm",
-                                      "self_attn.q_norm", "self_attn.k_norm"};
   int number = -1, used = 0;
   const char *frame = m->files.gguf ? "blk.%5d.%n" : "model.layers.%5d.%n";
   if (sscanf(name, frame, &number, &used) != 1 || !used || number < 0 || number >= m->s.layers)
     return 0;
-  for (int j = 0; j < MODULES + 4; j++) {
+  for (int j = 0; j < NORMS; j++)
+    if (norm_name(m, number, j, buffer) && strcmp(name, buffer) == 0) return 1;
+  for (int j = 0; j < MODULES; j++) {
     int64_t d, k;
     int bias = 0;
-    if (j < MODULES) pylora_module_size(&m->s, j, &d, &k, &bias);
-    if (j >= MODULES + 2 && !m->s.qk_norm) continue;
+    pylora_module_size(&m->s, j, &d, &k, &bias);
     for (int b = 0; b <= bias; b++) {
       char hf[PYLORA_NAME];
-      snprintf(hf, sizeof hf, "model.layers.%d.%s.%s", number,
-               j < MODULES ? pylora_module_suffix[j] : norms[j - MODULES], b ? "bias" : "weight");
+      snprintf(hf, sizeof hf, "model.layers.%d.%s.%s", number, pylora_module_suffix[j],
+               b ? "bias" : "weight");
       if (m->files.gguf) pylora_gguf_name(hf, buffer);
       if (strcmp(name, m->files.gguf ? buffer : hf) == 0) return 1;
     }
@@ -175,7 +203,7 @@ static int nothing_left(loader *l) {
       SAY(PYLORA_E_FILE,
           "%.300s: tensor '%.200s' is none of a %s model with %lld layers; nothing is left out in "
           "silence",
-          files->file[f]->name, t->name, pylora_family_names[l->m->s.family],
+          files->file[f]->name, t->name, pylora_families[l->m->s.family].name,
           (long long)l->m->s.layers);
     }
   return PYLORA_OK;
@@ -202,19 +230,25 @@ static int name_modules(loader *l) {
 static void describe(pylora_model *m, int precision) {
   const pylora_settings *s = &m->s;
   pylora_about *a = &m->about;
-  a->family = pylora_family_names[s->family];
+  a->family = pylora_families[s->family].name;
   a->vocab = s->vocab, a->hidden = s->hidden, a->inner = s->inner, a->positions = s->positions;
   a->layers = (int32_t)s->layers, a->heads = (int32_t)s->heads;
   a->kv_heads = (int32_t)s->kv_heads, a->head_dim = (int32_t)s->head_dim;
   a->precision = precision, a->tied = s->tied, a->bos = s->bos, a->eos_count = s->eos_count;
   memcpy(a->eos, s->eos, sizeof a->eos);
-  m->llama = (pylora_llama){
+  m->decoder = (pylora_decoder){
       .layers = (int32_t)s->layers,
       .activations = precision == PYLORA_BF16 ? PYLORA_BF16 : PYLORA_F32,
       .attn = {(int32_t)s->heads, (int32_t)s->kv_heads, (int32_t)s->head_dim, 0,
-               (float)pow((double)s->head_dim, -0.5)},
-      .eps = (float)s->eps,
-      .rope_layout = PYLORA_ROPE_HALF,
+               (float)(s->attention_scale == 0 ? pow((double)s->head_dim, -0.5)
+                                               : s->attention_scale),
+               (float)s->attention_softcap},
+      .activation = pylora_families[s->family].gelu ? PYLORA_GELU_TANH : PYLORA_SILU,
+      .embedding_multiplier = (float)s->embedding_multiplier,
+      .residual_multiplier = (float)s->residual_multiplier,
+      .logit_multiplier = (float)s->logit_multiplier,
+      .logit_softcap = (float)s->logit_softcap,
+      .ropes = 1 + s->two_ropes, /* a session has the tables */
       .layer = m->layer,
   };
 }
@@ -230,19 +264,22 @@ static int load(loader *l) {
   const size_t layers = (size_t)m->s.layers;
   m->layer = pylora_take(layers, sizeof *m->layer);
   m->packed = pylora_take(MODULES * layers + 2, sizeof *m->packed);
-  m->aligned = pylora_take((2 * MODULES + 4) * layers + 3, sizeof *m->aligned);
-  m->frequency = pylora_take((size_t)m->s.head_dim / 2, sizeof *m->frequency);
-  if (!m->layer || !m->packed || !m->aligned || !m->frequency)
+  m->W = pylora_take(MODULES * layers, sizeof *m->W);
+  m->bias = pylora_take(MODULES * layers, sizeof *m->bias);
+  m->aligned = pylora_take((2 * MODULES + NORMS) * layers + 3, sizeof *m->aligned);
+  m->frequency = pylora_take((size_t)m->s.head_dim, sizeof *m->frequency);
+  if (!m->layer || !m->packed || !m->W || !m->bias || !m->aligned || !m->frequency)
     return pylora_no_memory(l->why, m->path, (double)layers * sizeof *m->layer);
   describe(m, l->precision);
   TRY(name_modules(l));
-  pylora_frequencies(&m->s, m->frequency);
+  pylora_frequencies(&m->s, 0, m->frequency);
+  if (m->s.two_ropes) pylora_frequencies(&m->s, 1, m->frequency + m->s.head_dim / 2);
   pylora_packed *embedding = &m->packed[MODULES * layers], *head = embedding + !m->s.tied;
   TRY(matrix(l, "model.embed_tokens.weight", m->s.vocab, m->s.hidden, 0, embedding));
   for (int64_t i = 0; i < m->s.layers; i++) TRY(layer(l, i));
-  TRY(vector(l, "model.norm.weight", m->s.hidden, 0, &m->llama.norm));
+  TRY(norm(l, "model.norm.weight", m->s.hidden, &m->decoder.norm));
   if (!m->s.tied) TRY(matrix(l, "lm_head.weight", m->s.vocab, m->s.hidden, 0, head));
-  m->llama.embedding = embedding, m->llama.head = head;
+  m->decoder.embedding = embedding, m->decoder.head = head;
   return nothing_left(l);
 }
 
@@ -281,6 +318,8 @@ void pylora_model_close(pylora_model *m) {
   pylora_files_close(&m->files);
   free(m->aligned);
   free(m->layer);
+  free(m->W);
+  free(m->bias);
   free(m->packed);
   free(m->frequency);
   free(m->names);
@@ -290,7 +329,7 @@ void pylora_model_close(pylora_model *m) {
 
 const pylora_about *pylora_model_about(const pylora_model *m) { return m ? &m->about : NULL; }
 
-const pylora_llama *pylora_model_llama(const pylora_model *m) { return m ? &m->llama : NULL; }
+const pylora_decoder *pylora_model_decoder(const pylora_model *m) { return m ? &m->decoder : NULL; }
 
 const char *pylora_model_module(const pylora_model *m, int64_t number) {
   if (!m || number < 0 || number >= pylora_module_count(m)) return NULL;

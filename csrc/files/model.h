@@ -7,8 +7,35 @@
 
 enum { MODULES = PYLORA_LAYER_MODULES, PYLORA_MAX_LAYERS = 10000 };
 
-typedef enum pylora_family { LLAMA, MISTRAL, QWEN2, QWEN3, FAMILIES } pylora_family;
-extern const char *const pylora_family_names[FAMILIES];
+typedef enum pylora_family {
+  LLAMA,
+  MISTRAL,
+  QWEN2,
+  QWEN3,
+  GEMMA2,
+  GEMMA3,
+  GRANITE,
+  SMOLLM3,
+  OLMO2,
+  FAMILIES
+} pylora_family;
+
+/* What all models of a family have in common (settings.c). */
+typedef struct pylora_family_facts {
+  const char *name; /* config.json's model_type */
+  const char *arch; /* llama.cpp's; NULL: none of its own */
+  int interleaved;  /* llama.cpp's files have rows of q and k interleaved */
+  int offset;       /* a norm multiplies by 1 + its weight; llama.cpp's files have the sum */
+  int gelu;         /* the activation is GELU by tanh, else SiLU */
+  enum { BEFORE, BOTH, AFTER } places; /* of norms, beside a sublayer */
+  enum { NO_NORM, OF_HEADS, OF_ALL } qk_norm;
+} pylora_family_facts;
+extern const pylora_family_facts pylora_families[FAMILIES];
+
+/* The norms of a layer; their names in Hugging Face's files (NULL: the family has none) and in llama.cpp's. */
+enum { INPUT_NORM, MID_NORM, AFTER_ATTENTION, AFTER_MLP, Q_NORM, K_NORM, NORMS };
+const char *pylora_norm_suffix(pylora_family family, int norm);
+extern const char *const pylora_norm_stem[NORMS];
 
 /* Stretched angles of the rotary embedding. */
 typedef struct pylora_scaling {
@@ -20,10 +47,16 @@ typedef struct pylora_scaling {
 typedef struct pylora_settings {
   pylora_family family;
   int64_t vocab, hidden, inner, layers, heads, kv_heads, head_dim, positions;
-  double eps, theta;
-  pylora_scaling scaling;
-  int qkv_bias, o_bias, mlp_bias, qk_norm, tied;
-  int64_t window, first_window; /* 0: none; the first layer that has it */
+  double eps, theta, local_theta; /* the latter of the second kind of rotation, if there is one */
+  pylora_scaling scaling, local_scaling;
+  int two_ropes;
+  int qkv_bias, o_bias, mlp_bias, tied;
+  double attention_scale, embedding_multiplier, residual_multiplier,
+      logit_multiplier;                    /* 0: as in Llama */
+  double attention_softcap, logit_softcap; /* 0: none */
+  int64_t window;                          /* 0: none */
+  unsigned char local[PYLORA_MAX_LAYERS];  /* layers that have it */
+  signed char rope[PYLORA_MAX_LAYERS];     /* which rotation a layer has; -1: none */
   int64_t bos, eos[PYLORA_MAX_EOS];
   int32_t eos_count;
   int interleaved; /* the file's rows of q and k are llama.cpp's */
@@ -43,8 +76,8 @@ int pylora_settings_hf(const char *path, pylora_settings *out, pylora_message *w
 /* What both must keep (settings.c): PYLORA_E_FILE. */
 int pylora_settings_check(const char *where, const pylora_settings *s, pylora_message *why);
 
-/* Radians per position of each pair of a head, [head_dim / 2]. (rope.c) */
-void pylora_frequencies(const pylora_settings *s, double *out);
+/* Radians per position of each pair of a head, [head_dim / 2], of the first or second rotation. (rope.c) */
+void pylora_frequencies(const pylora_settings *s, int local, double *out);
 
 /* ---- an open model ---- */
 
@@ -54,8 +87,10 @@ struct pylora_model {
   pylora_files
       files; /* open as long as the model is: an adapter may bring copies of base weights */
   pylora_about about;
-  pylora_llama llama;
+  pylora_decoder decoder; /* its tables of angles are a session's own */
   pylora_layer *layer;
+  const pylora_packed **W; /* [7 * layers], and their biases */
+  const float **bias;
   pylora_packed *packed; /* [7 * layers + 2] */
   void **aligned;        /* everything that pylora_give is for */
   int64_t aligned_count;

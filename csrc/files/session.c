@@ -6,11 +6,12 @@
 struct pylora_session {
   const pylora_model *model;
   int64_t capacity, length;
-  pylora_llama llama; /* the model with this session's tables of angles */
-  pylora_mat *keys;   /* [layers], then as many of values */
-  void *cache, *ws;   /* of all keys and values; of the last call */
+  pylora_decoder decoder; /* the model with this session's tables of angles */
+  pylora_rope_table table[2];
+  pylora_mat *keys; /* [layers], then as many of values */
+  void *cache, *ws; /* of all keys and values; of the last call */
   size_t ws_bytes;
-  float *angles;    /* cosines, then sines */
+  float *angles;    /* of each table cosines, then sines */
   int64_t *numbers; /* positions, which are the rows of the cache, too */
 };
 
@@ -26,14 +27,15 @@ int pylora_session_open(const pylora_model *m, int64_t capacity, pylora_session 
                        m->path, (long long)capacity, (long long)m->s.positions);
   pylora_session *s = pylora_take(1, sizeof *s);
   if (!s) return pylora_no_memory(why, m->path, sizeof *s);
-  const int bf16 = m->llama.activations == PYLORA_BF16;
+  const int bf16 = m->decoder.activations == PYLORA_BF16;
   const size_t layers = (size_t)m->s.layers, half = (size_t)m->s.head_dim / 2;
   const size_t width = (size_t)(m->s.kv_heads * m->s.head_dim);
   const double bytes = 2.0 * (double)layers * (double)width * (double)capacity * (bf16 ? 2 : 4);
-  s->model = m, s->capacity = capacity, s->llama = m->llama;
+  s->model = m, s->capacity = capacity, s->decoder = m->decoder;
   s->keys = pylora_take(2 * layers, sizeof *s->keys);
   s->cache = bytes < (double)SIZE_MAX / 4 ? pylora_take_aligned((size_t)bytes) : NULL;
-  s->angles = pylora_take((size_t)capacity, 2 * half * sizeof *s->angles);
+  s->angles =
+      pylora_take((size_t)capacity, (size_t)m->decoder.ropes * 2 * half * sizeof *s->angles);
   s->numbers = pylora_take((size_t)capacity, sizeof *s->numbers);
   if (!s->keys || !s->cache || !s->angles || !s->numbers) {
     pylora_session_close(s);
@@ -49,10 +51,15 @@ int pylora_session_open(const pylora_model *m, int64_t capacity, pylora_session 
       a->p = (float *)s->cache + i * each;
   }
   for (int64_t i = 0; i < capacity; i++) s->numbers[i] = i;
-  float *sines = s->angles + (size_t)capacity * half;
-  pylora_model_rope(m, capacity, s->angles, sines);
-  s->llama.cosines = (pylora_mat){s->angles, capacity, (int64_t)half, (int64_t)half, NULL, NULL};
-  s->llama.sines = (pylora_mat){sines, capacity, (int64_t)half, (int64_t)half, NULL, NULL};
+  for (int32_t i = 0; i < m->decoder.ropes; i++) {
+    float *cosines = s->angles + (size_t)i * 2 * (size_t)capacity * half,
+          *sines = cosines + (size_t)capacity * half;
+    pylora_model_rope(m, i, capacity, cosines, sines);
+    const int64_t n = (int64_t)half;
+    s->table[i].cosines = (pylora_mat){cosines, capacity, n, n, NULL, NULL};
+    s->table[i].sines = (pylora_mat){sines, capacity, n, n, NULL, NULL};
+  }
+  s->decoder.rope = s->table;
   *out = s;
   return PYLORA_OK;
 }
@@ -92,7 +99,7 @@ int pylora_session_forward(pylora_session *s, const pylora_adapter *adapter, con
   const pylora_step step = {
       n, ids, s->numbers + s->length, s->numbers + s->length, &seqs, 1, start, &adapter, 1, &last};
   const pylora_kv kv = {s->keys, s->keys + s->model->s.layers};
-  const size_t need = pylora_llama_workspace(&s->llama, &step);
+  const size_t need = pylora_decoder_workspace(&s->decoder, &step);
   if (!need) return pylora_fail(why, PYLORA_E_SHAPE, "the adapter does not fit the model's sizes");
   if (need > s->ws_bytes) {
     pylora_give(s->ws);
@@ -101,7 +108,7 @@ int pylora_session_forward(pylora_session *s, const pylora_adapter *adapter, con
     if (!s->ws) return pylora_no_memory(why, s->model->path, (double)need);
   }
   const pylora_mat out = {logits, 1, vocab, vocab, NULL, NULL};
-  const int status = pylora_llama_forward(&s->llama, &kv, &step, &out, s->ws, s->ws_bytes);
+  const int status = pylora_decoder_forward(&s->decoder, &kv, &step, &out, s->ws, s->ws_bytes);
   if (status) return pylora_fail(why, status, "%s", pylora_status_text(status));
   s->length = total;
   return PYLORA_OK;

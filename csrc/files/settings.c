@@ -1,10 +1,51 @@
 /* settings.c - what every model's settings must keep, and the sizes of its modules. */
+#include <math.h>
+
 #include "files/model.h"
 
-const char *const pylora_family_names[FAMILIES] = {"llama", "mistral", "qwen2", "qwen3"};
+const pylora_family_facts pylora_families[FAMILIES] = {
+    [LLAMA] = {"llama", "llama", 1, 0, 0, BEFORE, NO_NORM},
+    [MISTRAL] = {"mistral", NULL, 1, 0, 0, BEFORE, NO_NORM},
+    [QWEN2] = {"qwen2", "qwen2", 0, 0, 0, BEFORE, NO_NORM},
+    [QWEN3] = {"qwen3", "qwen3", 0, 0, 0, BEFORE, OF_HEADS},
+    [GEMMA2] = {"gemma2", "gemma2", 0, 1, 1, BOTH, NO_NORM},
+    [GEMMA3] = {"gemma3_text", "gemma3", 0, 1, 1, BOTH, OF_HEADS},
+    [GRANITE] = {"granite", "granite", 1, 0, 0, BEFORE, NO_NORM},
+    [SMOLLM3] = {"smollm3", "smollm3", 1, 0, 0, BEFORE, NO_NORM},
+    [OLMO2] = {"olmo2", "olmo2", 0, 0, 0, AFTER, OF_ALL},
+};
+
+const char *const pylora_norm_stem[NORMS] = {"attn_norm",     "ffn_norm",    "post_attention_norm",
+                                             "post_ffw_norm", "attn_q_norm", "attn_k_norm"};
+
+const char *pylora_norm_suffix(pylora_family family, int norm) {
+  const pylora_family_facts *f = &pylora_families[family];
+  static const char *const names[NORMS] = {"input_layernorm",          "pre_feedforward_layernorm",
+                                           "post_attention_layernorm", "post_feedforward_layernorm",
+                                           "self_attn.q_norm",         "self_attn.k_norm"};
+  if (norm >= Q_NORM) return f->qk_norm ? names[norm] : NULL;
+  if (f->places == BEFORE)
+    return norm == INPUT_NORM ? names[norm] : norm == MID_NORM ? names[AFTER_ATTENTION] : NULL;
+  return f->places == BOTH || norm >= AFTER_ATTENTION ? names[norm] : NULL;
+}
 
 static int bad(const char *where, pylora_message *why, const char *what, long long value) {
   return pylora_fail(why, PYLORA_E_FILE, "%.300s: %s, got %lld", where, what, value);
+}
+
+static int check_scaling(const char *where, const pylora_scaling *r, pylora_message *why) {
+  if (r->kind != ROPE_PLAIN && (!(r->factor > 0) || r->factor > 1e300))
+    return pylora_fail(
+        why, PYLORA_E_FILE,
+        "%.300s: the factor of rope scaling must be a positive finite number, got %g", where,
+        r->factor);
+  if (r->kind == ROPE_LLAMA3 &&
+      (!(r->low > 0) || !(r->high > r->low) || !(r->original > 0) || r->high > 1e300))
+    return pylora_fail(why, PYLORA_E_FILE,
+                       "%.300s: rope scaling of type llama3 needs 0 < low_freq_factor < "
+                       "high_freq_factor and a positive original length",
+                       where);
+  return PYLORA_OK;
 }
 
 int pylora_settings_check(const char *where, const pylora_settings *s, pylora_message *why) {
@@ -36,18 +77,27 @@ int pylora_settings_check(const char *where, const pylora_settings *s, pylora_me
                        "%.300s: the norms' epsilon and the rotary base must be positive finite "
                        "numbers, got %g and %g",
                        where, s->eps, s->theta);
-  const pylora_scaling *r = &s->scaling;
-  if (r->kind != ROPE_PLAIN && (!(r->factor > 0) || r->factor > 1e300))
-    return pylora_fail(
-        why, PYLORA_E_FILE,
-        "%.300s: the factor of rope scaling must be a positive finite number, got %g", where,
-        r->factor);
-  if (r->kind == ROPE_LLAMA3 &&
-      (!(r->low > 0) || !(r->high > r->low) || !(r->original > 0) || r->high > 1e300))
-    return pylora_fail(why, PYLORA_E_FILE,
-                       "%.300s: rope scaling of type llama3 needs 0 < low_freq_factor < "
-                       "high_freq_factor and a positive original length",
-                       where);
+  for (int i = 0; i < 1 + s->two_ropes; i++) {
+    const pylora_scaling *r = i ? &s->local_scaling : &s->scaling;
+    TRY(check_scaling(where, r, why));
+  }
+  const struct {
+    const char *what;
+    double value;
+  } reals[] = {
+      {"local rotary base", s->two_ropes ? s->local_theta : 1},
+      {"scale of attention", s->attention_scale == 0 ? 1 : s->attention_scale},
+      {"multiplier of embeddings", s->embedding_multiplier == 0 ? 1 : s->embedding_multiplier},
+      {"multiplier of residuals", s->residual_multiplier == 0 ? 1 : s->residual_multiplier},
+      {"multiplier of logits", s->logit_multiplier == 0 ? 1 : s->logit_multiplier},
+  };
+  for (size_t i = 0; i < sizeof reals / sizeof *reals; i++)
+    if (!(fabs(reals[i].value) <= 1e30) || fabs(reals[i].value) < 1e-30)
+      return pylora_fail(why, PYLORA_E_FILE, "%.300s: the %s must be a finite number but 0, got %g",
+                         where, reals[i].what, reals[i].value);
+  if (!(s->attention_softcap >= 0) || !(s->logit_softcap >= 0) || s->attention_softcap > 1e30 ||
+      s->logit_softcap > 1e30)
+    return pylora_fail(why, PYLORA_E_FILE, "%.300s: a soft cap must be a positive number", where);
   for (int i = -1; i < s->eos_count; i++) {
     const int64_t id = i < 0 ? s->bos : s->eos[i];
     if ((i >= 0 || id >= 0) && (id < 0 || id >= s->vocab))

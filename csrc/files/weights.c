@@ -9,11 +9,9 @@ enum { MAX_INDEX = 64 << 20 }; /* bytes of model.safetensors.index.json */
 /* ---- names ---- */
 
 static const char *const gguf_stem[][2] = {
-    {"input_layernorm", "attn_norm"},    {"self_attn.q_proj", "attn_q"},
-    {"self_attn.k_proj", "attn_k"},      {"self_attn.v_proj", "attn_v"},
-    {"self_attn.o_proj", "attn_output"}, {"self_attn.q_norm", "attn_q_norm"},
-    {"self_attn.k_norm", "attn_k_norm"}, {"post_attention_layernorm", "ffn_norm"},
-    {"mlp.gate_proj", "ffn_gate"},       {"mlp.up_proj", "ffn_up"},
+    {"self_attn.q_proj", "attn_q"}, {"self_attn.k_proj", "attn_k"},
+    {"self_attn.v_proj", "attn_v"}, {"self_attn.o_proj", "attn_output"},
+    {"mlp.gate_proj", "ffn_gate"},  {"mlp.up_proj", "ffn_up"},
     {"mlp.down_proj", "ffn_down"},
 };
 static const char *const gguf_top[][2] = {
@@ -47,7 +45,7 @@ const pylora_tensor *pylora_files_find(const pylora_files *files, const char *na
 const pylora_tensor *pylora_model_tensor(const pylora_files *files, const char *hf_name) {
   char name[PYLORA_NAME];
   if (!files->gguf) return pylora_files_find(files, hf_name);
-  return pylora_gguf_name(hf_name, name) ? pylora_files_find(files, name) : NULL;
+  return pylora_files_find(files, pylora_gguf_name(hf_name, name) ? name : hf_name);
 }
 
 /* ---- files ---- */

@@ -75,7 +75,7 @@ int pylora_check_attn(const pylora_attn *a) {
   if (!a) return PYLORA_E_NULL;
   if (a->heads < 1 || a->kv_heads < 1 || a->head_dim < 1 || a->heads % a->kv_heads)
     return PYLORA_E_SHAPE;
-  return a->window < 0 ? PYLORA_E_VALUE : PYLORA_OK;
+  return a->window < 0 || !(a->softcap >= 0) ? PYLORA_E_VALUE : PYLORA_OK;
 }
 
 /* m and n are the rows of q and of k; negative: not known. */

@@ -117,6 +117,9 @@ static inline int64_t chunks_of(int64_t queries) {
   return queries ? max64(1, min64(CHUNKS, queries / CHUNK_QUERIES)) : 0;
 }
 
+/* What softmax multiplies scores by: capped ones were scaled before. */
+static inline float pylora_scale(const pylora_attn *a) { return a->softcap > 0 ? 1.0f : a->scale; }
+
 int pylora_check_attn(const pylora_attn *a);
 int pylora_check_seqs(const pylora_seqs *s, int64_t m, int64_t n);
 int pylora_take_scratch(call *f, int backward, void *ws, size_t bytes);

@@ -72,7 +72,11 @@ static void backward_panel(const call *f, const block *b, int64_t head, const si
   pylora_scores(f, b->keys, b->n, qk, step(x->key, skip * x->ld_key), x->ld_key, w->qt, w->s);
   pylora_scores(f, b->keys, b->n, ov, step(x->value, skip * x->ld_value), x->ld_value, w->ot,
                 w->dp);
-  f->K->softmax_columns_backward(b->keys, (int)b->n, w->s, w->dp, lse, delta, f->a->scale);
+  if (f->a->softcap > 0)
+    f->K->softmax_columns_backward_capped(b->keys, (int)b->n, w->s, w->dp, lse, delta, f->a->scale,
+                                          f->a->softcap);
+  else
+    f->K->softmax_columns_backward(b->keys, (int)b->n, w->s, w->dp, lse, delta, f->a->scale);
 
   float *dq = f->dq->b ? w->acc : f->dq->p + b->row * f->dq->ld + head * D;
   const int64_t ld_dq = f->dq->b ? D : f->dq->ld, first = b->key - k0;

@@ -42,6 +42,10 @@ static void score_task(void *ctx, int64_t task, int thread) {
     const pylora_vec own = {q.b ? NULL : q.p + at, q.b ? q.b + at : NULL};
     f->K->few_scores(n, D, (int)group, own, row_at(f->k, t.key + first, kv * D), f->k->ld,
                      t.s + kv * group * t.keys + first, t.keys);
+    for (int64_t h = kv * group; f->a->softcap > 0 && h < (kv + 1) * group; h++) {
+      float *s = t.s + h * t.keys + first;
+      f->K->soft_cap(n, s, f->a->scale, f->a->softcap, s);
+    }
   }
 }
 
@@ -53,7 +57,7 @@ static int64_t nth_alone(const call *f, int64_t n) {
 }
 
 static void softmax(const call *f, const query *t, int64_t head) {
-  f->K->softmax_row(t->keys, f->a->scale, t->s + head * t->keys, &t->top[head]);
+  f->K->softmax_row(t->keys, pylora_scale(f->a), t->s + head * t->keys, &t->top[head]);
 }
 
 static void softmax_task(void *ctx, int64_t task, int thread) {

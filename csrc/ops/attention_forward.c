@@ -13,12 +13,16 @@ static void forward_panel(const call *f, const block *b, int64_t head, pylora_ve
 
   pylora_transpose(f->K, row_at(f->q, b->row, head * D), f->q->ld, cols, D, pairs, w->qt);
   pylora_scores(f, b->keys, cols, pairs, k, ldk, w->qt, w->s);
+  if (f->a->softcap > 0) /* scaled and capped; columns that are not used are left alone */
+    for (int64_t t = 0; t < b->keys; t += cols == PANEL ? b->keys : 1)
+      f->K->soft_cap(cols == PANEL ? b->keys * PANEL : cols, w->s + t * PANEL, f->a->scale,
+                     f->a->softcap, w->s + t * PANEL);
   for (int64_t c = 0; c < cols; c++) {
     const int64_t low = max64(0, c + b->of_query.low), high = c + b->of_query.high;
     for (int64_t t = 0; t < low; t++) w->s[t * PANEL + c] = -INFINITY;
     for (int64_t t = high; t < b->keys; t++) w->s[t * PANEL + c] = -INFINITY;
   }
-  f->K->softmax_columns(b->keys, (int)cols, f->a->scale, w->s, top, sum);
+  f->K->softmax_columns(b->keys, (int)cols, pylora_scale(f->a), w->s, top, sum);
 
   memset(w->acc, 0, (size_t)(cols * D) * sizeof(float));
   const product p = {f->K, w->s, 1, PANEL, v, ldv, w->acc, D, D};

@@ -42,7 +42,7 @@ void pylora_rows_task(void *ctx, int64_t task, int thread) {
   const int64_t i = task * f->per_rows, end = min64(i + f->per_rows, f->m);
   if (f->raw) {
     const pylora_mat *x = f->x;
-    pylora_norm_rows(f->K, f->raw, f->norm->w, f->norm->eps, x, f->rstd, i, end);
+    pylora_norm_rows(f->K, f->raw, f->norm, x, f->rstd, i, end);
     for (int64_t t = i; x->b && f->k % 2 && t < end; t++) x->b[t * x->ld + f->k] = 0;
   }
   if (f->prepared && f->k)

@@ -102,8 +102,9 @@ static void put_rotated(const forward *f, const projection *p, int64_t i, int64_
     }
     const int64_t at = r->position[i + t];
     const pylora_vec from = {row, NULL};
-    pylora_rope_row(f->K, from, cols, r->head_dim, r->layout, 0, r->cosines.p + at * r->cosines.ld,
-                    r->sines.p + at * r->sines.ld, row_at(l->y, i + t, j));
+    pylora_rope_row(f->K, from, cols, r->head_dim, r->cosines.cols, r->layout, 0,
+                    r->cosines.p + at * r->cosines.ld, r->sines.p + at * r->sines.ld,
+                    row_at(l->y, i + t, j));
   }
 }
 
@@ -131,6 +132,7 @@ void pylora_tiles_task(void *ctx, int64_t task, int thread) {
   if (p->pair == 1) return;
   const pylora_mat *gate = p[0].l->y, *up = p[1].l->y, *y = p[1].finish->product;
   const int64_t c = first * PANEL, cols = min64(end * PANEL, y->cols) - c;
+  const int kind = p[1].finish->activation;
   for (int64_t t = i; t < i + n; t++)
-    f->K->swiglu_forward(cols, row_at(gate, t, c), row_at(up, t, c), row_at(y, t, c));
+    pylora_gate(f->K, kind, cols, row_at(gate, t, c), row_at(up, t, c), row_at(y, t, c));
 }

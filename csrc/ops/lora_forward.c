@@ -81,6 +81,7 @@ static int check_finish(const pylora_linear *l, const pylora_finish *e, int64_t 
   if (e->product) {
     if (i == 0 || e->rotation || e[-1].rotation || e[-1].product) return PYLORA_E_VALUE;
     if (l[-1].W->d != d) return PYLORA_E_SHAPE;
+    if (e->activation < PYLORA_SILU || e->activation > PYLORA_RELU2) return PYLORA_E_VALUE;
     TRY(check_mat16(e->product, m, d, 1));
   }
   return PYLORA_OK;
@@ -89,6 +90,7 @@ static int check_finish(const pylora_linear *l, const pylora_finish *e, int64_t 
 static int check_norm(const pylora_norm *norm, int64_t k) {
   if (k == 0) return PYLORA_E_SHAPE; /* the mean of nothing */
   if (norm->dtype != PYLORA_F32 && norm->dtype != PYLORA_BF16) return PYLORA_E_UNSUPPORTED;
+  if (norm->kind != PYLORA_RMS && norm->kind != PYLORA_LAYER) return PYLORA_E_VALUE;
   return norm->w ? PYLORA_OK : PYLORA_E_NULL;
 }
 

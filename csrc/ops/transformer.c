@@ -23,8 +23,7 @@ static void rows_task(void *ctx, int64_t task, int thread) {
   r->fn(r->ctx, task * r->per_task, min64((task + 1) * r->per_task, r->n));
 }
 
-/* n pieces of `elements` each, in parallel. */
-static void each_row(void (*fn)(const void *, int64_t, int64_t), const void *ctx, int64_t n,
+void pylora_each_row(void (*fn)(const void *, int64_t, int64_t), const void *ctx, int64_t n,
                      int64_t elements) {
   rows r = {fn, ctx, n, max64(1, WORK / max64(1, elements))};
   pylora_parallel(rows_task, &r, ceil_div(n, r.per_task), pylora_num_threads());
@@ -59,7 +58,7 @@ int pylora_cast(const pylora_mat *x, const pylora_mat *y) {
   TRY(check_mat16(y, x->rows, x->cols, 1));
   if (x->rows == 0 || x->cols == 0) return PYLORA_OK;
   const cast f = {.K = pylora_table(), .x = x, .y = y};
-  each_row(cast_rows, &f, x->rows, x->cols);
+  pylora_each_row(cast_rows, &f, x->rows, x->cols);
   return PYLORA_OK;
 }
 
@@ -90,9 +89,14 @@ static void norm_row16(const pylora_kernels *K, int64_t k, const uint16_t *x, co
   }
 }
 
-void pylora_norm_rows(const pylora_kernels *K, const pylora_mat *x, const float *w, float eps,
+void pylora_norm_rows(const pylora_kernels *K, const pylora_mat *x, const pylora_norm *norm,
                       const pylora_mat *y, float *rstd, int64_t first, int64_t end) {
   const int64_t k = x->cols;
+  const float *w = norm->w, eps = norm->eps;
+  if (norm->kind == PYLORA_LAYER) {
+    pylora_layer_rows(K, x, norm, y, rstd, first, end);
+    return;
+  }
   for (int64_t i = first; i < end; i++) {
     const pylora_vec row = row_at(x, i, 0), out = row_at(y, i, 0);
     if (row.b) {
@@ -106,7 +110,8 @@ void pylora_norm_rows(const pylora_kernels *K, const pylora_mat *x, const float 
 
 static void norm_rows(const void *ctx, int64_t first, int64_t end) {
   const norm *f = ctx;
-  pylora_norm_rows(f->K, f->x, f->w, f->eps, f->y, f->rstd, first, end);
+  const pylora_norm rms = {.w = f->w, .eps = f->eps};
+  pylora_norm_rows(f->K, f->x, &rms, f->y, f->rstd, first, end);
 }
 
 int pylora_rms_norm_forward(const pylora_mat *x, const float *w, float eps, const pylora_mat *y,
@@ -119,7 +124,7 @@ int pylora_rms_norm_forward(const pylora_mat *x, const float *w, float eps, cons
   if (k == 0) return PYLORA_E_SHAPE; /* the mean of nothing */
   if (!w || !rstd) return PYLORA_E_NULL;
   const norm f = {.K = pylora_table(), .x = x, .y = y, .w = w, .eps = eps, .rstd = rstd};
-  each_row(norm_rows, &f, m, k);
+  pylora_each_row(norm_rows, &f, m, k);
   return PYLORA_OK;
 }
 
@@ -155,8 +160,9 @@ int pylora_rms_norm_backward(const pylora_mat *dy, const pylora_mat *x, const fl
                   .rstd_in = rstd,
                   .add = add_dx,
                   .dw = dw};
-  if (dw) each_row(norm_weight_columns, &f, k, max64(m, WORK / 128)); /* first: dx may be dy */
-  each_row(norm_back_rows, &f, m, k);
+  if (dw)
+    pylora_each_row(norm_weight_columns, &f, k, max64(m, WORK / 128)); /* first: dx may be dy */
+  pylora_each_row(norm_back_rows, &f, m, k);
   return PYLORA_OK;
 }
 
@@ -180,10 +186,11 @@ static void put(pylora_vec r, int64_t j, float x) {
 }
 
 void pylora_rope_row(const pylora_kernels *K, pylora_vec x, int64_t cols, int64_t head_dim,
-                     int layout, int inverse, const float *c, const float *s, pylora_vec y) {
-  const int64_t half = head_dim / 2;
+                     int64_t half, int layout, int inverse, const float *c, const float *s,
+                     pylora_vec y) {
   for (int64_t h = 0; h < cols; h += head_dim) {
     const pylora_vec from = vec_at(x, h), to = vec_at(y, h);
+    for (int64_t j = 2 * half; j < head_dim; j++) put(to, j, get(from, j));
     if (layout == PYLORA_ROPE_HALF) {
       K->rotate(half, from, vec_at(from, half), c, s, inverse, to, vec_at(to, half));
       continue;
@@ -200,17 +207,18 @@ static void rope_rows(const void *ctx, int64_t first, int64_t end) {
   const rope *f = ctx;
   for (int64_t i = first; i < end; i++) {
     const int64_t at = f->position[i];
-    pylora_rope_row(f->K, row_at(f->x, i, 0), f->x->cols, f->dim, f->layout, f->inverse,
+    pylora_rope_row(f->K, row_at(f->x, i, 0), f->x->cols, f->dim, f->c->cols, f->layout, f->inverse,
                     f->c->p + at * f->c->ld, f->s->p + at * f->s->ld, row_at(f->y, i, 0));
   }
 }
 
 int pylora_check_rope(const pylora_mat *cosines, const pylora_mat *sines, const int64_t *position,
                       int64_t m, int64_t cols, int64_t head_dim, int layout) {
-  if (head_dim < 2 || head_dim % 2 || cols % head_dim) return PYLORA_E_SHAPE;
+  const int64_t half = cosines->cols; /* of a part of the head, perhaps */
+  if (head_dim < 2 || half < 1 || 2 * half > head_dim || cols % head_dim) return PYLORA_E_SHAPE;
   if (layout != PYLORA_ROPE_HALF && layout != PYLORA_ROPE_INTERLEAVED) return PYLORA_E_VALUE;
-  TRY(check_mat(cosines, cosines->rows, head_dim / 2, 0));
-  TRY(check_mat(sines, cosines->rows, head_dim / 2, 0));
+  TRY(check_mat(cosines, cosines->rows, half, 0));
+  TRY(check_mat(sines, cosines->rows, half, 0));
   if (m && !position) return PYLORA_E_NULL;
   for (int64_t i = 0; i < m; i++)
     if (position[i] < 0 || position[i] >= cosines->rows) return PYLORA_E_INDEX;
@@ -225,7 +233,7 @@ int pylora_rope(const pylora_mat *x, const pylora_mat *cosines, const pylora_mat
   TRY(check_mat16(y, x->rows, x->cols, 1));
   TRY(pylora_check_rope(cosines, sines, position, x->rows, x->cols, head_dim, layout));
   const rope f = {pylora_table(), x, cosines, sines, y, position, head_dim, layout, inverse};
-  each_row(rope_rows, &f, x->rows, x->cols);
+  pylora_each_row(rope_rows, &f, x->rows, x->cols);
   return PYLORA_OK;
 }
 
@@ -249,7 +257,7 @@ int pylora_swiglu_forward(const pylora_mat *gate, const pylora_mat *up, const py
   TRY(check_mat16(up, gate->rows, gate->cols, 0));
   TRY(check_mat16(y, gate->rows, gate->cols, 1));
   const swiglu f = {.K = pylora_table(), .gate = gate, .up = up, .y = y};
-  each_row(swiglu_rows, &f, gate->rows, gate->cols);
+  pylora_each_row(swiglu_rows, &f, gate->rows, gate->cols);
   return PYLORA_OK;
 }
 
@@ -270,7 +278,7 @@ int pylora_swiglu_backward(const pylora_mat *dy, const pylora_mat *gate, const p
   TRY(check_mat16(dgate, m, n, 1));
   TRY(check_mat16(dup, m, n, 1));
   const swiglu f = {pylora_table(), gate, up, NULL, dy, dgate, dup};
-  each_row(swiglu_back_rows, &f, m, n);
+  pylora_each_row(swiglu_back_rows, &f, m, n);
   return PYLORA_OK;
 }
 
@@ -314,7 +322,7 @@ int pylora_embedding_forward(const int64_t *ids, int64_t m, const pylora_packed 
   TRY(check_mat(y, m, W->k, 1));
   TRY(check_ids(ids, m, W->d));
   const gather f = {ids, W, pylora_format_of(W->dtype), y};
-  each_row(gather_rows, &f, m, W->k);
+  pylora_each_row(gather_rows, &f, m, W->k);
   return PYLORA_OK;
 }
 
@@ -337,6 +345,6 @@ int pylora_embedding_backward(const int64_t *ids, const pylora_mat *dy, const py
   TRY(check_ids(ids, dy->rows, dW->rows));
   if (dW->cols == 0 || dW->rows == 0) return PYLORA_OK;
   const embedding f = {ids, dy->p, dy->rows, dy->ld, dW};
-  each_row(scatter_columns, &f, dW->cols, WORK / 64); /* 64 columns per task */
+  pylora_each_row(scatter_columns, &f, dW->cols, WORK / 64); /* 64 columns per task */
   return PYLORA_OK;
 }

@@ -66,14 +66,29 @@ static inline pylora_vec row_at(const pylora_mat *a, int64_t i, int64_t j) {
   return r;
 }
 
+/* n pieces of `elements` each, in parallel: fn(ctx, first, end). (transformer.c) */
+void pylora_each_row(void (*fn)(const void *, int64_t, int64_t), const void *ctx, int64_t n,
+                     int64_t elements);
 /* Rows first .. end - 1 of the norm of x, and their rstd. (transformer.c) */
-void pylora_norm_rows(const pylora_kernels *K, const pylora_mat *x, const float *w, float eps,
+void pylora_norm_rows(const pylora_kernels *K, const pylora_mat *x, const pylora_norm *norm,
                       const pylora_mat *y, float *rstd, int64_t first, int64_t end);
-/* The heads of a row of `cols` numbers rotated by angles whose cosines and sines are c and s. */
+void pylora_layer_rows(const pylora_kernels *K, const pylora_mat *x, const pylora_norm *norm,
+                       const pylora_mat *y, float *rstd, int64_t first, int64_t end);
+/* The heads of a row of `cols` numbers rotated by `half` angles whose cosines and sines are c and s. */
 void pylora_rope_row(const pylora_kernels *K, pylora_vec x, int64_t cols, int64_t head_dim,
-                     int layout, int inverse, const float *c, const float *s, pylora_vec y);
+                     int64_t half, int layout, int inverse, const float *c, const float *s,
+                     pylora_vec y);
 int pylora_check_rope(const pylora_mat *cosines, const pylora_mat *sines, const int64_t *position,
                       int64_t m, int64_t cols, int64_t head_dim, int layout);
+
+/* y = act(gate) up */
+static inline void pylora_gate(const pylora_kernels *K, int kind, int64_t n, pylora_vec gate,
+                               pylora_vec up, pylora_vec y) {
+  if (kind == PYLORA_SILU)
+    K->swiglu_forward(n, gate, up, y);
+  else
+    K->activation_forward(kind, n, gate, up, y);
+}
 
 /* A bump pointer over the caller's workspace; every piece is 64-byte aligned. */
 typedef struct arena {

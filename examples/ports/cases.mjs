@@ -48,6 +48,13 @@ export const OPS = {
     const wide = Object.fromEntries(Object.entries(m).map(([n, M]) => [n, lora.map(M, number)]));
     return lora.loraForward(wide.x, layer(wide, scaling(p, wide.A)));
   },
+  rows(m, p) { // all rows are computed, some are shown
+    const L = layer(m, p.scale), { y, h } = lora.loraForward(m.x, L);
+    const { dx } = lora.loraBackward(m.dy, m.x, h, L);
+    const some = (M) => p.rows.flatMap((i) => [...M.v.subarray(i * M.cols, (i + 1) * M.cols)]);
+    const whole = (i) => y.v.subarray(i * y.cols, (i + 1) * y.cols).every(Number.isFinite);
+    return { y: some(y), dx: some(dx), finite: [...Array(y.rows).keys()].map(whole) };
+  },
   stacked: (m, p) => several.stacked(m.x, m.W, adapters(m, p), m.dy),
   mixed: (m, p, v) => several.mixed(m.x, m.W, adapters(m, p), v("rows"), m.dy),
   philox: (m, p, v, shape) => ({ words:

@@ -38,8 +38,12 @@ static shape shape_in(const testcase *c, const char *heads, const char *kv_heads
                       const char *eps) {
   const int32_t D = (int32_t)number(c, "head_dim");
   const int32_t window = has(c, "window") ? (int32_t)number(c, "window") : 0;
-  const pylora_attn a = {(int32_t)number(c, heads), (int32_t)number(c, kv_heads), D, window,
-                         (float)(1 / sqrt((double)D))};
+  const pylora_attn a = {(int32_t)number(c, heads),
+                         (int32_t)number(c, kv_heads),
+                         D,
+                         window,
+                         (float)(1 / sqrt((double)D)),
+                         0};
   int64_t n, *lengths = integers(c, "lengths", &n);
   return shape_of(a, theta, eps ? number(c, eps) : 0, n, lengths);
 }

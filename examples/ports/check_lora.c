@@ -48,6 +48,31 @@ void embedding_case(testcase *c) {
   check(c, "dA", dA), check(c, "dB", dB);
 }
 
+/* All rows are computed, some are shown. */
+void rows_case(testcase *c) {
+  const pylora_mat A = in(c, "A"), B = in(c, "B"), x = in(c, "x"), dy = in(c, "dy");
+  const pylora_mat dx = zeros(x.rows, x.cols);
+  const pylora_lora lora = {A.rows, A.p, A.ld, B.p, B.ld, (float)number(c, "scale"), NULL, NULL};
+  const pylora_packed W = pack(in(c, "W"));
+  pylora_mat h;
+  const pylora_mat y = lora_forward(x, &W, NULL, &lora, NULL, &h);
+  lora_backward(dy, NULL, NULL, &W, &lora, &dx, NULL, NULL);
+  unsigned char *finite = take((size_t)y.rows);
+  for (int64_t i = 0; i < y.rows; i++) {
+    finite[i] = 1;
+    for (int64_t j = 0; j < y.cols; j++) finite[i] &= isfinite(y.p[i * y.ld + j]) != 0;
+  }
+  check_array(c, "finite", "u8", finite, y.rows);
+  int64_t n;
+  const int64_t *some = integers(c, "rows", &n);
+  const pylora_mat y_some = zeros(n, y.cols), dx_some = zeros(n, dx.cols);
+  for (int64_t i = 0; i < n; i++) {
+    memcpy(y_some.p + i * y.cols, y.p + some[i] * y.ld, (size_t)y.cols * sizeof(float));
+    memcpy(dx_some.p + i * dx.cols, dx.p + some[i] * dx.ld, (size_t)dx.cols * sizeof(float));
+  }
+  check(c, "y", y_some), check(c, "dx", dx_some);
+}
+
 /* ---- several adapters -------------------------------------------------------------------- */
 
 static void several_case(testcase *c, const int64_t *rows) {

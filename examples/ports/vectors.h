@@ -55,6 +55,7 @@ pylora_drop drop_of(const testcase *c); /* the dropout of a case, its stream by 
 /* The cases by their `op`: check_lora.c, check_numbers.c, check_llama.c. */
 void lora_case(testcase *c);
 void lora16_case(testcase *c);
+void rows_case(testcase *c);
 void stacked_case(testcase *c);
 void mixed_case(testcase *c);
 void embedding_case(testcase *c);

@@ -212,6 +212,10 @@ def _stack(items: Sequence[tuple[Adapter, float]]) -> Adapter:
     modules: dict[str, ModuleSpec] = {}
     for path, found in parts.items():
         first = found[0][0]
+        if first.kind == "experts":
+            raise UnsupportedError(
+                f"{path}: adapters of experts' parameters are not summed; merge one after the other"
+            )
         for e, _, _ in found:
             if (e.kind, e.d, e.k) != (first.kind, first.d, first.k):
                 raise PlanError(

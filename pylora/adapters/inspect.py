@@ -101,18 +101,32 @@ def singular_values(lora: LoRA) -> Array:
     return np.linalg.svd(core, full_matrices=False, compute_uv=False)
 
 
+def _experts(lora: LoRA, n: int) -> list[LoRA]:
+    """The adapters of the n experts that a parameter holds (PEFT's target_parameters)."""
+    if n == 1:
+        return [lora]
+    r = lora.rank // n
+    B = lora.B.reshape(lora.B.shape[0], r, n)
+    return [LoRA(lora.A[e * r : (e + 1) * r], B[:, :, e], lora.scale) for e in range(n)]
+
+
 def inspect(adapter: Mapping[str, LoRA]) -> list[ModuleStats]:
-    """The statistics of each module of `adapter`, in its order."""
+    """The statistics of each module of `adapter`, in its order; of a parameter that holds experts
+    those of all their deltas together."""
     expect("adapter", adapter, "inspect(adapter)")
+    plan = getattr(adapter, "plan", None)
+    experts = {e.path: e.experts for e in plan.entries} if plan is not None else {}
     stats = []
     for path, lora in adapter.items():
-        values = singular_values(lora)
+        n = experts.get(path, 1)
+        each = [singular_values(part) for part in _experts(lora, n)]
+        values = np.sort(np.concatenate(each))[::-1]
         stats.append(
             ModuleStats(
                 path=path,
                 d=int(lora.B.shape[0]),
                 k=int(lora.A.shape[1]),
-                rank=lora.rank,
+                rank=lora.rank // n,
                 scale=float(lora.scale),
                 norm=math.sqrt(float(np.square(values).sum())),
                 singular_values=tuple(float(v) for v in values),

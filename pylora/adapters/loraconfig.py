@@ -28,7 +28,6 @@ _REFUSED = {
     "use_dora": "weight-decomposed LoRA (DoRA) rescales the merged weight",
     "alora_invocation_tokens": "activated LoRA (aLoRA) switches the adapter on inside a sequence",
     "layer_replication": "the model's layers are repeated",
-    "target_parameters": "the adapter sits on bare parameters, not on modules",
     "trainable_token_indices": "single rows of the embedding are trained",
     "megatron_config": "the layers are Megatron's parallel layers",
     "use_qalora": "QA-LoRA pools the input before A",
@@ -82,9 +81,13 @@ class LoraConfig:
     task_type: str | None = None
     base_model_name_or_path: str | None = None
     peft_type: str = "LORA"
+    target_parameters: Sequence[str] | None = None  # parameters of experts, by PEFT's names
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+        for name in (
+            "target_modules", "exclude_modules", "modules_to_save", "layers_pattern",
+            "target_parameters",
+        ):  # fmt: skip
             value = getattr(self, name)
             if isinstance(value, str) and name in ("layers_pattern", "modules_to_save"):
                 value = (value,)
@@ -166,6 +169,8 @@ class LoraConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as PEFT reads them: lists for tuples."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if not self.target_parameters:  # PEFT before 0.17 does not know the name
+            del values["target_parameters"]
         return {
             name: list(v) if isinstance(v, tuple) else dict(v) if isinstance(v, Mapping) else v
             for name, v in values.items()
@@ -255,11 +260,6 @@ def _check_scalars(c: LoraConfig) -> None:
         raise ConfigError(f"bias = {c.bias!r}: expected 'none', 'all' or 'lora_only'")
     if c.peft_type != "LORA":
         raise UnsupportedError(f"peft_type = {c.peft_type!r} is not supported, only 'LORA' is")
-    if c.fan_in_fan_out:
-        raise UnsupportedError(
-            "fan_in_fan_out = true is for layers that store W as [in, out] (GPT-2's Conv1D); every "
-            "linear module of the supported models stores [out, in]: set it to false"
-        )
     init = c.init_lora_weights
     if not isinstance(init, bool) and str(init).lower() not in ("gaussian", *_READABLE_INITS):
         if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
@@ -300,6 +300,10 @@ def _check_combinations(c: LoraConfig) -> None:
     if c.layers_pattern and c.layers_to_transform is None:
         raise ConfigError(
             "layers_pattern is given without layers_to_transform: name the layers too"
+        )
+    if c.target_parameters and (c.lora_dropout or c.lora_bias or c.fan_in_fan_out):
+        raise ConfigError(
+            "target_parameters takes no lora_dropout, lora_bias or fan_in_fan_out (as in PEFT)"
         )
     if c.lora_bias and not isinstance(c.init_lora_weights, bool):
         raise ConfigError("lora_bias = true needs init_lora_weights = true or false (as in PEFT)")

@@ -20,12 +20,13 @@ import numpy as np
 from pylora.adapters.fit import misfit
 from pylora.adapters.locate import find_adapter
 from pylora.adapters.loraconfig import LoraConfig
-from pylora.adapters.plan import Plan, resolve
+from pylora.adapters.plan import Plan, PlanEntry, resolve
 from pylora.errors import FileFormatError, PlanError, UnsupportedError
 from pylora.files.bounded import read_text
 from pylora.files.whole import atomic_dir, atomic_write
 from pylora.formats.base import narrow, widen
 from pylora.formats.safetensors import SafeTensors, save
+from pylora.model import families
 from pylora.model.config import ModuleSpec
 from pylora.types import LoRA
 
@@ -41,12 +42,20 @@ _DTYPES = ("f32", "f16", "bf16", "f64")
 _NAMED = re.compile(r"\.(lora_(?:embedding_)?[AB])\.([^.]+)(\.weight|\.bias)?$")
 
 
+# An adapter of the language model inside a multimodal one: what the whole model calls its part.
+_TEXT_PART = re.compile(r"^(base_model\.model\.|)(?:model\.language_model|language_model\.model)\.")
+
+
 def tensor_names(plan: Plan) -> dict[str, tuple[str, str, tuple[int, ...]]]:
     """key in the file -> (module path, field of LoRA, shape), for every tensor of the plan."""
     out: dict[str, tuple[str, str, tuple[int, ...]]] = {}
     for e in plan.entries:
         head = _PREFIX + e.path
-        if e.kind == "embedding":
+        if e.kind == "experts":
+            at = f"{_PREFIX}{_wrapped(e, plan)}"
+            out[f"{at}.lora_A.weight"] = e.path, "A", (e.r * e.experts, e.k)
+            out[f"{at}.lora_B.weight"] = e.path, "B", (e.d, e.r * e.experts)
+        elif e.kind == "embedding":
             out[f"{head}.lora_embedding_A"] = e.path, "A", (e.r, e.k)
             out[f"{head}.lora_embedding_B"] = e.path, "B", (e.d, e.r)
         else:
@@ -59,6 +68,14 @@ def tensor_names(plan: Plan) -> dict[str, tuple[str, str, tuple[int, ...]]]:
     for path, spec in plan.bias_only:
         out[f"{_PREFIX}{path}.bias"] = path, "base_bias", (spec.d,)
     return out
+
+
+def _wrapped(e: PlanEntry, plan: Plan) -> str:
+    """Where PEFT keeps the adapter of a parameter: at the module that has it; of several of the
+    same module each wraps the ones before, so that they are deeper."""
+    module = e.path.rpartition(".")[0]
+    beside = [p.path for p in plan.entries if p.path.rpartition(".")[0] == module]
+    return module + ".base_layer" * (len(beside) - 1 - beside.index(e.path))
 
 
 def assemble(config: LoraConfig, plan: Plan, arrays: Mapping[str, Array]) -> dict[str, LoRA]:
@@ -195,8 +212,11 @@ def _match(
     adapted = {e.path for e in plan.entries}
     source: dict[str, str] = {}
     extra: list[str] = []
+    has_parts = any(_TEXT_PART.match(path) for path in adapted)  # then their names are meant
     for stored in file.tensors:
         key = _plain(stored, file)
+        if not has_parts:
+            key = _TEXT_PART.sub(r"\1model.", key)
         alias = _PREFIX + key[len(_PREFIX) : -len(".bias")] + ".base_layer.bias"
         if key in wanted:
             name = key
@@ -293,13 +313,17 @@ def _check_copy(file: SafeTensors, key: str, path: str, base: Load | None) -> No
 
 
 def base_weight(base: Load, path: str) -> Array:
-    """The weight of a module; that of the embedding for an lm_head that is tied to it."""
+    """The weight of a module; that of the embedding for an output layer that is tied to it."""
     try:
         return base(f"{path}.weight")
     except (KeyError, FileFormatError):
-        if path != "lm_head":
-            raise
-        return base("model.embed_tokens.weight")
+        names = [family.names for family in families.ALL.values()]
+        for embedding in dict.fromkeys(n.embedding for n in names if n.head == path):
+            try:
+                return base(f"{embedding}.weight")
+            except (KeyError, FileFormatError):
+                continue
+        raise
 
 
 def _some(names: Iterable[str]) -> str:

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pylora.adapters.loraconfig import LoraConfig
 from pylora.adapters.patterns import compiled
 from pylora.errors import PlanError, UnsupportedError, expect
+from pylora.model import families
 from pylora.model.config import ModuleSpec
 
 ALL_LINEAR = "all-linear"
-_OUTPUT_LAYER = "lm_head"
+_OUTPUT_LAYERS = frozenset(family.names.head for family in families.ALL.values())
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class PlanEntry:
     """One adapted module: A is [r, k], B is [d, r], the update is scale * B A."""
 
     path: str
-    kind: str  # "linear" or "embedding"
+    kind: str  # "linear", "embedding" or "experts"
     d: int
     k: int
     r: int
@@ -39,6 +40,7 @@ class PlanEntry:
     rule_scale: str
     lora_bias: bool = False  # B has a bias
     base_bias: bool = False  # the adapter replaces the module's own bias
+    experts: int = 1  # A has a block of r rows for each, B r columns
 
     def __repr__(self) -> str:
         kind = "" if self.kind == "linear" else f" {self.kind}"
@@ -50,7 +52,9 @@ class PlanEntry:
     @property
     def parameters(self) -> int:
         """How many numbers the adapter trains in this module."""
-        return self.r * (self.d + self.k) + self.d * (self.lora_bias + self.base_bias)
+        return self.experts * self.r * (self.d + self.k) + self.d * (
+            self.lora_bias + self.base_bias
+        )
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,8 @@ def resolve(config: LoraConfig, modules: Mapping[str, ModuleSpec]) -> Plan:
     """The plan of `config` for a model with these modules (`LlamaConfig.modules()`).
 
     Raises PlanError, naming it, for whatever matches no module, and UnsupportedError for
-    modules_to_save and for lora_bias on an embedding.
+    modules_to_save, for lora_bias on an embedding, and for fan_in_fan_out on a module that is not
+    stored transposed. Where one is, the flag is PEFT's business: it says how PEFT merges.
     """
     expect("LoRA settings", config, "resolve(config, modules)")
     expect("modules", modules, "resolve(config, modules)")
@@ -100,8 +105,17 @@ def resolve(config: LoraConfig, modules: Mapping[str, ModuleSpec]) -> Plan:
             f"modules_to_save = {list(config.modules_to_save)}: training or loading whole modules "
             "beside the adapter is not supported; target them with LoRA instead"
         )
-    _check_names(config, modules)
-    chosen = {path: rule for path in modules if (rule := _target_rule(config, path, modules))}
+    whole = modules
+    held = {path: spec for path, spec in modules.items() if spec.kind == "experts"}
+    modules = {path: spec for path, spec in modules.items() if path not in held}
+    parameters = _parameters(config, held)
+    if config.target_modules or not parameters:
+        _check_names(config, modules)
+        chosen = {path: rule for path in modules if (rule := _target_rule(config, path, modules))}
+    else:
+        chosen = {}
+    chosen |= parameters
+    modules |= held
     if not chosen:
         raise PlanError(
             f"no module is left to adapt: target_modules = {_show(config.target_modules)}, "
@@ -115,11 +129,34 @@ def resolve(config: LoraConfig, modules: Mapping[str, ModuleSpec]) -> Plan:
                     f"{name} key {key!r} matches none of the {len(chosen)} target modules"
                     f"{_hint(key, chosen)}"
                 )
+    straight = [p for p in chosen if modules[p].kind == "linear" and not modules[p].transposed]
+    if config.fan_in_fan_out and straight:
+        raise UnsupportedError(
+            "fan_in_fan_out = true is for layers that store W as [in, out] (GPT-2's Conv1D); "
+            f"{straight[0]} stores [out, in]: set it to false"
+        )
     entries = tuple(_entry(config, path, modules[path], rule) for path, rule in chosen.items())
     others: tuple[tuple[str, ModuleSpec], ...] = ()
     if config.bias == "all":
         others = tuple((p, s) for p, s in modules.items() if s.bias and p not in chosen)
+    order = {path: i for i, path in enumerate(whole)}
+    entries = tuple(sorted(entries, key=lambda e: order[e.path]))
     return Plan(entries, others)
+
+
+def _parameters(config: LoraConfig, held: Mapping[str, ModuleSpec]) -> dict[str, str]:
+    """Path -> rule of the experts' parameters that target_parameters names, by their whole paths
+    or the ends of them. PlanError for a name that matches none."""
+    chosen: dict[str, str] = {}
+    for name in config.target_parameters or ():
+        found = [path for path in held if _is_or_ends(path, name)]
+        if not found:
+            there = ", ".join(sorted({p.rpartition(".")[2] for p in held})) or "none"
+            raise PlanError(
+                f"target_parameters: {name!r} matches no parameter of experts; there are {there}"
+            )
+        chosen |= {path: f"target_parameters {name!r}" for path in found if path not in chosen}
+    return chosen
 
 
 def named_targets(config: LoraConfig, plan: Plan) -> LoraConfig:
@@ -156,6 +193,7 @@ def _entry(config: LoraConfig, path: str, spec: ModuleSpec, rule: str) -> PlanEn
         rule_scale,
         lora_bias=config.lora_bias,
         base_bias=spec.bias and config.bias != "none",
+        experts=spec.experts,
     )
 
 
@@ -169,7 +207,7 @@ def _target_rule(config: LoraConfig, path: str, modules: Mapping[str, ModuleSpec
         return None
     if isinstance(target, str):
         if target.lower() == ALL_LINEAR:
-            linear = modules[path].kind == "linear" and path != _OUTPUT_LAYER
+            linear = modules[path].kind == "linear" and path not in _OUTPUT_LAYERS
             return f"target_modules {target!r}" if linear else None
         return f"target_modules {target!r}" if _full(target, path, "target_modules") else None
     names = target or ()

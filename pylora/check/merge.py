@@ -21,6 +21,7 @@ from pylora.check.sample import Batch, Part
 from pylora.conformance.bounds.ops import gamma, unit
 from pylora.formats import Checkpoint, widen
 from pylora.merging.weight import digest, merge_weight, unmerge_weight
+from pylora.model.expert_lora import ExpertParameter
 from pylora.model.linear import LoRALinear
 from pylora.model.llama import Llama
 from pylora.types import LoRA
@@ -100,7 +101,9 @@ def weights(
         if path is not None:
             units.append(unit(dtype))
             embedding |= e.kind == "embedding"
-            llama.modules[path].W = llama.ops.pack(widen(merged, dtype), llama.precision)
+            module = llama.modules[path]
+            assert not isinstance(module, ExpertParameter)
+            module.W = llama.ops.pack(widen(merged, dtype), llama.precision)
     yield _size(adapter, modules)
     text = f"|W' - (W + scale B A)| over one rounding, {len(modules)} modules, worst {where}"
     yield Finding.of("merge", worst, 1, text)
@@ -118,8 +121,9 @@ def weights(
 
 def _stored(checkpoint: Checkpoint, path: str) -> tuple[np.ndarray, str]:
     """A weight as `pylora merge` takes it: as stored; float32 from a GGUF file."""
-    tied = path == "lm_head" and checkpoint.config.tie_word_embeddings
-    name = "model.embed_tokens.weight" if tied else f"{path}.weight"
+    names = checkpoint.config.names
+    tied = path == names.head and checkpoint.config.tie_word_embeddings
+    name = f"{names.embedding if tied else path}.weight"
     if checkpoint.path.is_dir() and checkpoint.dtype(name) in _HALF_SUBNORMAL:
         return checkpoint.raw(name)
     return checkpoint.load(name), "f32"

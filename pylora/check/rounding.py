@@ -199,6 +199,40 @@ class Rounded(Exact):
     ) -> tuple[Array, Array]:
         return super().swiglu_backward(self._off(dy, EXP + 4), self._off(gate, EXP), up)
 
+    def layer_norm_forward(
+        self, x: Array, w: Array, b: Array | None, eps: float, dtype: Any = None
+    ) -> tuple[Array, Array]:
+        y, rstd = super().layer_norm_forward(self._off(x, 1), w, b, eps)  # the mean taken away
+        off = self._off(np.ones_like(rstd), np.sqrt(x.shape[1] / 3) / 2 + 3)
+        bias = 0 if b is None else b
+        return self._off((y - bias) * off[:, None], 3) + self._off(np.zeros_like(y) + bias, 1), rstd
+
+    def layer_norm_backward(
+        self, dy: Array, x: Array, w: Array, rstd: Array, add: Array | None = None
+    ) -> Array:
+        g = dy * w
+        size = 3 * abs(g) + abs(g).mean(axis=1, keepdims=True) * np.sqrt(x.shape[1])
+        dx = super().layer_norm_backward(dy, x, w, rstd, add)
+        return self._noise(self._off(dx, 1), rstd[:, None] * size)
+
+    def activation_forward(self, x: Array, up: Array | None, kind: str, dtype: Any = None) -> Array:
+        if kind == "silu" and up is not None:
+            return self.swiglu_forward(x, up)
+        return self._off(super().activation_forward(self._off(x, 3), up, kind), EXP + 4)
+
+    def activation_backward(
+        self, dy: Array, x: Array, up: Array | None, kind: str, dtype: Any = None
+    ) -> tuple[Array, Array | None]:
+        dy, x = self._off(dy, EXP + 4), self._off(x, EXP)
+        return super().activation_backward(dy, x, up, kind)
+
+    def soft_cap_forward(self, x: Array, multiplier: float, cap: float) -> Array:
+        y = super().soft_cap_forward(self._off(x, 3), multiplier, cap)
+        return y if multiplier == 1 and not cap else self._off(y, EXP + 2)
+
+    def soft_cap_backward(self, dy: Array, y: Array, multiplier: float, cap: float) -> Array:
+        return super().soft_cap_backward(self._off(dy, 4), y, multiplier, cap)
+
     def embedding_forward(self, ids: Array, W: Array) -> Array:
         y = super().embedding_forward(ids, W)
         return self._off(y, self._stored / _U) if self._embedding else y

@@ -92,8 +92,10 @@ def counted(batch: Batch) -> int:
 
 
 def default_adapter(config: LlamaConfig, seed: int) -> Adapter:
-    """r = 8 on q, k, v and o, with A and B random: a delta of a few percent of each weight."""
-    targets = ("q_proj", "k_proj", "v_proj", "o_proj")
+    """r = 8 on the attention's projections, with A and B random: a delta of a few percent of each
+    weight."""
+    roles = config.features.attention_modules
+    targets = tuple(getattr(config.names, role).rpartition(".")[2] for role in roles)
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=targets, init_lora_weights=False)
     adapter = Adapter.init(resolve(lora, config.modules()), lora, seed)
     for module in adapter.values():
@@ -142,7 +144,7 @@ class Part:
     def own(self, path: str) -> str | None:
         """The part's name for a module of the model; None if it is below the part."""
         words = path.split(".")
-        below = words[1] == "layers" and int(words[2]) < self.first if len(words) > 2 else False
+        below = _in_layer(words) and int(words[2]) < self.first
         return None if below else _renumber(path, -self.first)
 
 
@@ -154,9 +156,14 @@ def _as_float64(lora: LoRA) -> LoRA:
     return dataclasses.replace(lora, scale=float(np.float32(lora.scale)), **wide)
 
 
+def _in_layer(words: list[str]) -> bool:
+    """Whether the third word of a path is a layer's number: model.layers.3, transformer.h.3."""
+    return len(words) > 2 and words[1] in ("layers", "h") and words[2].isdecimal()
+
+
 def _renumber(path: str, by: int) -> str:
     words = path.split(".")
-    if len(words) > 2 and words[1] == "layers":
+    if _in_layer(words):
         words[2] = str(int(words[2]) + by)
     return ".".join(words)
 
@@ -165,11 +172,7 @@ def part_of(checkpoint: Checkpoint, adapter: Adapter, memory: float) -> Part | N
     """The largest part that fits into `memory` bytes in float64 and has an adapter, or None."""
     config = checkpoint.config
     for first in range(config.num_hidden_layers):
-        small = dataclasses.replace(
-            config,
-            num_hidden_layers=config.num_hidden_layers - first,
-            max_window_layers=max(0, config.max_window_layers - first),
-        )
+        small = config.top(first)
         if bytes_needed(small, whole=first == 0) > _USABLE * memory:
             continue
         part = Part(small, first, _loader(checkpoint, first), {})

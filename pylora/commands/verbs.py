@@ -9,7 +9,7 @@ from pylora.commands import generate  # isort: skip
 from pylora.commands import chat  # isort: skip
 from pylora.commands import merge  # isort: skip
 from pylora.commands import plan  # isort: skip
-from pylora.commands import look
+from pylora.commands import families, look
 from pylora.commands.app import app
 
-__all__ = ["app", "chat", "generate", "look", "merge", "plan", "train"]
+__all__ = ["app", "chat", "families", "generate", "look", "merge", "plan", "train"]

@@ -1,8 +1,9 @@
-"""GGUF checkpoints of Llama-type models, as Hugging Face names and layout, dequantized on load.
+"""GGUF checkpoints, as Hugging Face names and layout, dequantized on load.
 
-Two things differ from a Hugging Face file and are undone here:
-llama.cpp's converter interleaves the rows of q_proj and k_proj of the architecture "llama" (for
-the other rotary layout), and the configuration is in the metadata (gguf_config.py).
+What differs from a Hugging Face file is undone here: llama.cpp's converter interleaves the rows of
+q and k of some architectures (for the other rotary layout), adds 1 to the norms of those that
+multiply by 1 + their weight, and stacks the experts of a layer; the configuration is in the
+metadata (gguf_config.py). What holds of which family is in its page (model/families/).
 """
 
 from __future__ import annotations
@@ -19,36 +20,49 @@ from pylora.extras import need
 from pylora.formats.base import Array, Checkpoint, Shape, check_tensors, read_config, widen
 from pylora.formats.ggml import BY_NAME
 from pylora.formats.ggml_decode import DECODERS
-from pylora.formats.gguf_config import ROPE_FACTORS, hf_config
+from pylora.formats.gguf_config import NO_WEIGHTS, hf_config
 from pylora.formats.gguf_header import GGUFHeader
 from pylora.formats.gguf_split import read_gguf
+from pylora.model import families
+from pylora.model.config import LlamaConfig
 from pylora.numbers.precision import Stored
 from pylora.numbers.quantize import BLOCK_BYTES
 
 if TYPE_CHECKING:
     from pylora.text.tokenizer import Tokenizer
 
-_PERMUTED = ("llama",)  # architectures whose q and k rows the converter interleaves
 _CHUNK = 1 << 22  # bytes of float32 dequantized at a time, so that temporaries stay small
 
+# GGUF's stems -> roles (families.family.Names).
 _TOP = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
+    "token_embd": "embedding",
+    "position_embd": "positions",
+    "output_norm": "norm",
+    "output": "head",
 }
 _BLOCK = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_norm",
+    "attn_qkv": "qkv",
+    "attn_q": "q",
+    "attn_k": "k",
+    "attn_v": "v",
+    "attn_output": "o",
+    "attn_q_norm": "q_norm",
+    "attn_k_norm": "k_norm",
+    "post_attention_norm": "after_attention",
+    "ffn_norm": "mid_norm",
+    "ffn_gate": "gate",
+    "ffn_up": "up",
+    "ffn_down": "down",
+    "ffn_gate_inp": "router",
+    "post_ffw_norm": "after_mlp",
 }
+_EXPERTS = {
+    "ffn_gate_exps": "expert_gate",
+    "ffn_up_exps": "expert_up",
+    "ffn_down_exps": "expert_down",
+}
+_NORMS = ("input_norm", "mid_norm", "after_attention", "after_mlp", "q_norm", "k_norm")
 
 
 class GGUFCheckpoint(Checkpoint):
@@ -59,19 +73,52 @@ class GGUFCheckpoint(Checkpoint):
         header = read_gguf(path)
         self._header: GGUFHeader | None = header
         self.config = read_config(path, hf_config(header))
-        self._stored: dict[str, str] = {}
+        # Hugging Face's name -> the file's, and which of the stacked experts it is.
+        self._stored: dict[str, tuple[str, int | None]] = {}
         for name in header.tensors:
-            if (hf := hf_name(name)) is None:
+            if self._add_experts(name):
+                continue
+            if (hf := hf_name(name, self.config)) is None:
                 raise UnsupportedError(f"{path}: no meaning is known for the tensor {name[:200]!r}")
             if hf:
-                self._stored[hf] = name
-        shapes = {hf: header.tensors[name].shape for hf, name in self._stored.items()}
+                self._stored[hf] = name, None
+        shapes = {hf: self.shape(hf) for hf in self._stored}
         self._names = check_tensors(path, self.config, shapes)
         for name in header.tensors:
             tensor = header.tensors[name]
             if len(tensor.shape) == 1 and tensor.kind not in ("F32", "F16", "BF16"):
                 raise UnsupportedError(f"{path}: tensor {name!r} is a vector of type {tensor.kind}")
-        self._permuted = header.metadata["general.architecture"] in _PERMUTED
+        family = self.config.family
+        self._permuted = family.gguf is not None and family.gguf.permuted
+        names = self.config.names
+        ends = tuple(f".{getattr(names, role)}.weight" for role in _NORMS)
+        self._above_one = ends if family.unit_offset else ()
+        self._last_norm = f"{names.norm}.weight" if family.unit_offset else ""
+
+    def _add_experts(self, name: str) -> bool:
+        """Takes a tensor that is the stack of a layer's experts apart."""
+        match = re.fullmatch(r"blk\.(0|[1-9]\d{0,4})\.(ffn_[a-z]+_exps)\.weight", name)
+        if match is None or match[2] not in _EXPERTS:
+            return False
+        shape, names, count = (
+            self._open().tensors[name].shape,
+            self.config.names,
+            self.config.experts,
+        )
+        if not count:
+            raise UnsupportedError(
+                f"{self.path}: no meaning is known for the tensor {name[:200]!r}: the metadata "
+                "name no experts"
+            )
+        if len(shape) != 3 or shape[0] != count:
+            raise FileFormatError(
+                f"{self.path}: tensor {name!r} has shape {shape}, but the configuration says "
+                f"{count} experts"
+            )
+        at = f"{names.layer}.{match[1]}.{names.experts}"
+        for e in range(count):
+            self._stored[f"{at}.{e}.{getattr(names, _EXPERTS[match[2]])}.weight"] = name, e
+        return True
 
     def _open(self) -> GGUFHeader:
         if self._header is None:
@@ -81,17 +128,19 @@ class GGUFCheckpoint(Checkpoint):
     def names(self) -> tuple[str, ...]:
         return self._names
 
-    def _find(self, name: str) -> str:
+    def _find(self, name: str) -> tuple[str, int | None]:
         try:
             return self._stored[name]
         except KeyError:
             raise FileFormatError(f"{self.path}: there is no tensor {name!r}") from None
 
     def shape(self, name: str) -> Shape:
-        return self._open().tensors[self._find(name)].shape
+        there, expert = self._find(name)
+        shape = self._open().tensors[there].shape
+        return shape if expert is None else shape[1:]
 
     def dtype(self, name: str) -> str:
-        return self._open().tensors[self._find(name)].kind.lower()
+        return self._open().tensors[self._find(name)[0]].kind.lower()
 
     def load(self, name: str) -> Array:
         kind = self.dtype(name)
@@ -107,7 +156,14 @@ class GGUFCheckpoint(Checkpoint):
             raise UnsupportedError(
                 f"{self.path}: tensor {name!r} is quantized ({kind}); it can only be loaded as f32"
             )
-        return self._rows(name).view(dtype).reshape(self.shape(name)), kind
+        array = self._rows(name).view(dtype).reshape(self.shape(name))
+        if self._holds_one(name) and kind == "f32":
+            array = array - np.float32(1)
+        return array, kind
+
+    def _holds_one(self, name: str) -> bool:
+        """Whether this is a norm that the converter added 1 to."""
+        return bool(self._above_one) and (name.endswith(self._above_one) or name == self._last_norm)
 
     def stored(self, name: str) -> Stored | None:
         """Blocks lie along a row, so the converter's order of rows is undone without decoding."""
@@ -132,13 +188,18 @@ class GGUFCheckpoint(Checkpoint):
 
     def _rows(self, name: str) -> Array:
         """The stored bytes, one row of uint8 per row of the tensor, in Hugging Face's row order."""
-        header = self._open()
-        rows = header.rows(self._find(name))
-        if self._permuted and ".self_attn." in name:
-            heads = {
-                "q_proj": self.config.num_attention_heads,
-                "k_proj": self.config.num_key_value_heads,
-            }.get(name.split(".")[-2])
+        header, (there, expert) = self._open(), self._find(name)
+        rows = header.rows(there)
+        if expert is not None:
+            each = rows.shape[0] // self.config.experts
+            rows = rows[expert * each : (expert + 1) * each]
+        if self._permuted:
+            names, heads = self.config.names, 0
+            for role, n in (
+                (names.q, self.config.num_attention_heads),
+                (names.k, self.config.num_key_value_heads),
+            ):
+                heads = n if name.rpartition(".")[0].endswith(f".{role}") else heads
             if heads:
                 if name.endswith(".bias"):  # one row of many numbers: unquantized, as checked
                     rows = rows.reshape(self.shape(name)[0], -1)
@@ -190,14 +251,20 @@ def _by_gguf(name: str, where: str) -> Callable[[Array], Array]:
     return lambda blocks: np.asarray(quants.dequantize(blocks, qtype), np.float32)
 
 
-def hf_name(name: str) -> str | None:
-    """The Hugging Face name of a GGUF tensor; "" if it carries no weights; None if unknown."""
-    if name == ROPE_FACTORS or re.fullmatch(r"blk\.\d{1,5}\.attn_rot_embd", name):
+def hf_name(name: str, config: LlamaConfig | None = None) -> str | None:
+    """The Hugging Face name of a GGUF tensor in a model of `config`, or in one with Llama's names;
+    "" if it carries no weights; None if unknown."""
+    if name in NO_WEIGHTS or re.fullmatch(r"blk\.\d{1,5}\.attn_rot_embd", name):
         return ""
     match = re.fullmatch(r"(?:blk\.(0|[1-9]\d{0,4})\.)?([a-z_]+)\.(weight|bias)", name)
     if match is None:
         return None
     layer, stem, ending = match.groups()
-    if layer is None:
-        return f"{_TOP[stem]}.{ending}" if stem in _TOP else None
-    return f"model.layers.{layer}.{_BLOCK[stem]}.{ending}" if stem in _BLOCK else None
+    family = families.of("llama") if config is None else config.family
+    own = family.gguf.stems if family.gguf is not None else {}
+    role = own.get(stem) or (_TOP if layer is None else _BLOCK).get(stem)
+    if role == "up" and config is not None and config.fused_gate_up:
+        role = "gate_up"
+    if role is None or not (path := getattr(family.names, role)):
+        return None
+    return f"{path}.{ending}" if layer is None else f"{family.names.layer}.{layer}.{path}.{ending}"

@@ -16,6 +16,7 @@ import numpy as np
 from pylora.errors import FileFormatError, UnsupportedError
 from pylora.files.bounded import read_json
 from pylora.formats.base import Array, Checkpoint, Shape, check_tensors, read_config, widen
+from pylora.formats.hfnames import own_names, text_settings, transposed
 from pylora.formats.safetensors import SafeTensors
 from pylora.model.config import LlamaConfig
 
@@ -26,7 +27,6 @@ WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_CONFIG = 4 << 20  # bytes
 MAX_INDEX = 64 << 20
 _FLOATS = ("f32", "f16", "bf16")
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 class HuggingFaceCheckpoint(Checkpoint):
@@ -38,24 +38,31 @@ class HuggingFaceCheckpoint(Checkpoint):
         self._settings = read_json(file, limit=MAX_CONFIG)
         _refuse_mlx(path, self._settings)
         self.config = read_config(file, self._settings)
-        self._files, notes = _open_files(path, self.config)
+        names = self.config.names
+        self._head, self._embedding = f"{names.head}.weight", f"{names.embedding}.weight"
+        stored, notes = _open_files(path, self.config)
+        # By the name that the model has for a tensor: the file, and the name there.
+        own, others = own_names(self.config, stored)
+        self._files = {name: stored[there] for name, there in own.items()}
+        self._stored = own
+        if others:
+            notes += (
+                f"{path} is a multimodal model: its language model is read, and {len(others)} "
+                f"tensors of other parts, such as {others[0][:100]!r}, are not",
+            )
         if (path / "adapter_config.json").is_file():
             notes += (
                 f"{path} holds an adapter beside the model (adapter_config.json), which is not "
                 "used unless it is named as the adapter",
             )
         self.notes = notes
-        shapes = {
-            name: file.shape(name)
-            for name, file in self._files.items()
-            if not name.endswith(".rotary_emb.inv_freq")
-        }
-        if self.config.tie_word_embeddings and _HEAD in shapes:
+        shapes = {name: self.shape(name) for name in self._files}
+        if self.config.tie_word_embeddings and self._head in shapes:
             self._check_tied()
-            del shapes[_HEAD]
+            del shapes[self._head]
         self._names = check_tensors(path, self.config, shapes)
         for name in self._names:
-            if (dtype := self._files[name].dtype(name)) not in _FLOATS:
+            if (dtype := self.dtype(name)) not in _FLOATS:
                 raise UnsupportedError(
                     f"{self._files[name].path}: tensor {name!r} is {dtype.upper()}; "
                     "only F32, F16 and BF16 weights are supported"
@@ -63,21 +70,19 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     def _check_tied(self) -> None:
         """A stored copy of a tied output projection may be left out only if it is the embedding."""
-        head, embedding = self._files[_HEAD], self._files.get(_EMBEDDING)
-        if embedding is None:
-            raise FileFormatError(f"{self.path}: there is no tensor {_EMBEDDING!r}")
-        same = head.dtype(_HEAD) == embedding.dtype(_EMBEDDING)
-        if not same or not np.array_equal(
-            _bits(head.view(_HEAD)), _bits(embedding.view(_EMBEDDING))
-        ):
+        head, embedding = self._head, self._embedding
+        if embedding not in self._files:
+            raise FileFormatError(f"{self.path}: there is no tensor {embedding!r}")
+        same = self.dtype(head) == self.dtype(embedding)
+        if not same or not np.array_equal(_bits(self._view(head)), _bits(self._view(embedding))):
             raise FileFormatError(
-                f"{self.path}: config.json says tie_word_embeddings, but {_HEAD!r} is stored and "
-                f"differs from {_EMBEDDING!r}; one of the two is wrong"
+                f"{self.path}: config.json says tie_word_embeddings, but {head!r} is stored and "
+                f"differs from {embedding!r}; one of the two is wrong"
             )
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        return self._settings
+        return text_settings(self.config, self._settings)
 
     def names(self) -> tuple[str, ...]:
         return self._names
@@ -87,18 +92,24 @@ class HuggingFaceCheckpoint(Checkpoint):
             raise FileFormatError(f"{self.path}: there is no tensor {name!r}")
         return self._files[name]
 
+    def _view(self, name: str) -> Array:
+        return self._file(name).view(self._stored[name])
+
     def shape(self, name: str) -> Shape:
-        return self._file(name).shape(name)
+        shape = self._file(name).shape(self._stored[name])
+        return shape[::-1] if transposed(self.config, name) else shape
 
     def dtype(self, name: str) -> str:
-        return self._file(name).dtype(name)
+        return self._file(name).dtype(self._stored[name])
 
     def load(self, name: str) -> Array:
         return widen(*self.raw(name))
 
     def raw(self, name: str) -> tuple[Array, str]:
-        file = self._file(name)
-        return file.view(name), file.dtype(name)
+        array = self._view(name)
+        if transposed(self.config, name):
+            array = np.ascontiguousarray(array.T)
+        return array, self.dtype(name)
 
     def tokenizer(self) -> Tokenizer:
         from pylora.text.tokenizer import tokenizer_from_directory
@@ -136,12 +147,11 @@ def _open_files(
     if not (whole.is_file() and index.is_file()):
         return _one_form(directory), ()
     file = SafeTensors(whole)
-    optional = {_HEAD} if config.tie_word_embeddings else set()
-    missing = [
-        name for name in config.tensors() if name not in file.tensors and name not in optional
-    ]
     table = read_json(index, limit=MAX_INDEX).get("weight_map")
-    lacks = [n for n in config.tensors() if n not in (table or {}) and n not in optional]
+    listed = table if isinstance(table, dict) else {}
+    here, there = (own_names(config, map(str, names))[0] for names in (file.tensors, listed))
+    missing = [name for name in config.tensors() if name not in here]
+    lacks = [name for name in config.tensors() if name not in there]
     if missing and not lacks:
         note = f"{whole} was passed over: it lacks {len(missing)} tensors that {INDEX} lists"
         return _sharded(directory), (note,)

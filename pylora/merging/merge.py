@@ -24,11 +24,13 @@ from pylora.errors import ConfigError, UnsupportedError, expect
 from pylora.files.whole import atomic_dir
 from pylora.formats import Checkpoint, narrow, open_checkpoint, widen
 from pylora.formats.hfdir import Spec, check_output, write_config, write_tokenizer, write_weights
+from pylora.formats.hfnames import as_stored
 from pylora.formats.safetensors import Bf16
 from pylora.merging.residue import FILE, Digests, Record
 from pylora.merging.unmerge import UnmergeReport, unmerge_checkpoint
 from pylora.merging.weight import digest, max_delta, merge_weight, unmerge_weight
 from pylora.model.config import LlamaConfig
+from pylora.model.expert_lora import parts_of
 from pylora.ops.protocol import Backend
 from pylora.types import LoRA, brief
 
@@ -46,7 +48,6 @@ __all__ = [
 Array = np.ndarray[Any, Any]
 
 _FLOATS = ("f32", "f16", "bf16")
-_EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 
 
 @dataclass(frozen=True)
@@ -140,10 +141,10 @@ def merge_adapter(
     merge = _Merge(checkpoint, adapter, dtype, backends.get(backend))
     with atomic_dir(target) as beside:
         write_config(beside, merge.config, merge.specs, checkpoint.settings)
-        size = write_weights(beside, merge.specs, merge.tensor)
+        size = write_weights(beside, *as_stored(merge.config, merge.specs, merge.tensor))
         merge.record.write(beside)
         said = write_tokenizer(beside, checkpoint, tokenizer)
-    order = list(adapter)
+    order = list(merge.parts)
     modules = tuple(sorted(merge.modules, key=lambda m: order.index(m.path)))
     kept = sum(m.bytes for m in modules)
     return MergeReport(target, modules, size, kept, said, checkpoint.notes)
@@ -158,7 +159,17 @@ class _Merge:
         self.checkpoint, self.adapter, self.dtype, self.ops = checkpoint, adapter, dtype, ops
         base = checkpoint.config
         self.kinds = {e.path: e.kind for e in adapter.plan.entries}
-        untie = base.tie_word_embeddings and (_EMBEDDING in adapter or _HEAD in adapter)
+        # By the paths that weights have: those of experts lie in files one by one.
+        self.parts: dict[str, LoRA] = {}
+        for path, lora in adapter.items():
+            if self.kinds.get(path) == "experts":
+                own = parts_of(base, path, lora)
+                self.parts |= own
+                self.kinds |= dict.fromkeys(own, "linear")
+            else:
+                self.parts[path] = lora
+        embedding, head = base.names.embedding, base.names.head
+        untie = base.tie_word_embeddings and (embedding in adapter or head in adapter)
         self.config: LlamaConfig = dataclasses.replace(
             base, tie_word_embeddings=base.tie_word_embeddings and not untie
         )
@@ -175,8 +186,9 @@ class _Merge:
                 )
 
     def _source(self, name: str) -> str:
-        tied = self.checkpoint.config.tie_word_embeddings
-        return f"{_EMBEDDING}.weight" if tied and name == f"{_HEAD}.weight" else name
+        config = self.checkpoint.config
+        tied = config.tie_word_embeddings and name == f"{config.names.head}.weight"
+        return f"{config.names.embedding}.weight" if tied else name
 
     def _stored_dtype(self, name: str) -> str:
         if self.dtype is not None:
@@ -207,7 +219,7 @@ class _Merge:
     def tensor(self, name: str) -> Array:
         """The merged tensor of this name; its digests and residue go into the record."""
         path, _, part = name.rpartition(".")
-        W, dtype, lora = self.base(name), self.specs[name][1], self.adapter.get(path)
+        W, dtype, lora = self.base(name), self.specs[name][1], self.parts.get(path)
         merged = W
         if lora is not None and part == "bias":
             merged = self._bias(name, W, lora, dtype)

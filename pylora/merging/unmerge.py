@@ -20,8 +20,10 @@ from pylora.errors import FileFormatError, expect
 from pylora.files.whole import atomic_dir
 from pylora.formats import Checkpoint, open_checkpoint
 from pylora.formats.hfdir import Spec, check_output, write_config, write_tokenizer, write_weights
+from pylora.formats.hfnames import as_stored
 from pylora.merging.residue import Reader
 from pylora.merging.weight import digest, unmerge_weight
+from pylora.model.tensors import ModuleSpec
 from pylora.ops.protocol import Backend
 from pylora.types import brief
 
@@ -67,7 +69,7 @@ def unmerge_checkpoint(
         restore = _restorer(reader, checkpoint, ops)
         with atomic_dir(target) as beside:
             write_config(beside, config, specs, checkpoint.settings)
-            write_weights(beside, specs, restore)
+            write_weights(beside, *as_stored(config, specs, restore))
             for name in checkpoint.names():  # an output layer that is tied again is checked too
                 if name not in specs:
                     restore(name)
@@ -75,9 +77,18 @@ def unmerge_checkpoint(
     return UnmergeReport(target, tuple(reader.record.dtypes), len(checkpoint.names()), said)
 
 
+def _modules(checkpoint: Checkpoint) -> dict[str, ModuleSpec]:
+    """The modules by the paths that weights have, the experts' one by one."""
+    modules, inside = checkpoint.config.modules(), f".{checkpoint.config.names.experts}."
+    for name, shape in checkpoint.config.tensors().items():
+        if inside in name and len(shape) == 2:
+            modules[name.removesuffix(".weight")] = ModuleSpec("linear", *shape)
+    return modules
+
+
 def _check_record(reader: Reader, checkpoint: Checkpoint) -> None:
     """Every tensor has its digests, and every merged module is one of the model."""
-    record, modules = reader.record, checkpoint.config.modules()
+    record, modules = reader.record, _modules(checkpoint)
     for name in checkpoint.names():
         if name not in record.digests:
             raise FileFormatError(f"{reader.path}: there is no digest of tensor {name!r}")
@@ -94,7 +105,7 @@ def _check_record(reader: Reader, checkpoint: Checkpoint) -> None:
 
 def _restorer(reader: Reader, checkpoint: Checkpoint, ops: Backend) -> Callable[[str], Array]:
     """A function from tensor name to the base model's tensor, verified."""
-    record, modules = reader.record, checkpoint.config.modules()
+    record, modules = reader.record, _modules(checkpoint)
 
     def restore(name: str) -> Array:
         path, _, part = name.rpartition(".")

@@ -13,16 +13,16 @@ import numpy as np
 
 from pylora.errors import DtypeError, PlanError
 from pylora.model.embedding import Embedding
+from pylora.model.expert_lora import ExpertParameter
 from pylora.model.linear import LoRALinear
 from pylora.ops.protocol import Backend
 from pylora.types import LoRA
 
+Module = LoRALinear | Embedding | ExpertParameter  # what an adapter may sit on
 ARRAYS = ("A", "B", "bias", "base_bias")  # of a LoRA
 
 
-def check_fits(
-    adapter: Mapping[str, LoRA], modules: Mapping[str, LoRALinear | Embedding], dtype: np.dtype
-) -> None:
+def check_fits(adapter: Mapping[str, LoRA], modules: Mapping[str, Module], dtype: np.dtype) -> None:
     """PlanError for a module that is not among `modules` or an array that does not fit its own;
     DtypeError for an array of another dtype than `dtype`."""
     unknown = [path for path in adapter if path not in modules]

@@ -1,8 +1,9 @@
 """Causal grouped-query attention with LoRA on any of its q, k, v and o projections.
 
-q, k and v are projected, normed per head where the model says so (Qwen3), rotated by position
-(RoPE), attended (softmax over the keys a query may see), and projected back. With a KV cache the
-keys and values of earlier tokens come from it; that way has no backward.
+q, k and v are projected (by three modules, or by one whose output is split), normed where the model
+says so (each head in Qwen3 and Gemma 3, the whole projection in OLMo 2), rotated by position (RoPE,
+where the layer has it), attended (softmax over the keys a query may see), and projected back. With
+a KV cache the keys and values of earlier tokens come from it; that way has no backward.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from pylora.model.linear import (
     projections_of,
 )
 from pylora.model.rope import Rope
-from pylora.model.weights import Weights, vector
+from pylora.model.weights import Weights, norm_of
+from pylora.ops.fused import join_qkv, split_qkv
 from pylora.ops.protocol import Backend
 from pylora.types import Array, Attn, Norm, Rotation, Seqs, brief
 
@@ -63,13 +65,13 @@ class AttentionCache:
     o: Array
     lse: Array
     seqs: Seqs
-    position: np.ndarray
-    projections: tuple[LinearCache, LinearCache, LinearCache, LinearCache]
+    rotation: Rotation | None
+    projections: tuple[LinearCache, ...]  # q, k and v, or their one; o
     rstd: Array | None  # [m], of the norm before
 
 
 class Attention:
-    """The attention of one layer of `config`; modules are named model.layers.N.self_attn.*_proj."""
+    """The attention of one layer of `config`; modules are named as the family names them."""
 
     def __init__(
         self,
@@ -83,32 +85,36 @@ class Attention:
     ) -> None:
         """`weights` gives each tensor by its Hugging Face name; each is packed and let go."""
         expect("model configuration", config, "Attention(config, layer, weights)")
-        path = f"model.layers.{layer}.self_attn"
-        self.path = path
-        self.ops, self.eps = ops, config.rms_norm_eps
+        names, at = config.names, f"{config.names.layer}.{layer}"
+        self.path = f"{at}.{names.o.rpartition('.')[0]}"
+        self.ops = ops
         self.dtype: Any = ops.activation_dtype(precision)  # of what only feeds products
 
-        def linear(name: str, biased: bool) -> LoRALinear:
-            p = f"{path}.{name}"
+        def linear(role: str, biased: bool) -> LoRALinear:
+            p = f"{at}.{getattr(names, role)}"
             bias = weights(f"{p}.bias") if biased else None
             return LoRALinear(p, weights(f"{p}.weight"), bias, ops=ops, precision=precision)
 
-        self.q_proj = linear("q_proj", config.attention_bias)
-        self.k_proj = linear("k_proj", config.attention_bias)
-        self.v_proj = linear("v_proj", config.attention_bias)
-        self.o_proj = linear("o_proj", config.attention_out_bias)
-        self.q_norm: Array | None = None
-        self.k_norm: Array | None = None
-        if config.qk_norm:
-            self.q_norm = vector(weights, f"{path}.q_norm.weight", ops)
-            self.k_norm = vector(weights, f"{path}.k_norm.weight", ops)
+        *inputs, _ = config.features.attention_modules
+        self.inputs = tuple(linear(role, config.attention_bias) for role in inputs)
+        self.o_proj = linear("o", config.attention_out_bias)
+        self.fused = config.fused_qkv
+        self.q_norm: Norm | None = None
+        self.k_norm: Norm | None = None
+        self.whole = config.qk_norm_whole  # the norms are of the whole projection
+        if config.qk_norm or config.qk_norm_whole:
+            self.q_norm = norm_of(config, weights, f"{at}.{names.q_norm}", ops, "rms")
+            self.k_norm = norm_of(config, weights, f"{at}.{names.k_norm}", ops, "rms")
+        scale = config.attention_scale
         self.shape = Attn(
             config.num_attention_heads,
             config.num_key_value_heads,
             config.head_dim,
-            config.head_dim**-0.5,
+            config.head_dim**-0.5 if scale is None else scale,
             config.window(layer),
+            config.attention_softcap,
         )
+        self.kind = config.rope_of(layer)  # which rotation; -1: none
         self.rope = rope if rope is not None else Rope(config, ops=ops)
 
     def __repr__(self) -> str:
@@ -119,46 +125,74 @@ class Attention:
         )
 
     @property
-    def linears(self) -> tuple[LoRALinear, LoRALinear, LoRALinear, LoRALinear]:
-        return self.q_proj, self.k_proj, self.v_proj, self.o_proj
+    def linears(self) -> tuple[LoRALinear, ...]:
+        return *self.inputs, self.o_proj
 
     @property
     def input_lora(self) -> bool:
         """Whether q, k or v has an adapter: then backward needs x."""
-        return any(p.lora is not None for p in self.linears[:3])
+        return any(p.lora is not None for p in self.inputs)
 
     @property
     def trainable(self) -> bool:
         return self.input_lora or self.o_proj.lora is not None
 
     def _turn(
-        self, x: Array, norm: Array | None, seqs: Seqs, position: np.ndarray
+        self, x: Array, norm: Norm | None, rotation: Rotation | None
     ) -> tuple[Array, Array | None]:
-        """Projected q or k, normed per head and rotated. Also the norm's rstd [m * heads]."""
+        """Projected q or k, normed and rotated; and the norm's rstd, one for each of `_rows`."""
         rstd, ops, D = None, self.ops, self.shape.head_dim
         if norm is not None:
-            heads, rstd = ops.rms_norm_forward(x.reshape(-1, D), norm, self.eps)
+            heads, rstd = ops.norm_forward(self._rows(x), norm)
             x = heads.reshape(x.shape)
-        cos, sin = self.rope.tables(int(seqs.k_len.max(initial=0)))
-        return ops.rope(x, cos, sin, position, D, dtype=self.dtype), rstd
+        if rotation is None:
+            return ops.cast(x, self.dtype), rstd
+        r = rotation
+        return ops.rope(x, r.cos, r.sin, r.position, D, r.layout, dtype=self.dtype), rstd
+
+    def _rows(self, x: Array) -> Array:
+        """q or k as rows that are normed each: of one head, or of all."""
+        return (
+            x if self.whole else self.ops.xp.ascontiguousarray(x).reshape(-1, self.shape.head_dim)
+        )
 
     def _turn_back(
         self,
         dx: Array,
         raw: Array,
         rstd: Array | None,
-        norm: Array | None,
-        seqs: Seqs,
-        position: np.ndarray,
+        norm: Norm | None,
+        rotation: Rotation | None,
     ) -> Array:
         """The backward of `_turn`; `raw` is its input, of which only a norm has need."""
-        ops, D = self.ops, self.shape.head_dim
-        cos, sin = self.rope.tables(int(seqs.k_len.max(initial=0)))
-        if norm is None:
-            return ops.rope(dx, cos, sin, position, D, inverse=True, dtype=self.dtype)
-        dx = ops.rope(dx, cos, sin, position, D, inverse=True)
-        heads, _ = ops.rms_norm_backward(dx.reshape(-1, D), raw.reshape(-1, D), norm, rstd)
+        ops, D, r = self.ops, self.shape.head_dim, rotation
+        dtype = self.dtype if norm is None else None
+        if r is not None:
+            dx = ops.rope(dx, r.cos, r.sin, r.position, D, r.layout, inverse=True, dtype=dtype)
+        if norm is None or rstd is None:
+            return dx
+        heads = ops.norm_backward(self._rows(dx), self._rows(raw), norm, rstd)
         return heads.reshape(dx.shape)
+
+    def _project(
+        self, x: Array, norm: Norm | None, rotation: Rotation | None, drop: DropKey | None
+    ) -> tuple[list[Array], list[LinearCache], Array | None, bool]:
+        """q, k and v of the normed x, the modules' caches, the norm's rstd, and whether q and k
+        are rotated already."""
+        if self.fused:
+            [p] = projections_of(self.inputs, x, drop=drop, dtypes=(None,))
+            rstd = None
+            if norm is not None:
+                x, rstd = self.ops.norm_forward(x, norm, self.dtype)
+            results = self.ops.linear_forward(x, [p])
+            q, k, v = split_qkv(results[0][0], self.fused, self.shape)
+            return [q, k, self.ops.cast(v, self.dtype)], caches_of([p], results), rstd, False
+        # q and k are rounded once they are rotated, so not here.
+        projections = projections_of(self.inputs, x, drop=drop, dtypes=(None, None, self.dtype))
+        early = rotation if self.q_norm is None else None  # nothing comes in between
+        results, rstd = self.ops.qkv_forward(x, projections, norm, early, self.dtype)
+        caches = caches_of(projections, results)
+        return [y for y, _ in results], caches, rstd, early is not None
 
     def forward(
         self,
@@ -169,29 +203,29 @@ class Attention:
         residual: Array | None = None,
         drop: DropKey | None = None,
         position: np.ndarray | None = None,
+        rotations: tuple[Rotation, ...] | None = None,
         past: Past | None = None,
     ) -> tuple[Array, AttentionCache]:
         """x [m, hidden] -> residual + attention(x) [m, hidden], and the cache for backward.
 
         With `norm` it is the attention of the normed x, and the cache's x has to be put there.
-        `position` [m] defaults to what `seqs` says. With `past` the new keys and values are stored
-        there and the keys that `seqs` names are read from there.
+        `position` [m] defaults to what `seqs` says, `rotations` to those of the positions. With
+        `past` the new keys and values are stored there and the keys that `seqs` names are read from
+        there.
         """
-        position = positions(seqs) if position is None else position
-        # q and k are rounded once they are rotated, so not here.
-        projections = projections_of(
-            self.linears[:3], x, drop=drop, dtypes=(None, None, self.dtype)
-        )
         rotation = None
-        if self.q_norm is None:  # nothing comes in between
-            tables = self.rope.tables(int(seqs.k_len.max(initial=0)))
-            rotation = Rotation(*tables, position, self.shape.head_dim)
-        results, rstd = self.ops.qkv_forward(x, projections, norm, rotation, self.dtype)
-        (q, _), (k, _), (v, _) = results
+        if self.kind >= 0:
+            if rotations is None:
+                position = positions(seqs) if position is None else position
+                rotations = self.rope.rotations(seqs, position)
+            rotation = rotations[self.kind]
+        (q, k, v), caches, rstd, turned = self._project(x, norm, rotation, drop)
         kept = q, k
-        if rotation is None:
-            q, _ = self._turn(q, self.q_norm, seqs, position)
-            k, _ = self._turn(k, self.k_norm, seqs, position)
+        if not turned:
+            q, _ = self._turn(q, self.q_norm, rotation)
+            k, _ = self._turn(k, self.k_norm, rotation)
+            if self.q_norm is None:
+                kept = q, k
         keys, values = k, v
         if past is not None:
             rows = self.ops.xp.asarray(past.rows)
@@ -201,15 +235,14 @@ class Attention:
         y, o_cache = self.o_proj.forward(o, residual=residual, drop=drop)
         o_cache.x = None  # o is kept below
         kept_x = x if self.input_lora and norm is None else None
-        q_cache, k_cache, v_cache = caches_of(projections, results)
-        caches = q_cache, k_cache, v_cache, o_cache
-        return y, AttentionCache(kept_x, *kept, v, o, lse, seqs, position, caches, rstd)
+        all_caches = (*caches, o_cache)
+        return y, AttentionCache(kept_x, *kept, v, o, lse, seqs, rotation, all_caches, rstd)
 
     def backward(
         self, dy: Array, cache: AttentionCache, grads: Grads, *, need_dx: bool = True
     ) -> Array | None:
         """dy [m, hidden] -> dx [m, hidden], without the residual; None unless `need_dx`."""
-        c, seqs, position = cache, cache.seqs, cache.position
+        c, seqs, rotation = cache, cache.seqs, cache.rotation
         *qkv_caches, o_cache = c.projections
         need_qkv = need_dx or self.input_lora
         o_cache.x = c.o
@@ -219,14 +252,15 @@ class Attention:
             return None
         q, k, q_rstd, k_rstd = c.q, c.k, None, None
         if self.q_norm is not None:
-            q, q_rstd = self._turn(c.q, self.q_norm, seqs, position)
-            k, k_rstd = self._turn(c.k, self.k_norm, seqs, position)
+            q, q_rstd = self._turn(c.q, self.q_norm, rotation)
+            k, k_rstd = self._turn(c.k, self.k_norm, rotation)
         dq, dk, dv = self.ops.attention_backward(
             do, q, k, c.v, c.o, c.lse, seqs, self.shape, self.dtype
         )
         del do
-        dq = self._turn_back(dq, c.q, q_rstd, self.q_norm, seqs, position)
-        dk = self._turn_back(dk, c.k, k_rstd, self.k_norm, seqs, position)
-        return backward_together(
-            self.linears[:3], (dq, dk, dv), qkv_caches, c.x, grads, need_dx=need_dx
-        )
+        dq = self._turn_back(dq, c.q, q_rstd, self.q_norm, rotation)
+        dk = self._turn_back(dk, c.k, k_rstd, self.k_norm, rotation)
+        dys = [dq, dk, dv]
+        if self.fused:
+            dys = [join_qkv(dq, dk, dv, self.fused, self.shape, self.ops.xp)]
+        return backward_together(self.inputs, dys, qkv_caches, c.x, grads, need_dx=need_dx)

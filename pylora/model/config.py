@@ -1,38 +1,38 @@
-"""The shape of a Llama-type model: its settings, its tensors and the modules that can take LoRA.
+"""The shape of a model: its settings, its tensors and the modules that can take LoRA.
 
-One dataclass serves Llama, Mistral (sliding window), Qwen2 (q/k/v biases) and Qwen3 (RMS norms of
-each q and k head). Names of tensors and modules are those of Hugging Face and PEFT. Nothing here
-reads a file or allocates an array.
+One dataclass serves every family (families/): the fields below are features, and the default of
+each is what Llama does. Names of tensors and modules are those of Hugging Face and PEFT. Nothing
+here reads a file or allocates an array.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
+from functools import cached_property
 from typing import Any
 
 from pylora.errors import ConfigError, UnsupportedError, wrong_type
-from pylora.model import hfconfig
-from pylora.model.hfconfig import (
-    ARCHITECTURES,
+from pylora.model import families, hfconfig
+from pylora.model.checks import (
     MAX_LAYERS,
     MAX_SIZE,
     check_int,
     check_positive,
     check_scaling,
+    is_number,
 )
+from pylora.model.families.family import Family, Names
+from pylora.model.tensors import ModuleSpec, Shape, expert_parameters, layer_modules, tensors_of
+from pylora.ops.features import ACTIVATIONS, QKV, Features
 from pylora.types import brief
 
+__all__ = ["LlamaConfig", "ModuleSpec"]
 
-@dataclass(frozen=True)
-class ModuleSpec:
-    """A module that can take LoRA: A [r, k], B [d, r]. An embedding's k is the vocabulary."""
-
-    kind: str  # "linear" or "embedding"
-    d: int
-    k: int
-    bias: bool = False  # whether the module has a bias of its own
+_NORMS = ("rms", "layer")
+_PLACES = ("before", "after", "both")
 
 
 @dataclass(frozen=True)
@@ -50,25 +50,50 @@ class LlamaConfig:
     num_key_value_heads: int
     head_dim: int
     max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: float = 1e-6  # of every norm, LayerNorm too
     rope_theta: float = 10000.0
-    rope_scaling: dict[str, Any] | None = None  # {"rope_type": "llama3" or "linear", ...}
+    rope_scaling: dict[str, Any] | None = None  # {"rope_type": one of checks.SCALINGS, ...}
     tie_word_embeddings: bool = False
     attention_bias: bool = False  # of q, k and v
     attention_out_bias: bool = False  # of o
     mlp_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: bool = False  # RMS norms of each q and k head
     sliding_window: int | None = None  # how many keys a query sees, itself included
     max_window_layers: int = 0  # layers below this one see all keys (Qwen2)
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    # ---- what families differ in ----
+    activation: str = "silu"  # ops.features.ACTIVATIONS
+    gated: bool = True  # down(act(gate x) * up x); without: down(act(up x))
+    norm: str = "rms"  # or "layer"
+    norm_bias: bool = False  # of LayerNorms
+    norm_places: str = "before"  # the sublayers; "after" them, or "both"
+    parallel: str = ""  # attention and mlp read the same x: through "one" norm, or "two"
+    fused_qkv: str = ""  # how one projection holds q, k and v: ops.features.QKV
+    fused_gate_up: bool = False
+    qk_norm_whole: bool = False  # q and k are normed over the whole projection (OLMo 2)
+    windows: tuple[int, ...] | None = None  # of each layer, 0: all keys; instead of sliding_window
+    ropes: tuple[int, ...] | None = None  # rotary tables of each layer: 0, 1 (local) or -1 (none)
+    local_rope_theta: float | None = None  # of the layers whose `ropes` is 1
+    local_rope_scaling: dict[str, Any] | None = None
+    partial_rotary: float = 1.0  # the part of a head that is rotated
+    rope_layout: str = "half"  # or "interleaved"
+    learned_positions: bool = False  # a table that is added to the embedding
+    attention_scale: float | None = None  # of scores; None: head_dim ** -0.5
+    attention_softcap: float = 0.0  # 0: none
+    logit_softcap: float = 0.0
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logit_multiplier: float = 1.0
+    # ---- experts ----
+    experts: int = 0  # of each layer that has any
+    experts_per_token: int = 0
+    expert_size: int = 0  # their intermediate size
+    norm_expert_weights: bool = False  # the chosen experts' weights add up to 1
+    dense_layers: tuple[int, ...] = ()  # layers without experts
 
     def __post_init__(self) -> None:
-        if self.model_type not in ARCHITECTURES:
-            raise UnsupportedError(
-                f"model_type {self.model_type!r} is not supported; "
-                f"supported are {', '.join(ARCHITECTURES)}"
-            )
+        families.of(self.model_type)
         for name in (
             "vocab_size",
             "hidden_size",
@@ -89,14 +114,69 @@ class LlamaConfig:
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
-        if self.head_dim % 2:
-            raise ConfigError(f"head_dim must be even for rotary embedding, got {self.head_dim}")
-        check_positive("rms_norm_eps", self.rms_norm_eps)
-        check_positive("rope_theta", self.rope_theta)
-        check_scaling(self.rope_scaling)
+        self._check_rotary()
+        self._check_features()
+        self._check_experts()
         for token in (*self.eos_token_ids, self.bos_token_id):
             if token is not None:
                 check_int("bos_token_id / eos_token_ids", token, 0, self.vocab_size - 1)
+
+    def _check_rotary(self) -> None:
+        if self.head_dim % 2 and self.rotated:
+            raise ConfigError(f"head_dim must be even for rotary embedding, got {self.head_dim}")
+        check_positive("rms_norm_eps", self.rms_norm_eps)
+        check_positive("rope_theta", self.rope_theta)
+        if not 0 < self.partial_rotary <= 1 or (self.rotated and self.rotary_dim < 2):
+            raise ConfigError(
+                f"partial_rotary_factor must leave 2 to {self.head_dim} numbers of a head to "
+                f"rotate, got {self.partial_rotary!r}"
+            )
+        check_scaling(self.rope_scaling, self.rotary_dim // 2)
+        check_scaling(self.local_rope_scaling, self.rotary_dim // 2)
+        if self.ropes is not None and 1 in self.ropes:
+            check_positive("local_rope_theta", self.local_rope_theta)
+        for name, allowed in (("windows", range(MAX_SIZE)), ("ropes", range(-1, 2))):
+            values = getattr(self, name)
+            if values is None:
+                continue
+            if len(values) != self.num_hidden_layers or any(v not in allowed for v in values):
+                raise ConfigError(
+                    f"{name} must have a value from {allowed[0]} to {allowed[-1]} for each of the "
+                    f"{self.num_hidden_layers} layers"
+                )
+
+    def _check_features(self) -> None:
+        for name, allowed in (
+            ("activation", ACTIVATIONS),
+            ("norm", _NORMS),
+            ("norm_places", _PLACES),
+            ("parallel", ("", "one", "two")),
+            ("fused_qkv", QKV),
+            ("rope_layout", ("half", "interleaved")),
+        ):
+            if getattr(self, name) not in allowed:
+                said = ", ".join(repr(a) for a in allowed)
+                raise ConfigError(f"{name} must be one of {said}, got {getattr(self, name)!r}")
+        if self.parallel and self.norm_places != "before":
+            raise UnsupportedError("a parallel residual has its norms before the sublayers")
+        for name in ("embedding_multiplier", "residual_multiplier", "logit_multiplier"):
+            value = getattr(self, name)
+            if not is_number(value) or not math.isfinite(value) or value == 0:
+                raise ConfigError(f"{name} must be a finite number other than 0, got {value!r}")
+        for name in ("attention_softcap", "logit_softcap"):
+            if getattr(self, name) != 0:
+                check_positive(name, getattr(self, name))
+        if self.attention_scale is not None:
+            check_positive("attention_scale", self.attention_scale)
+
+    def _check_experts(self) -> None:
+        if not self.experts:
+            return
+        check_int("experts", self.experts, 1, 65536)
+        check_int("experts_per_token", self.experts_per_token, 1, self.experts)
+        check_int("expert_size", self.expert_size, 1, MAX_SIZE)
+        for layer in self.dense_layers:
+            check_int("dense_layers", layer, 0, MAX_LAYERS)
 
     # ---- making one ---------------------------------------------------------------------------
 
@@ -137,9 +217,37 @@ class LlamaConfig:
 
         Raises UnsupportedError where the architecture of `model_type` has no such model.
         """
-        return hfconfig.write(asdict(self))
+        defaults = {f.name: f.default for f in fields(self) if f.default is not MISSING}
+        return hfconfig.write(asdict(self), defaults)
+
+    def top(self, first: int) -> LlamaConfig:
+        """The layers from `first` on, as a model of their own."""
+        return dataclasses.replace(
+            self,
+            num_hidden_layers=self.num_hidden_layers - first,
+            max_window_layers=max(0, self.max_window_layers - first),
+            windows=None if self.windows is None else self.windows[first:],
+            ropes=None if self.ropes is None else self.ropes[first:],
+            dense_layers=tuple(i - first for i in self.dense_layers if i >= first),
+        )
 
     # ---- what is in it ------------------------------------------------------------------------
+
+    @property
+    def family(self) -> Family:
+        """The page of data that says what the model's files mean."""
+        return families.of(self.model_type)
+
+    @property
+    def names(self) -> Names:
+        """What Hugging Face calls the modules."""
+        return self.family.names
+
+    @cached_property
+    def features(self) -> Features:
+        """What the layers compute, as the operations take it."""
+        own = {f.name: getattr(self, f.name) for f in fields(Features) if f.name != "parallel"}
+        return Features(**own, parallel=bool(self.parallel))
 
     @property
     def q_size(self) -> int:
@@ -150,50 +258,52 @@ class LlamaConfig:
         return self.num_key_value_heads * self.head_dim
 
     @property
+    def rotary_dim(self) -> int:
+        """How many numbers of a head are rotated."""
+        return int(self.head_dim * self.partial_rotary) // 2 * 2
+
+    @property
+    def rotated(self) -> bool:
+        """Whether any layer has a rotary embedding."""
+        return self.ropes is None or any(kind >= 0 for kind in self.ropes)
+
+    @property
+    def max_positions(self) -> int:
+        """The longest sequence: further than max_position_embeddings where the rotation is meant
+        to stretch by itself (dynamic)."""
+        for scaling in (self.rope_scaling, self.local_rope_scaling):
+            if scaling is not None and scaling["rope_type"] == "dynamic":
+                return int(self.max_position_embeddings * max(1.0, float(scaling["factor"])))
+        return self.max_position_embeddings
+
+    @property
     def num_parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.tensors().values())
 
     def window(self, layer: int) -> int:
         """How many keys a query of this layer sees; 0 for all."""
+        if self.windows is not None:
+            return self.windows[layer]
         return self.sliding_window or 0 if layer >= self.max_window_layers else 0
 
-    def tensors(self) -> dict[str, tuple[int, ...]]:
+    def rope_of(self, layer: int) -> int:
+        """The number of the layer's rotary tables (0; 1 are the local ones); -1: none."""
+        return 0 if self.ropes is None else self.ropes[layer]
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether the layer's feed-forward part is a mixture of experts."""
+        return self.experts > 0 and layer not in self.dense_layers
+
+    def tensors(self) -> dict[str, Shape]:
         """Hugging Face tensor name -> shape, every tensor of the model in order."""
-        out: dict[str, tuple[int, ...]] = {}
-        hidden = self.hidden_size
-        out["model.embed_tokens.weight"] = (self.vocab_size, hidden)
-        for path, spec in self.modules().items():
-            name = path.rsplit(".", 1)[-1]
-            if name == "q_proj":
-                out[path.replace("self_attn.q_proj", "input_layernorm.weight")] = (hidden,)
-                if self.qk_norm:
-                    for norm in ("q_norm", "k_norm"):
-                        out[path.replace("q_proj", f"{norm}.weight")] = (self.head_dim,)
-            elif name == "gate_proj":
-                norm = "post_attention_layernorm.weight"
-                out[path.replace("mlp.gate_proj", norm)] = (hidden,)
-            if spec.kind == "linear" and path != "lm_head":
-                out[f"{path}.weight"] = (spec.d, spec.k)
-                if spec.bias:
-                    out[f"{path}.bias"] = (spec.d,)
-        out["model.norm.weight"] = (hidden,)
-        if not self.tie_word_embeddings:
-            out["lm_head.weight"] = (self.vocab_size, hidden)
-        return out
+        return tensors_of(self)
 
     def modules(self) -> dict[str, ModuleSpec]:
         """Module path -> shape, for every module that can take LoRA, in the order of forward."""
-        hidden, inner = self.hidden_size, self.intermediate_size
-        per_layer = {
-            "self_attn.q_proj": ModuleSpec("linear", self.q_size, hidden, self.attention_bias),
-            "self_attn.k_proj": ModuleSpec("linear", self.kv_size, hidden, self.attention_bias),
-            "self_attn.v_proj": ModuleSpec("linear", self.kv_size, hidden, self.attention_bias),
-            "self_attn.o_proj": ModuleSpec("linear", hidden, self.q_size, self.attention_out_bias),
-            "mlp.gate_proj": ModuleSpec("linear", inner, hidden, self.mlp_bias),
-            "mlp.up_proj": ModuleSpec("linear", inner, hidden, self.mlp_bias),
-            "mlp.down_proj": ModuleSpec("linear", hidden, inner, self.mlp_bias),
-        }
-        out = {"model.embed_tokens": ModuleSpec("embedding", hidden, self.vocab_size)}
+        names = self.names
+        out = {names.embedding: ModuleSpec("embedding", self.hidden_size, self.vocab_size)}
         for i in range(self.num_hidden_layers):
-            out |= {f"model.layers.{i}.{name}": spec for name, spec in per_layer.items()}
-        return out | {"lm_head": ModuleSpec("linear", self.vocab_size, hidden)}
+            for role, spec in layer_modules(self, i).items():
+                out[f"{names.layer}.{i}.{getattr(names, role)}"] = spec
+            out |= expert_parameters(self, i)
+        return out | {names.head: ModuleSpec("linear", self.vocab_size, self.hidden_size)}

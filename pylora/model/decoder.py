@@ -13,10 +13,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from pylora.errors import ConfigError, ShapeError
+from pylora.model.attach import Module
 from pylora.model.attention import positions
 from pylora.model.embedding import Embedding
+from pylora.model.expert_lora import ExpertParameter
 from pylora.model.kvcache import KVCache
-from pylora.model.linear import LoRALinear
 from pylora.model.rope import Rope
 from pylora.ops.llama import LlamaOp, Step
 from pylora.types import Array, LoRA
@@ -26,7 +27,11 @@ class Decodable(Protocol):
     """What decoding asks of a model."""
 
     rope: Rope
-    modules: dict[str, LoRALinear | Embedding]
+    modules: dict[str, Module]
+    embed_tokens: Embedding
+
+    @property
+    def numbers(self) -> dict[str, int]: ...
 
     @property
     def op(self) -> LlamaOp: ...
@@ -40,10 +45,13 @@ def pack_attached(model: Decodable) -> Any:
 
 def pack_adapter(model: Decodable, adapter: Mapping[str, LoRA]) -> Any:
     """The adapter as it is now, ready for the backend. `adapter` fits the model."""
-    order = [path for path in model.modules if path != "model.embed_tokens"]
-    numbers = {path: i for i, path in enumerate(order)}
-    linear = {numbers[path]: lora for path, lora in adapter.items() if path in numbers}
-    return model.op.adapter(linear, adapter.get("model.embed_tokens"))
+    numbers = model.numbers
+    parts: dict[str, LoRA] = {}
+    for path, lora in adapter.items():
+        module = model.modules[path]
+        parts |= module.split(lora) if isinstance(module, ExpertParameter) else {path: lora}
+    linear = {numbers[path]: lora for path, lora in parts.items() if path in numbers}
+    return model.op.adapter(linear, adapter.get(model.embed_tokens.path))
 
 
 class Batch:
@@ -69,17 +77,17 @@ class Batch:
         new = [i for i, a in enumerate(adapters) if i == 0 or a is not adapters[i - 1]]
         start = np.append(q_start[new], q_start[-1]) if new else np.zeros(1, np.int64)
         self._longest = int(self.seqs.k_len.max(initial=0))
-        cos, sin = model.rope.tables(self._longest)
+        position = positions(self.seqs)
+        self._covered = model.rope.covers(self._longest)
         self.step = Step(
             np.zeros(int(q_start[-1]), np.int64),
-            positions(self.seqs),
+            position,
             rows,
             self.seqs,
             q_start[1:] - 1,
             np.ascontiguousarray(start, np.int64),
             tuple(adapters[i] for i in new),
-            cos,
-            sin,
+            model.rope.rotations(self.seqs, position),
         )
 
     def forward(self, ids: np.ndarray | Sequence[int]) -> Array:
@@ -105,6 +113,7 @@ class Batch:
         step.position += 1
         step.rows += 1
         step.seqs.k_len[:] += 1
-        if self._longest > step.cos.shape[0]:
-            step.cos, step.sin = self.model.rope.tables(self._longest)
+        if self._longest > self._covered:
+            step.rotations = self.model.rope.rotations(step.seqs, step.position)
+            self._covered = self.model.rope.covers(self._longest)
             step.changed()

@@ -7,7 +7,7 @@ from typing import Any
 
 from pylora.model.linear import DropKey, Grads, LinearCache, LoRALinear
 from pylora.ops.protocol import Backend
-from pylora.types import Array, brief
+from pylora.types import Array, Norm, brief
 
 
 @dataclass(eq=False)
@@ -19,16 +19,25 @@ class HeadCache:
     x: Array  # [n, hidden], input of the final norm
     rstd: Array
     linear: LinearCache
+    capped: Array | None = None  # the logits, where a cap's backward needs them
 
 
 class Head:
     """A model's final norm and lm_head. They belong to the model."""
 
     def __init__(
-        self, norm: Array, eps: float, lm_head: LoRALinear, dtype: Any, ops: Backend
+        self,
+        norm: Norm,
+        lm_head: LoRALinear,
+        dtype: Any,
+        ops: Backend,
+        multiplier: float = 1.0,
+        cap: float = 0.0,
     ) -> None:
-        """`dtype`: of the normed rows, None: the computation's own."""
-        self.norm, self.eps, self.lm_head, self.dtype, self.ops = norm, eps, lm_head, dtype, ops
+        """`dtype`: of the normed rows, None: the computation's own. `multiplier` and `cap`: see
+        `soft_cap_forward`."""
+        self.norm, self.lm_head, self.dtype, self.ops = norm, lm_head, dtype, ops
+        self.multiplier, self.cap = multiplier, cap
 
     @property
     def has_dropout(self) -> bool:
@@ -39,18 +48,23 @@ class Head:
     ) -> tuple[Array, HeadCache]:
         """Rows x [n, hidden] of the residual stream -> logits [n, vocab]. Dropout is keyed by row
         number: that of x[0] is `first_row`."""
-        normed, rstd = self.ops.rms_norm_forward(x, self.norm, self.eps, self.dtype)
+        normed, rstd = self.ops.norm_forward(x, self.norm, self.dtype)
         logits, linear = self.lm_head.forward(normed, drop=drop, first_row=first_row)
-        return logits, HeadCache(x, rstd, linear)
+        if self.multiplier != 1 or self.cap:
+            logits = self.ops.soft_cap_forward(logits, self.multiplier, self.cap)
+        return logits, HeadCache(x, rstd, linear, logits if self.cap else None)
 
     def backward(
         self, dlogits: Array, cache: HeadCache, grads: Grads, need_dx: bool
     ) -> Array | None:
         """dx [n, hidden], where it is needed; the gradient of lm_head's adapter into `grads`."""
+        if self.multiplier != 1 or self.cap:
+            kept = dlogits if cache.capped is None else cache.capped
+            dlogits = self.ops.soft_cap_backward(dlogits, kept, self.multiplier, self.cap)
         dn = self.lm_head.backward(dlogits, cache.linear, grads, need_dx=need_dx)
         if not need_dx:
             return None
-        return self.ops.rms_norm_backward(dn, cache.x, self.norm, cache.rstd)[0]
+        return self.ops.norm_backward(dn, cache.x, self.norm, cache.rstd)
 
     def loss(
         self,
@@ -66,6 +80,7 @@ class Head:
         logits, cache = self.forward(x, drop, first_row)
         if weight is None or not (need_dx or self.lm_head.lora is not None):
             return self.ops.cross_entropy_forward(logits, labels)[0], None
-        nll, _, dlogits = self.ops.cross_entropy(logits, labels, weight, overwrite=True)
+        overwrite = cache.capped is None  # else backward reads them
+        nll, _, dlogits = self.ops.cross_entropy(logits, labels, weight, overwrite=overwrite)
         del logits
         return nll, self.backward(dlogits, cache, grads, need_dx)

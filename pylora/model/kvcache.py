@@ -38,10 +38,10 @@ class KVCache:
             raise ConfigError(
                 f"a KV cache needs slots and capacity >= 1, got {slots!r}, {capacity!r}"
             )
-        if capacity > config.max_position_embeddings:
+        if capacity > config.max_positions:
             raise ConfigError(
                 f"a sequence of {capacity} tokens is longer than the model's "
-                f"max_position_embeddings ({config.max_position_embeddings}); shorten the prompt "
+                f"max_position_embeddings ({config.max_positions}); shorten the prompt "
                 "or ask for fewer new tokens"
             )
         self.slots, self.capacity = slots, capacity

@@ -16,7 +16,7 @@ import numpy as np
 
 from pylora import backends
 from pylora.errors import ShapeError, UnsupportedError, expect, wrong_type
-from pylora.model.attach import ARRAYS, bring_back, check_fits, place
+from pylora.model.attach import ARRAYS, Module, bring_back, check_fits, place
 from pylora.model.attention import positions
 from pylora.model.block import Block
 from pylora.model.config import LlamaConfig
@@ -32,8 +32,8 @@ from pylora.model.weights import (
     FromCheckpoint,
     Weights,
     checked_weights,
+    norm_of,
     random_weights,
-    vector,
     weight_bytes,
 )
 from pylora.numbers.precision import Stored, check_precision, describe
@@ -86,32 +86,38 @@ class Llama:
         self.precision = check_precision(precision)
         self.ops.check_room(weight_bytes(config, self.computes))
         checked = checked_weights(config, weights)
-        embedding = checked("model.embed_tokens.weight")
+        names = config.names
+        embedding = checked(f"{names.embedding}.weight")
         if is_packed(embedding) or isinstance(embedding, Stored):
             self.dtype: np.dtype = np.dtype(np.float32)
         else:
             embedding = self.ops.asarray(embedding)
             self.dtype = embedding.dtype
-        self.embed_tokens = Embedding(
-            "model.embed_tokens", embedding, ops=self.ops, precision=precision
-        )
+        self.embed_tokens = Embedding(names.embedding, embedding, ops=self.ops, precision=precision)
         del embedding
+        positions = None
+        if config.learned_positions:
+            positions = self.ops.pack(checked(f"{names.positions}.weight"))
         self.rope = Rope(config, np.empty(0, self.dtype).real.dtype, ops=self.ops)
         self.blocks = [
             Block(config, i, checked, self.rope, ops=self.ops, precision=precision)
             for i in range(config.num_hidden_layers)
         ]
-        self.norm = vector(checked, "model.norm.weight", self.ops)
+        self.norm = norm_of(config, checked, names.norm, self.ops)
         tied = config.tie_word_embeddings  # one packed weight then serves both
-        head = self.embed_tokens.W if tied else checked("lm_head.weight")
-        self.lm_head = LoRALinear("lm_head", head, ops=self.ops, precision=precision)
+        head = self.embed_tokens.W if tied else checked(f"{names.head}.weight")
+        self.lm_head = LoRALinear(names.head, head, ops=self.ops, precision=precision)
         self.activation_dtype: Any = self.ops.activation_dtype(precision)
-        self.trunk = Trunk(self.embed_tokens, self.blocks)
-        eps = config.rms_norm_eps
-        self.head = Head(self.norm, eps, self.lm_head, self.activation_dtype, self.ops)
-        self.modules: dict[str, LoRALinear | Embedding] = {"model.embed_tokens": self.embed_tokens}
+        self.trunk = Trunk(
+            self.embed_tokens, self.blocks, self.rope, config.embedding_multiplier, positions
+        )
+        self.head = Head(
+            self.norm, self.lm_head, self.activation_dtype, self.ops,
+            config.logit_multiplier, config.logit_softcap,
+        )  # fmt: skip
+        self.modules: dict[str, Module] = {names.embedding: self.embed_tokens}
         self.modules |= {p.path: p for block in self.blocks for p in block.linears}
-        self.modules["lm_head"] = self.lm_head
+        self.modules[names.head] = self.lm_head
         self._adapter: Mapping[str, LoRA] | None = None
         self._steps = self.ops.repeated()
         self.placed: dict[str, LoRA] = {}  # its arrays, where the backend computes
@@ -313,7 +319,10 @@ class Llama:
         dropped = drop is not None and any(lora.dropout for lora in some)
         # In chunks of rows the head's gradient is added up by the array library.
         added = self.lm_head.lora is not None and n > self.ops.head_rows
-        if not some or not n or not plain or dropped or added or self.embed_tokens.lora is not None:
+        looks = self.rope.by_length or self.config.experts > 0  # at lengths, at numbers
+        if not some or not n or not plain or dropped or added or looks:
+            return None
+        if self.embed_tokens.lora is not None:
             return None
         return *loras, recompute
 
@@ -384,13 +393,20 @@ class Llama:
 
     def _weights(self) -> LlamaWeights:
         """The weights as that operation takes them. Nothing is copied."""
-        config = self.config
         return LlamaWeights(
             self.embed_tokens.W,
             self.lm_head.W,
             self.norm,
             self.trunk.layer_weights(),
             self.blocks[0].attention.shape,
-            config.rms_norm_eps,
             self.activation_dtype,
+            self.config.features,
+            self.trunk.positions,
+            self.rope.by_length,
         )
+
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        """Module path -> its number in the operation; the embedding has none."""
+        paths = [p.path for block in self.blocks for p in block.numbered]
+        return {path: i for i, path in enumerate([*paths, self.lm_head.path])}

@@ -14,8 +14,10 @@ from pylora.errors import PyloraError
 from pylora.model.block import Block, BlockCache
 from pylora.model.embedding import Embedding, EmbeddingCache
 from pylora.model.linear import DropKey, Grads
+from pylora.model.rope import Rope
 from pylora.ops.llama import LayerWeights
-from pylora.types import Array, Seqs, brief
+from pylora.ops.protocol import Packed
+from pylora.types import Array, Rotation, Seqs, brief
 
 
 @dataclass(eq=False)
@@ -26,6 +28,7 @@ class TrunkCache:
 
     seqs: Seqs
     position: np.ndarray
+    rotations: tuple[Rotation, ...]
     drop: DropKey | None
     embedding: EmbeddingCache
     blocks: list[BlockCache | Array | None]  # an array is a block's input, to be run again
@@ -34,8 +37,18 @@ class TrunkCache:
 class Trunk:
     """A model's embedding and blocks, in their order. They belong to the model."""
 
-    def __init__(self, embedding: Embedding, blocks: Sequence[Block]) -> None:
-        self.embedding, self.blocks = embedding, blocks
+    def __init__(
+        self,
+        embedding: Embedding,
+        blocks: Sequence[Block],
+        rope: Rope,
+        multiplier: float = 1.0,
+        positions: Packed = None,
+    ) -> None:
+        """`multiplier`: of what the embedding gives. `positions`: a packed table of learned ones,
+        added to that."""
+        self.embedding, self.blocks, self.rope = embedding, blocks, rope
+        self.multiplier, self.positions = multiplier, positions
 
     @property
     def lowest(self) -> int:
@@ -56,9 +69,14 @@ class Trunk:
     ) -> tuple[Array, TrunkCache]:
         """The residual stream after the last block [m, hidden]; caches of blocks >= `lowest`."""
         x, embedding = self.embedding.forward(ids)
-        cache = TrunkCache(seqs, position, drop, embedding, [])
+        if self.multiplier != 1:
+            x = x * x.dtype.type(self.multiplier)
+        if self.positions is not None:
+            x = x + self.embedding.ops.embedding_forward(position, self.positions)
+        rotations = self.rope.rotations(seqs, position)
+        cache = TrunkCache(seqs, position, rotations, drop, embedding, [])
         for i, block in enumerate(self.blocks):
-            y, one = block.forward(x, seqs, drop=drop, position=position)
+            y, one = block.forward(x, seqs, drop=drop, position=position, rotations=rotations)
             cache.blocks.append(None if i < lowest else x if recompute else one)
             del one
             x = y
@@ -77,22 +95,16 @@ class Trunk:
         for i in range(len(self.blocks) - 1, max(lowest, 0) - 1, -1):
             block, one = self.blocks[i], cache.blocks.pop()
             if not isinstance(one, BlockCache):
-                _, one = block.forward(one, cache.seqs, drop=cache.drop, position=cache.position)
+                _, one = block.forward(
+                    one, cache.seqs, drop=cache.drop, position=cache.position,
+                    rotations=cache.rotations,
+                )  # fmt: skip
             dx = block.backward(dx, one, grads, need_dx=i > lowest)
             del one
+        if lowest < 0 and self.multiplier != 1:
+            dx = dx * dx.dtype.type(self.multiplier)
         self.embedding.backward(dx, cache.embedding, grads)
 
     def layer_weights(self) -> tuple[LayerWeights, ...]:
         """The weights of each block as a backend's whole-model operation takes them."""
-        return tuple(
-            LayerWeights(
-                block.input_norm,
-                block.mid_norm,
-                tuple(p.W for p in block.linears),
-                tuple(p.bias for p in block.linears),
-                block.attention.q_norm,
-                block.attention.k_norm,
-                block.attention.shape.window,
-            )
-            for block in self.blocks
-        )
+        return tuple(block.layer_weights() for block in self.blocks)

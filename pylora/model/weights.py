@@ -13,7 +13,7 @@ from pylora.numbers.precision import Stored
 from pylora.numbers.quantize import quantize
 from pylora.numbers.recode import RECODED, recode
 from pylora.ops.protocol import Backend
-from pylora.types import Array
+from pylora.types import Array, Norm
 
 # Hugging Face tensor name -> array; a matrix may also be what a file stores (Stored).
 Weights = Callable[[str], Any]
@@ -93,6 +93,19 @@ class FromCheckpoint:
                 return RECODED[kind], Stored(RECODED[kind], rows, (d, k))
         parts = [quantize(part, "q8_0").rows for part in self.checkpoint.parts(name)]
         return "q8_0", Stored("q8_0", np.concatenate(parts), (d, k))
+
+
+def norm_of(
+    config: LlamaConfig, weights: Weights, path: str, ops: Backend, kind: str | None = None
+) -> Norm:
+    """The norm at a path, as operations take it; of the model's kind, if no other is given."""
+    kind = config.norm if kind is None else kind
+    w = vector(weights, f"{path}.weight", ops)
+    if config.family.unit_offset:
+        w = w + w.dtype.type(1)
+    bias = kind == "layer" and config.norm_bias
+    b = vector(weights, f"{path}.bias", ops) if bias else None
+    return Norm(w, config.rms_norm_eps, kind, b)
 
 
 def vector(weights: Weights, name: str, ops: Backend) -> Array:

@@ -1,60 +1,137 @@
 """The operation `llama`: a whole model in one call, for inference, with a KV cache and adapters.
 
-`Backend.llama(weights)` gives an object with the methods of `LlamaOp`. `Composed` is its reference:
-the backend's own operations one after the other, each row with its segment's adapter. A backend
-that has the loop in compiled code (the C core) gives the same bits and saves the time between them.
+`Backend.llama(weights)` gives an object with the methods of `LlamaOp`. `Composed` (composed.py) is
+its reference: the backend's own operations one after the other, each row with its segment's
+adapter. A backend that has the loop in compiled code (the C core) gives the same bits and saves the
+time between them; what that code does not know yet (`LlamaWeights.plain`) runs composed.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 
-from pylora.types import Array, Attn, LoRA, Projection, Seqs
+from pylora.ops.features import Features
+from pylora.types import Array, Attn, LoRA, Norm, Rotation, Seqs
 
-MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-NARROW = (2, 4, 5)  # v, gate and up only feed products; q and k are rounded once they are rotated
+# Only feed products; q and k are rounded once they are rotated.
+NARROW = ("v", "gate", "up", "gate_up")
+EXPERT = ("gate", "up", "down")
+
+
+@dataclass(frozen=True, eq=False)
+class Experts:
+    """The mixture of one layer: each token goes to `top_k` experts, weighed by the router."""
+
+    router: Any  # packed [experts, hidden]
+    count: int
+    top_k: int
+    normalize: bool  # the chosen weights are divided by their sum
 
 
 @dataclass(frozen=True, eq=False)
 class LayerWeights:
-    """One layer: packed weights and biases in the order of `MODULES`."""
+    """One layer. `W` and `bias` are in the order of `Features.modules`; where there are experts, in
+    that of `Features.attention_modules` and then `EXPERT` of each expert."""
 
-    input_norm: Array  # [hidden]
-    mid_norm: Array
+    input_norm: Norm | None  # before attention; None: there is none
+    mid_norm: Norm | None  # before mlp; None in a parallel layer: input_norm serves both
     W: tuple[Any, ...]
     bias: tuple[Array | None, ...]
-    q_norm: Array | None  # [head_dim]; both or neither
-    k_norm: Array | None
+    q_norm: Norm | None  # of each head; both or neither
+    k_norm: Norm | None
     window: int
+    after_attention: Norm | None = None  # of what attention gives, before it is added
+    after_mlp: Norm | None = None
+    rope: int = 0  # which of the step's rotations; -1: none
+    qk_norm_whole: bool = False  # q_norm and k_norm are of the whole projection
+    experts: Experts | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class LlamaWeights:
-    """A model as the operation takes it. Modules have numbers: 7 * layer + place in `MODULES`; the
-    head is 7 * layers. Nothing is copied."""
+    """A model as the operation takes it. Modules have numbers: those of a layer follow each other
+    in the order of its `W`, the layers follow each other, the head is last. Nothing is copied."""
 
     embedding: Any  # packed [vocab, hidden]
     head: Any  # packed [vocab, hidden]; may be the same
-    norm: Array
+    norm: Norm
     layers: tuple[LayerWeights, ...]
     attn: Attn  # its window does not count
-    eps: float
     dtype: Any  # of activations that only feed products: precision.BF16, or None
+    features: Features = Features()
+    positions: Any = None  # packed [positions, hidden]: learned ones, added to the embedding
+    by_length: bool = False  # whether a step brings rotary tables of its own rows (longrope)
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """The number of each layer's first module, and of the head."""
+        out = [0]
+        for layer in self.layers:
+            out.append(out[-1] + len(layer.W))
+        return tuple(out)
 
     @property
     def head_number(self) -> int:
-        return len(MODULES) * len(self.layers)
+        return self.starts[-1]
+
+    def place(self, number: int) -> tuple[int, int]:
+        """(layer, place in its W) of a module that is not the head."""
+        layer = bisect_right(self.starts, number) - 1
+        return layer, number - self.starts[layer]
 
     def module(self, number: int) -> tuple[Any, Array | None]:
         """(packed weight, bias) of a linear module."""
         if number == self.head_number:
             return self.head, None
-        layer, place = divmod(number, len(MODULES))
+        layer, place = self.place(number)
         return self.layers[layer].W[place], self.layers[layer].bias[place]
+
+    def role(self, number: int) -> str:
+        """What a module does: "q", "down", ..., "head"."""
+        if number == self.head_number:
+            return "head"
+        layer, place = self.place(number)
+        roles = self.features.attention_modules
+        if place < len(roles):
+            return roles[place]
+        if self.layers[layer].experts is not None:
+            return EXPERT[(place - len(roles)) % len(EXPERT)]
+        return self.features.mlp_modules[place - len(roles)]
+
+    @property
+    def eps(self) -> float:
+        return self.norm.eps
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether this is the structure that Llama has, with nothing that a family adds."""
+        return (
+            self.features == Features()
+            and self.positions is None
+            and not self.by_length
+            and not self.attn.softcap
+            and self.norm.kind == "rms"
+            and all(_plain(layer, self.norm.eps) for layer in self.layers)
+        )
+
+
+def _plain(layer: LayerWeights, eps: float) -> bool:
+    norms = layer.input_norm, layer.mid_norm
+    heads = () if layer.q_norm is None else (layer.q_norm, layer.k_norm)
+    return (
+        all(n is not None and n.kind == "rms" and n.eps == eps for n in (*norms, *heads))
+        and layer.after_attention is None
+        and layer.after_mlp is None
+        and layer.rope == 0
+        and not layer.qk_norm_whole
+        and layer.experts is None
+    )
 
 
 @dataclass(eq=False)
@@ -68,9 +145,17 @@ class Step:
     output: np.ndarray  # [n]: the tokens whose logits are wanted, ascending
     start: np.ndarray  # [segments + 1]: tokens start[i] .. start[i+1]-1 use adapters[i]
     adapters: tuple[Any, ...]  # of `LlamaOp.adapter`, or None for the base
-    cos: Array  # [positions, head_dim / 2]
-    sin: Array
+    rotations: tuple[Rotation, ...]  # by the number that layers name; () if none rotates
     native: Any = field(default=None, repr=False)  # what a backend keeps of it; see `changed`
+
+    @property
+    def cos(self) -> Array:
+        """The tables of the first rotation [rows, rotated / 2]."""
+        return self.rotations[0].cos
+
+    @property
+    def sin(self) -> Array:
+        return self.rotations[0].sin
 
     def changed(self) -> None:
         """To be called when a field was given another array; new numbers in the same are seen."""
@@ -110,125 +195,3 @@ def embedding_bias(lora: LoRA) -> Array | None:
     if lora.bias is None or not bool((lora.bias != 0).any()):
         return None
     return lora.bias.dtype.type(lora.scale) * lora.bias
-
-
-# ---- the reference -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _Adapter:
-    lora: dict[int, LoRA]
-    bias: dict[int, Array]
-    embedding: LoRA | None
-    embedding_B: Any  # packed; None where A or B is all zeros
-    embedding_bias: Array | None
-    nbytes: int
-
-
-class Composed:
-    """`LlamaOp` by composition of a backend's operations."""
-
-    def __init__(self, ops: Any, weights: LlamaWeights) -> None:
-        self.ops, self.weights = ops, weights
-
-    def adapter(self, modules: Mapping[int, LoRA], embedding: LoRA | None) -> _Adapter:
-        ops, nbytes = self.ops, 0
-        lora: dict[int, LoRA] = {}
-        bias: dict[int, Array] = {}
-        for number, low in modules.items():
-            low = self._copy(low)
-            lora[number] = LoRA(low.A, low.B, low.scale)
-            own = bias_of(low, self.weights.module(number)[1])
-            nbytes += int(low.A.nbytes + low.B.nbytes)
-            if own is not None:
-                bias[number] = own.copy()
-                nbytes += int(own.nbytes)
-        B, more = None, None
-        if embedding is not None:
-            embedding = self._copy(embedding)
-            more = embedding_bias(embedding)
-            embedding = LoRA(embedding.A, embedding.B, embedding.scale)
-            nbytes += int(embedding.A.nbytes + embedding.B.nbytes)
-            if bool((embedding.A != 0).any()) and bool((embedding.B != 0).any()):
-                B = ops.pack(embedding.B.copy())
-        return _Adapter(lora, bias, embedding, B, more, nbytes)
-
-    def _copy(self, lora: LoRA) -> LoRA:
-        """The adapter's arrays copied, where the backend computes."""
-        arrays = (lora.A, lora.B, lora.bias, lora.base_bias)
-        A, B, *biases = (None if a is None else self.ops.place(a).copy() for a in arrays)
-        return LoRA(A, B, lora.scale, lora.dropout, *biases)
-
-    def cache(self, k: Sequence[Array], v: Sequence[Array]) -> Any:
-        return tuple(k), tuple(v)
-
-    def forward(self, cache: Any, step: Step) -> Array:
-        ops, w = self.ops, self.weights
-        rows, output = ops.xp.asarray(step.rows), ops.xp.asarray(step.output)
-        x = self._embed(step)
-        for i, (layer, k, v) in enumerate(zip(w.layers, *cache, strict=True)):
-            first = len(MODULES) * i
-            normed, _ = ops.rms_norm_forward(x, layer.input_norm, w.eps, dtype=w.dtype)
-            q, key, value = self._linear(normed, step.start, step, (first, first + 1, first + 2))
-            q = self._turn(q, layer.q_norm, step)
-            k[rows] = self._turn(key, layer.k_norm, step)
-            v[rows] = value
-            a = w.attn
-            attn = Attn(a.heads, a.kv_heads, a.head_dim, a.scale, layer.window)
-            o, _ = ops.attention_forward(q, k, v, step.seqs, attn, dtype=w.dtype)
-            (x,) = self._linear(o, step.start, step, (first + 3,), residual=x)
-            normed, _ = ops.rms_norm_forward(x, layer.mid_norm, w.eps, dtype=w.dtype)
-            gate, up = self._linear(normed, step.start, step, (first + 4, first + 5))
-            product = ops.swiglu_forward(gate, up, dtype=w.dtype)
-            (x,) = self._linear(product, step.start, step, (first + 6,), residual=x)
-        normed, _ = ops.rms_norm_forward(x[output], w.norm, w.eps, dtype=w.dtype)
-        start = np.searchsorted(step.output, step.start)
-        (logits,) = self._linear(normed, start, step, (w.head_number,))
-        return logits
-
-    def _embed(self, step: Step) -> Array:
-        ops = self.ops
-        x = ops.embedding_forward(step.ids, self.weights.embedding)
-        for adapter, a, b in zip(step.adapters, step.start, step.start[1:]):
-            lora = None if adapter is None else adapter.embedding
-            if lora is None or a == b:
-                continue
-            if adapter.embedding_B is not None:
-                h = ops.xp.ascontiguousarray(lora.A[:, ops.xp.asarray(step.ids[a:b])].T)
-                h = h.dtype.type(lora.scale) * h
-                x[a:b], _ = ops.lora_forward(h, adapter.embedding_B, residual=x[a:b])
-            if adapter.embedding_bias is not None:
-                x[a:b] += adapter.embedding_bias
-        return x
-
-    def _turn(self, x: Array, norm: Array | None, step: Step) -> Array:
-        ops, w = self.ops, self.weights
-        D = w.attn.head_dim
-        if norm is not None:
-            heads, _ = ops.rms_norm_forward(x.reshape(-1, D), norm, w.eps)
-            x = heads.reshape(x.shape)
-        return ops.rope(x, step.cos, step.sin, step.position, D, dtype=w.dtype)
-
-    def _linear(
-        self,
-        x: Array,
-        start: np.ndarray,
-        step: Step,
-        numbers: tuple[int, ...],
-        residual: Array | None = None,
-    ) -> list[Array]:
-        """Some modules of one x [m, k], segment by segment: y [m, d] of each."""
-        w, parts = self.weights, []
-        for adapter, a, b in zip(step.adapters, start, start[1:]):
-            projections = []
-            for n in numbers:
-                W, bias = w.module(n)
-                lora = None
-                if adapter is not None:
-                    lora, bias = adapter.lora.get(n), adapter.bias.get(n, bias)
-                rest = None if residual is None else residual[a:b]
-                narrow = n < w.head_number and n % len(MODULES) in NARROW
-                dtype = w.dtype if narrow else None
-                projections.append(Projection(W, bias, lora, None, rest, dtype))
-            parts.append([y for y, _ in self.ops.linear_forward(x[a:b], projections)])
-        return [self.ops.xp.concatenate(ys) for ys in zip(*parts, strict=True)]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from pylora.errors import DtypeError, ShapeError
+from pylora.ops.mixture import Choice, choose
 from pylora.ops.protocol import Backend
 from pylora.ops.repeat import Direct, Repeated
 from pylora.types import AdamW, Array, LoRA, Norm, Projection, Rotation
@@ -20,7 +21,7 @@ def want_writable(W: Array) -> None:
 
 
 def _normed(ops: Backend, x: Array, norm: Norm | None, dtype: Any) -> tuple[Array, Array | None]:
-    return (x, None) if norm is None else ops.rms_norm_forward(x, norm.w, norm.eps, dtype)
+    return (x, None) if norm is None else ops.norm_forward(x, norm, dtype)
 
 
 class Plain:
@@ -67,7 +68,7 @@ class Plain:
         if rotation is not None:
             r = rotation
             for i, (y, h) in enumerate(results[:2]):
-                turned = self.rope(y, r.cos, r.sin, r.position, r.head_dim, dtype=dtype)
+                turned = self.rope(y, r.cos, r.sin, r.position, r.head_dim, r.layout, dtype=dtype)
                 results[i] = turned, h
         return results, rstd
 
@@ -77,12 +78,32 @@ class Plain:
         projections: Sequence[Projection],
         norm: Norm | None = None,
         dtype: Any = None,
+        activation: str = "silu",
     ) -> tuple[list[tuple[Array, Array | None]], Array, Array | None]:
         """`linear_forward` of gate and up, of the norm of x where there is one, and their product
-        silu(gate) up. Returns ((y, h) of both, the product, the norm's rstd)."""
+        act(gate) up. Returns ((y, h) of both, the product, the norm's rstd)."""
         x, rstd = _normed(self, x, norm, dtype)
         results = self.linear_forward(x, projections)
-        return results, self.swiglu_forward(results[0][0], results[1][0], dtype), rstd
+        product = self.activation_forward(results[0][0], results[1][0], activation, dtype)
+        return results, product, rstd
+
+    def norm_forward(self: Backend, x: Array, norm: Norm, dtype: Any = None) -> tuple[Array, Array]:
+        """(y, rstd) of a norm of either kind."""
+        if norm.kind == "layer":
+            return self.layer_norm_forward(x, norm.w, norm.b, norm.eps, dtype)
+        return self.rms_norm_forward(x, norm.w, norm.eps, dtype)
+
+    def norm_backward(
+        self: Backend, dy: Array, x: Array, norm: Norm, rstd: Array, add: Array | None = None
+    ) -> Array:
+        """dx, plus `add`, which is given away. The norm's own numbers are frozen."""
+        if norm.kind == "layer":
+            return self.layer_norm_backward(dy, x, norm.w, rstd, add)
+        return self.rms_norm_backward(dy, x, norm.w, rstd, add)[0]
+
+    def choose(self: Backend, logits: Array, top_k: int, normalize: bool) -> Choice:
+        """The experts of each token, from the router's logits [m, experts]: `mixture.choose`."""
+        return choose(logits, top_k, normalize, self.to_numpy, self.xp)
 
     def repeated(self) -> Repeated:
         return Direct(self)

@@ -155,15 +155,25 @@ def fingerprint(model: Any) -> str:
         h.update(np.ascontiguousarray(flat[:: max(1, flat.size // 65536)]).tobytes())
 
     for path, module in model.modules.items():
+        if not hasattr(module, "W"):  # experts: below
+            continue
         if id(module.W) not in seen:
             take(path, model.ops.unpack(module.W))
         seen.add(id(module.W))
         if getattr(module, "bias", None) is not None:
             take(f"{path}.bias", module.bias)
     for i, block in enumerate(model.blocks):
-        take(f"{i}.input_norm", block.input_norm)
-        take(f"{i}.mid_norm", block.mid_norm)
-    take("norm", model.norm)
+        for name, norm in block.norms.items():
+            take(f"{i}.{name}", norm.w)
+            if norm.b is not None:
+                take(f"{i}.{name}.bias", norm.b)
+        if block.router is not None:
+            take(f"{i}.router", model.ops.unpack(block.router))
+            for n, expert in enumerate(block.mlp.numbered):
+                take(f"{i}.experts.{n}", model.ops.unpack(expert.W))
+    if model.trunk.positions is not None:
+        take("positions", model.ops.unpack(model.trunk.positions))
+    take("norm", model.norm.w)
     return h.hexdigest()
 
 

@@ -10,7 +10,7 @@ import pytest
 from pylora.adapters.loraconfig import LoraConfig
 from pylora.adapters.plan import PlanEntry, resolve
 from pylora.errors import ConfigError, PlanError, PyloraError, UnsupportedError
-from pylora.model.config import LlamaConfig
+from pylora.model.config import LlamaConfig, ModuleSpec
 
 MODULES = LlamaConfig.tiny(num_hidden_layers=3).modules()
 QWEN2 = LlamaConfig.tiny(model_type="qwen2", attention_bias=True).modules()
@@ -194,7 +194,6 @@ UNSUPPORTED: list[tuple[str, Any]] = [
     ("use_dora", True),
     ("alora_invocation_tokens", [1, 2]),
     ("layer_replication", [[0, 2], [1, 3]]),
-    ("target_parameters", ["experts.gate_up_proj"]),
     ("trainable_token_indices", [0]),
     ("megatron_config", {"x": 1}),
     ("use_qalora", True),
@@ -207,7 +206,6 @@ UNSUPPORTED: list[tuple[str, Any]] = [
     ("init_lora_weights", "pissa"),
     ("init_lora_weights", "loftq"),
     ("init_lora_weights", "lora_ga"),
-    ("fan_in_fan_out", True),
     ("peft_type", "IA3"),
     ("some_field_of_the_future", {"on": True}),
 ]
@@ -217,6 +215,15 @@ UNSUPPORTED: list[tuple[str, Any]] = [
 def test_fields_that_change_the_result_are_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(UnsupportedError, match=f"here.json: .*{name}"):
         LoraConfig.from_dict({"target_modules": ["q_proj"], name: value}, "here.json")
+
+
+def test_fan_in_fan_out_is_for_modules_that_are_stored_transposed() -> None:
+    config = LoraConfig.from_dict({"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True})
+    modules = {f"transformer.h.0.attn.{n}": ModuleSpec("linear", 6, 4, True, True) for n in
+               ("c_attn", "c_proj")}  # fmt: skip
+    assert len(resolve(config, modules)) == 2
+    with pytest.raises(UnsupportedError, match="fan_in_fan_out.*model.layers.0.self_attn.q_proj"):
+        plan(fan_in_fan_out=True)
 
 
 def test_fields_without_effect_and_empty_ones_are_read() -> None:

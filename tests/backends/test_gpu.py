@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
 from small_models import write_hf
+from structures import run, structures, weights_of
 from training import interrupt_after
 
 import pylora
@@ -105,6 +107,19 @@ def test_narrow_precisions(gpu: Any, rng: np.random.Generator, precision: str) -
     for path in want:
         close(gpu.to_numpy(got[path].A), want[path].A, size)
         close(gpu.to_numpy(got[path].B), want[path].B, size)
+
+
+@pytest.mark.parametrize("name", GPU or ["none"])
+@settings(max_examples=15)
+@given(s=structures())
+def test_a_whole_model_of_any_structure(name: str, s: dict[str, Any]) -> None:
+    """Norms, activations, fused projections, caps, multipliers, positions and experts."""
+    results = []
+    for ops in (backends.exactly(name), backends.get("numpy")):
+        w = weights_of(s, "fp32", ops)
+        results.append(run(ops.llama(w), w, s, ops))
+    for got, want in zip(*results, strict=True):
+        close(got, want, 1e-4)
 
 
 def test_training_writes_the_adapters_own_arrays(

@@ -14,8 +14,12 @@ typedef struct setting {
 static setting random_setting(int cached, int64_t longest) {
   setting t = {0};
   const int64_t D = PICK(1, 2, 7, 16, 32, 33, 64), kv = PICK(1, 2, 3), group = PICK(1, 2, 3, 5);
-  t.a = (pylora_attn){(int32_t)(kv * group), (int32_t)kv, (int32_t)D, (int32_t)PICK(0, 0, 1, 5, 40),
-                      1.0f / sqrtf((float)D)};
+  t.a = (pylora_attn){(int32_t)(kv * group),
+                      (int32_t)kv,
+                      (int32_t)D,
+                      (int32_t)PICK(0, 0, 1, 5, 40),
+                      1.0f / sqrtf((float)D),
+                      (float)PICK(0, 0, 1, 30)};
   const int64_t n = PICK(1, 2, 4);
   int64_t *q_start = bytes_of(sizeof(int64_t) * (size_t)(n + 1)), *k_start = ids_below(n, 1);
   int64_t *k_len = ids_below(n, 1);
@@ -39,7 +43,8 @@ static setting random_setting(int cached, int64_t longest) {
 }
 
 /* Bounds as in tests/support/bounds.py: scores are off by gamma_{D+2} of scale |q| |k|, which moves P by twice
- * that; dS by gamma_D of its magnitudes; then the sums. Written with doubles and no cleverness. */
+ * that; dS by gamma_D of its magnitudes; then the sums.  A cap's tanh has a slope of at most 1 and is off by
+ * a few roundings itself; 1 - tanh² is off by twice as much. Written with doubles and no cleverness. */
 typedef struct bounds {
   pylora_mat o, lse, dq, dk, dv;
 } bounds;
@@ -64,19 +69,24 @@ static bounds bounds_of(const setting *t, const pylora_mat *o, const pylora_mat 
         const int64_t end = start + keys - (t->s.q_start[i + 1] - 1 - row);
         const int64_t first = t->a.window && end - t->a.window > start ? end - t->a.window : start;
         const float *q = el(&t->q, row, head * D), *g = el(&t->d_o, row, head * D);
-        const double L = *el(lse, row, head), n = (double)(end - first);
+        const double L = *el(lse, row, head), n = (double)(end - first), cap = t->a.softcap;
+        enum { CAP = 2 * EXP + 10 };
         double worst = 0;
         for (int64_t j = first; j < end; j++) {
           const double most = t->a.scale * abs_dot(D, q, el(&t->k, j, kv));
-          worst = fmax(worst, gamma_n((double)D + 2) * most + U * (fabs(L) + most));
+          const double capped = cap > 0 ? gamma_n(CAP) * fmin(cap, most) : 0;
+          worst = fmax(worst, gamma_n((double)D + 2) * most + U * (fabs(L) + most) + capped);
         }
+        const double slope_off = cap > 0 ? 2 * worst / cap + gamma_n(2 * CAP) : 0;
         const double P_off = expm1(2 * worst) + gamma_n(2 * n + EXP + 3);
         *el(&b.lse, row, head) =
             (float)(1.01 * worst + gamma_n(n + EXP + 3) * (1 + fabs(L) + log(n)));
         for (int64_t j = first; j < end; j++) {
           double score = 0;
           for (int64_t c = 0; c < D; c++) score += (double)q[c] * *el(&t->k, j, kv + c);
-          const double P = exp(t->a.scale * score - L);
+          score *= t->a.scale;
+          if (cap > 0) score = cap * tanh(score / cap);
+          const double P = exp(score - L);
           const double M = P * t->a.scale *
                            (abs_dot(D, g, el(&t->v, j, kv)) + abs_dot(D, g, el(o, row, head * D)));
           const double sums = gamma_n((double)(D + t->m * group) + n + 8);
@@ -84,8 +94,8 @@ static bounds bounds_of(const setting *t, const pylora_mat *o, const pylora_mat 
             *el(&b.o, row, head * D + c) +=
                 (float)(1.01 * P * P_off * fabsf(*el(&t->v, j, kv + c)));
             *el(&b.dq, row, head * D + c) +=
-                (float)(1.01 * M * (P_off + sums) * fabsf(*el(&t->k, j, kv + c)));
-            *el(&b.dk, j, kv + c) += (float)(1.01 * M * (P_off + sums) * fabsf(q[c]));
+                (float)(1.01 * M * (P_off + sums + slope_off) * fabsf(*el(&t->k, j, kv + c)));
+            *el(&b.dk, j, kv + c) += (float)(1.01 * M * (P_off + sums + slope_off) * fabsf(q[c]));
             *el(&b.dv, j, kv + c) += (float)(1.01 * P * (P_off + sums) * fabsf(g[c]));
           }
         }
@@ -245,7 +255,7 @@ static void threads(void) {
 /* Two sequences that share their keys: gradients add up. More heads per kv head than a panel is wide. */
 static void shared_keys_and_many_heads(void) {
   const int64_t starts[3] = {0, 3, 6}, at[2] = {0, 0}, len[2] = {3, 3}, alone[2] = {0, 3};
-  const pylora_attn a = {40, 1, 8, 0, 0.3f};
+  const pylora_attn a = {40, 1, 8, 0, 0.3f, 0};
   const pylora_seqs both = {2, starts, at, len}, single = {1, alone, NULL, NULL};
   const pylora_mat q = matrix(6, 320, 1), k = matrix(3, 8, 1), v = matrix(3, 8, 1),
                    o = matrix(6, 320, 0);
@@ -369,7 +379,7 @@ static void storage(void) {
 /* Sequences long enough that backward cuts them in parts: bounds, threads, and neighbours. */
 static void long_sequences(void) {
   const int64_t starts[4] = {0, 300, 301, 860}, alone[2] = {0, 559};
-  const pylora_attn a = {2, 1, 8, (int32_t)PICK(0, 200), 0.35f};
+  const pylora_attn a = {2, 1, 8, (int32_t)PICK(0, 200), 0.35f, (float)PICK(0, 0, 3)};
   const pylora_seqs s = {3, starts, NULL, NULL}, one = {1, alone, NULL, NULL};
   setting t = {.a = a, .s = s, .m = 860, .n = 860};
   t.q = matrix(860, 16, 2), t.d_o = matrix(860, 16, 1);

@@ -118,11 +118,35 @@ static void transformer(void) {
   position[3] = 0;
   E_SHAPE(pylora_rope(&X, &c, &c2, position, 2, 0, 0, &DX));
   E_SHAPE(pylora_rope(&X, &c, &c, position, 4, 0, 0, &DX)); /* heads do not fit */
-  E_SHAPE(pylora_rope(&X, &c, &c, position, 3, 0, 0, &DX)); /* odd */
+  E_SHAPE(pylora_rope(&X, &c, &c, position, 1, 0, 0, &DX)); /* narrower than the tables */
   E_SHAPE(pylora_rope(&X, &c, &c, position, 2, 0, 0, &Y));
   E_VALUE(pylora_rope(&X, &c, &c, position, 2, 7, 0, &DX));
   E_NULL(pylora_rope(&X, &c, &c, NULL, 2, 0, 0, &DX));
   E_NULL(pylora_rope(&X, NULL, &c, position, 2, 0, 0, &DX));
+
+  E_NULL(pylora_layer_norm_forward(NULL, w, NULL, 0, &DX, r));
+  E_NULL(pylora_layer_norm_forward(&X, NULL, NULL, 0, &DX, r));
+  E_NULL(pylora_layer_norm_forward(&X, w, NULL, 0, &DX, NULL));
+  E_SHAPE(pylora_layer_norm_forward(&X, w, NULL, 0, &Y, r));
+  E_SHAPE(pylora_layer_norm_forward(&none, w, NULL, 0, &none, r));
+  E_NULL(pylora_layer_norm_backward(&X, &X, w, NULL, &DX, 0));
+  E_SHAPE(pylora_layer_norm_backward(&Y, &X, w, r, &DX, 0));
+  E_NULL(pylora_activation_forward(0, NULL, NULL, &DX));
+  E_VALUE(pylora_activation_forward(4, &X, NULL, &DX));
+  E_VALUE(pylora_activation_forward(-1, &X, NULL, &DX));
+  E_SHAPE(pylora_activation_forward(1, &X, &Y, &DX));
+  E_NULL(pylora_activation_backward(1, &X, &X, &X, &DX, NULL)); /* up and dup, or neither */
+  E_NULL(pylora_activation_backward(1, &X, &X, NULL, &DX, &DX));
+  E_SHAPE(pylora_activation_backward(1, &Y, &X, NULL, &DX, NULL));
+  E_NULL(pylora_soft_cap_forward(&X, 1, 1, NULL));
+  E_VALUE(pylora_soft_cap_forward(&X, 1, -1, &DX));
+  E_VALUE(pylora_soft_cap_forward(&X, 1, NAN, &DX));
+  E_SHAPE(pylora_soft_cap_backward(&X, &Y, 1, 1, &DX));
+  int64_t chosen[8];
+  E_VALUE(pylora_choose(&X, 0, 0, &DX, chosen, &DX));
+  E_VALUE(pylora_choose(&X, X.cols + 1, 0, &DX, chosen, &DX));
+  E_SHAPE(pylora_choose(&X, 1, 0, &DX, chosen, &Y));
+  E_NULL(pylora_choose(&X, X.cols, 0, &DX, NULL, &DX));
 
   E_NULL(pylora_swiglu_forward(&X, NULL, &DX));
   E_SHAPE(pylora_swiglu_forward(&X, &Y, &DX));
@@ -157,7 +181,7 @@ static void attention(void) {
                    o = matrix(4, 12, 1);
   const pylora_mat lse = matrix(4, 4, 1), before = copy_of(&o), dk = matrix(6, 6, 1),
                    dv = matrix(6, 6, 1);
-  const pylora_attn a = {4, 2, 3, 0, 1};
+  const pylora_attn a = {4, 2, 3, 0, 1, 0};
   pylora_attn bad = a;
   int64_t q_start[3] = {0, 1, 4}, k_start[2] = {0, 2}, k_len[2] = {2, 4};
   pylora_seqs s = {2, q_start, k_start, k_len};

@@ -70,7 +70,12 @@ static setup *begin(int n, const int64_t *d) {
   t->x = input_of(t->m, t->k, 1).x;
   t->normed = output(t->half, t->m, t->k);
   t->w = floats(t->k, 2), t->rstd = floats(t->m, 0), t->rstd_alone = floats(t->m, 0);
-  t->norm = (pylora_norm){t->w, 1e-5f, t->half ? PYLORA_BF16 : PYLORA_F32, t->rstd};
+  t->norm = (pylora_norm){.w = t->w,
+                          .eps = 1e-5f,
+                          .dtype = t->half ? PYLORA_BF16 : PYLORA_F32,
+                          .rstd = t->rstd,
+                          .kind = (int32_t)below(2)};
+  if (t->norm.kind == PYLORA_LAYER && below(2)) t->norm.b = floats(t->k, 1);
   int64_t all = 0;
   const pylora_drop *dropped = below(3) ? NULL : &drop;
   for (int i = 0; i < n; i++) {
@@ -82,7 +87,10 @@ static setup *begin(int n, const int64_t *d) {
   }
   t->bytes = pylora_linear_workspace(t->m, n, all, t->k, N * 33);
   t->ws = bytes_of(t->bytes);
-  OK(pylora_rms_norm_forward(&t->x, t->w, t->norm.eps, &t->normed, t->rstd_alone));
+  if (t->norm.kind == PYLORA_LAYER)
+    OK(pylora_layer_norm_forward(&t->x, t->w, t->norm.b, t->norm.eps, &t->normed, t->rstd_alone));
+  else
+    OK(pylora_rms_norm_forward(&t->x, t->w, t->norm.eps, &t->normed, t->rstd_alone));
   return t;
 }
 
@@ -101,7 +109,8 @@ static void qkv_once(void) {
   const int64_t d[N] = {heads * D, D, 40};
   setup *t = begin(N, d);
   const int64_t positions = t->m + 3;
-  const pylora_rotation r = {matrix(positions, D / 2, 1), matrix(positions, D / 2, 1),
+  const int64_t half = 1 + below(D / 2); /* of a part of each head */
+  const pylora_rotation r = {matrix(positions, half, 1), matrix(positions, half, 1),
                              ids_below(t->m, positions), (int32_t)D, (int32_t)below(2)};
   pylora_mat raw[2], y[N], alone[N], residual = matrix(t->m, d[0], 1);
   for (int i = 0; i < N; i++) {
@@ -114,7 +123,7 @@ static void qkv_once(void) {
   for (int i = 0; i < 2; i++)
     OK(pylora_rope(&raw[i], &r.cosines, &r.sines, r.position, r.head_dim, r.layout, 0, &alone[i]));
   for (int i = 0; i < N; i++) t->l[i].y = &y[i];
-  const pylora_finish finish[N] = {{&r, NULL}, {&r, NULL}, {NULL, NULL}};
+  const pylora_finish finish[N] = {{.rotation = &r}, {.rotation = &r}, {.rotation = NULL}};
   fused(t, N, finish);
   for (int i = 0; i < N; i++) expect_equal("q, k or v", &y[i], &alone[i]);
 }
@@ -127,7 +136,8 @@ static void gate_up_once(void) {
   pylora_mat kept = output(t->half, t->m, inner);
   t->l[0].y = &gate, t->l[1].y = &up;
   linear_alone(t, 2);
-  OK(pylora_swiglu_forward(&gate, &up, &alone));
+  const int32_t kind = (int32_t)below(4);
+  OK(pylora_activation_forward(kind, &gate, &up, &alone));
   for (int64_t i = 0; i < t->m; i++) { /* what the fused call has to write again */
     if (t->half)
       memcpy(kept.b + i * kept.ld, up.b + i * up.ld, (size_t)inner * sizeof(uint16_t));
@@ -139,7 +149,7 @@ static void gate_up_once(void) {
       memset(up.p + i * up.ld, 0, (size_t)inner * sizeof(float));
   }
   const pylora_mat *const places[] = {&product, &gate, &up}, *place = places[below(3)];
-  const pylora_finish finish[2] = {{NULL, NULL}, {NULL, place}};
+  const pylora_finish finish[2] = {{.product = NULL}, {.product = place, .activation = kind}};
   fused(t, 2, finish);
   expect_equal("product", place, &alone);
   if (place != &up) expect_equal("up", &up, &kept);
@@ -152,7 +162,7 @@ static void wrong(void) {
   t->l[0].y = &y[0], t->l[1].y = &y[1];
   const int64_t *start = t->segments > 1 ? t->start : NULL;
   pylora_rotation r = {matrix(4, 32, 1), matrix(4, 32, 1), ids_below(t->m, 4), 64, 0};
-  pylora_finish finish[2] = {{&r, NULL}, {NULL, NULL}};
+  pylora_finish finish[2] = {{.rotation = &r}, {.rotation = NULL}};
 #define CALL(norm) \
   pylora_fused_forward(&t->x, norm, 2, t->l, finish, t->segments, start, t->ws, t->bytes)
   pylora_norm norm = t->norm;
@@ -160,6 +170,8 @@ static void wrong(void) {
   EXPECT_STATUS(PYLORA_E_NULL, CALL(&norm));
   norm = t->norm, norm.dtype = PYLORA_F16;
   EXPECT_STATUS(PYLORA_E_UNSUPPORTED, CALL(&norm));
+  norm = t->norm, norm.kind = 2;
+  EXPECT_STATUS(PYLORA_E_VALUE, CALL(&norm));
   r.head_dim = 48; /* 64 outputs are no whole heads */
   EXPECT_STATUS(PYLORA_E_SHAPE, CALL(NULL));
   r.head_dim = 64, r.layout = 2;
@@ -173,7 +185,9 @@ static void wrong(void) {
   EXPECT_STATUS(PYLORA_E_VALUE, CALL(NULL));
   finish[0].product = NULL, finish[1].product = &narrow;
   EXPECT_STATUS(PYLORA_E_SHAPE, CALL(NULL));
-  finish[1].product = &y[0];
+  finish[1].product = &y[0], finish[1].activation = 4;
+  EXPECT_STATUS(PYLORA_E_VALUE, CALL(NULL));
+  finish[1].activation = 0;
   if (t->m)
     EXPECT_STATUS(PYLORA_E_WORKSPACE, pylora_fused_forward(&t->x, &t->norm, 2, t->l, finish,
                                                            t->segments, start, t->ws, 64));

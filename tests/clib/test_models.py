@@ -293,7 +293,7 @@ def test_tied_head_that_is_stored(tmp_path: Path) -> None:
         ({"hidden_act": "gelu"}, "gelu"),
         ({"model_type": "gpt2"}, "gpt2"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "spiral", "factor": 2.0}}, "spiral"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types"),

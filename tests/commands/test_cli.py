@@ -188,6 +188,15 @@ def test_inspect_numbers(capsys: pytest.CaptureFixture[str]) -> None:
         assert number in shown
 
 
+def test_families_lists_each_with_what_it_has(capsys: pytest.CaptureFixture[str]) -> None:
+    from pylora.model.families import ALL
+
+    shown = run(capsys, "families")
+    for name in ALL:
+        assert name in shown
+    assert f"{len(ALL)} families" in shown and "learned positions" in shown
+
+
 def test_info_names_the_backend(capsys: pytest.CaptureFixture[str]) -> None:
     assert "backend: numpy" in run(capsys, "--backend", "numpy", "info")
     import pylora

@@ -18,7 +18,9 @@ from pylora.conformance.running.report import text
 EXAMPLES = Path(__file__).parents[2] / "examples" / "conformance"
 
 # What fails in PEFT 0.21 and loralib 0.1.2; docs/conformance.md tells each.
-PEFT = {"M3", "K5", "K6", "K11", "K12", "T7", "T8", "T9", "T12"}
+TORCH = {"E6"}  # its embedding adds up gradients of 16 bits in 16 bits
+PEFT = {"E6", "E9", "M3", "K5", "K6", "K11", "K12", "T7", "T8", "T9", "T12"}
+PEFT |= {"K20", "K21", "K24", "K26", "K27", "K30", "K33", "T21", "T22", "T23"}
 LORALIB = {"M3"}
 
 
@@ -66,7 +68,7 @@ def test_plain_numpy_keeps_every_law_that_it_can_be_asked(adapter):
 @pytest.mark.parity
 def test_plain_pytorch_keeps_every_law_that_it_can_be_asked(adapter):
     pytest.importorskip("torch")
-    assert wrong(run(adapter("torch_plain", "Torch"), examples=20)) == set()
+    assert wrong(run(adapter("torch_plain", "Torch"), examples=20)) == TORCH
 
 
 @pytest.mark.parity

@@ -55,9 +55,9 @@ def test_the_table_in_the_docs_is_of_these_mutants_and_laws():
 def test_only_laws_that_use_what_a_mutant_changes_are_run():
     by_id = {m.id: m for m in ALL}
     ids = {law.id for law in concerned(by_id["scale-alpha"])}
-    assert ids == {"S1", "S2"}
+    assert ids >= {"S1", "S2"} and all("scaling" in LAWS[id].needs for id in ids)
     ids = {law.id for law in concerned(by_id["attention-k-adapter-after-rope"])}
-    assert ids == {"A1", "A2", "A3", "A4"}
+    assert ids >= {"A1", "A2", "A3", "A4", "A13", "G4"} and not ids & {"F1", "M1", "E3", "B20"}
 
 
 def test_a_mutant_that_is_not_one_is_not_killed():
@@ -72,7 +72,7 @@ def test_the_hunt_says_who_survives(monkeypatch):
     said: list[str] = []
     monkeypatch.setattr("pylora.conformance.mutants.hunt.mutants", lambda: (dead, same))
     assert not hunt(said.append)
-    assert said[0].split() == ["scale-alpha", "S1", "at", "example", "1"]
+    assert re.fullmatch(r"scale-alpha +S\d at example \d", said[0])
     assert said[1].split() == ["same", "SURVIVES"]
     assert said[2] == "2 mutants, 1 killed, 1 alive"
 

@@ -130,7 +130,9 @@ struct Setting {
     return {(int64_t)k_len.size(),        q_start.data(), cached ? k_start.data() : NULL,
             cached ? k_len.data() : NULL, max_q,          max_k};
   }
-  bool tensor() const { return dtype != PYLORA_F32 && fits && a.head_dim % 8 == 0; }
+  bool tensor() const {
+    return dtype != PYLORA_F32 && fits && a.head_dim % 8 == 0 && a.softcap == 0;
+  }
   int64_t width() const { return (int64_t)a.heads * a.head_dim; }
   int64_t kv_width() const { return (int64_t)a.kv_heads * a.head_dim; }
   int other() const { return below(2) ? dtype : (int)below(3); } /* of o, do, dq, dk, dv */
@@ -147,7 +149,7 @@ static Setting setting(int dtype, int D, int kv, int group, std::vector<int64_t>
                        std::vector<int64_t> keys, int window, bool fits = true) {
   Setting t;
   t.dtype = dtype, t.fits = fits, t.cached = !keys.empty();
-  t.a = {kv * group, kv, D, window, 1 / sqrtf((float)D)};
+  t.a = {kv * group, kv, D, window, 1 / sqrtf((float)D), 0};
   t.q_start.push_back(0);
   for (size_t i = 0; i < queries.size(); i++) {
     const int64_t start = t.n + (t.cached ? below(3) : 0);
@@ -175,8 +177,10 @@ static Setting random_setting() {
     queries.push_back(pick({0, 1, 1, 2, 5, 31, 33, 70}));
     if (cached) keys.push_back(pick({0, 1, 17, 90, 300}));
   }
-  return setting(dtype, D, (int)pick({1, 2}), (int)pick({1, 2, 3, 4}), queries, keys,
-                 (int)pick({0, 0, 1, 5, 40, 100}), below(4) != 0);
+  Setting t = setting(dtype, D, (int)pick({1, 2}), (int)pick({1, 2, 3, 4}), queries, keys,
+                      (int)pick({0, 0, 1, 5, 40, 100}), below(4) != 0);
+  t.a.softcap = (float)pick({0, 0, 1, 30});
+  return t;
 }
 
 /* ---- bounds ---- */
@@ -200,7 +204,8 @@ struct Bounds {
 };
 
 /* As in tests/c/test_attention.c: scores are off by gamma_{D+2} of scale |q| |k| and what taking logarithms to base 2
- * rounds, which moves P by twice that. `d_o` NULL: forward alone. */
+ * rounds, which moves P by twice that; a cap's tanh is off by a few roundings more, and its slope by twice as much.
+ * `d_o` NULL: forward alone. */
 static Bounds bounds_of(const Setting &t, const Matrix &q, const Matrix &k, const Matrix &v,
                         const Matrix *d_o, const std::vector<float> &o,
                         const std::vector<float> &lse) {
@@ -223,16 +228,22 @@ static Bounds bounds_of(const Setting &t, const Matrix &q, const Matrix &k, cons
         const int64_t first = t.a.window && end - t.a.window > start ? end - t.a.window : start;
         const float *qr = q.row(row, head * D);
         const double L = lse[(size_t)(row * t.a.heads + head)], n = (double)(end - first);
+        const double cap = t.a.softcap;
         double worst = 0;
         for (int64_t j = first; j < end; j++) {
           const double most = t.a.scale * abs_dot(D, qr, k.row(j, kv));
-          worst = fmax(worst, gamma_n((double)D + 4) * most + 2 * 0x1p-24 * (fabs(L) + most));
+          const double capped = cap > 0 ? gamma_n(2 * EXP + 10) * fmin(cap, most) : 0;
+          worst =
+              fmax(worst, gamma_n((double)D + 4) * most + 2 * 0x1p-24 * (fabs(L) + most) + capped);
         }
+        const double slope_off = cap > 0 ? 2 * worst / cap + gamma_n(4 * EXP + 20) : 0;
         const double P_off = expm1(2 * worst) + gamma_n(3 * n + 2 * EXP + 3);
         b.lse[(size_t)(row * t.a.heads + head)] =
             1.01 * worst + gamma_n(2 * n + EXP + 3) * (1 + fabs(L) + log(n));
         for (int64_t j = first; j < end; j++) {
-          const double P = exp(t.a.scale * dot(D, qr, k.row(j, kv)) - L);
+          double score = t.a.scale * dot(D, qr, k.row(j, kv));
+          if (cap > 0) score = cap * tanh(score / cap);
+          const double P = exp(score - L);
           for (int64_t c = 0; c < D; c++)
             b.o[(size_t)(row * w + head * D + c)] +=
                 1.01 * (P * (P_off + u) + low) * fabs(v.value(j, kv + c));
@@ -246,7 +257,8 @@ static Bounds bounds_of(const Setting &t, const Matrix &q, const Matrix &k, cons
                     (fabs(v.value(j, kv + c)) + fabs(o[(size_t)(row * w + head * D + c)]));
           const double sums = gamma_n((double)(D + t.m * group) + n + 2 * EXP);
           const double dS =
-              t.a.scale * (P * (size * (P_off + sums + 2 * u + u * u) + lost) + low * most_do);
+              t.a.scale *
+              (P * (size * (P_off + sums + slope_off + 2 * u + u * u) + lost) + low * most_do);
           for (int64_t c = 0; c < D; c++) {
             b.dq[(size_t)(row * w + head * D + c)] += 1.01 * dS * fabs(k.value(j, kv + c));
             b.dk[(size_t)(j * t.kv_width() + kv + c)] += 1.01 * dS * fabs(qr[c]);
@@ -618,7 +630,7 @@ static void test_errors() {
   EXPECT_STATUS(PYLORA_E_VALUE, ahead(&Q, &s, ws.bytes.size()));
   a.window = 0, a.kv_heads = 3;
   EXPECT_STATUS(PYLORA_E_SHAPE, ahead(&Q, &s, ws.bytes.size()));
-  a = {1, 1, 264, 0, 1};
+  a = {1, 1, 264, 0, 1, 0};
   Matrix wide(PYLORA_BF16, 2, 264, 1), more(PYLORA_F32, 2, 1, 1);
   const std::vector<int64_t> start = {0, 2};
   const pylora_cuda_seqs two = {1, start.data(), NULL, NULL, 2, 2};

@@ -209,6 +209,8 @@ static void rope(void) {
                 pylora_cuda_rope(g, NULL, &x, &table, &table, &position, 4, 0, 0, &x));
   EXPECT_STATUS(PYLORA_E_SHAPE,
                 pylora_cuda_rope(g, NULL, &x, &table, &table, &position, 3, 0, 0, &x));
+  EXPECT_STATUS(PYLORA_E_SHAPE, /* narrower than the tables */
+                pylora_cuda_rope(g, NULL, &x, &table, &table, &position, 2, 0, 0, &x));
   EXPECT_STATUS(PYLORA_E_VALUE,
                 pylora_cuda_rope(g, NULL, &x, &table, &table, &position, 6, 2, 0, &x));
 }

@@ -247,9 +247,9 @@ def test_linear_rope_scaling(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("llama.expert_count", 8, "expert_count is 8"),
+        ("llama.expert_shared_count", 1, "expert_shared_count"),
         ("llama.rope.dimension_count", 32, "dimension_count is 32"),
-        ("llama.rope.scaling.type", "yarn", "yarn"),
+        ("llama.rope.scaling.type", "spiral", "spiral"),
         ("llama.logit_scale", 0.5, "logit_scale"),
         ("llama.attention.head_count_kv", [2, 2], "head_count_kv"),
         ("llama.rope.scaling.type", [1, 2], "rope.scaling.type"),
@@ -273,8 +273,8 @@ def test_settings_that_change_the_result_are_refused(
 
 
 def test_other_architectures_and_tensors_are_refused_by_name(tmp_path: Path) -> None:
-    write_gguf(tmp_path / "m.gguf", arch="gemma3")
-    with pytest.raises(UnsupportedError, match="'gemma3'"):
+    write_gguf(tmp_path / "m.gguf", arch="gemma3n")
+    with pytest.raises(UnsupportedError, match=r"'gemma3n'.*nearest.*'gemma3'.*architecture\.md"):
         open_checkpoint(tmp_path / "m.gguf")
     x = np.zeros(4, np.float32)
     write_gguf(tmp_path / "m.gguf", more=lambda w: w.add_tensor("blk.0.ffn_gate_exps.weight", x))

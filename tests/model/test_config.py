@@ -92,12 +92,12 @@ def test_both_spellings_of_rope_settings() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [
-        ({"model_type": "gpt2"}, UnsupportedError, "gpt2"),
+        ({"model_type": "mamba"}, UnsupportedError, "mamba"),
         ({"model_type": None}, UnsupportedError, "None"),
         ({"hidden_act": "gelu"}, UnsupportedError, "gelu"),
         ({"quantization_config": {}}, UnsupportedError, "quantization_config"),
         ({"partial_rotary_factor": 0.5}, UnsupportedError, "partial_rotary_factor"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, UnsupportedError, "yarn"),
+        ({"rope_scaling": {"rope_type": "spiral", "factor": 2}}, UnsupportedError, "spiral"),
         ({"rope_scaling": {"rope_type": "linear"}}, ConfigError, "factor"),
         ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}, ConfigError, "low_freq_factor"),
         ({"rope_scaling": {"full_attention": {}}}, UnsupportedError, "per layer"),

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pylora.errors import ConfigError
 from pylora.numbers import random
 from pylora.reference import Reference
 
@@ -109,3 +110,11 @@ def test_empty_and_seed_range() -> None:
     assert random.normal((0, 4), 1.0, seed=0, stream=0).shape == (0, 4)
     big = random.unit(2**64 - 1, 2**64 - 1, 0, 2)
     assert ((big > 0) & (big < 1)).all()
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 2**64 + 5, True, 1.0, "3", None])
+def test_what_is_no_seed_is_refused_and_not_cut_off(seed):
+    for make in (random.uniform, random.normal):
+        with pytest.raises(ConfigError, match="a seed is a whole number"):
+            make((2,), 1.0, seed=seed, stream=0)
+    assert random.check_seed(2**64 - 1) == 2**64 - 1 and random.check_seed(np.int64(3)) == 3

@@ -123,6 +123,48 @@ def test_swiglu(seed: int, m: int) -> None:
     )
 
 
+@given(seed=seeds, m=tokens)
+def test_layer_norm(seed: int, m: int) -> None:
+    i = inputs_of("layer_norm_backward", seed, m)
+    rstd = R.layer_norm_forward(i["x"], i["w"], i["b"], 1e-3)[1]
+    dx = R.layer_norm_backward(i["dy"], i["x"], i["w"], rstd)
+    limit = bounds.layer_norm_backward(i["dy"], i["x"], i["w"], rstd, dtype=np.float64)
+    check(
+        lambda x: [(R.layer_norm_forward(x, i["w"], i["b"], 1e-3)[0], i["dy"])],
+        pick(i, "x"),
+        {"x": dx},
+        {"x": limit},
+    )
+
+
+@given(seed=seeds, m=tokens)
+def test_activations(seed: int, m: int) -> None:
+    i = inputs_of("activation_backward", seed, m)
+    kind, gated = i["kind"], i["up"] is not None
+    dx, dup = R.activation_backward(i["dy"], i["x"], i["up"], kind)
+    limits = bounds.activation_backward(i["dy"], i["x"], i["up"], kind, np.float64)
+    names = ("x", "up") if gated else ("x",)
+    check(
+        lambda x, up=None: [(R.activation_forward(x, up, kind), i["dy"])],
+        pick(i, *names),
+        {"x": dx, "up": dup} if gated else {"x": dx},
+        dict(zip(names, limits)),
+    )
+
+
+@given(seed=seeds, m=tokens)
+def test_soft_cap(seed: int, m: int) -> None:
+    i = inputs_of("soft_cap_backward", seed, m)
+    y = R.soft_cap_forward(i["x"], i["times"], i["cap"])
+    check(
+        lambda x: [(R.soft_cap_forward(x, i["times"], i["cap"]), i["dy"])],
+        pick(i, "x"),
+        {"x": R.soft_cap_backward(i["dy"], y, i["times"], i["cap"])},
+        {"x": bounds.soft_cap_backward(i["dy"], y, i["times"], i["cap"], np.float64)
+         + bounds.gamma(40, np.float64) * np.abs(i["dy"])},
+    )  # fmt: skip
+
+
 def _check_attention(i: Arrays) -> None:
     seqs, attn, do = i["seqs"], i["attn"], i["do"]
     o, lse = R.attention_forward(i["q"], i["k"], i["v"], seqs, attn)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from pylora.conformance.bounds.features import *  # noqa: F403
 from pylora.conformance.bounds.ops import *  # noqa: F403
 from pylora.conformance.bounds.ops import assert_within
 

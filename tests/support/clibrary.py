@@ -94,7 +94,7 @@ def library() -> ctypes.CDLL:
     lib.pylora_model_close.argtypes = [c_void_p]
     lib.pylora_model_about.argtypes = [c_void_p]
     lib.pylora_model_about.restype = POINTER(About)
-    lib.pylora_model_rope.argtypes = [c_void_p, c_int64, c_void_p, c_void_p]
+    lib.pylora_model_rope.argtypes = [c_void_p, c_int32, c_int64, c_void_p, c_void_p]
     lib.pylora_adapter_open.argtypes = [c_void_p, c_char_p, POINTER(c_void_p), c_char_p]
     lib.pylora_adapter_close.argtypes = [c_void_p]
     lib.pylora_adapter_struct.argtypes = [c_void_p]
@@ -154,7 +154,7 @@ class CModel:
         shape = positions, self.about.head_dim // 2
         cos, sin = np.empty(shape, np.float32), np.empty(shape, np.float32)
         assert not library().pylora_model_rope(
-            self._model, positions, cos.ctypes.data, sin.ctypes.data
+            self._model, 0, positions, cos.ctypes.data, sin.ctypes.data
         )
         return cos, sin
 

@@ -15,6 +15,7 @@ import bounds_bf16
 import numpy as np
 
 from pylora.numbers.precision import BF16, from_bf16, to_bf16, widened
+from pylora.ops.features import ACTIVATIONS
 from pylora.reference import IGNORE, Reference
 from pylora.types import Attn, Drop, LoRA, Projection, ProjectionGrad, Seqs
 
@@ -262,7 +263,8 @@ def _attention_run(ops: Any, i: Arrays, names: str) -> tuple[Any, ...]:
 
 def _rope(rng: np.random.Generator, m: int) -> Arrays:
     D, n = int(rng.choice([2, 6, 32, 34, 64])), 13
-    angle = rng.uniform(-9, 9, size=(n, D // 2))
+    pairs = int(rng.choice([D // 2, D // 2, (D + 2) // 4]))  # or a part of a head
+    angle = rng.uniform(-9, 9, size=(n, pairs))
     return {
         "x": normal(rng, m, D * int(rng.integers(1, 4))), "position": rng.integers(0, n, size=m),
         "cos": np.cos(angle).astype(np.float32), "sin": np.sin(angle).astype(np.float32), "D": D,
@@ -278,7 +280,8 @@ def lengths(rng: np.random.Generator, m: int) -> list[int]:
 
 def _attention(rng: np.random.Generator, m: int) -> Arrays:
     D, G, group = (int(rng.choice(c)) for c in ([2, 8, 32, 33], [1, 2], [1, 3]))
-    attn = Attn(G * group, G, D, float(np.float32(D**-0.5)), int(rng.choice([0, 0, 1, 5])))
+    window, cap = int(rng.choice([0, 0, 1, 5])), float(rng.choice([0, 0, 0, 1.5]))
+    attn = Attn(G * group, G, D, float(np.float32(D**-0.5)), window, cap)
     seqs = Seqs.of(lengths(rng, m))
     q, do = normal(rng, m, G * group * D), normal(rng, m, G * group * D)
     k, v = normal(rng, m, G * D), normal(rng, m, G * D)
@@ -290,6 +293,49 @@ def _swiglu(rng: np.random.Generator, m: int) -> Arrays:
     n = size(rng)
     gate = normal(rng, m, n, size=float(rng.choice([1, 10, 60])))
     return {"gate": gate, "up": normal(rng, m, n), "dy": normal(rng, m, n)}
+
+
+def _layer_norm(rng: np.random.Generator, m: int) -> Arrays:
+    k = size(rng)
+    x = normal(rng, m, k, size=10.0 ** rng.integers(-2, 3)) + np.float32(rng.choice([0, 3]))
+    w, b = normal(rng, k), normal(rng, k) if rng.random() < 0.5 else None
+    rstd = Reference().layer_norm_forward(x, w, b, 1e-3)[1]
+    add = normal(rng, m, k) if rng.random() < 0.5 else None
+    return {"x": x, "w": w, "b": b, "dy": normal(rng, m, k), "rstd": rstd, "add": add}
+
+
+def _layer_norm_backward(ops: Any, i: Arrays) -> tuple[Any, ...]:
+    add = None if i["add"] is None else i["add"].copy()
+    dy, x = _own(ops, i["dy"]), _own(ops, i["x"])
+    return (ops.layer_norm_backward(dy, x, i["w"], i["rstd"], add),)
+
+
+def _activation(rng: np.random.Generator, m: int) -> Arrays:
+    n = size(rng)
+    x = normal(rng, m, n, size=float(rng.choice([0.01, 1, 5])))
+    up = normal(rng, m, n) if rng.random() < 0.5 else None
+    return {"x": x, "up": up, "dy": normal(rng, m, n), "kind": str(rng.choice(ACTIVATIONS))}
+
+
+def _activation_run(ops: Any, i: Arrays, names: str) -> tuple[Any, ...]:
+    x, up = _own(ops, i["x"]), None if i["up"] is None else _own(ops, i["up"])
+    if "dy" not in names:
+        return (ops.activation_forward(x, up, i["kind"], _out(ops, i.get("dtype"))),)
+    dy = _own(ops, i["dy"])
+    dx, dup = ops.activation_backward(dy, x, up, i["kind"], _out(ops, i.get("dtype")))
+    return dx, dx if dup is None else dup
+
+
+def _activation_bound(i: Arrays) -> tuple[Any, ...]:
+    dx, dup = bounds.activation_backward(i["dy"], i["x"], i["up"], i["kind"])
+    return dx, dx if i["up"] is None else dup
+
+
+def _cap(rng: np.random.Generator, m: int) -> Arrays:
+    x, cap = normal(rng, m, size(rng), size=3.0), float(rng.choice([0.0, 1.5, 30.0]))
+    times = float(np.float32(rng.choice([0.25, 1.7])))
+    y = Reference().soft_cap_forward(x, times, cap)
+    return {"x": x, "y": y, "dy": normal(rng, *x.shape), "times": times, "cap": cap}
 
 
 def _embedding(rng: np.random.Generator, m: int) -> Arrays:
@@ -440,6 +486,53 @@ TABLE: tuple[Op, ...] = (
         row_outputs=(0, 1),
     ),
     Op(
+        "layer_norm_forward",
+        _layer_norm,
+        lambda ops, i: ops.layer_norm_forward(
+            _own(ops, i["x"]), i["w"], i["b"], 1e-3, _out(ops, i.get("dtype"))
+        ),
+        lambda i: bounds.layer_norm_forward(i["x"], i["w"], i["b"], 1e-3),
+        rows=("x", "dy", "rstd", "add"),
+        row_outputs=(0, 1),
+    ),
+    Op(
+        "layer_norm_backward",
+        _layer_norm,
+        _layer_norm_backward,
+        lambda i: (bounds.layer_norm_backward(i["dy"], i["x"], i["w"], i["rstd"], i["add"]),),
+        rows=("x", "dy", "rstd", "add"),
+        given_away=("add",),
+    ),
+    Op(
+        "activation_forward",
+        _activation,
+        lambda ops, i: _activation_run(ops, i, "x up"),
+        lambda i: (bounds.activation_forward(i["x"], i["up"], i["kind"]),),
+        rows=("x", "up", "dy"),
+    ),
+    Op(
+        "activation_backward",
+        _activation,
+        lambda ops, i: _activation_run(ops, i, "dy x up"),
+        _activation_bound,
+        rows=("x", "up", "dy"),
+        row_outputs=(0, 1),
+    ),
+    Op(
+        "soft_cap_forward",
+        _cap,
+        lambda ops, i: (ops.soft_cap_forward(i["x"], i["times"], i["cap"]),),
+        lambda i: (bounds.soft_cap_forward(i["x"], i["times"], i["cap"]),),
+        rows=("x", "y", "dy"),
+    ),
+    Op(
+        "soft_cap_backward",
+        _cap,
+        lambda ops, i: (ops.soft_cap_backward(i["dy"], i["y"], i["times"], i["cap"]),),
+        lambda i: (bounds.soft_cap_backward(i["dy"], i["y"], i["times"], i["cap"]),),
+        rows=("x", "y", "dy"),
+    ),
+    Op(
         "embedding_forward",
         _embedding,
         lambda ops, i: (ops.embedding_forward(i["ids"], _pack(ops, i["W"])),),
@@ -540,6 +633,10 @@ TABLE += (
     narrow("rms_norm_forward", ("x",), (0,)),
     narrow("rms_norm_backward", ("x", "dy"), ()),
     narrow("rope", ("x",), (0,)),
+    narrow("layer_norm_forward", ("x",), (0,)),
+    narrow("layer_norm_backward", ("x", "dy"), ()),
+    narrow("activation_forward", ("x",), (0,)),
+    narrow("activation_backward", ("dy", "x"), (0, 1)),
     narrow("swiglu_forward", ("gate", "up"), (0,)),
     narrow("swiglu_backward", ("dy", "gate", "up"), (0, 1)),
     replace(

@@ -72,6 +72,16 @@ def loras(case: Case) -> list[LoRA]:
 
 
 @runner
+def rows(ops: Any, case: Case) -> Outputs:
+    i, at = case.inputs, case.params["rows"]
+    W, adapter = ops.pack(i["W"]), LoRA(i["A"], i["B"], case.params["scale"])
+    y, h = ops.lora_forward(i["x"], W, lora=adapter)
+    dx, _, _ = ops.lora_backward(i["dy"], i["x"], h, W, adapter)
+    finite = np.isfinite(y).all(axis=1).astype(np.uint8)
+    return names("y dx finite", y[at], dx[at], finite)
+
+
+@runner
 def stacked(ops: Any, case: Case) -> Outputs:
     """By `Adapter.stack`'s way, X-2: one adapter of all A's and scaled B's."""
     i, each = case.inputs, loras(case)

@@ -275,7 +275,8 @@ def test_numbers_that_are_not_finite_stop_the_run(
         if info.step == 3:
             good.update(bits(trainable(adapter)))
             if poison == "weights":
-                model.head.norm = np.full_like(model.head.norm, np.nan)
+                norm = model.head.norm
+                model.head.norm = replace(norm, w=np.full_like(norm.w, np.nan))
             else:
                 monkeypatch.setattr(ops, "sum_squares", lambda x: math.inf)
 

@@ -9,6 +9,7 @@ backend on CUDA has the same.
 from __future__ import annotations
 
 from pylora.backends.c.attention import Attention
+from pylora.backends.c.features import FeatureOps
 from pylora.backends.c.linear import Linear
 from pylora.backends.c.llama import CLlama
 from pylora.backends.c.loss import Loss
@@ -21,7 +22,9 @@ from pylora.ops.llama import LlamaOp, LlamaWeights
 from pylora.ops.plain import Plain
 
 
-class CBackend(Linear, Attention, Rows, Loss, Optimizer, Random, Merging, Precision, Plain):
+class CBackend(
+    Linear, Attention, Rows, Loss, Optimizer, Random, Merging, Precision, FeatureOps, Plain
+):
     """The compiled core. `Reference`'s docstrings are the specification of every operation."""
 
     def llama(self, weights: LlamaWeights) -> LlamaOp:

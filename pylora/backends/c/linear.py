@@ -17,12 +17,15 @@ from pylora.backends.c.base import Core
 from pylora.backends.c.marshal import (
     F32,
     Packed,
+    activation_of,
     adapter_of,
     adapter_or_struct,
     at,
     fields,
     ints,
+    layout_of,
     mat,
+    norm_struct,
     owned,
     read,
     read_any,
@@ -114,9 +117,9 @@ class Linear(Core):
         keep: list[Any] = []
         first, rstd = ffi.NULL, None
         if norm is not None:
-            w, rstd = np.ascontiguousarray(read("w", norm.w, k)), np.empty(m, np.float32)
-            first = ffi.new("pylora_norm *", (at(w), norm.eps, _kind(dtype), at(rstd)))
-            keep.append(w)
+            rstd = np.empty(m, np.float32)
+            first, alive = norm_struct(norm, k, _kind(dtype), at(rstd))
+            keep.append(alive)
         for p, kind in zip(projections, dtypes, strict=True):
             d, _ = want_inputs(p.W, k)
             y, h = empty((m, d), F32 if kind is None else kind), None
@@ -155,14 +158,13 @@ class Linear(Core):
         x = read_any("x", x, None, shape_of(q.W)[1])
         if rotation is None:
             return self._together(op, x, projections, dtypes, norm, dtype)
-        half = rotation.head_dim // 2
-        cos = read("cos", rotation.cos, None, half)
-        sin = read("sin", rotation.sin, cos.shape[0], half)
+        cos = read("cos", rotation.cos, None, None)
+        sin = read("sin", rotation.sin, *cos.shape)
         position = ints("position", rotation.position, x.shape[0])
         turn = ffi.new("pylora_rotation *")
         turn.cosines, turn.sines, turn.position = mat(cos)[0], mat(sin)[0], at(position, _INT64)
-        turn.head_dim, turn.layout = rotation.head_dim, lib.PYLORA_ROPE_HALF
-        finish = ffi.new("pylora_finish[3]", [(turn, ffi.NULL), (turn, ffi.NULL)])
+        turn.head_dim, turn.layout = rotation.head_dim, layout_of(rotation.layout)
+        finish = ffi.new("pylora_finish[3]", [(turn,), (turn,)])
         return self._together(op, x, projections, [dtype, dtype, v.dtype], norm, dtype, finish)
 
     def gate_up_forward(
@@ -171,14 +173,16 @@ class Linear(Core):
         projections: Sequence[Projection],
         norm: Norm | None = None,
         dtype: Any = None,
+        activation: str = "silu",
     ) -> tuple[list[tuple[np.ndarray, np.ndarray | None]], np.ndarray, np.ndarray | None]:
+        ops = cast(Backend, self)
         if _mixed(projections):
-            return Plain.gate_up_forward(cast(Backend, self), x, projections, norm, dtype)
+            return Plain.gate_up_forward(ops, x, projections, norm, dtype, activation)
         gate, up = projections
         x = read_any("x", x, None, shape_of(up.W)[1])
         product = self.empty((x.shape[0], shape_of(up.W)[0]), F32 if dtype is None else dtype)
         to = mat(product)
-        finish = ffi.new("pylora_finish[2]", [(ffi.NULL, ffi.NULL), (ffi.NULL, to)])
+        finish = ffi.new("pylora_finish[2]", [(), (ffi.NULL, to, activation_of(activation))])
         results, rstd = self._together(
             "gate_up_forward", x, projections, [gate.dtype, up.dtype], norm, dtype, finish
         )

@@ -16,20 +16,24 @@ from pylora.backends._core import ffi, lib
 from pylora.backends.c.marshal import (
     Packed,
     Scratch,
+    activation_of,
     at,
     attention_structs,
     check,
+    ints,
+    layout_of,
     lora_struct,
     mat,
+    norm_struct,
     read,
     read_any,
     want,
 )
 from pylora.numbers.precision import BF16
-from pylora.ops.llama import LlamaWeights, Step, bias_of, embedding_bias
-from pylora.types import Array, LoRA
+from pylora.ops.features import QKV
+from pylora.ops.llama import LayerWeights, LlamaWeights, Step, bias_of, embedding_bias
+from pylora.types import Array, LoRA, Norm
 
-_MODULES = lib.PYLORA_LAYER_MODULES
 _ALIGN = 64
 
 
@@ -52,38 +56,62 @@ class CLlama:
 
     def __init__(self, weights: LlamaWeights, ops: Any, scratch: Scratch) -> None:
         self.weights, self._ops, self._scratch = weights, ops, scratch
-        keep: list[Any] = []  # ffi memory that the struct points to
-
-        def vector(a: Array | None, n: int | None = None) -> Any:
-            if a is None:
-                return ffi.NULL
-            a = np.ascontiguousarray(read("weight", a, n))
-            keep.append(a)
-            return at(a)
-
-        hidden, layers = weights.embedding.shape[1], len(weights.layers)
-        table = ffi.new("pylora_layer[]", max(layers, 1))
-        for c, layer in zip(table, weights.layers):
-            c.input_norm, c.mid_norm = (
-                vector(layer.input_norm, hidden),
-                vector(layer.mid_norm, hidden),
-            )
-            c.q_norm, c.k_norm = vector(layer.q_norm), vector(layer.k_norm)
-            c.window = layer.window
-            for i, (W, bias) in enumerate(zip(layer.W, layer.bias, strict=True)):
-                c.W[i], c.bias[i] = W.struct, vector(bias, W.shape[0])
-        model = ffi.new("pylora_llama *")
-        a = weights.attn
-        model.layers = layers
+        f, a = weights.features, weights.attn
+        hidden, count = weights.embedding.shape[1], len(weights.layers)
+        self._keep: list[Any] = []  # ffi memory that the struct points to
+        table = self._held(ffi.new("pylora_layer[]", max(count, 1)))
+        for c, layer, start in zip(table, weights.layers, weights.starts):
+            self._layer(c, layer, start)
+        model = self._model = ffi.new("pylora_decoder *")
+        model.layers, model.layer = count, table
         model.activations = lib.PYLORA_BF16 if weights.dtype == BF16 else lib.PYLORA_F32
         model.attn = {
             "heads": a.heads, "kv_heads": a.kv_heads, "head_dim": a.head_dim, "scale": a.scale,
+            "softcap": a.softcap,
         }  # fmt: skip
-        model.eps, model.rope_layout = weights.eps, lib.PYLORA_ROPE_HALF
+        model.activation, model.ungated = activation_of(f.activation), not f.gated
+        model.parallel, model.fused_gate_up = f.parallel, f.fused_gate_up
+        model.fused_qkv = QKV.index(f.fused_qkv)
+        model.embedding_multiplier = f.embedding_multiplier
+        model.residual_multiplier = f.residual_multiplier
+        model.logit_multiplier, model.logit_softcap = f.logit_multiplier, f.logit_softcap
         model.embedding, model.head = weights.embedding.struct, weights.head.struct
-        model.norm, model.layer = vector(weights.norm, hidden), table
-        self._model, self._keep = model, (keep, table)
+        if weights.positions is not None:
+            model.positions = weights.positions.struct
+        self._norm(model.norm, weights.norm, hidden)
         self._vocab = int(weights.head.shape[0])
+
+    def _held(self, memory: Any) -> Any:
+        self._keep.append(memory)
+        return memory
+
+    def _norm(self, c: Any, norm: Norm | None, k: int) -> None:
+        if norm is not None:
+            one, alive = norm_struct(norm, k, lib.PYLORA_F32)
+            ffi.memmove(ffi.addressof(c), one, ffi.sizeof("pylora_norm"))
+            self._held((one, alive))
+
+    def _layer(self, c: Any, layer: LayerWeights, start: int) -> None:
+        w, hidden = self.weights, self.weights.embedding.shape[1]
+        a, D = w.attn, w.attn.head_dim
+        self._norm(c.input_norm, layer.input_norm, hidden)
+        self._norm(c.mid_norm, layer.mid_norm, hidden)
+        self._norm(c.after_attention, layer.after_attention, hidden)
+        self._norm(c.after_mlp, layer.after_mlp, hidden)
+        whole = layer.qk_norm_whole
+        self._norm(c.q_norm, layer.q_norm, a.heads * D if whole else D)
+        self._norm(c.k_norm, layer.k_norm, a.kv_heads * D if whole else D)
+        c.norm_whole, c.window, c.rope, c.module = whole, layer.window, layer.rope, start
+        if layer.experts is not None:
+            mix = layer.experts
+            spec = (mix.router.struct, mix.count, mix.top_k, mix.normalize)
+            c.experts = self._held(ffi.new("pylora_experts *", spec))
+        biases = []
+        for W, bias in zip(layer.W, layer.bias, strict=True):
+            b = None if bias is None else np.ascontiguousarray(read("bias", bias, W.shape[0]))
+            biases.append(at(self._held(b)))
+        c.W = self._held(ffi.new("pylora_packed *[]", [W.struct for W in layer.W]))
+        c.bias = self._held(ffi.new("float *[]", biases))
 
     # ---- what is built once -------------------------------------------------------------------
 
@@ -158,14 +186,14 @@ class CLlama:
             step.native = self._native(step)
         model, c, n, _ = step.native
         logits: np.ndarray = self._ops.empty((n, self._vocab))
-        need = lib.pylora_llama_workspace(model, c)
+        need = lib.pylora_decoder_workspace(model, c)
         ws, ws_bytes = self._scratch.at_least(need)
-        status = lib.pylora_llama_forward(model, cache.struct, c, mat(logits), ws, ws_bytes)
+        status = lib.pylora_decoder_forward(model, cache.struct, c, mat(logits), ws, ws_bytes)
         check(status, "llama")
         return logits
 
     def _native(self, step: Step) -> tuple[Any, Any, int, Any]:
-        """(pylora_llama, pylora_step, number of outputs, what must stay alive)."""
+        """(pylora_decoder, pylora_step, number of outputs, what must stay alive)."""
         m, i64 = step.ids.shape[0], "int64_t *"
         arrays = (step.ids, step.position, step.rows, step.output, step.start)
         for name, a, n in zip(
@@ -176,6 +204,7 @@ class CLlama:
             if a.dtype != np.int64 or not a.flags.c_contiguous:
                 raise TypeError(f"step.{name} must be a contiguous int64 array")
             want(f"step.{name}", a, (n,))
+        held_arrays: list[Any] = []
         seqs, _, keep = attention_structs(step.seqs, self.weights.attn)
         adapters = [ffi.NULL if a is None else a.struct for a in step.adapters]
         table = ffi.new("pylora_adapter *[]", adapters)
@@ -184,7 +213,16 @@ class CLlama:
         c.ids, c.position, c.kv_row = at(step.ids, i64), at(step.position, i64), at(step.rows, i64)
         c.seg_start = at(step.start, i64)
         c.outputs, c.output = step.output.shape[0], at(step.output, i64)
-        model = ffi.new("pylora_llama *", self._model[0])  # a step has its own rope tables
-        model.cosines, model.sines = mat(step.cos)[0], mat(step.sin)[0]
-        held = (arrays, seqs, keep, table, step.adapters, step.cos, step.sin)
+        tables = ffi.new("pylora_rope_table[]", max(len(step.rotations), 1))
+        for table_of, r in zip(tables, step.rotations):
+            cos = read("cos", r.cos, None, None)
+            sin = read("sin", r.sin, *cos.shape)
+            table_of.cosines, table_of.sines = mat(cos)[0], mat(sin)[0]
+            table_of.layout = layout_of(r.layout)
+            rows = ints("rotation.position", r.position, m)
+            table_of.position = at(rows, i64)
+            held_arrays.append((cos, sin, rows))
+        model = ffi.new("pylora_decoder *", self._model[0])  # a step has its own rope tables
+        model.ropes, model.rope = len(step.rotations), tables
+        held = (arrays, seqs, keep, table, step.adapters, step.rotations, tables, held_arrays)
         return model, c, int(step.output.shape[0]), held

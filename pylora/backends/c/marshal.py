@@ -15,7 +15,8 @@ import numpy as np
 from pylora.backends._core import ffi, lib
 from pylora.errors import BackendError, DtypeError, RangeError, ShapeError
 from pylora.numbers.precision import BF16
-from pylora.types import Array, Attn, Drop, LoRA, Seqs
+from pylora.ops.features import ACTIVATIONS
+from pylora.types import Array, Attn, Drop, LoRA, Norm, Seqs
 
 F32 = np.dtype(np.float32)
 _FLOATS = BF16, F32
@@ -23,6 +24,7 @@ _MAT = ffi.typeof("pylora_mat *")
 _LORA, _LORAS = ffi.typeof("pylora_lora *"), ffi.typeof("pylora_lora *[1]")
 _FLOAT, _BITS, _VOID = ffi.typeof("float *"), ffi.typeof("uint16_t *"), ffi.typeof("void *")
 _NULL, _from_buffer = ffi.NULL, ffi.from_buffer  # looked up once: each call takes several
+_LAYOUTS, _NORMS = ("half", "interleaved"), ("rms", "layer")  # in the order of pylora.h
 _DTYPES = {"f32": (0, np.float32), "bf16": (1, np.uint16), "f16": (2, np.float16)}
 
 
@@ -237,8 +239,32 @@ def attention_structs(seqs: Seqs, attn: Attn) -> tuple[Any, Any, Any]:
     q, length = ints("seqs.q_start", seqs.q_start, n + 1), ints("seqs.k_len", seqs.k_len, n)
     i64 = "int64_t *"
     s = ffi.new("pylora_seqs *", (n, at(q, i64), at(start, i64), at(length, i64)))
-    spec = (attn.heads, attn.kv_heads, attn.head_dim, attn.window, attn.scale)
+    spec = (attn.heads, attn.kv_heads, attn.head_dim, attn.window, attn.scale, attn.softcap)
     return s, ffi.new("pylora_attn *", spec), (q, start, length)
+
+
+def layout_of(layout: str) -> int:
+    """The number of a rotary layout. BackendError for one that there is none of."""
+    if layout not in _LAYOUTS:
+        raise BackendError(f"rope: layout {layout!r} is none of {', '.join(_LAYOUTS)}")
+    return _LAYOUTS.index(layout)
+
+
+def activation_of(kind: str) -> int:
+    """The number of an activation: its place in ACTIVATIONS, as in pylora.h."""
+    if kind not in ACTIVATIONS:
+        raise BackendError(f"activation {kind!r} is none of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS.index(kind)
+
+
+def norm_struct(norm: Norm, k: int, dtype: int, rstd: Any = _NULL) -> tuple[Any, Any]:
+    """(pylora_norm of rows of k numbers, what must stay alive); the result is of `dtype`."""
+    if norm.kind not in _NORMS:
+        raise BackendError(f"norm {norm.kind!r} is none of {', '.join(_NORMS)}")
+    w = np.ascontiguousarray(read("w", norm.w, k))
+    b = None if norm.b is None else np.ascontiguousarray(read("b", norm.b, k))
+    spec = (at(w), norm.eps, dtype, rstd, _NORMS.index(norm.kind), at(b))
+    return ffi.new("pylora_norm *", spec), (w, b, rstd)
 
 
 def stored(name: str, W: Array, dtype: str) -> tuple[int, np.ndarray]:

@@ -14,16 +14,14 @@ from pylora.backends.c.marshal import (
     at,
     check,
     ints,
+    layout_of,
     mat,
     owned,
     read,
     read_any,
     shape_of,
 )
-from pylora.errors import BackendError
 from pylora.types import Array
-
-_LAYOUTS = {"half": 0, "interleaved": 1}
 
 
 class Rows(Core):
@@ -72,14 +70,14 @@ class Rows(Core):
         dtype: Any = None,
     ) -> np.ndarray:
         x = read_any("x", x, None, None)
-        cos, sin = read("cos", cos, None, head_dim // 2), read("sin", sin, None, head_dim // 2)
+        cos = read("cos", cos, None, None)
+        sin = read("sin", sin, *cos.shape)
         position = ints("position", position, x.shape[0])
-        if layout not in _LAYOUTS:
-            raise BackendError(f"rope: layout {layout!r} is none of {', '.join(_LAYOUTS)}")
+        kind = layout_of(layout)
         y = self.empty(x.shape, F32 if dtype is None else dtype)
         status = lib.pylora_rope(
             mat(x), mat(cos), mat(sin), at(position, "int64_t *"), head_dim,
-            _LAYOUTS[layout], inverse, mat(y),
+            kind, inverse, mat(y),
         )  # fmt: skip
         check(status, "rope")
         return y

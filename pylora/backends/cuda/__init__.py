@@ -12,6 +12,7 @@ package loads no library and looks for no GPU; making the backend does.
 from __future__ import annotations
 
 from pylora.backends.cuda.attention import Attention
+from pylora.backends.cuda.features import FeatureOps
 from pylora.backends.cuda.linear import Linear
 from pylora.backends.cuda.llama import CudaLlama
 from pylora.backends.cuda.loss import Loss
@@ -21,16 +22,19 @@ from pylora.backends.cuda.precision import Precision
 from pylora.backends.cuda.random import Random
 from pylora.backends.cuda.rows import Rows
 from pylora.backends.cuda.steps import CudaSteps
+from pylora.ops.composed import Composed
 from pylora.ops.llama import LlamaOp, LlamaWeights
 from pylora.ops.plain import Plain
 from pylora.ops.repeat import Repeated
 
 
-class CudaBackend(Linear, Attention, Rows, Loss, Optimizer, Random, Merging, Precision, Plain):
+class CudaBackend(
+    Linear, Attention, Rows, Loss, Optimizer, Random, Merging, Precision, FeatureOps, Plain
+):
     """The compiled CUDA library. `Reference`'s docstrings specify every operation."""
 
     def repeated(self) -> Repeated:
         return CudaSteps(self)
 
     def llama(self, weights: LlamaWeights) -> LlamaOp:
-        return CudaLlama(self, weights)
+        return CudaLlama(self, weights) if weights.plain else Composed(self, weights)

@@ -17,7 +17,7 @@ from typing import Any
 
 from pylora.errors import BackendError, RangeError
 
-ABI = 1
+ABI = 2
 NAMES = ("libpylora_cuda.so", "pylora_cuda.dll")
 
 

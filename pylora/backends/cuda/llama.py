@@ -21,8 +21,8 @@ import numpy as np
 
 from pylora.backends.cuda.marshal import check_seqs, longest
 from pylora.errors import RangeError
-from pylora.ops.llama import MODULES, NARROW, LlamaWeights, Step, bias_of, embedding_bias
-from pylora.types import Array, LoRA, Projection
+from pylora.ops.llama import NARROW, LlamaWeights, Step, bias_of, embedding_bias
+from pylora.types import Array, LoRA, Norm, Projection
 
 GRAPHS = 16  # that are kept for a model, the latest ones
 
@@ -229,8 +229,8 @@ class CudaLlama:
         start = step.start.tolist()
         x = self._embed(step, at)
         for i, (layer, k, v) in enumerate(zip(w.layers, *cache, strict=True)):
-            first = len(MODULES) * i
-            normed, _ = ops.rms_norm_forward(x, layer.input_norm, w.eps, dtype=w.dtype)
+            first = w.starts[i]
+            normed, _ = ops.norm_forward(x, layer.input_norm, w.dtype)
             q, key, value = self._linear(normed, start, step, (first, first + 1, first + 2))
             q = self._turn(q, layer.q_norm, step, at)
             ops.put_rows(k, at.rows, self._turn(key, layer.k_norm, step, at))
@@ -241,12 +241,12 @@ class CudaLlama:
             lse = ops.empty((q.shape[0], attn.heads))
             ops.attend(q, keys, values, at.seqs, attn, o, lse)
             (x,) = self._linear(o, start, step, (first + 3,), residual=x)
-            normed, _ = ops.rms_norm_forward(x, layer.mid_norm, w.eps, dtype=w.dtype)
+            normed, _ = ops.norm_forward(x, layer.mid_norm, w.dtype)
             gate, up = self._linear(normed, start, step, (first + 4, first + 5))
             product = ops.swiglu_forward(gate, up, dtype=w.dtype)
             (x,) = self._linear(product, start, step, (first + 6,), residual=x)
         x = ops.take_rows(x, at.output)
-        normed, _ = ops.rms_norm_forward(x, w.norm, w.eps, dtype=w.dtype)
+        normed, _ = ops.norm_forward(x, w.norm, w.dtype)
         outputs = np.searchsorted(step.output, step.start).tolist()
         (logits,) = self._linear(normed, outputs, step, (w.head_number,))
         return logits
@@ -273,11 +273,11 @@ class CudaLlama:
             self._rows[a, b] = self.ops.index(np.arange(a, b))
         return self._rows[a, b]
 
-    def _turn(self, x: Array, norm: Array | None, step: Step, at: _Numbers) -> Array:
+    def _turn(self, x: Array, norm: Norm | None, step: Step, at: _Numbers) -> Array:
         ops, w = self.ops, self.weights
         D = w.attn.head_dim
         if norm is not None:
-            heads, _ = ops.rms_norm_forward(x.reshape(-1, D), norm, w.eps)
+            heads, _ = ops.norm_forward(x.reshape(-1, D), norm)
             x = heads.reshape(x.shape)
         return ops.rope(x, step.cos, step.sin, at.position, D, dtype=w.dtype)
 
@@ -296,8 +296,8 @@ class CudaLlama:
         parts: list[Any] = []
         for n in numbers:
             W, bias = w.module(n)
-            narrow = n < w.head_number and n % len(MODULES) in NARROW
-            p = Projection(W, bias, None, None, residual, w.dtype if narrow else None)
+            dtype = w.dtype if w.role(n) in NARROW else None
+            p = Projection(W, bias, None, None, residual, dtype)
             structs = [
                 ops.ffi.NULL if a is None else a.structs.get(n, ops.ffi.NULL) for a in step.adapters
             ]

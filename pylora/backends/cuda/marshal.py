@@ -111,7 +111,9 @@ class Marshal:
         return out, (A, B, c)
 
     def attn(self, a: Attn) -> Any:
-        return self.ffi.new("pylora_attn *", (a.heads, a.kv_heads, a.head_dim, a.window, a.scale))
+        return self.ffi.new(
+            "pylora_attn *", (a.heads, a.kv_heads, a.head_dim, a.window, a.scale, a.softcap)
+        )
 
     def seqs(self, n: int, ints: Array, max_q: int, max_k: int) -> Any:
         """pylora_cuda_seqs over device memory: q_start [n+1], k_start [n], k_len [n] in a row."""

@@ -61,9 +61,10 @@ class Rows(Device):
         inverse: bool = False,
         dtype: Any = None,
     ) -> Array:
-        to, half = self.to, head_dim // 2
+        to = self.to
         x = to.read("x", x, None, None)
-        cos, sin = (to.read("cos", a, None, half, narrow=False) for a in (cos, sin))
+        cos = to.read("cos", cos, None, None, narrow=False)
+        sin = to.read("sin", sin, *cos.shape, narrow=False)
         at = self._index("position", position, x.shape[0], cos.shape[0])
         if layout not in _LAYOUTS:
             raise BackendError(f"rope: layout {layout!r} is none of {', '.join(_LAYOUTS)}")

@@ -21,6 +21,7 @@ from pylora.backends.device import DeviceArrays, open_cupy
 from pylora.backends.numpy import NumpyBackend
 from pylora.errors import DtypeError, ShapeError
 from pylora.numbers.precision import BF16, Stored, check_precision
+from pylora.ops.features import ACTIVATIONS
 from pylora.reference import IGNORE, Reference
 from pylora.types import Array, Attn, LoRA, Residue, Seqs
 
@@ -95,15 +96,18 @@ class CupyBackend(DeviceArrays, Reference):
         dtype: Any = None,
     ) -> Array:
         position = self.checked_index("position", position, cos.shape[0])
-        if dtype is None and layout in ("half", "interleaved") and self.kernels.fit(x, cos, sin):
+        known = layout in ("half", "interleaved") and 2 * cos.shape[1] == head_dim
+        if dtype is None and known and self.kernels.fit(x, cos, sin):
             return self.kernels.rope(x, cos, sin, position, head_dim, layout, inverse)
         return super().rope(x, cos, sin, position, head_dim, layout, inverse, dtype)
 
     def _scores(self, Q: Array, K: Array, attn: Attn, first: int, keys: int, queries: int) -> Array:
-        """Scaled scores [G, H/G, queries, keys], -inf where a query does not see; the first query
-        is number `first` of the sequence's last `queries` .. and sees keys up to its own."""
+        """Scaled and capped scores [G, H/G, queries, keys], -inf where a query does not see; the
+        first query is number `first` of the sequence's last `queries` .. and sees keys up to its
+        own."""
         xp = self.xp
         S = Q.dtype.type(attn.scale) * xp.matmul(Q.transpose(1, 2, 0, 3), K.transpose(1, 2, 3, 0))
+        S = self.capped(S, attn.softcap)
         seen = first + xp.arange(queries)[:, None]  # the last key that each query sees
         key = xp.arange(keys)[None, :]
         visible = key <= seen
@@ -160,11 +164,15 @@ class CupyBackend(DeviceArrays, Reference):
         for rows, keys, first in self._blocks(seqs):
             m, n = rows.stop - rows.start, keys.stop - keys.start
             L = lse[rows].reshape(m, attn.kv_heads, group).transpose(1, 2, 0)[..., None]
-            P = xp.exp(self._scores(Q[rows], K[keys], attn, first, n, m) - L)  # [G, H/G, m, n]
+            S = self._scores(Q[rows], K[keys], attn, first, n, m)
+            P = xp.exp(S - L)  # [G, H/G, m, n]
             d = dO[rows].transpose(1, 2, 0, 3)
             dP = xp.matmul(d, V[keys].transpose(1, 2, 3, 0))
             dot = (dO[rows] * O[rows]).sum(axis=-1).transpose(1, 2, 0)[..., None]
             dS = scale * P * (dP - dot)
+            if attn.softcap:  # what is not seen is -inf, and has no slope
+                t = xp.where(xp.isinf(S), 0, S) / S.dtype.type(attn.softcap)
+                dS = dS * (1 - t * t)
             dQ[rows] = xp.matmul(dS, K[keys].transpose(1, 2, 0, 3)).transpose(2, 0, 1, 3)
             down = xp.matmul(dS.transpose(0, 1, 3, 2), Q[rows].transpose(1, 2, 0, 3))
             dK[keys] += down.sum(axis=1).transpose(1, 0, 2)[:, :, None]
@@ -214,6 +222,36 @@ class CupyBackend(DeviceArrays, Reference):
         if dtype is None and self.kernels.fit(dy, gate, up):
             return self.kernels.swiglu_backward(dy, gate, up)
         return super().swiglu_backward(dy, gate, up, dtype)
+
+    def layer_norm_forward(
+        self, x: Array, w: Array, b: Array | None, eps: float, dtype: Any = None
+    ) -> tuple[Array, Array]:
+        arrays = (x, w) if b is None else (x, w, b)
+        if dtype is None and self.kernels.fit(*arrays):
+            return self.kernels.layer_norm_forward(x, w, b, eps)
+        return super().layer_norm_forward(x, w, b, eps, dtype)
+
+    def layer_norm_backward(
+        self, dy: Array, x: Array, w: Array, rstd: Array, add: Array | None = None
+    ) -> Array:
+        arrays = (dy, x, w, rstd) if add is None else (dy, x, w, rstd, add)
+        if self.kernels.fit(*arrays):
+            return self.kernels.layer_norm_backward(dy, x, w, rstd, add)
+        return super().layer_norm_backward(dy, x, w, rstd, add)
+
+    def activation_forward(self, x: Array, up: Array | None, kind: str, dtype: Any = None) -> Array:
+        arrays = (x,) if up is None else (x, up)
+        if dtype is None and kind in ACTIVATIONS and self.kernels.fit(*arrays):
+            return self.kernels.activation_forward(ACTIVATIONS.index(kind), x, up)
+        return super().activation_forward(x, up, kind, dtype)
+
+    def activation_backward(
+        self, dy: Array, x: Array, up: Array | None, kind: str, dtype: Any = None
+    ) -> tuple[Array, Array | None]:
+        arrays = (dy, x) if up is None else (dy, x, up)
+        if dtype is None and kind in ACTIVATIONS and self.kernels.fit(*arrays):
+            return self.kernels.activation_backward(ACTIVATIONS.index(kind), dy, x, up)
+        return super().activation_backward(dy, x, up, kind, dtype)
 
     # ---- index arrays -------------------------------------------------------------------------
 

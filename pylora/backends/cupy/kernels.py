@@ -1,9 +1,9 @@
 """pylora's own kernels under CuPy: the CUDA library's source, compiled by NVRTC.
 
 Only those that replace a chain of array operations by one pass over memory, and that compile in
-seconds: norms, rotation, SwiGLU, the loss. The launches are those of csrc/cuda/norm.cu,
-pointwise.cu and loss.cu. They take float32 matrices that lie without gaps; for any other the
-caller has the reference. CuPy keeps what it has compiled on disk.
+seconds: norms, rotation, activations, the loss. The launches are those of csrc/cuda/norm.cu,
+pointwise.cu, features.cu and loss.cu. They take float32 matrices that lie without gaps; for any
+other the caller has the reference. CuPy keeps what it has compiled on disk.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ VIEW = np.dtype(
     [("p", "<u8"), ("rows", "<i8"), ("cols", "<i8"), ("ld", "<i8"), ("dtype", "<i4")], align=True
 )
 _NONE = np.uint64(0)  # a null pointer
+_NOTHING = np.zeros(1, VIEW)  # a View of no matrix
 _WARP, _NORM_THREADS, _NORM_KEEP, _NORM_WARPS = 32, 512, 4, 4
 _COVER, _LOSS_AHEAD, _MOST_ROWS = 256, 4, 65535
 
@@ -94,6 +95,26 @@ class Kernels:
         self._launch(name, grid, threads, _view(dy), _view(x), w, rstd, _view(dx), adds)
         return dx
 
+    def layer_norm_forward(
+        self, x: Array, w: Array, b: Array | None, eps: float
+    ) -> tuple[Array, Array]:
+        (m, k), y = x.shape, self._xp.empty_like(x)
+        rstd = self._xp.empty(m, np.float32)
+        more = _NONE if b is None else b
+        tail, grid, threads = self._norm(k, m, _by_fours(k, x, w, y, w if b is None else b))
+        name, least = "pylora_layer_norm_forward" + tail, np.float32(eps)
+        self._launch(name, grid, threads, _view(x), w, more, least, _view(y), rstd)
+        return y, rstd
+
+    def layer_norm_backward(
+        self, dy: Array, x: Array, w: Array, rstd: Array, add: Array | None
+    ) -> Array:
+        (m, k), dx = x.shape, self._xp.empty_like(x) if add is None else add
+        tail, grid, threads = self._norm(k, m, _by_fours(k, dy, x, w, dx))
+        name, adds = "pylora_layer_norm_backward" + tail, np.int32(add is not None)
+        self._launch(name, grid, threads, _view(dy), _view(x), w, rstd, _view(dx), adds)
+        return dx
+
     # ---- elementwise: pylora_cuda_rope, pylora_cuda_swiglu_* ------------------------------------
 
     def rope(
@@ -124,12 +145,27 @@ class Kernels:
         self._pointwise("pylora_swiglu_backward", dy, gate, up, dgate, dup)
         return dgate, dup
 
-    def _pointwise(self, name: str, *arrays: Array) -> None:
-        n = arrays[0].size
-        four = _by_fours(n, *arrays)
+    def activation_forward(self, kind: int, x: Array, up: Array | None) -> Array:
+        y = self._xp.empty_like(x)
+        self._pointwise("pylora_activation_forward", x, up, y, kind=kind)
+        return y
+
+    def activation_backward(
+        self, kind: int, dy: Array, x: Array, up: Array | None
+    ) -> tuple[Array, Array | None]:
+        dx, dup = self._xp.empty_like(x), None if up is None else self._xp.empty_like(x)
+        self._pointwise("pylora_activation_backward", dy, x, up, dx, dup, kind=kind)
+        return dx, dup
+
+    def _pointwise(self, name: str, *arrays: Array | None, kind: int | None = None) -> None:
+        """Of matrices of one shape; None: one that is not there."""
+        there = [a for a in arrays if a is not None]
+        n = there[0].size
+        four = _by_fours(n, *there)
         grid, lanes = _cover(1, n // 4 if four else n)
-        rows = [_view(a.reshape(1, n)) for a in arrays]
-        self._launch(f"{name}_{4 if four else 1}", grid, _COVER, *rows, np.int32(lanes))
+        rows = [_NOTHING if a is None else _view(a.reshape(1, n)) for a in arrays]
+        first = () if kind is None else (np.int32(kind),)
+        self._launch(f"{name}_{4 if four else 1}", grid, _COVER, *first, *rows, np.int32(lanes))
 
     # ---- the loss: pylora_cuda_cross_entropy_* ---------------------------------------------------
 

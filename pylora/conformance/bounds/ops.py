@@ -204,7 +204,7 @@ def attention_forward(
     bound_o, bound_lse = np.zeros(q.shape), np.zeros((q.shape[0], attn.heads))
     for t, h, S, mag, Vt, _, out in _each_query(q, k, v, seqs, attn):
         n, top = S.size, S.max()
-        shift = gamma(attn.head_dim + 2, dtype) * mag + u * (top - S)
+        shift = gamma(attn.head_dim + 2, dtype) * mag + u * (top - S) + _cap_off(S, attn, dtype)
         total = np.exp(S - top).sum()
         P = np.exp(S - top) / total
         relative = np.expm1(2 * shift.max()) + gamma(2 * n + EXP + 3, dtype)
@@ -236,12 +236,14 @@ def attention_backward(
     dq, dk, dv = np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape)
     shared = q.shape[0] * (attn.heads // attn.kv_heads)
     for t, h, S, mag, Vt, (a, b, Kt, kv), out in _each_query(q, k, v, seqs, attn):
-        shift = gamma(attn.head_dim + 2, dtype) * mag + u * np.abs(S - lse[t, h])
+        capped = _cap_off(S, attn, dtype)
+        shift = gamma(attn.head_dim + 2, dtype) * mag + u * np.abs(S - lse[t, h]) + capped
         P = np.exp(S - lse[t, h])
         off = np.expm1(shift) + gamma(EXP, dtype)
         g = _abs(do[t, out])
         M = P * (np.abs(Vt) @ g + g @ _abs(o[t, out])) * attn.scale
-        dS = M * (off + gamma(attn.head_dim + 4, dtype)) + tiny(dtype)
+        slope = 2 * shift / attn.softcap + gamma(6, dtype) if attn.softcap else 0.0
+        dS = M * (off + slope + gamma(attn.head_dim + 4, dtype)) + tiny(dtype)
         dq[t, out] = (dS + gamma(b - a + 2, dtype) * M) @ np.abs(Kt)
         dk[a:b, kv] += (dS + gamma(shared + 2, dtype) * M)[:, None] * _abs(q[t, out])
         dv[a:b, kv] += (P * (off + gamma(shared, dtype)) + tiny(dtype))[:, None] * g
@@ -371,4 +373,13 @@ def _each_query(q: Array, k: Array, v: Array, seqs: Seqs, attn: Attn) -> Any:
             out, kv = slice(h * D, (h + 1) * D), slice(h // group * D, (h // group + 1) * D)
             K, V = k[a:b, kv], v[a:b, kv]
             mag = attn.scale * (np.abs(K) @ np.abs(q[t, out]))
-            yield t, h, attn.scale * (K @ q[t, out]), mag, V, (a, b, K, kv), out
+            S = attn.scale * (K @ q[t, out])
+            if attn.softcap:
+                S = attn.softcap * np.tanh(S / attn.softcap)
+            yield t, h, S, mag, V, (a, b, K, kv), out
+
+
+def _cap_off(S: Array, attn: Attn, dtype: Any) -> Array:
+    """What capping adds to a score's error, which itself it only makes smaller; tanh by exp: see
+    bounds/features.py."""
+    return gamma(3 * EXP + 12, dtype) * np.abs(S) if attn.softcap else 0 * S

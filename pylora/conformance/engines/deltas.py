@@ -120,8 +120,8 @@ def _mlx(folder: Path) -> Deltas:
 
 def _gguf(header: GGUFHeader, base: Path) -> Deltas:
     config = _config(base)
-    names = {gguf_name(f"{path}.weight"): path for path in config.modules()}
-    permuted = header.metadata.get("general.architecture") == "llama"
+    names = {gguf_name(f"{path}.weight", config): path for path in config.modules()}
+    permuted = config.family.gguf is not None and config.family.gguf.permuted
     alpha = float(header.metadata.get("adapter.lora.alpha", 0.0))
     halves: dict[str, dict[str, Array]] = {}
     worst = 0.0

@@ -142,8 +142,8 @@ def levels(deep: bool) -> list[tuple[float, int]]:
 
 def _rounded(t: Trial, p: Problem) -> None:
     kind, found = np_dtype(p.dtype), battery.Found()
-    m, k = PART
-    x, A = np.ones(PART, kind), np.ones((1, k), kind)
+    m, k = PART if kind.itemsize > 2 else (2 * PART[0], PART[1] // 2)  # so that counts are exact
+    x, A = np.ones((m, k), kind), np.ones((1, k), kind)
     W, B = np.zeros((1, k), kind), np.ones((1, 1), kind)
     for rate, n in levels(p.deep):
         kept = 0
@@ -168,12 +168,13 @@ def _of_seed_alone(t: Trial, p: Problem) -> None:
     kept = bits(t, p.shape, p.p, p.seed, p.dtype)
     kind, (m, k) = np_dtype(p.dtype), p.shape
     one, rng = np.eye(k, dtype=kind), np.random.default_rng(p.seed)
+    far = 2.0**12 if kind.itemsize == 2 else 2.0**60
     for name, x, scale in (
         ("negative x", -np.ones(p.shape), 1.0),
         ("random x", rng.normal(size=p.shape), -2.0),
         ("growing x", np.arange(1.0, m * k + 1).reshape(m, k), 0.5),
-        ("large x", np.full(p.shape, 2.0 ** (10 if p.dtype == "float16" else 60)), 1.0),
-        ("small x", np.full(p.shape, 2.0**-60), 1.0),
+        ("large x", np.full(p.shape, far), 1.0),
+        ("small x", np.full(p.shape, 1 / far), 1.0),
         ("x of single elements", np.where(rng.random(p.shape) < 0.1, 1.0, 0.0), 1.0),
     ):
         x = x.astype(kind)

@@ -37,8 +37,11 @@ from pylora.conformance.mutants import (
     randoms,
     readers,
     scales,
+    slots,
     special,
+    special_parts,
     streams,
+    windows,
 )
 from pylora.conformance.mutants.registry import REGISTRY, Mutant
 
@@ -49,6 +52,7 @@ GROUPS = (
     linear,
     numerics,
     special,
+    special_parts,
     precisions,
     inputs,
     gradients,
@@ -61,6 +65,7 @@ GROUPS = (
     lives,
     batches,
     keeping,
+    slots,
     plans,
     matching,
     files,
@@ -70,6 +75,7 @@ GROUPS = (
     biases,
     embeddings,
     masks,
+    windows,
     caches,
     halves,
     operations,

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from pylora.conformance.correct.plain import Correct
 from pylora.conformance.mutants.registry import wrong
-from pylora.conformance.protocol import LoraTriple
 from pylora.types import Array
 
 Grads = tuple[Array, ...]
 
 
-class _Keeps(Correct):
+class Keeps(Correct):
+    """Has a place to keep things in."""
+
     def __init__(self) -> None:
         self.kept: dict[Any, Any] = {}
         self.alive: list[Any] = []
@@ -37,7 +36,7 @@ class _Keeps(Correct):
     "y of each shape lies in one buffer, which the next call writes into.",
     "A workspace that grows with the largest batch, and of which views are handed out.",
 )
-class ResultInScratch(_Keeps):
+class ResultInScratch(Keeps):
     def forward(
         self, x: Array, W: Array, A: Array, B: Array, scale: float, bias: Array | None = None
     ) -> Array:
@@ -50,37 +49,25 @@ class ResultInScratch(_Keeps):
     "dA and dB lie in buffers that every backward pass writes into.",
     "Gradients are accumulated in place elsewhere; here the buffer is the result.",
 )
-class GradientsInScratch(_Keeps):
+class GradientsInScratch(Keeps):
     def backward(self, dy: Array, x: Array, W: Array, A: Array, B: Array, scale: float) -> Grads:
         dx, dA, dB = super().backward(dy, x, W, A, B, scale)
         return dx, self.into("dA", dA), self.into("dB", dB)
 
 
 @wrong(
-    "gradients-share-a-buffer",
+    "zero-gradients-share-zeros",
     "subtle",
-    "Where A and B are of one size, dA and dB share memory after the second use.",
-    "One workspace of max(r k, d r) numbers for both, copied out too late.",
+    "A gradient that is zero is a view of one array of zeros that all of them share.",
+    "With B = 0 the first dA is zero and needs no kernel; the optimizer then writes into it.",
 )
-class GradientsShare(Correct):
+class ZeroGradientsShare(Keeps):
     def backward(self, dy: Array, x: Array, W: Array, A: Array, B: Array, scale: float) -> Grads:
         dx, dA, dB = super().backward(dy, x, W, A, B, scale)
-        if dA.size != dB.size or not np.array_equal(dA.reshape(-1), dB.reshape(-1)):
+        if (dA != 0).any():
             return dx, dA, dB
-        return dx, dA, dA.reshape(dB.shape)
-
-
-@wrong(
-    "dx-is-dy",
-    "subtle",
-    "Where W is the identity and B zero, dx is dy itself.",
-    "A layer that does nothing passes its gradient on, the array and all.",
-)
-class DxIsDy(Correct):
-    def backward(self, dy: Array, x: Array, W: Array, A: Array, B: Array, scale: float) -> Grads:
-        dx, dA, dB = super().backward(dy, x, W, A, B, scale)
-        same = dx.shape == dy.shape and bool((self.widen(dx) == self.widen(dy)).all())
-        return (dy if same else dx), dA, dB
+        zeros = self.kept.setdefault((dA.size, str(dA.dtype)), np.zeros(dA.size, dA.dtype))
+        return dx, zeros.reshape(dA.shape), dB
 
 
 @wrong(
@@ -118,7 +105,7 @@ class StateIsW(Correct):
     "A is widened once for each array object, and not again when it was written to.",
     "The optimizer updates in place; the cache compares `is`.",
 )
-class ACachedById(_Keeps):
+class ACachedById(Keeps):
     def forward(
         self, x: Array, W: Array, A: Array, B: Array, scale: float, bias: Array | None = None
     ) -> Array:
@@ -134,7 +121,7 @@ class ACachedById(_Keeps):
     "W is packed once for each address, shape and first element.",
     "A key that costs nothing to compute, and almost always changes when the weight does.",
 )
-class WCachedByAddress(_Keeps):
+class WCachedByAddress(Keeps):
     def base(self, x: Array, W: Array, bias: Array | None = None) -> Array:
         return super().base(x, self._packed(W), bias)
 
@@ -157,7 +144,7 @@ class WCachedByAddress(_Keeps):
     "B is transposed anew only where its shape or its sum is another.",
     "A checksum in place of a comparison. A permutation has the same sum.",
 )
-class BCachedBySum(_Keeps):
+class BCachedBySum(Keeps):
     def forward(
         self, x: Array, W: Array, A: Array, B: Array, scale: float, bias: Array | None = None
     ) -> Array:
@@ -171,7 +158,7 @@ class BCachedBySum(_Keeps):
     "A is cached by id(A) and may be freed: the next array with that id gets its values.",
     "id() is unique among objects that live at the same time.",
 )
-class CacheOutlives(_Keeps):
+class CacheOutlives(Keeps):
     def forward(
         self, x: Array, W: Array, A: Array, B: Array, scale: float, bias: Array | None = None
     ) -> Array:
@@ -185,7 +172,7 @@ class CacheOutlives(_Keeps):
     "h is that of the last forward pass of the same shape, whatever x the backward pass is given.",
     "Activations are saved in the layer. Two micro-batches in flight, and the first is gone.",
 )
-class BackwardOfLast(_Keeps):
+class BackwardOfLast(Keeps):
     def forward(
         self, x: Array, W: Array, A: Array, B: Array, scale: float, bias: Array | None = None
     ) -> Array:
@@ -208,7 +195,7 @@ class BackwardOfLast(_Keeps):
     "What unmerge puts back is that of the last merge, whatever state it is given.",
     "One residue for each layer was enough while one adapter was merged at a time.",
 )
-class ResidueInObject(_Keeps):
+class ResidueInObject(Keeps):
     def merge(self, W: Array, A: Array, B: Array, scale: float) -> Any:
         merged, state = super().merge(W, A, B, scale)
         self.kept["W"] = W.copy()
@@ -242,7 +229,7 @@ class StateUsedOnce(Correct):
     "unmerge takes out the adapter that was merged last, if it is of the same shape.",
     "`self.active` at the time of unmerging, not the argument.",
 )
-class AdapterOfLastMerge(_Keeps):
+class AdapterOfLastMerge(Keeps):
     def merge(self, W: Array, A: Array, B: Array, scale: float) -> Any:
         self.kept["last"] = A.copy(), B.copy(), scale
         return super().merge(W, A, B, scale)
@@ -252,197 +239,3 @@ class AdapterOfLastMerge(_Keeps):
         if last[0].shape == A.shape and last[0].dtype == A.dtype and last[1].shape == B.shape:
             A, B, scale = last
         return super().unmerge(W, A, B, scale, state)
-
-
-# ---- slots of a mixed batch ----------------------------------------------------------------------
-
-
-class _Slots(_Keeps):
-    def forward_mixed(
-        self,
-        x: Array,
-        W: Array,
-        adapters: Sequence[LoraTriple],
-        rows: Array,
-        bias: Array | None = None,
-    ) -> Array:
-        held = [self.slot(i, *triple) for i, triple in enumerate(adapters)]
-        return super().forward_mixed(x, W, held, rows, bias)
-
-    def slot(self, i: int, A: Array, B: Array, scale: float) -> LoraTriple:
-        raise NotImplementedError
-
-
-@wrong(
-    "slot-keeps-scale",
-    "subtle",
-    "A slot of a mixed batch keeps the scale that it was first used with.",
-    "The arrays are copied into the pool each time, the scale when the slot is made.",
-)
-class SlotKeepsScale(_Slots):
-    def slot(self, i: int, A: Array, B: Array, scale: float) -> LoraTriple:
-        return A, B, self.kept.setdefault(i, scale)
-
-
-@wrong(
-    "slot-reused-by-shape",
-    "subtle",
-    "A slot is filled anew only where the adapter's shape is another.",
-    "Adapters are told apart by what the allocator sees of them.",
-)
-class SlotReusedByShape(_Slots):
-    def slot(self, i: int, A: Array, B: Array, scale: float) -> LoraTriple:
-        key = i, A.shape, B.shape, str(A.dtype)
-        kept: LoraTriple = self.kept.setdefault(key, (A.copy(), B.copy(), scale))
-        return kept
-
-
-@wrong(
-    "slot-rank-not-cleared",
-    "subtle",
-    "In a slot, rows of a larger rank that was there before go on counting.",
-    "The pool is padded to the largest rank, and only what is written is new.",
-)
-class SlotRankNotCleared(_Slots):
-    def slot(self, i: int, A: Array, B: Array, scale: float) -> LoraTriple:
-        before = self.kept.get(i)
-        r = A.shape[0]
-        if (
-            before is not None
-            and before[0].shape[0] > r
-            and before[0].shape[1] == A.shape[1]
-            and before[1].shape[0] == B.shape[0]
-            and before[0].dtype == A.dtype
-        ):
-            A = np.concatenate([A, before[0][r:]])
-            B = np.concatenate([B, before[1][:, r:]], axis=1)
-        self.kept[i] = A.copy(), B.copy()
-        return A, B, scale
-
-
-@wrong(
-    "rows-of-the-refused-batch",
-    "subtle",
-    "A mixed batch that was refused leaves its bad index behind: the next is refused too.",
-    "Set first, checked afterwards.",
-)
-class RowsOfRefused(_Keeps):
-    def forward_mixed(
-        self,
-        x: Array,
-        W: Array,
-        adapters: Sequence[LoraTriple],
-        rows: Array,
-        bias: Array | None = None,
-    ) -> Array:
-        if self.kept.get("bad"):
-            self.kept.clear()
-            raise IndexError("an adapter is not loaded")
-        self.kept["bad"] = bool((np.asarray(rows) >= len(adapters)).any())
-        return super().forward_mixed(x, W, adapters, rows, bias)
-
-
-# ---- seeds and threads ---------------------------------------------------------------------------
-
-
-@wrong(
-    "mask-of-the-last-forward",
-    "subtle",
-    "The backward pass of dropout takes the last forward pass's seed, not its own.",
-    "The mask is saved in the layer. With recomputation or two micro-batches it is another's.",
-)
-class MaskOfLast(_Keeps):
-    def dropout_forward(
-        self, x: Array, W: Array, A: Array, B: Array, scale: float, p: float, seed: int
-    ) -> Array:
-        self.kept["seed"] = seed
-        return super().dropout_forward(x, W, A, B, scale, p, seed)
-
-    def dropout_backward(
-        self, dy: Array, x: Array, W: Array, A: Array, B: Array, scale: float, p: float, seed: int
-    ) -> Grads:
-        seed = self.kept.get("seed", seed) if p else seed
-        return super().dropout_backward(dy, x, W, A, B, scale, p, seed)
-
-
-@wrong(
-    "mask-kept-by-shape",
-    "subtle",
-    "A mask is drawn once for each shape, and kept: a second seed gets the first one's.",
-    "Drawing it is the slowest part of dropout.",
-)
-class MaskKeptByShape(_Keeps):
-    def dropout_forward(
-        self, x: Array, W: Array, A: Array, B: Array, scale: float, p: float, seed: int
-    ) -> Array:
-        seed = self.kept.setdefault((x.shape, p), seed)
-        return super().dropout_forward(x, W, A, B, scale, p, seed)
-
-    def dropout_backward(
-        self, dy: Array, x: Array, W: Array, A: Array, B: Array, scale: float, p: float, seed: int
-    ) -> Grads:
-        seed = self.kept.setdefault((x.shape, p), seed)
-        return super().dropout_backward(dy, x, W, A, B, scale, p, seed)
-
-
-@wrong(
-    "gradient-accumulates",
-    "subtle",
-    "Of the same shapes, dA is added to that of the call before.",
-    "Gradients are zeroed by the optimizer, and someone else calls backward.",
-)
-class GradientAccumulates(_Keeps):
-    def backward(self, dy: Array, x: Array, W: Array, A: Array, B: Array, scale: float) -> Grads:
-        dx, dA, dB = super().backward(dy, x, W, A, B, scale)
-        key = dA.shape, str(dA.dtype)
-        total = (self.widen(self.kept.get(key, dA * 0)) + self.widen(dA)).astype(dA.dtype)
-        self.kept[key] = total.copy()
-        return dx, total, dB
-
-
-@wrong(
-    "backward-scratch-race",
-    "subtle",
-    "g = dy B lies in the object between the two halves of the backward pass.",
-    "Right for one thread. The lock is around forward alone.",
-)
-class BackwardScratchRace(Correct):
-    def backward(self, dy: Array, x: Array, W: Array, A: Array, B: Array, scale: float) -> Grads:
-        self.scratch = dy.copy()
-        time.sleep(0)  # where a kernel call lets other threads run
-        return super().backward(self.scratch, x, W, A, B, scale)
-
-
-@wrong(
-    "seed-in-the-object",
-    "subtle",
-    "The seed of dropout is set in the object and read when the mask is drawn.",
-    "A generator for the process, seeded before each call.",
-)
-class SeedInObject(Correct):
-    def dropout_forward(
-        self, x: Array, W: Array, A: Array, B: Array, scale: float, p: float, seed: int
-    ) -> Array:
-        self.seed = seed
-        time.sleep(0)
-        return super().dropout_forward(x, W, A, B, scale, p, self.seed)
-
-
-@wrong(
-    "rows-in-the-object",
-    "subtle",
-    "Which row uses which adapter lies in the object while a mixed batch is computed.",
-    "The metadata of the batch is a field of the engine, and two schedulers share the engine.",
-)
-class RowsInObject(Correct):
-    def forward_mixed(
-        self,
-        x: Array,
-        W: Array,
-        adapters: Sequence[LoraTriple],
-        rows: Array,
-        bias: Array | None = None,
-    ) -> Array:
-        self.rows = rows
-        time.sleep(0)
-        return super().forward_mixed(x, W, adapters, self.rows[: len(rows)], bias)

@@ -51,16 +51,6 @@ def ruled(
 
 
 @ruled(
-    "match-name-anywhere",
-    "A target chooses every path that it occurs in as whole parts, not only at the end.",
-    "in path.split('.'): a container that is named takes its children along.",
-)
-class NameAnywhere(Rules):
-    def ends(self, path: str, name: str) -> bool:
-        return f".{name}." in f"{path}."
-
-
-@ruled(
     "match-name-begins",
     'A target chooses every last part that begins with it: "q_proj" also chooses "q_proj_2".',
     "startswith on the last part, for variants of a module.",
@@ -499,7 +489,7 @@ class UnknownDropped(_Mended):
     "setting-rslora-truthy",
     "subtle",
     'use_rslora of "false" is true.',
-    "if config['use_rslora']:",
+    "if config['use_rslora']: any string is true.",
 )
 class RsloraTruthy(_Mended):
     def mended(self, config: dict[str, Any]) -> dict[str, Any]:

@@ -98,9 +98,10 @@ def _fixed() -> dict[str, Any]:
     rng = np.random.default_rng(0)
     shapes = {"x": (2, 3), "x2": (2, 3), "x3": (5, 3), "dy": (2, 2), "dy2": (2, 2), "dy3": (5, 2)}
     shapes |= {"W": (2, 3), "W2": (2, 3), "A": (1, 3), "B": (2, 1), "A2": (1, 3), "B2": (2, 1)}
-    shapes |= {"A3": (2, 3), "B3": (2, 2), "bias": (2,)}
+    shapes |= {"A3": (2, 3), "B3": (2, 2)}
     arrays = {n: rng.integers(1, 4, s).astype(np.float32) for n, s in shapes.items()}
-    return {**arrays, "scales": (1.0, 2.0, 0.5), "shared": True, "seed": 1}
+    bias = np.array([1.0, 2.0], np.float32)
+    return {**arrays, "bias": bias, "scales": (1.0, 2.0, 0.5), "shared": True, "seed": 1}
 
 
 def short_sequences(*words: tuple[Any, ...], then: Any = ("forward", 0, 0)) -> Any:
@@ -139,15 +140,15 @@ CALLS: dict[str, tuple[Any, ...]] = {
 def disturbed(dtype: str, examples: int) -> Iterator[Problem]:
     """Each call, something else, and the call again: an array written to in each way, the same call
     with one argument exchanged, another call, the result overwritten, a refusal, another number of
-    threads."""
+    threads; with an adapter whose B is zero, too."""
     if dtype != "float32":
         return
-    given = _fixed()
     between: list[Any] = [("spoil", 0), ("refused", 0, 0), ("threads", 2)]
     between += [("write", n, 0, how) for n in ("x", "W", "A", "B", "dy", "bias") for how in WRITES]
     between += [(word, *parts) for word, parts in CALLS.items()]
-    for word, parts in CALLS.items():
-        call = (word, *parts)
+    for fresh, (word, parts) in itertools.product((False, True), CALLS.items()):
+        given, call = _fixed(), (word, *parts)
+        given["B"] *= not fresh
         others = [
             (word, *parts[:i], value, *parts[i + 1 :])
             for i, part in enumerate(parts)

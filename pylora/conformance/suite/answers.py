@@ -30,6 +30,7 @@ TEXTS = (
     "a prefix that two requests share is computed once and no more",
     "a prefix that two requests share is computed once and again",
 )
+_PLAIN = {"heads", "kv_heads", "head_dim", "scale", "window"}
 PROMPTS = tuple(tuple(tokenizer.encode(text)) for text in TEXTS)
 
 
@@ -55,7 +56,10 @@ class Exact(NumpyBackend):
     def attention_forward(
         self, q: Array, k: Array, v: Array, seqs: Seqs, attn: Attn, dtype: Any = None
     ) -> tuple[Array, Array]:
-        """The reference's, for all queries of a sequence at once."""
+        """The reference's, for all queries of a sequence at once; what it has beyond a scale and a
+        window is left to it."""
+        if set(vars(attn)) - _PLAIN and any(vars(attn)[n] for n in set(vars(attn)) - _PLAIN):
+            return super().attention_forward(q, k, v, seqs, attn, dtype)
         G, D = attn.kv_heads, attn.head_dim
         o, lse = np.empty_like(q), np.empty((q.shape[0], attn.heads))
         for i, (start, n) in enumerate(zip(seqs.k_start.tolist(), seqs.k_len.tolist())):

@@ -57,7 +57,7 @@ def write_gguf_lora(adapter: Adapter, folder: Path) -> None:
     tensors: dict[str, Any] = {}
     for path, lora in adapter.loras.items():
         B = lora.B if plain else (lora.B * np.float64(lora.scale)).astype(np.float32)
-        heads, name = adapter.base.heads(path), gguf_name(f"{path}.weight")
+        heads, name = adapter.base.heads(path), gguf_name(f"{path}.weight", adapter.base.config)
         # The embedding's rows are looked up, so there A lies the other way round.
         tensors[f"{name}.lora_a"] = lora.A.T if path == _EMBEDDING else lora.A
         tensors[f"{name}.lora_b"] = interleave(B, heads) if heads else B

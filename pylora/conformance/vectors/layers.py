@@ -21,6 +21,9 @@ def cases() -> list[Case]:
     duplicates, none = [2, 2, 2, 7, 2, 0, 2, 7], np.zeros(0, np.int64)
     return [
         _unread("lora-fresh-nan-in-A"),
+        _rows("rows-nan", np.nan),
+        _rows("rows-infinity", -np.inf),
+        _rows("rows-nan-fresh", np.nan, fresh=True),
         _embedding("lora-embedding", np.array([3, 0, 3, 8, 1])),
         _embedding("lora-embedding-repeated", np.array(duplicates), scale=-0.5),
         _embedding("lora-embedding-none", none),
@@ -50,6 +53,27 @@ def _unread(name: str) -> Case:
     case.expect("y", y, bounds.matmul(wide(x), wide(W).T), rule, spec=("F-2",))
     case.expect("dx", dx, bounds.matmul(wide(dy), wide(W)), rule, spec=("B-4",))
     case.expect("dA", np.zeros((2, 5)), 0.0, "zero", spec=("B-4",))
+    return case
+
+
+def _rows(name: str, value: float, *, fresh: bool = False) -> Case:
+    """One number of one row of x and of dy is not finite: the other rows must not see it, and that
+    row must not hide it."""
+    params: dict[str, Any] = {"scale": 2.0, "rows": [0, 2, 3]}
+    case = Case(name, "rows", ("F-7", "B-7", "N-5"), params)
+    x, W, dy = (draw(f"{name}/{n}", s) for n, s in (("x", (4, 5)), ("W", (6, 5)), ("dy", (4, 6))))
+    x[1, 2], dy[1, 4] = value, value
+    A, B = draw(f"{name}/A", (2, 5)), draw(f"{name}/B", (6, 2))
+    if fresh:
+        B[...] = 0
+    case.inputs |= {"x": x, "W": W, "A": A, "B": B, "dy": dy}
+    rest, lora = params["rows"], LoRA(wide(A), wide(B), 2.0)
+    x, W, dy = wide(x)[rest], wide(W), wide(dy)[rest]
+    y, h = _ref.lora_forward(x, W, None, lora)
+    dx, _, _ = _ref.lora_backward(dy, x, h, W, lora)
+    case.expect("y", y, bounds.lora_forward(x, W, None, lora)[0], RULE, spec=("F-7",))
+    case.expect("dx", dx, bounds.lora_backward(dy, x, h, W, lora)[0], RULE, spec=("B-7",))
+    case.exact("finite", np.array([1, 0, 1, 1], np.uint8), spec=("F-7", "N-5"))
     return case
 
 

@@ -13,13 +13,12 @@ pytest.importorskip("tokenizers")
 
 from suites import book
 
-from pylora.conformance.suite import answers, sequences, tokenizer
+from pylora.conformance.suite import answers, bases, sequences, tokenizer
 from pylora.conformance.suite.bases import Base, make
 from pylora.conformance.suite.tolerance import PRECISIONS, Sensitivity
 from pylora.conformance.suite.write import write_suite
 from pylora.errors import ConfigError
 from pylora.formats import open_checkpoint
-from pylora.model.hfconfig import ARCHITECTURES
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -36,13 +35,11 @@ def test_another_seed_gives_other_weights() -> None:
     assert all(not np.array_equal(w, two.weights[n]) for n, w in one.weights.items())
 
 
-@pytest.mark.parametrize("family", ARCHITECTURES)
+@pytest.mark.parametrize("family", bases.families())
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_family_has_a_base_that_both_formats_hold_exactly(
     family: str, tied: bool, tmp_path: Path
 ) -> None:
-    from pylora.conformance.suite import bases
-
     base = make(family, tied, 3)
     bases.write_hf(base, tmp_path / "hf")
     places = [tmp_path / "hf"]

@@ -156,7 +156,7 @@ class _Ufunc:
 
 
 for _name in (
-    "exp", "log", "sqrt", "abs", "maximum", "minimum", "isnan", "isfinite", "isinf", "add",
+    "exp", "log", "tanh", "sqrt", "abs", "maximum", "minimum", "isnan", "isfinite", "isinf", "add",
     "subtract", "multiply", "divide", "negative", "equal", "not_equal", "less", "greater",
     "greater_equal", "less_equal", "logical_and", "logical_or", "bitwise_and", "right_shift",
     "left_shift", "floor", "matmul", "cos", "sin", "true_divide", "invert",

@@ -1,5 +1,5 @@
-/* llama.c - a whole Llama-type model in one call: inference, with a KV cache and an adapter for each
- * segment of the tokens.
+/* decoder.c - a whole model in one call: inference, with a KV cache and an adapter for each segment of the
+ * tokens.  Its projections, embedding and head; decoder_layer.c and decoder_experts.c are the layers.
  *
  * It is a composition of the public operations and nothing else, so it gives the bits that they give;
  * what it saves is the caller's time between them.  The residual stream is float32; what only feeds
@@ -8,28 +8,12 @@
  *
  * Where an adapter brings a bias of its own, the module runs segment by segment: rows do not depend on
  * each other, so that changes the time and not the bits. */
-#include "ops/llama_step.h"
+#include "ops/decoder_step.h"
 
 static pylora_mat rows_of(const pylora_mat *a, int64_t first, int64_t n) {
   return (pylora_mat){a->p ? a->p + first * a->ld : NULL, n,   a->cols, a->ld,
                       a->b ? a->b + first * a->ld : NULL, NULL};
 }
-
-/* The first `cols` columns of a buffer, side by side. */
-static pylora_mat part(const pylora_mat *a, int64_t cols) {
-  return (pylora_mat){a->p, a->rows, cols, cols, a->b, NULL};
-}
-
-/* Projections module .. module + n - 1 of one x; `start` are its segments (NULL: one). */
-typedef struct group {
-  const pylora_mat *x;
-  const pylora_norm *norm; /* or NULL */
-  int64_t module;
-  int n;
-  pylora_linear *linear;
-  const pylora_finish *finish; /* or NULL */
-  const int64_t *start;
-} group;
 
 /* One segment of the projections j .. end - 1, each with the bias of that segment's adapter. */
 static int linear_alone(const run *f, const group *g, int j, int end, int64_t segment,
@@ -69,7 +53,7 @@ static int linear_alone(const run *f, const group *g, int j, int end, int64_t se
                               f->ws_bytes);
 }
 
-static int linears(const run *f, const group *g) {
+int pylora_decoder_linears(const run *f, const group *g) {
   int own_bias = 0;
   for (int j = 0; j < g->n; j++) {
     const pylora_lora **table = f->b.lora + j * f->segments;
@@ -98,7 +82,7 @@ static int linears(const run *f, const group *g) {
   return PYLORA_OK;
 }
 
-/* x = W[ids] + s A[:,ids] Bᵀ + bias */
+/* x = multiplier (W[ids] + s A[:,ids] Bᵀ + bias) + positions[position] */
 static int embed(const run *f) {
   const pylora_step *s = f->step;
   TRY(pylora_embedding_forward(s->ids, s->m, f->model->embedding, &f->b.x));
@@ -119,83 +103,45 @@ static int embed(const run *f) {
     for (int64_t t = 0; a->embedding_bias && t < n; t++)
       for (int64_t j = 0; j < f->hidden; j++) x.p[t * x.ld + j] += a->embedding_bias[j];
   }
+  const float s1 = f->model->embedding_multiplier;
+  if (s1 != 0 && s1 != 1) TRY(pylora_soft_cap_forward(&f->b.x, s1, 0, &f->b.x));
+  if (f->model->positions) {
+    TRY(pylora_embedding_forward(s->position, s->m, f->model->positions, &f->b.out));
+    pylora_decoder_add(&f->b.x, &f->b.out, 1);
+  }
   return PYLORA_OK;
 }
 
-/* q or k: normed per head in place, and rotated. */
-static int turn(const run *f, const pylora_mat *raw, const float *norm, const pylora_rotation *r,
-                const pylora_mat *y) {
-  const int64_t D = r->head_dim;
-  const pylora_mat heads = {raw->p, raw->rows * (raw->cols / D), D, D, NULL, NULL};
-  TRY(pylora_rms_norm_forward(&heads, norm, f->model->eps, &heads, f->b.rstd));
-  return pylora_rope(raw, &r->cosines, &r->sines, r->position, r->head_dim, r->layout, 0, y);
+/* ---- rows ---- */
+
+int pylora_decoder_norm(const run *f, const pylora_mat *x, const pylora_norm *norm,
+                        const pylora_mat *y) {
+  if (!norm->w) return pylora_cast(x, y);
+  if (norm->kind == PYLORA_LAYER)
+    return pylora_layer_norm_forward(x, norm->w, norm->b, norm->eps, y, f->b.rstd);
+  return pylora_rms_norm_forward(x, norm->w, norm->eps, y, f->b.rstd);
 }
 
-static void store(const run *f, const pylora_mat *from, const pylora_mat *cache) {
-  for (int64_t i = 0; i < from->rows; i++) {
-    const int64_t row = f->step->kv_row[i];
-    if (from->b)
-      memcpy(cache->b + row * cache->ld, from->b + i * from->ld,
-             (size_t)from->cols * sizeof(uint16_t));
-    else
-      memcpy(cache->p + row * cache->ld, from->p + i * from->ld,
-             (size_t)from->cols * sizeof(float));
+typedef struct sum {
+  const pylora_mat *x, *y;
+  float s;
+} sum;
+
+static void add_rows(const void *ctx, int64_t first, int64_t end) {
+  const sum *f = ctx;
+  for (int64_t i = first; i < end; i++) {
+    float *x = f->x->p + i * f->x->ld;
+    const float *y = f->y->p + i * f->y->ld;
+    for (int64_t j = 0; j < f->x->cols; j++) {
+      const float part = y[j] * f->s;
+      x[j] += part;
+    }
   }
 }
 
-static int attention(const run *f, int64_t i, const pylora_kv *kv) {
-  const pylora_llama *model = f->model;
-  const pylora_layer *l = &model->layer[i];
-  const buffers *b = &f->b;
-  const int64_t *start = f->step->seg_start;
-  const pylora_norm norm = {l->input_norm, model->eps, model->activations, NULL};
-  const pylora_rotation r = {model->cosines, model->sines, f->step->position, model->attn.head_dim,
-                             model->rope_layout};
-  const int later = l->q_norm != NULL; /* a norm comes before the rotation */
-  pylora_linear qkv[] = {
-      {.W = l->W[PYLORA_Q], .bias = l->bias[PYLORA_Q], .y = later ? &b->raw_q : &b->q},
-      {.W = l->W[PYLORA_K], .bias = l->bias[PYLORA_K], .y = later ? &b->raw_k : &b->k},
-      {.W = l->W[PYLORA_V], .bias = l->bias[PYLORA_V], .y = &b->v},
-  };
-  const pylora_finish turned[] = {{&r, NULL}, {&r, NULL}, {NULL, NULL}};
-  const group in = {&b->x, &norm, i * MODULES + PYLORA_Q, 3, qkv, later ? NULL : turned, start};
-  TRY(linears(f, &in));
-  if (later) {
-    TRY(turn(f, &b->raw_q, l->q_norm, &r, &b->q));
-    TRY(turn(f, &b->raw_k, l->k_norm, &r, &b->k));
-  }
-  store(f, &b->k, &kv->k[i]);
-  store(f, &b->v, &kv->v[i]);
-  pylora_attn a = model->attn;
-  a.window = l->window;
-  TRY(pylora_attention_forward(&b->q, &kv->k[i], &kv->v[i], f->step->seqs, &a, &b->o, &b->lse,
-                               f->ws, f->ws_bytes));
-  pylora_linear o = {.W = l->W[PYLORA_O], .bias = l->bias[PYLORA_O], .y = &b->x};
-  o.residual = &b->x;
-  const group out = {&b->o, NULL, i * MODULES + PYLORA_O, 1, &o, NULL, start};
-  return linears(f, &out);
-}
-
-static int mlp(const run *f, int64_t i) {
-  const pylora_layer *l = &f->model->layer[i];
-  const buffers *b = &f->b;
-  const int64_t *start = f->step->seg_start, inner = l->W[PYLORA_GATE]->d;
-  const pylora_norm norm = {l->mid_norm, f->model->eps, f->model->activations, NULL};
-  const pylora_mat gate = part(&b->gate, inner), up = part(&b->up, inner);
-  pylora_linear both[] = {
-      {.W = l->W[PYLORA_GATE], .bias = l->bias[PYLORA_GATE], .y = &gate},
-      {.W = l->W[PYLORA_UP], .bias = l->bias[PYLORA_UP], .y = &up},
-  };
-  const pylora_finish product[] = {{NULL, NULL}, {NULL, &gate}};
-  const int together = both[0].W->dtype == both[1].W->dtype; /* else in two calls */
-  const group in = {&b->x, &norm, i * MODULES + PYLORA_GATE, 2, both, together ? product : NULL,
-                    start};
-  TRY(linears(f, &in));
-  if (!together) TRY(pylora_swiglu_forward(&gate, &up, &gate));
-  pylora_linear down = {.W = l->W[PYLORA_DOWN], .bias = l->bias[PYLORA_DOWN], .y = &b->x};
-  down.residual = &b->x;
-  const group out = {&gate, NULL, i * MODULES + PYLORA_DOWN, 1, &down, NULL, start};
-  return linears(f, &out);
+void pylora_decoder_add(const pylora_mat *x, const pylora_mat *y, float s) {
+  const sum f = {x, y, s};
+  pylora_each_row(add_rows, &f, x->rows, x->cols);
 }
 
 static int head(const run *f, const pylora_mat *logits) {
@@ -204,15 +150,19 @@ static int head(const run *f, const pylora_mat *logits) {
   for (int64_t i = 0; i < s->outputs; i++)
     memcpy(b->last.p + i * f->hidden, b->x.p + s->output[i] * f->hidden,
            (size_t)f->hidden * sizeof(float));
-  const pylora_norm norm = {f->model->norm, f->model->eps, f->model->activations, NULL};
+  pylora_norm norm = f->model->norm;
+  norm.dtype = f->model->activations, norm.rstd = NULL;
   for (int64_t i = 0, t = 0; s->seg_start && i <= f->segments; i++) {
     while (t < s->outputs && s->output[t] < s->seg_start[i]) t++;
     b->head_start[i] = t;
   }
   pylora_linear out = {.W = f->model->head, .y = logits};
   const int64_t *start = s->seg_start ? b->head_start : NULL;
-  const group all = {&b->last, &norm, f->model->layers * (int64_t)MODULES, 1, &out, NULL, start};
-  return linears(f, &all);
+  const group all = {&b->last, &norm, f->head, 1, &out, NULL, start};
+  TRY(pylora_decoder_linears(f, &all));
+  const float m = f->model->logit_multiplier == 0 ? 1 : f->model->logit_multiplier;
+  if (m == 1 && f->model->logit_softcap == 0) return PYLORA_OK;
+  return pylora_soft_cap_forward(logits, m, f->model->logit_softcap, logits);
 }
 
 static int check_cache(const run *f, const pylora_kv *kv) {
@@ -230,10 +180,11 @@ static int check_cache(const run *f, const pylora_kv *kv) {
   return PYLORA_OK;
 }
 
-int pylora_llama_forward(const pylora_llama *model, const pylora_kv *kv, const pylora_step *step,
-                         const pylora_mat *logits, void *ws, size_t ws_bytes) {
+int pylora_decoder_forward(const pylora_decoder *model, const pylora_kv *kv,
+                           const pylora_step *step, const pylora_mat *logits, void *ws,
+                           size_t ws_bytes) {
   run f;
-  TRY(pylora_llama_begin(&f, model, step));
+  TRY(pylora_decoder_begin(&f, model, step));
   TRY(check_cache(&f, kv));
   TRY(check_mat(logits, step->outputs, f.vocab, 1));
   if (step->m == 0) return PYLORA_OK;
@@ -241,13 +192,10 @@ int pylora_llama_forward(const pylora_llama *model, const pylora_kv *kv, const p
   arena a = arena_of(ws, ws_bytes);
   pieces p = {a.p, a.end, 0};
   if (a.p > a.end) return PYLORA_E_WORKSPACE;
-  pylora_llama_lay_out(&f, &p);
+  pylora_decoder_lay_out(&f, &p);
   if (!p.p) return PYLORA_E_WORKSPACE;
   f.ws = p.p, f.ws_bytes = (size_t)(p.end - p.p);
   TRY(embed(&f));
-  for (int64_t i = 0; i < model->layers; i++) {
-    TRY(attention(&f, i, kv));
-    TRY(mlp(&f, i));
-  }
+  for (int64_t i = 0; i < model->layers; i++) TRY(pylora_decoder_layer(&f, i, kv));
   return step->outputs ? head(&f, logits) : PYLORA_OK;
 }
