@@ -136,7 +136,7 @@ def _turns(R: int, theta: float, s: Mapping[str, Any], length: int, trained: int
             kept = min(max((original / wave - low) / (high - low), 0.0), 1.0)
             f = kept * f + (1 - kept) * f / factor
         elif kind == "yarn":
-            ends = []
+            ends: list[float] = []
             for turns in (s.get("beta_fast", 32), s.get("beta_slow", 1)):
                 at = R * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
                 whole = math.floor if not ends else math.ceil

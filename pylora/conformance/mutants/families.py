@@ -283,9 +283,9 @@ class _Frequencies(Correct):
     def rope_frequencies(
         self, rotary_dim: int, theta: float, scaling: Mapping[str, Any], length: int, trained: int
     ) -> tuple[Array, float]:
-        return self.scaled(rotary_dim, theta, dict(scaling), length, trained)
+        return self.angles(rotary_dim, theta, dict(scaling), length, trained)
 
-    def scaled(
+    def angles(
         self, R: int, theta: float, scaling: dict[str, Any], length: int, trained: int
     ) -> tuple[Array, float]:
         raise NotImplementedError
@@ -293,7 +293,7 @@ class _Frequencies(Correct):
 
 @wrong("rope-scaled-without-factor", "subtle", "cos and sin keep their size.", "mscale is lost.")
 class WithoutFactor(_Frequencies):
-    def scaled(
+    def angles(
         self, R: int, theta: float, scaling: dict[str, Any], length: int, trained: int
     ) -> tuple[Array, float]:
         return Correct.rope_frequencies(self, R, theta, scaling, length, trained)[0], 1.0
@@ -301,7 +301,7 @@ class WithoutFactor(_Frequencies):
 
 @wrong("longrope-short-for-long", "subtle", "The short factors always.", "A short prompt first.")
 class ShortForLong(_Frequencies):
-    def scaled(
+    def angles(
         self, R: int, theta: float, scaling: dict[str, Any], length: int, trained: int
     ) -> tuple[Array, float]:
         length = 1 if scaling["rope_type"] == "longrope" else length
@@ -310,7 +310,7 @@ class ShortForLong(_Frequencies):
 
 @wrong("dynamic-by-factor-alone", "subtle", "The base grows by the factor.", "NTK-aware, fixed.")
 class ByFactor(_Frequencies):
-    def scaled(
+    def angles(
         self, R: int, theta: float, scaling: dict[str, Any], length: int, trained: int
     ) -> tuple[Array, float]:
         if scaling["rope_type"] == "dynamic" and length > trained:
@@ -320,7 +320,7 @@ class ByFactor(_Frequencies):
 
 @wrong("llama3-not-blended", "subtle", "Between the two ends nothing is blended.", "A threshold.")
 class NotBlended(_Frequencies):
-    def scaled(
+    def angles(
         self, R: int, theta: float, scaling: dict[str, Any], length: int, trained: int
     ) -> tuple[Array, float]:
         if scaling["rope_type"] == "llama3":
