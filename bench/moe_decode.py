@@ -2,10 +2,10 @@
 
     python bench/moe_decode.py [--layers N] [--new 32] [--threads 2]
 
-Random weights, int4 (Q4_1), packed in memory: pylora has no packed form that it maps from a file, so
-all layers need about 19 GB of it. Without --layers as many of the 48 run as fit into four fifths of
-the memory that is available, and the figure is of those, said as such. Each token is routed by the
-layer's router to 8 of 128 experts; the limit is what one token must read (attention, router, 8
+Random weights, int4 (Q4_1), packed in memory: pylora has no packed form that it maps from a file,
+so all layers need about 19 GB of it. Without --layers as many of the 48 run as fit into four fifths
+of the memory that is available, and the figure is of those, said as such. Each token is routed by
+the layer's router to 8 of 128 experts; the limit is what one token must read (attention, router, 8
 experts, head) over the speed of reading memory, measured in the same run.
 Prints one line of JSON at the end.
 """
@@ -103,6 +103,13 @@ class Weights:
         return Stored("q4_1", blocks.reshape(d, k * 20 // 32), (d, k))
 
 
+def seconds_a_token(model: Any, prompt: list[list[int]], new: int) -> float:
+    """Of the tokens after the first, which ends the prefill."""
+    at: list[float] = []
+    generate(model, prompt, new + 1, eos_ids=(), on_token=lambda *_: at.append(time.perf_counter()))
+    return (at[-1] - at[0]) / new
+
+
 def main() -> int:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -124,11 +131,7 @@ def main() -> int:
     speeds: list[float] = []
     for _ in range(a.samples):  # the machine may change its speed: both in turn
         speeds.append(ceilings.measure(a.threads, 3, 256)["memory read"]["best"])
-        at: list[float] = []
-        generate(
-            model, prompt, a.new + 1, eos_ids=(), on_token=lambda *_: at.append(time.perf_counter())
-        )
-        took.append((at[-1] - at[0]) / a.new)
+        took.append(seconds_a_token(model, prompt, a.new))
     seconds, memory = statistics.median(took), statistics.median(speeds) * 1e9
     limit = memory / read
     found = {
