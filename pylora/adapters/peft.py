@@ -212,8 +212,11 @@ def _match(
     adapted = {e.path for e in plan.entries}
     source: dict[str, str] = {}
     extra: list[str] = []
+    has_parts = any(_TEXT_PART.match(path) for path in adapted)  # then their names are meant
     for stored in file.tensors:
         key = _plain(stored, file)
+        if not has_parts:
+            key = _TEXT_PART.sub(r"\1model.", key)
         alias = _PREFIX + key[len(_PREFIX) : -len(".bias")] + ".base_layer.bias"
         if key in wanted:
             name = key
@@ -255,7 +258,6 @@ def _plain(key: str, file: SafeTensors) -> str:
     if named and named[2] not in ("weight", "bias"):
         parts = key[: named.start()], named[1], named[3] or ""
         key = f"{parts[0]}.{parts[1]}{parts[2]}"
-    key = _TEXT_PART.sub(r"\1model.", key)
     return key if key.startswith(_PREFIX) or ".lora_" not in key else _PREFIX + key
 
 

@@ -176,11 +176,10 @@ class Composed:
                 continue
             n, start = first + len(EXPERT) * e, np.searchsorted(rows, step.start)
             rows, places = ops.xp.asarray(rows), ops.xp.asarray(places)
-            at = ops.xp.asarray(rows)
-            gate, up = self._linear(x[at], start, step, (n, n + 1))
+            gate, up = self._linear(x[rows], start, step, (n, n + 1))
             product = ops.activation_forward(gate, up, w.features.activation, w.dtype)
             (out,) = self._linear(product, start, step, (n + 2,))
-            y[at] = y[at] + out * choice.weights[at, ops.xp.asarray(places)][:, None]
+            y[rows] += out * choice.weights[rows, places][:, None]
         return y
 
     def _embed(self, step: Step) -> Array:

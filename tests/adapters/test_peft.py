@@ -138,6 +138,8 @@ def rekeyed(change: Callable[[str], str]) -> Callable[[dict[str, Any]], None]:
         lambda key: re.sub(r"(lora_(?:embedding_)?[AB])", r"\1.default", key),
         lambda key: re.sub(r"(lora_(?:embedding_)?[AB])", r"\1.my-adapter", key),
         lambda key: key.removeprefix("base_model.model."),
+        lambda key: key.replace(".model.model", ".model.model.language_model", 1),  # multimodal
+        lambda key: key.replace(".model.model", ".model.language_model.model", 1),
     ],
 )
 @pytest.mark.parametrize("fields", [{}, {"target_modules": ["q_proj", "embed_tokens"]}])

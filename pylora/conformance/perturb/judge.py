@@ -111,8 +111,9 @@ def concerned(mutant: Mutant, every: list[Reach]) -> list[Law]:
     return laws
 
 
-class Hangs(Exception):
-    """The mutant takes more processor time than any law does."""
+class Hangs(BaseException):
+    """The mutant takes more processor time than any law does. No Exception: those of a mutant are
+    taken for its answer, and the law goes on."""
 
 
 @contextmanager
