@@ -67,7 +67,8 @@ class MergeNarrow(Correct):
     def merge(self, W: Any, A: Any, B: Any, scale: float) -> Any:
         if W.dtype != np.float64:
             return super().merge(W, A, B, scale)
-        merged, state = super().merge(*(a.astype(np.float32) for a in (W, A, B)), scale)
+        half = [a.astype(np.float32) for a in (W, A, B)]
+        merged, _ = super().merge(half[0], half[1], half[2], scale)
         return merged.astype(np.float64), super().merge(W, A, B, scale)[1]
 
 
