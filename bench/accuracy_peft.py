@@ -1,6 +1,6 @@
 """PyTorch + PEFT's side of accuracy.py, in the interpreter that has them.
 
-python accuracy_peft.py FOLDER ops|logits|loss fp32|bf16 OUT.npz     (started by accuracy.py)
+python accuracy_peft.py FOLDER ops|logits|llama|loss fp32|bf16 OUT.npz     (started by accuracy.py)
 """
 
 from __future__ import annotations
@@ -71,22 +71,42 @@ def ops(folder: Path, dtype: Any) -> dict[str, Any]:
 
 
 def base(folder: Path, dtype: Any) -> Any:
-    from safetensors.torch import load_file
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    shape = json.loads((folder / "config.json").read_text())
-    model = LlamaForCausalLM._from_config(LlamaConfig(**shape), attn_implementation="sdpa")
-    left = model.load_state_dict(load_file(str(folder / "weights.safetensors")), strict=False)
-    assert not left.unexpected_keys and set(left.missing_keys) <= {"lm_head.weight"}, left
-    model.tie_weights()
-    return model.to(dtype)
+    model = AutoModelForCausalLM.from_pretrained(
+        str(folder / "model"), dtype=dtype, attn_implementation="sdpa"
+    )
+    assert model.dtype == dtype, model.dtype
+    return model
+
+
+def texts(folder: Path) -> dict[str, Any]:
+    with np.load(folder / "logits.npz") as file:
+        return dict(file)
 
 
 def logits(folder: Path, dtype: Any) -> dict[str, Any]:
-    with np.load(folder / "logits.npz") as file:
-        ids = torch.from_numpy(file["ids"])[None]
+    model = base(folder, dtype).eval()
     with torch.no_grad():
-        return {"logits": base(folder, dtype).eval()(input_ids=ids).logits[0]}
+        return {
+            kind: model(input_ids=torch.from_numpy(ids)[None]).logits[0]
+            for kind, ids in texts(folder).items()
+        }
+
+
+def llama(folder: Path, dtype: Any) -> dict[str, Any]:
+    """llama.cpp on the file itself, with its own products of quantized numbers."""
+    import llama_cpp
+
+    out, path = {}, (folder / "gguf.txt").read_text()
+    for kind, ids in texts(folder).items():
+        model = llama_cpp.Llama(
+            path, n_ctx=len(ids), n_batch=len(ids), logits_all=True, n_gpu_layers=0, verbose=False
+        )
+        model.eval(ids.tolist())
+        out[kind] = torch.from_numpy(np.array(model.scores[: len(ids)]))
+        model.close()
+    return out
 
 
 def loss(folder: Path, dtype: Any) -> dict[str, Any]:
@@ -119,13 +139,16 @@ def loss(folder: Path, dtype: Any) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(float(value.detach()))
+    model.save_pretrained(str(folder / f"trained-{task['label']}"))
     return {"loss": torch.tensor(losses, dtype=torch.float64)}
 
 
 def main() -> None:
     folder, job, precision, out = sys.argv[1:]
     torch.manual_seed(0)
-    results = {"ops": ops, "logits": logits, "loss": loss}[job](Path(folder), DTYPES[precision])
+    results = {"ops": ops, "logits": logits, "llama": llama, "loss": loss}[job](
+        Path(folder), DTYPES[precision]
+    )
     arrays = {
         n: a.detach().to(torch.float64 if a.dtype == torch.float64 else torch.float32).numpy()
         for n, a in results.items()

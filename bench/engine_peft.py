@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from setting import ALPHA, GEOMETRY, LEARNING_RATE, RANK, TARGETS
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -39,7 +39,9 @@ class Job:
 
 def base(precision: str) -> Any:
     torch.manual_seed(0)
-    model = LlamaForCausalLM._from_config(LlamaConfig(**GEOMETRY), attn_implementation="sdpa")
+    settings = {k: v for k, v in GEOMETRY.items() if k != "model_type"}
+    config = AutoConfig.for_model(GEOMETRY["model_type"], **settings)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     # With a frozen head and a slice of the last positions as input, torch's product would copy the
     # whole head once for each sequence of the batch; a contiguous input spares it that.
     model.lm_head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(),))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from setting import ALPHA, GEOMETRY, HEAD_DIM, LEARNING_RATE, RANK, TARGETS
+from setting import ALPHA, GEOMETRY, LEARNING_RATE, RANK, TARGETS
 
 import pylora
 from pylora import backends
@@ -33,7 +33,7 @@ class Job:
 
 
 def config() -> Any:
-    return pylora.LlamaConfig(model_type="llama", head_dim=HEAD_DIM, **GEOMETRY)
+    return pylora.LlamaConfig.from_hf(GEOMETRY)
 
 
 def base(precision: str) -> Any:

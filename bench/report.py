@@ -199,18 +199,23 @@ def accuracy_page(document: dict[str, Any]) -> str:
             f"{max(shares):.0%} of its derived bound."
         )
         parts.append(markdown_table(("operation", *names), rows))
-    if document.get("logits"):
+    of = document.get("model", "SmolLM2-135M-Instruct.Q4_1.gguf")
+    found = document.get("logits") or {}
+    # Older files have one text, English, and no largest difference.
+    for kind, some in ({"English": found} if "tokens" in found else found).items():
         parts.append(
-            f"Logits of SmolLM2-135M-Instruct on {document['logits']['tokens']} tokens of English "
-            "against float64 with the same weights, those of the Q4_1 file: `int8` and "
+            f"Logits of {of} on {some['tokens']} tokens of {kind} "
+            "against float64 with the same weights, those of the file: `int8` and "
             "`int4` take its blocks as they are, so theirs is the error of the arithmetic alone."
         )
-        columns = ("", "KL, mean (nats)", "KL, largest", "same top token", "error, relative")
+        columns = ["", "KL, mean (nats)", "KL, largest", "same top token", "error, relative"]
+        columns += ["largest", "mean"] if "max" in next(iter(some["contenders"].values())) else []
         rows = [
-            (n, f"{r['kl_mean']:.1e}", f"{r['kl_max']:.1e}", f"{r['top1']:.1%}", f"{r['rms']:.1e}")
-            for n, r in document["logits"]["contenders"].items()
-        ]
-        parts.append(markdown_table(columns, rows))
+            (n, f"{r['kl_mean']:.1e}", f"{r['kl_max']:.1e}", f"{r['top1']:.1%}", f"{r['rms']:.1e}",
+             *(f"{r[key]:.1e}" for key in ("max", "mean") if key in r))
+            for n, r in some["contenders"].items()
+        ]  # fmt: skip
+        parts.append(markdown_table(tuple(columns), rows))
     if document.get("loss"):
         curves = document["loss"]
         strict = curves.get("pylora fp32")
@@ -227,8 +232,12 @@ def accuracy_page(document: dict[str, Any]) -> str:
                 gaps = [abs(a - b) / b for a, b in zip(losses, strict)]
                 gap = f"{sum(gaps) / len(gaps):.1e}"
             end = sum(losses[-last:]) / last
-            rows.append((name, f"{losses[0]:.4f}", f"{end:.4f}", gap))
+            shares = (document.get("answers") or {}).get(name, [])
+            right = ", ".join(f"{share:.0%}" for share in shares)
+            rows.append((name, f"{losses[0]:.4f}", f"{end:.4f}", gap, *([right] if right else [])))
         columns = ("", "first loss", f"mean of the last {last}", "mean gap to fp32's, relative")
+        if document.get("answers"):
+            columns += ("held-out answers, by seed",)
         parts.append(markdown_table(columns, rows))
         parts += pictures({"loss": "The loss of a fine-tune in every precision"})
     return "\n\n".join(parts)

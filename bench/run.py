@@ -2,6 +2,7 @@
 
     python bench/run.py [--peer-python PYTHON] [--quick] [--only CASE ...] [--no-compile]
 
+--model takes another geometry than SmolLM2's (random weights), its training step and decoding.
 All cases take about 20 minutes, --quick under 3. Contenders are processes that are asked in turn
 (A B A B ...), so that a change of the machine's speed meets all of them. A training step is always
 compared with PyTorch + PEFT as it comes, with a malloc that keeps its pages, and compiled
@@ -33,7 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import ceilings
 from cases import CASES, QUICK, Options
 from contenders import Team
+from setting import GEOMETRIES
 
+DEFAULT = "smollm2-135m"
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 
@@ -42,10 +45,13 @@ def main() -> int:
     a = arguments()
     if a.tiny:
         os.environ["PYLORA_BENCH_TINY"] = "1"  # for the contenders
+    os.environ["PYLORA_BENCH_MODEL"] = a.model
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
     began = time.monotonic()
     document = head(a)
-    out = a.out or RESULTS / f"speed-{document['machine']['name']}-{document['date']}.json"
+    what = "speed" if a.model == DEFAULT else f"model-speed-{a.model}"
+    out = a.out or RESULTS / f"{what}-{document['machine']['name']}-{document['date']}.json"
+    document["model"] = a.model
     pythons = {"pylora": sys.executable, "peft": a.peer_python, "llama": a.llama_python}
     pythons = {engine: python for engine, python in pythons.items() if engine not in a.without}
 
@@ -101,6 +107,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--llama-python", help="has llama-cpp-python (default: --peer-python)")
     p.add_argument("--quick", action="store_true", help="fewer cases and repetitions")
     p.add_argument("--only", nargs="+", choices=CASES, metavar="CASE", help=", ".join(CASES))
+    p.add_argument("--model", default=DEFAULT, choices=GEOMETRIES, help="the geometry")
     p.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     p.add_argument("--without", nargs="+", default=[], choices=["peft", "llama"])
     p.add_argument("--precisions", nargs="+", default=["fp32", "fp32x3", "bf16", "int8", "int4"])
@@ -117,6 +124,8 @@ def arguments() -> argparse.Namespace:
 
 
 def chosen(a: argparse.Namespace) -> list[str]:
+    if a.model != DEFAULT:  # the other cases are about SmolLM2's file, or of no model
+        return a.only or ["step", "generate"]
     return a.only or list(QUICK if a.quick else CASES)
 
 

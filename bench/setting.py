@@ -3,24 +3,66 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
-GEOMETRY = {  # SmolLM2-135M
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 100000.0,
-    "tie_word_embeddings": True,
+GEOMETRIES: dict[str, dict[str, Any]] = {  # config.json's words, for pylora and transformers alike
+    "smollm2-135m": {
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 100000.0,
+        "tie_word_embeddings": True,
+    },
+    "gemma3-270m": {
+        "model_type": "gemma3_text",
+        "vocab_size": 262144,
+        "hidden_size": 640,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "rope_local_base_freq": 10000.0,
+        "sliding_window": 512,
+        "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 3,
+        "query_pre_attn_scalar": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+    },
+    "qwen2.5-0.5b": {
+        "model_type": "qwen2",
+        "vocab_size": 151936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": True,
+    },
 }
-HEAD_DIM = 64
+MODEL = os.environ.get("PYLORA_BENCH_MODEL") or "smollm2-135m"  # run.py --model
+GEOMETRY = dict(GEOMETRIES[MODEL])
+HEAD_DIM = int(GEOMETRY["head_dim"])
 TINY = bool(os.environ.get("PYLORA_BENCH_TINY"))  # run.py --tiny: shows that the programs run
 if TINY:
     GEOMETRY |= {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256}
     GEOMETRY |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    if "layer_types" in GEOMETRY:
+        GEOMETRY["layer_types"] = ["sliding_attention", "full_attention"]
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 RANK, ALPHA, LEARNING_RATE = 8, 16, 1e-4
 

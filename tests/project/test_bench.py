@@ -16,11 +16,16 @@ sys.path.insert(0, str(BENCH))
 
 import bars
 import contenders
+import moe_decode
 import records
 import report
+import setting
 import work
 from accuracy_logits import compare
 from accuracy_train import chosen
+
+import pylora
+from pylora.numbers.quantize import dequantize
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the benchmark reads /proc")
 
@@ -146,6 +151,55 @@ def test_equal_logits_have_no_divergence_and_a_shift_is_none() -> None:
     other = compare(np.log(np.array([[0.4, 0.6]])), np.log(np.array([[0.8, 0.2]])))
     assert other["kl_mean"] == pytest.approx(0.8 * np.log(2) - 0.2 * np.log(3))
     assert other["top1"] == 0.0
+
+
+def test_the_geometries_are_those_models() -> None:
+    numbers = {
+        name: pylora.LlamaConfig.from_hf(shape).num_parameters
+        for name, shape in setting.GEOMETRIES.items()
+    }
+    assert numbers == {  # transformers' own count of each
+        "smollm2-135m": 134_515_008,
+        "gemma3-270m": 268_098_176,
+        "qwen2.5-0.5b": 494_032_768,
+    }
+    assert moe_decode.config(48).num_parameters == 30_532_122_624  # Qwen3-30B-A3B
+
+
+def test_a_token_reads_the_experts_that_it_chose() -> None:
+    """Of Qwen3-30B-A3B the 3.3e9 parameters that its name counts, but for the embedding."""
+    total, read = moe_decode.packed_bytes(moe_decode.config(48))
+    routers = 48 * 128 * 2048
+    assert total == pytest.approx((30_532_122_624 - routers) * 20 / 32 + 4 * routers, rel=1e-4)
+    active = 8 * 48 * 3 * 768 * 2048 + 48 * 2 * (4096 + 512) * 2048 + 151936 * 2048
+    assert read == pytest.approx(active * 20 / 32 + 4 * routers, rel=1e-3)
+    assert 1 <= moe_decode.layers_that_fit() <= 48
+
+
+def test_the_random_experts_are_blocks_of_a_usable_size() -> None:
+    c = moe_decode.config(1)
+    weights = moe_decode.Weights(c)
+    W = weights("model.layers.0.mlp.experts.5.down_proj.weight")
+    assert (W.kind, W.shape, W.rows.shape) == ("q4_1", (2048, 768), (2048, 480))
+    values = dequantize(W)
+    assert 0.5 < np.sqrt(768) * values.std() < 2 and abs(values.mean()) < values.std() / 10
+
+
+def test_a_page_of_logits_has_each_text_and_old_files_one() -> None:
+    logits = compare(np.ones((2, 3)), np.eye(3)[:2])
+    old = {k: v for k, v in logits.items() if k not in ("max", "mean")}
+    head = {"machine": {"processor": "p", "isa": "i"}, "date": "d", "commit": "c", "command": "x"}
+    head |= {"seconds": 60, "cases": {}}
+    some = {"tokens": 2, "contenders": {"pylora fp32": logits}}
+    page = report.accuracy_page(
+        head
+        | {"model": "m.gguf", "logits": {"English": some, "code": some}}
+        | {"loss": {"pylora fp32": [2.0, 1.0]}, "answers": {"pylora fp32": [0.5, 0.75]}}
+    )
+    assert "m.gguf on 2 tokens of English" in page and "2 tokens of code" in page
+    assert "| largest | mean |" in page and "50%, 75%" in page
+    page = report.accuracy_page(head | {"logits": some | {"contenders": {"pylora fp32": old}}})
+    assert "2 tokens of English" in page and "largest |" not in page.split("KL, largest")[1]
 
 
 def test_every_contender_trains_on_the_same_batches() -> None:

@@ -185,11 +185,15 @@ class _Function:
                 yield other("statement dropped", ast.Pass())
 
 
+<<<<<<< HEAD
 def _constants(value: object) -> list[Any]:
+=======
+def _constants(value: object) -> list[bool | int | float]:
+>>>>>>> main
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, (int, float)):
-        near = [value + 1, value - 1, 0 * value, -value]
+        near: list[bool | int | float] = [value + 1, value - 1, 0 * value, -value]
         return [v for i, v in enumerate(near) if v != value and v not in near[:i]]
     return []
 

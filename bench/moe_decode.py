@@ -1,0 +1,156 @@
+"""Decoding with a mixture of experts of Qwen3-30B-A3B's geometry: tokens/s, and the memory's limit.
+
+    python bench/moe_decode.py [--layers N] [--new 32] [--threads 2]
+
+Random weights, int4 (Q4_1), packed in memory: pylora has no packed form that it maps from a file,
+so all layers need about 19 GB of it. Without --layers as many of the 48 run as fit into four fifths
+of the memory that is available, and the figure is of those, said as such. Each token is routed by
+the layer's router to 8 of 128 experts; the limit is what one token must read (attention, router, 8
+experts, head) over the speed of reading memory, measured in the same run.
+Prints one line of JSON at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import ceilings
+
+import pylora
+from pylora.generation.generate import generate
+from pylora.numbers.precision import Stored
+
+GEOMETRY: dict[str, Any] = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "tie_word_embeddings": False,
+}
+INT4 = 20 / 32  # bytes of a number in a block of Q4_1
+POOL = 64 << 20  # random bytes that blocks are cut from: what they are does not change the speed
+
+
+def config(layers: int) -> Any:
+    return pylora.LlamaConfig.from_hf(GEOMETRY | {"num_hidden_layers": layers})
+
+
+def packed_bytes(c: Any) -> tuple[float, float]:
+    """(of all packed weights, of those that one token reads)."""
+    total = read = 0.0
+    share = GEOMETRY["num_experts_per_tok"] / GEOMETRY["num_experts"]
+    for name, shape in c.tensors().items():
+        router = name.endswith(".gate.weight")
+        size = float(np.prod(shape)) * (INT4 if len(shape) == 2 and not router else 4.0)
+        total += size
+        if ".experts." in name:
+            read += size * share
+        elif not name.startswith("model.embed_tokens"):  # of the embedding one row
+            read += size
+    return total, read
+
+
+def layers_that_fit() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            room = 0.8 * int(line.split()[1]) * 1024
+    layers = int(GEOMETRY["num_hidden_layers"])
+    ends, one = packed_bytes(config(1))[0], packed_bytes(config(2))[0]
+    one -= ends
+    return max(1, min(layers, int((room - (ends - one)) / one)))
+
+
+class Weights:
+    """Blocks of Q4_1 with random codes, scaled so that a product keeps the size of its input."""
+
+    def __init__(self, c: Any) -> None:
+        self.shapes, self.rng = c.tensors(), np.random.default_rng(0)
+        self.pool = self.rng.integers(0, 256, POOL, np.uint8)
+
+    def __call__(self, name: str) -> Any:
+        shape = self.shapes[name]
+        if len(shape) == 1:
+            return np.ones(shape, np.float32)
+        d, k = shape
+        if name.endswith(".gate.weight"):  # a router stays float32
+            return (self.rng.standard_normal(shape) / np.sqrt(k)).astype(np.float32)
+        size, at = d * k * 20 // 32, int(self.rng.integers(0, POOL // 2))
+        blocks = np.resize(np.roll(self.pool, -at), size).reshape(-1, 20)
+        scale = np.float16(1 / (4.6 * np.sqrt(k)))  # codes 0 to 15 have a deviation of 4.6
+        blocks[:, :4] = np.array([scale, -7.5 * scale], np.float16).view(np.uint8)
+        return Stored("q4_1", blocks.reshape(d, k * 20 // 32), (d, k))
+
+
+def seconds_a_token(model: Any, prompt: list[list[int]], new: int) -> float:
+    """Of the tokens after the first, which ends the prefill."""
+    at: list[float] = []
+    generate(model, prompt, new + 1, eos_ids=(), on_token=lambda *_: at.append(time.perf_counter()))
+    return (at[-1] - at[0]) / new
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--layers", type=int, help="of 48 (default: as many as fit)")
+    p.add_argument("--new", type=int, default=32, help="tokens in one sample")
+    p.add_argument("--samples", type=int, default=5)
+    p.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    a = p.parse_args()
+    os.environ["PYLORA_NUM_THREADS"] = str(a.threads)
+    c = config(a.layers or layers_that_fit())
+    total, read = packed_bytes(c)
+    print(f"{c.num_hidden_layers} of 48 layers, {total / 1e9:.1f} GB packed", flush=True)
+    began = time.perf_counter()
+    model = pylora.Llama(c, Weights(c), backend="c", precision="int4")
+    print(f"packed in {time.perf_counter() - began:.0f} s", flush=True)
+    prompt = [np.random.default_rng(1).integers(0, c.vocab_size, 8).tolist()]
+    took: list[float] = []
+    speeds: list[float] = []
+    for _ in range(a.samples):  # the machine may change its speed: both in turn
+        speeds.append(ceilings.measure(a.threads, 3, 256)["memory read"]["best"])
+        took.append(seconds_a_token(model, prompt, a.new))
+    seconds, memory = statistics.median(took), statistics.median(speeds) * 1e9
+    limit = memory / read
+    found = {
+        "layers": c.num_hidden_layers,
+        "parameters": c.num_parameters,
+        "packed_bytes": int(total),
+        "bytes_a_token": int(read),
+        "tokens_per_second": round(1 / seconds, 2),
+        "memory_read_bytes_per_second": int(memory),
+        "limit_tokens_per_second": round(limit, 2),
+        "share_of_limit": round(1 / seconds / limit, 3),
+        "samples_seconds_a_token": took,
+        "load": os.getloadavg()[0],
+        "isa": pylora.build_info().get("isa"),
+        "threads": a.threads,
+    }
+    print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
