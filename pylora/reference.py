@@ -24,7 +24,6 @@ None leaves it in the dtype of the computation.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -32,9 +31,7 @@ import numpy as np
 from pylora.errors import BackendError, RangeError
 from pylora.numbers.philox import philox
 from pylora.numbers.precision import as_dtype
-from pylora.ops.composed import Composed
 from pylora.ops.formulas import Formulas
-from pylora.ops.llama import LlamaOp, LlamaWeights
 from pylora.ops.plain import Plain
 from pylora.types import (
     AdamW,
@@ -42,8 +39,6 @@ from pylora.types import (
     Attn,
     Drop,
     LoRA,
-    Projection,
-    ProjectionGrad,
     Residue,
     Seqs,
 )
@@ -124,36 +119,6 @@ class Reference(Formulas, Plain):
             dx = as_dtype(dx, dtype) if add is None else add + dx
         return dx, dA, dB
 
-    def linear_forward(
-        self, x: Array, projections: Sequence[Projection]
-    ) -> list[tuple[Array, Array | None]]:
-        """`lora_forward` of several modules that read the same x: (y, h) of each."""
-        return [
-            self.lora_forward(x, p.W, p.bias, p.lora, p.drop, p.residual, p.dtype)
-            for p in projections
-        ]
-
-    def linear_backward(
-        self,
-        x: Array | None,
-        projections: Sequence[ProjectionGrad],
-        *,
-        add: Array | None = None,
-        need_dx: bool = True,
-        dtype: Any = None,
-    ) -> tuple[Array | None, list[tuple[Array | None, Array | None]]]:
-        """`lora_backward` of several: dx = add + the sum of theirs, and (dA, dB) of each."""
-        dx, grads = add, []
-        for p in projections:
-            train = p.lora is not None
-            part, dA, dB = self.lora_backward(
-                p.dy, x, p.h, p.W, p.lora, p.drop, add=dx,
-                need_dx=need_dx, need_dA=train, need_dB=train,
-            )  # fmt: skip
-            dx = part if need_dx else None
-            grads.append((dA, dB))
-        return (dx if dx is None or add is not None else as_dtype(dx, dtype)), grads
-
     # ---- merge and exact unmerge --------------------------------------------------------------
 
     def _delta(self, lora: LoRA) -> Array:
@@ -217,10 +182,6 @@ class Reference(Formulas, Plain):
         return self.xp.ascontiguousarray(a).view(unsigned)
 
     # ---- transformer --------------------------------------------------------------------------
-
-    def cast(self, x: Array, dtype: Any = None) -> Array:
-        """x in `dtype`, which may be BF16; x itself if it is that already, or for None."""
-        return as_dtype(x, dtype)
 
     def rms_norm_forward(
         self, x: Array, w: Array, eps: float, dtype: Any = None
@@ -374,12 +335,6 @@ class Reference(Formulas, Plain):
         dW = self.xp.zeros((rows, dy.shape[1]), dy.dtype)
         self.xp.add.at(dW, ids, dy)
         return dW
-
-    # ---- a whole model ------------------------------------------------------------------------
-
-    def llama(self, weights: LlamaWeights) -> LlamaOp:
-        """The operations above as a whole model, for inference: see pylora.ops.composed."""
-        return Composed(self, weights)
 
     # ---- loss and optimizer -------------------------------------------------------------------
 

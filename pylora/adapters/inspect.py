@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pylora.adapters.locate import find_adapter
-from pylora.adapters.peft import WEIGHTS
+from pylora.adapters.loraconfig import LoraConfig
+from pylora.adapters.peft import WEIGHTS, read_config
+from pylora.adapters.plan import resolve
 from pylora.errors import PlanError, expect
 from pylora.formats.safetensors import SafeTensors
 from pylora.model.config import LlamaConfig, ModuleSpec
@@ -26,6 +28,8 @@ _KEY = re.compile(
     r"base_model\.model\.(?P<path>.+)\."
     r"(?P<part>lora_embedding_[AB]|lora_[AB](?=\.weight)|base_layer\.bias)(?:\.weight)?"
 )
+# Parameters that hold experts, in the order in which a model has them.
+_PARAMETERS = ("gate_up_proj", "down_proj")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 
@@ -81,7 +85,54 @@ def modules_of(directory: str | Path) -> dict[str, ModuleSpec]:
             raise PlanError(f"{where}: {path} needs both {A} and {B}, each with two dimensions")
         bias = "base_layer.bias" in parts
         modules[path] = ModuleSpec(kind, parts[B][0], parts[A][1], bias)
-    return modules
+    ranks = {path: parts["lora_A"][0] for path, parts in shapes.items() if "lora_A" in parts}
+    config = read_config(directory)
+    return _with_experts(config, modules, ranks) if config.target_parameters else modules
+
+
+def _with_experts(
+    config: LoraConfig, modules: Mapping[str, ModuleSpec], ranks: Mapping[str, int]
+) -> dict[str, ModuleSpec]:
+    """The same modules with those that PEFT's target_parameters made under their parameters' names.
+
+    PEFT keeps a parameter's adapter at the module that has it, and wraps one around another: the
+    deepest is the first. How many experts there are is the number of A's rows over the rank.
+    """
+    leaves = sorted(
+        {str(name).rpartition(".")[2] for name in config.target_parameters or ()},
+        key=lambda leaf: (_PARAMETERS.index(leaf) if leaf in _PARAMETERS else -1, leaf),
+    )
+    holders: dict[str, list[str]] = {}
+    for path in modules:
+        inner = re.sub(r"(\.base_layer)+$", "", path)
+        if path != inner or inner.endswith(".experts"):
+            holders.setdefault(inner, []).append(path)
+    out: dict[str, ModuleSpec] = {}
+    for path, spec in modules.items():
+        inner = re.sub(r"(\.base_layer)+$", "", path)
+        if path not in holders.get(inner, ()):
+            out[path] = spec
+            continue
+        deepest = sorted(holders[inner], key=len, reverse=True)
+        if len(deepest) != len(leaves):
+            raise PlanError(
+                f"{inner}: the file has adapters of {len(deepest)} of its parameters, and "
+                f"target_parameters names {', '.join(leaves)}"
+            )
+        name = f"{inner}.{leaves[deepest.index(path)]}"
+        alone = ModuleSpec("experts", spec.d, spec.k)
+        (entry,) = resolve(
+            replace(config, target_modules=None, target_parameters=[name]), {name: alone}
+        ).entries
+        if entry.r < 1 or ranks[path] % entry.r:
+            raise PlanError(f"{name}: {ranks[path]} rows of A are not a multiple of r = {entry.r}")
+        out[name] = replace(alone, experts=ranks[path] // entry.r)
+    order = {name: _PARAMETERS.index(name.rpartition(".")[2]) for name in out
+             if name.endswith(_PARAMETERS)}  # fmt: skip
+    return dict(sorted(out.items(), key=lambda item: (
+        _by_number(item[0].rpartition(".")[0] if item[0] in order else item[0]),
+        order.get(item[0], -1),
+    )))  # fmt: skip
 
 
 def _by_number(path: str) -> list[tuple[int, str]]:
@@ -155,9 +206,6 @@ def numbers() -> list[Count]:
 
     The 7B rows go through `pylora.adapters.plan`, as an adapter of that model would.
     """
-    from pylora.adapters.loraconfig import LoraConfig
-    from pylora.adapters.plan import resolve
-
     rows = [
         Count(f"{n} × {n}", r, *count_parameters(n, n, r))
         for n, r in ((4096, 8), (1000, 4), (1000, 8), (1000, 16))

@@ -69,6 +69,14 @@ converts. Letters: m tokens, k inputs, d outputs, r rank; a size may be 0 but fo
     rms_norm(x, w, eps) -> y
     swiglu(gate, up) -> y;  swiglu_backward(dy, gate, up) -> (dgate, dup)
     rope(x [m,heads*D], position [m], head_dim, theta, layout, inverse) -> y
+    rope_part(x, position, head_dim, rotary_dim, theta, layout, inverse) -> y     the first numbers
+    rope_frequencies(rotary_dim, theta, scaling, length, trained) -> (radians [rotary_dim/2],
+                     factor of cos and sin)   scaling: config.json's, with rope_type and factor
+    layer_norm(x, w, b, eps) -> y;  layer_norm_backward(dy, x, w, eps) -> dx      b may be None
+    activation(kind, x, up) -> y;  activation_backward(kind, dy, x, up) -> (dx, dup)    up and dup
+                     may be None; kind: "silu", "gelu_tanh", "gelu_erf" or "relu2"
+    soft_cap(x, multiplier, cap) -> y;  soft_cap_backward(dy, x, multiplier, cap) -> dx    0: none
+    experts(logits [m,n], k, normalize) -> weights [m,n]     0 where not chosen
     cross_entropy(logits, labels) -> (nll [m], dlogits)      -100: not counted; of the mean
     adamw(p, g, m, v, settings) -> (p, m, v)                 settings: pylora.types.AdamW
     clip(grads, limit) -> grads                              a list of arrays
@@ -170,6 +178,15 @@ METHODS = (
     "swiglu",
     "swiglu_backward",
     "rope",
+    "rope_part",
+    "rope_frequencies",
+    "layer_norm",
+    "layer_norm_backward",
+    "activation",
+    "activation_backward",
+    "soft_cap",
+    "soft_cap_backward",
+    "experts",
     "cross_entropy",
     "adamw",
     "clip",

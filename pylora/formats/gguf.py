@@ -201,10 +201,17 @@ class GGUFCheckpoint(Checkpoint):
             ):
                 heads = n if name.rpartition(".")[0].endswith(f".{role}") else heads
             if heads:
-                if name.endswith(".bias"):  # one row of many numbers: unquantized, as checked
-                    rows = rows.reshape(self.shape(name)[0], -1)
-                rows = deinterleave(rows, heads)
+                rows = deinterleave(self._one_each(rows, name), heads)
+        if self.config.fused_qkv == "groups" and (
+            name.rpartition(".")[0].endswith(f".{self.config.names.qkv}")
+        ):
+            rows = head_by_head(self._one_each(rows, name), self.config.num_attention_heads)
         return rows
+
+    def _one_each(self, rows: Array, name: str) -> Array:
+        """`rows` with one row for each output: a bias is stored as one row of many numbers, which
+        are unquantized, as checked."""
+        return rows.reshape(self.shape(name)[0], -1) if name.endswith(".bias") else rows
 
     def tokenizer(self) -> Tokenizer:
         from pylora.text.gguf_vocabulary import tokenizer_from_gguf
@@ -222,6 +229,13 @@ def deinterleave(rows: Array, heads: int) -> Array:
     """
     pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, -1)
     ordered: Array = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
+    return ordered
+
+
+def head_by_head(rows: Array, heads: int) -> Array:
+    """The rows of all heads' q, then k, then v, as q, k and v of each head. Returns a copy."""
+    apart = rows.reshape(3, heads, rows.shape[0] // heads // 3, -1)
+    ordered: Array = np.ascontiguousarray(apart.swapaxes(0, 1)).reshape(rows.shape)
     return ordered
 
 

@@ -19,7 +19,7 @@ from pylora.model.embedding import Embedding
 from pylora.model.expert_lora import ExpertParameter
 from pylora.model.kvcache import KVCache
 from pylora.model.rope import Rope
-from pylora.ops.llama import LlamaOp, Step
+from pylora.ops.llama import LlamaOp, LlamaWeights, Step
 from pylora.types import Array, LoRA
 
 
@@ -35,6 +35,21 @@ class Decodable(Protocol):
 
     @property
     def op(self) -> LlamaOp: ...
+
+
+def operation_weights(model: Any) -> LlamaWeights:
+    """The weights of a `Llama` as the whole-model operation takes them. Nothing is copied."""
+    return LlamaWeights(
+        model.embed_tokens.W,
+        model.lm_head.W,
+        model.norm,
+        model.trunk.layer_weights(),
+        model.blocks[0].attention.shape,
+        model.activation_dtype,
+        model.config.features,
+        model.trunk.positions,
+        model.rope.by_length,
+    )
 
 
 def pack_attached(model: Decodable) -> Any:

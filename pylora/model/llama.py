@@ -20,7 +20,7 @@ from pylora.model.attach import ARRAYS, Module, bring_back, check_fits, place
 from pylora.model.attention import positions
 from pylora.model.block import Block
 from pylora.model.config import LlamaConfig
-from pylora.model.decoder import Batch, pack_attached
+from pylora.model.decoder import Batch, operation_weights, pack_attached
 from pylora.model.embedding import Embedding
 from pylora.model.head import Head, HeadCache
 from pylora.model.inputs import row_numbers, row_weights, token_ids, whole_seqs
@@ -37,7 +37,7 @@ from pylora.model.weights import (
     weight_bytes,
 )
 from pylora.numbers.precision import Stored, check_precision, describe
-from pylora.ops.llama import LlamaOp, LlamaWeights
+from pylora.ops.llama import LlamaOp
 from pylora.ops.protocol import Backend
 from pylora.reference import IGNORE
 from pylora.types import Array, LoRA, Seqs, brief
@@ -389,21 +389,7 @@ class Llama:
     @cached_property
     def op(self) -> LlamaOp:
         """The model as its backend's whole-model operation, which decoding runs on."""
-        return self.ops.llama(self._weights())
-
-    def _weights(self) -> LlamaWeights:
-        """The weights as that operation takes them. Nothing is copied."""
-        return LlamaWeights(
-            self.embed_tokens.W,
-            self.lm_head.W,
-            self.norm,
-            self.trunk.layer_weights(),
-            self.blocks[0].attention.shape,
-            self.activation_dtype,
-            self.config.features,
-            self.trunk.positions,
-            self.rope.by_length,
-        )
+        return self.ops.llama(operation_weights(self))
 
     @cached_property
     def numbers(self) -> dict[str, int]:

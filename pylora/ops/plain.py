@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 
 from pylora.errors import DtypeError, ShapeError
+from pylora.numbers.precision import as_dtype
+from pylora.ops.composed import Composed
+from pylora.ops.llama import LlamaOp, LlamaWeights
 from pylora.ops.mixture import Choice, choose
 from pylora.ops.protocol import Backend
 from pylora.ops.repeat import Direct, Repeated
-from pylora.types import AdamW, Array, LoRA, Norm, Projection, Rotation
+from pylora.types import AdamW, Array, LoRA, Norm, Projection, ProjectionGrad, Rotation
 
 
 def want_writable(W: Array) -> None:
@@ -49,6 +52,44 @@ class Plain:
     def total_squares(self: Backend, arrays: Sequence[Array]) -> float:
         """The sums of squares of the arrays, added up in order in float64."""
         return sum(self.sum_squares(x) for x in arrays)
+
+    def cast(self, x: Array, dtype: Any = None) -> Array:
+        """x in `dtype`, which may be BF16; x itself if it is that already, or for None."""
+        return as_dtype(x, dtype)
+
+    def linear_forward(
+        self: Backend, x: Array, projections: Sequence[Projection]
+    ) -> list[tuple[Array, Array | None]]:
+        """`lora_forward` of several modules that read the same x: (y, h) of each."""
+        return [
+            self.lora_forward(x, p.W, p.bias, p.lora, p.drop, p.residual, p.dtype)
+            for p in projections
+        ]
+
+    def linear_backward(
+        self: Backend,
+        x: Array | None,
+        projections: Sequence[ProjectionGrad],
+        *,
+        add: Array | None = None,
+        need_dx: bool = True,
+        dtype: Any = None,
+    ) -> tuple[Array | None, list[tuple[Array | None, Array | None]]]:
+        """`lora_backward` of several: dx = add + the sum of theirs, and (dA, dB) of each."""
+        dx, grads = add, []
+        for p in projections:
+            train = p.lora is not None
+            part, dA, dB = self.lora_backward(
+                p.dy, x, p.h, p.W, p.lora, p.drop, add=dx,
+                need_dx=need_dx, need_dA=train, need_dB=train,
+            )  # fmt: skip
+            dx = part if need_dx else None
+            grads.append((dA, dB))
+        return (dx if dx is None or add is not None else as_dtype(dx, dtype)), grads
+
+    def llama(self, weights: LlamaWeights) -> LlamaOp:
+        """The operations as a whole model, for inference: see pylora.ops.composed."""
+        return Composed(self, weights)
 
     def qkv_forward(
         self: Backend,

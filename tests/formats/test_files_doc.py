@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -47,7 +48,7 @@ EMPTY = ({}, [], None, False, 0)
 def test_a_field_of_an_adapter_is_what_the_table_says(name: str, what: str) -> None:
     base = {"target_modules": ["q_proj"]}
     if what.startswith("carried out"):
-        assert name in LoraConfig(**base).to_dict()
+        assert name in {f.name for f in dataclasses.fields(LoraConfig)}
     elif what.startswith("refused by name"):
         with pytest.raises(UnsupportedError, match=name):
             LoraConfig.from_dict({**base, name: {"a": 1}})

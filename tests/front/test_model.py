@@ -200,7 +200,7 @@ def test_the_length_of_an_answer(model: pylora.Model) -> None:
         ({"template_args": 5}, "template_args takes a dict"),
         ({"tools": {"type": "function"}}, "tools takes a list, got a dict"),
         ({"documents": "text"}, "documents takes a list, got the text 'text'"),
-        ({"seed": "x"}, "seed must be a whole number, got 'x'"),
+        ({"seed": "x"}, "seed = 'x': a seed is a whole number"),
     ],
 )
 def test_a_setting_of_a_wrong_type_says_what_to_pass(

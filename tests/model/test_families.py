@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, given, settings
 
 from pylora import backends
 from pylora.adapters.adapter import Adapter
-from pylora.adapters.inspect import inspect
+from pylora.adapters.inspect import inspect, modules_of
 from pylora.adapters.loraconfig import LoraConfig
 from pylora.adapters.plan import resolve
 from pylora.check.check import check_model
@@ -75,6 +75,9 @@ def test_an_adapter_of_experts_is_saved_as_peft_reads_it(tmp_path: Path) -> None
         lora.B[...] *= 0.5
     found = {s.path: s for s in inspect(adapter)}["model.layers.0.mlp.experts.down_proj"]
     assert found.rank == 3 and len(found.singular_values) == 4 * 3
+    alone = inspect(Adapter.load(theirs.adapter, modules_of(theirs.adapter)))
+    whole = inspect(Adapter.load(theirs.adapter, modules))
+    assert {s.path: s for s in alone} == {s.path: s for s in whole}, "without the model"
     adapter.save(tmp_path / "ours")
     again = Adapter.load(tmp_path / "ours", modules)
     assert again.digest() == adapter.digest()
@@ -205,11 +208,11 @@ def test_a_configuration_survives_its_own_file(kind: str) -> None:
     holds()
 
 
-@pytest.mark.parametrize("kind", ["gemma3_text", "phi3", "gpt2", "olmo2", "mixtral"])
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_a_merge_loads_in_transformers_and_can_be_undone(kind: str, tmp_path: Path) -> None:
     import torch
 
-    drawn = {**EXAMPLES[kind]}
+    drawn = EXAMPLES.get(kind, _BASE)
     targets, parameters = (ATTENTION, PARAMETERS) if kind in MIXTURES else ([], None)
     theirs = run_theirs(kind, drawn, tmp_path, targets, parameters)
     merge_checkpoint(theirs.directory, theirs.adapter, tmp_path / "merged")
@@ -296,6 +299,14 @@ EXAMPLES: dict[str, dict[str, Any]] = {
              "attn_pdrop": 0.0},
     "mixtral": {**_BASE, "num_local_experts": 3},
     "olmoe": {**_BASE, "num_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {**_BASE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
+                  "head_dim": 10},
+    "ministral": {**_BASE, "head_dim": 10, "sliding_window": 4, "layer_types": _TYPES},
+    "qwen3": {**_BASE, "head_dim": 10},
+    "granite": {**_BASE, "residual_multiplier": 0.5, "logits_scaling": 4.0},
+    "stablelm": {**_BASE, "use_parallel_residual": True, "use_qkv_bias": True},
+    "gpt_neox": {k: v for k, v in _BASE.items() if k != "num_key_value_heads"},
+    "exaone4": {**_BASE, "sliding_window": 4, "layer_types": _TYPES},
 }  # fmt: skip
 
 

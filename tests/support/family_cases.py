@@ -102,18 +102,19 @@ def mistral(draw: Any) -> dict[str, Any]:
 
 @st.composite
 def ministral(draw: Any) -> dict[str, Any]:
-    return draw(windowed(("head_dim", "layer_types")))
+    return draw(windowed(("head_dim", "layer_types"))) | {"rope_parameters": draw(scalings())}
 
 
 @st.composite
 def qwen2(draw: Any) -> dict[str, Any]:
     use = {"use_sliding_window": draw(st.booleans()), "max_window_layers": 1}
-    return draw(windowed()) | use
+    return draw(windowed()) | use | {"rope_parameters": draw(scalings())}
 
 
 @st.composite
 def qwen3(draw: Any) -> dict[str, Any]:
-    return draw(windowed(("head_dim",))) | {"attention_bias": draw(st.booleans())}
+    bias = {"attention_bias": draw(st.booleans())}
+    return draw(windowed(("head_dim",))) | bias | {"rope_parameters": draw(scalings())}
 
 
 def two_ropes(draw: Any) -> dict[str, Any]:
@@ -169,6 +170,7 @@ def granite(draw: Any) -> dict[str, Any]:
         "attention_multiplier": draw(st.sampled_from((0.2, 0.05))),
         "logits_scaling": draw(st.sampled_from((1.0, 6.0))),
         "attention_bias": draw(st.booleans()),
+        "rope_parameters": draw(scalings()),
     }
 
 
@@ -224,13 +226,22 @@ def qwen3_moe(draw: Any) -> dict[str, Any]:
 @st.composite
 def olmoe(draw: Any) -> dict[str, Any]:
     own = {"num_experts": 4, "num_experts_per_tok": draw(st.sampled_from((1, 3)))}
-    return draw(sizes(experts=True)) | own | {"norm_topk_prob": draw(st.booleans())}
+    return (
+        draw(sizes(experts=True))
+        | own
+        | {
+            "norm_topk_prob": draw(st.booleans()),
+            "attention_bias": draw(st.booleans()),
+            "rope_parameters": draw(scalings()),
+        }
+    )
 
 
 @st.composite
 def cohere(draw: Any) -> dict[str, Any]:
     own = {"logit_scale": draw(st.sampled_from((0.25, 3.0))), "use_qk_norm": False}
-    return layered(draw(sizes())) | own | {"attention_bias": draw(st.booleans())}
+    bias = {"attention_bias": draw(st.booleans())}
+    return layered(draw(sizes())) | own | bias | {"rope_parameters": draw(scalings())}
 
 
 def layered(c: dict[str, Any], name: str = "layer_norm_eps") -> dict[str, Any]:
@@ -250,7 +261,7 @@ def stablelm(draw: Any) -> dict[str, Any]:
 @st.composite
 def starcoder2(draw: Any) -> dict[str, Any]:
     own = {"use_bias": draw(st.booleans()), "sliding_window": draw(st.sampled_from((None, 4)))}
-    return layered(draw(sizes()), "norm_epsilon") | own
+    return layered(draw(sizes()), "norm_epsilon") | own | {"rope_parameters": draw(scalings())}
 
 
 @st.composite

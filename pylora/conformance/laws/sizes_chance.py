@@ -115,6 +115,7 @@ def _init(t: Trial, p: Problem) -> None:
     if n and np.abs(flat).max() > edge:
         said = f"|A| {at} reaches {np.abs(flat).max()}, beyond {edge}"
         t.fail(said, A, f"np.abs(RESULT).max() <= {edge}")
+    _never_zero(t, p, A, at)
     # float32 has 2²³ steps at least in the half of the range: of n < 2¹⁷ draws 1 in 100 at most
     # meet another.
     if n >= BLOCK and np.unique(flat).size < 0.9 * n:
@@ -128,6 +129,17 @@ def _init(t: Trial, p: Problem) -> None:
             low, high = 0.5 * deviation**2, 2 * deviation**2
             holds = f"{low} < (RESULT.astype(float).reshape(-1)[{limit}:] ** 2).mean() < {high}"
             t.fail(f"{said}, expected {deviation**2:.3g}", A, holds)
+
+
+def _never_zero(t: Trial, p: Problem, A: Array, at: str) -> None:
+    """An element that is 0 for three seeds is no draw: one is so by a chance of 2⁻²⁴ or less."""
+    zero = np.asarray(A) == 0
+    for seed in (p.seed + 1, p.seed + 2):
+        if zero.any():
+            zero = zero & (np.asarray(t.init(p.d, p.k, p.r, seed, p.method)[0]) == 0)
+    if zero.any():
+        said = f"{int(zero.sum())} elements of A {at} are 0 for any seed"
+        t.fail(said, A, f"RESULT[{tuple(int(i) for i in np.argwhere(zero)[0])}] != 0")
 
 
 def _inits(dtype: str, examples: int) -> Iterator[Problem]:

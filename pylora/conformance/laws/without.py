@@ -5,6 +5,7 @@ from __future__ import annotations
 
 VECTORS = "bits: the golden vectors hold it (docs/porting.md)"
 FREE = "it allows, and forbids nothing that a result could show"
+MODELS = "the order of whole layers: every family is compared with transformers and llama.cpp"
 WITHOUT: dict[str, str] = {
     "I-8": VECTORS,
     "R-3": VECTORS,
@@ -12,6 +13,10 @@ WITHOUT: dict[str, str] = {
     "R-5": VECTORS,
     "D-6": "an embedding's methods of the protocol take no dropout",
     "K-3": "the protocol's modules have no biases; pylora is tested with files of PEFT's",
+    "A-21": MODELS,
+    "A-22": MODELS,
+    "A-26": MODELS,
+    "A-28": MODELS,
     "V-6": FREE,
     "V-11": FREE,
 }

@@ -15,6 +15,7 @@ from pylora.conformance.mutants import (
     caches,
     dropouts,
     embeddings,
+    families,
     files,
     gradients,
     halves,
@@ -79,6 +80,7 @@ GROUPS = (
     caches,
     halves,
     operations,
+    families,
     limits,
     paths,
 )

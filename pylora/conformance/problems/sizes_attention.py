@@ -57,7 +57,8 @@ def attention(dtype: str, name: str, n: int, seed: int = 0) -> Problem:
     lengths: tuple[int, ...] = (n,) if name == "length" else (3, 2)
     if name == "sequences":
         lengths = tuple(1 + i % 2 for i in range(n))
-    m, narrow = sum(lengths), np_dtype(dtype).itemsize == 2
+    # Of thousands of terms the score's bound is so wide that it says nothing of the shares.
+    m, narrow = sum(lengths), np_dtype(dtype).itemsize == 2 or n > 1024
     rng = np.random.default_rng([seed, n, len(name)])
     out = {"q_proj": heads * D, "k_proj": kv * D, "v_proj": kv * D, "o_proj": hidden}
     inp = {"q_proj": hidden, "k_proj": hidden, "v_proj": hidden, "o_proj": heads * D}
@@ -70,14 +71,16 @@ def attention(dtype: str, name: str, n: int, seed: int = 0) -> Problem:
     x = rng.normal(size=(m, hidden)).astype(np_dtype(dtype))
     if name in ("length", "hidden"):
         x = ends(x, 0 if name == "length" else 1, narrow)
-    side = {"rank": 1, "head_dim": 0}.get(name)
-    weights = {
-        p: make(out[p], inp[p], 0 if side == 0 and p != "o_proj" else None) for p in PROJECTIONS
-    }
-    adapters = {
-        p: (make(r, inp[p]), make(out[p], r, 1 if side == 1 else None), s)
-        for p, s in zip(PROJECTIONS, (2.0, -0.5, 1.5, 0.5))
-    }
+    # Where a sum is long its factors are thinned: over a head's numbers, all heads, ranks.
+    of_head = 0 if name == "head_dim" else None
+    of_heads = 1 if narrow and name in ("heads", "group", "kv", "head_dim") else None
+    of_rank = 1 if name == "rank" else None
+    weights, adapters = {}, {}
+    for p, s in zip(PROJECTIONS, (2.0, -0.5, 1.5, 0.5)):
+        last = p == "o_proj"
+        weights[p] = make(out[p], inp[p], of_heads if last else of_head)
+        up = make(out[p], r, of_rank if last or of_head is None else of_head)
+        adapters[p] = make(r, inp[p], of_heads if last else None), up, s
     dy = rng.normal(size=(m, hidden)).astype(np_dtype(dtype))
     shape = AttentionShape(heads, kv, D, lengths)
     return Problem(x=x, dy=dy, weights=weights, adapters=adapters, shape=shape, seed=seed)

@@ -1,9 +1,11 @@
 """GPT-NeoX and Pythia: LayerNorms with biases, attention and feed-forward beside each other behind
 a norm each, a part of each head rotated, and q, k and v in one projection, head by head."""
 
+from typing import Any
+
 from pylora.model.checks import flag
 from pylora.model.families.common import full_only, rope, write_rope
-from pylora.model.families.family import ALL, Family, Fields, Names, Settings
+from pylora.model.families.family import ALL, Family, Fields, Gguf, Names, Settings
 
 
 def _read(c: Settings) -> Fields:
@@ -36,6 +38,15 @@ def _write(f: Settings) -> Fields:
     }
 
 
+def _gguf(meta: Any) -> Settings:
+    head = meta.int("embedding_length") // meta.int("attention.head_count")
+    return {
+        "rotary_pct": meta.int("rope.dimension_count", head) / head,
+        "use_parallel_residual": bool(meta.either("use_parallel_residual")),
+        "attention_bias": meta.tensor("blk.0.attn_qkv.bias"),
+    }
+
+
 GPT_NEOX = Family(
     "gpt_neox",
     "GPTNeoXForCausalLM",
@@ -61,4 +72,9 @@ GPT_NEOX = Family(
     ),
     knows=frozenset({"partial_rotary_factor", "rotary_pct", "use_parallel_residual"}),
     activations={"gelu": "gelu_erf", **ALL},
+    gguf=Gguf(
+        "gptneox",
+        settings=_gguf,
+        knows=frozenset({"rope.dimension_count", "use_parallel_residual"}),
+    ),
 )
