@@ -75,7 +75,7 @@ static int vector(loader *l, const char *name, int64_t n, int64_t heads, const f
 
 /* A norm; llama.cpp's files of a family that multiplies by 1 + w hold the sum, rounded once. */
 static int norm(loader *l, const char *name, int64_t n, pylora_norm *out) {
-  const float *w;
+  const float *w = NULL;
   TRY(vector(l, name, n, 0, &w));
   float *own = (float *)(uintptr_t)w;
   for (int64_t i = 0; pylora_families[l->m->s.family].offset && i < n; i++) {

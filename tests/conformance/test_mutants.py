@@ -46,7 +46,7 @@ def test_there_are_enough_and_each_is_told():
 
 def test_the_table_in_the_docs_is_of_these_mutants_and_laws():
     text = (Path(__file__).parents[2] / "docs" / "mutants.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `([\w-]+)`.*\| (\w+) \| (\d+) \| [\w, ]*\|$", text, re.MULTILINE)
+    rows = re.findall(r"^\| `([\w-]+)`.*\| (\w+) \| (\d+) \|$", text, re.MULTILINE)
     assert [id for id, _, _ in rows] == [m.id for m in ALL], "run tools/mutant_table.py"
     assert {law for _, law, _ in rows} <= set(LAWS)
     assert all(m.link in text for m in ALL if m.link)
