@@ -97,7 +97,8 @@ class Weights:
         if name.endswith(".gate.weight"):  # a router stays float32
             return (self.rng.standard_normal(shape) / np.sqrt(k)).astype(np.float32)
         size, at = d * k * 20 // 32, int(self.rng.integers(0, POOL // 2))
-        blocks = np.resize(np.roll(self.pool, -at), size).reshape(-1, 20)
+        some = self.pool[at : at + size].copy() if size <= POOL // 2 else np.resize(self.pool, size)
+        blocks = some.reshape(-1, 20)
         scale = np.float16(1 / (4.6 * np.sqrt(k)))  # codes 0 to 15 have a deviation of 4.6
         blocks[:, :4] = np.array([scale, -7.5 * scale], np.float16).view(np.uint8)
         return Stored("q4_1", blocks.reshape(d, k * 20 // 32), (d, k))
