@@ -1,37 +1,30 @@
-"""Writes docs/mutants.md: each mutant, a law that kills it, and after how many examples.
+"""Writes docs/mutants.md, the list of the mutants, from what each says of itself.
 
-    python tools/mutant_table.py [--seed 0] [--jobs N] [--out docs/mutants.md]
+    python tools/mutant_table.py [--out docs/mutants.md]
 
-Each mutant is hunted as the tests do it (mutants/hunt.py): some minutes on two cores. Exits with 1
-if one survives.
+No mutant is run here: the tests and `pylora conformance --mutants` do that.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 
-from pylora.conformance.laws.registry import LAWS
 from pylora.conformance.mutants import GROUPS, Mutant, mutants
-from pylora.conformance.mutants.hunt import killer
 
-Kill = tuple[str, int] | None  # the law's id and the number of the example
 HEAD = """# Mutants
 
 The conformance kit is tested with {count} wrong implementations of LoRA. Each is the correct one
 with as little changed as the bug needs (`pylora/conformance/mutants/`), and each is a bug that a
 project had or could have: {gross} are gross and show in any result, {subtle} are subtle and need a
-special input, a second call, or a look at the bits. {verdict} in the quick profile (seed {seed}).
+special input, a second call, or a look at the bits. A test asks of each that a law of the quick
+profile finds it out, and that the program printed for it fails on the mutant and passes on the
+right implementation; a part of them in each run of the tests, all of them every night.
 
-    pylora conformance --mutants        # kills them all again, in some minutes
+    pylora conformance --mutants        # kills them all, and says which law did, in some minutes
 
-*Killed by* is a law that finds it out: cheap laws and few examples are tried first, so it is not
-the only one. *At* is the number of the example that it needed (the first is 1; nothing is shrunk).
-Made by `python tools/mutant_table.py`.
+How many more are made by a machine, and what of them is found, is in
+[conformance.md](conformance.md). Made by `python tools/mutant_table.py`.
 """
 
 NOT_CITED = [
@@ -41,71 +34,37 @@ NOT_CITED = [
 ]
 
 
-def main() -> int:
-    """Hunts, writes, and says what survived."""
+def main() -> None:
+    """Writes the page."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=Path, default=Path("docs/mutants.md"))
-    args = parser.parse_args()
-    every = mutants()
-    found: dict[str, Kill] = {}
-    with ProcessPoolExecutor(args.jobs) as pool:
-        one = partial(hunt, seed=args.seed)
-        for mutant, kill in zip(every, pool.map(one, range(len(every)))):
-            found[mutant.id] = kill
-            print(f"{mutant.id:40} {f'{kill[0]} at {kill[1]}' if kill else 'SURVIVES'}", flush=True)
-    lost = [id for id, kill in found.items() if not kill]
-    args.out.write_text(page(found, lost, args.seed), encoding="utf-8")
-    print(f"{args.out}: {len(found)} mutants, {len(lost)} survive {lost or ''}")
-    return 1 if lost else 0
+    parser.parse_args().out.write_text(page(), encoding="utf-8")
 
 
-def hunt(number: int, seed: int) -> Kill:
-    """What kills the mutant with this number."""
-    outcome = killer(mutants()[number], seed=seed)
-    return None if outcome is None else (outcome.law.id, outcome.found_at or 0)
-
-
-def page(found: dict[str, Kill], lost: list[str], seed: int) -> str:
+def page() -> str:
     """The whole document."""
     every = mutants()
     gross = sum(m.kind == "gross" for m in every)
-    verdict = f"These survive: {', '.join(lost)}" if lost else "None survives; each is killed"
-    text = HEAD.format(
-        count=len(every), gross=gross, subtle=len(every) - gross, verdict=verdict, seed=seed
-    )
+    text = HEAD.format(count=len(every), gross=gross, subtle=len(every) - gross)
     for group in GROUPS:
         members = [m for m in every if m.group == group.__name__]
         lines = [f"\n## {title(group.__doc__)}\n"]
-        lines += ["| mutant | what it does | seen in | killed by | at |", "|---|---|---|---|---|"]
-        lines += [row(m, found[m.id]) for m in members]
+        lines += ["| mutant | what it does | seen in |", "|---|---|---|"]
+        lines += [row(m) for m in members]
         text += "\n".join(lines) + "\n"
-    return text + by_law(found) + threads(every)
+    return text + threads(every)
 
 
 def title(doc: str | None) -> str:
     return (doc or "").split("\n")[0].rstrip(".")
 
 
-def row(mutant: Mutant, kill: Kill) -> str:
+def row(mutant: Mutant) -> str:
     """One mutant's line."""
     seen = f"[{mutant.thread}]({mutant.link})" if mutant.thread else ""
     kind = "" if mutant.kind == "gross" else " (subtle)"
-    what = f"{mutant.sentence} *{mutant.story}*"
-    law, at = kill if kill else ("**none**", "")
-    cells = [f"`{mutant.id}`{kind}", what, seen, law, str(at)]
+    cells = [f"`{mutant.id}`{kind}", f"{mutant.sentence} *{mutant.story}*", seen]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def by_law(found: dict[str, Kill]) -> str:
-    """The laws that killed, and how many each."""
-    lines = ["\n## By law\n", "| law | kills in this table |", "|---|---|"]
-    for law in LAWS:
-        count = sum(kill is not None and kill[0] == law for kill in found.values())
-        if count:
-            lines.append(f"| {law} | {count} |")
-    return "\n".join(lines) + "\n"
 
 
 def threads(every: tuple[Mutant, ...]) -> str:
@@ -124,4 +83,4 @@ def threads(every: tuple[Mutant, ...]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

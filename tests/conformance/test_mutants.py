@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 
@@ -15,6 +17,12 @@ from pylora.conformance.running.counterexample import fails, right
 from pylora.conformance.running.runner import PASSED, run_law
 
 ALL = mutants()
+# A night's work is every one of them; a run of the tests takes those whose ids fall into a third.
+ASKED = (
+    ALL
+    if os.environ.get("PYLORA_ALL_MUTANTS")
+    else [m for m in ALL if crc32(m.id.encode()) % 3 == 0]
+)
 
 
 @pytest.mark.parametrize("law", LAWS.values(), ids=list(LAWS))
@@ -23,7 +31,7 @@ def test_the_correct_one_lives(law):
     assert outcome.status == PASSED, outcome.reason
 
 
-@pytest.mark.parametrize("mutant", ALL, ids=lambda m: m.id)
+@pytest.mark.parametrize("mutant", ASKED, ids=lambda m: m.id)
 def test_the_mutant_dies_and_its_program_tells_it_from_the_correct_one(mutant):
     found = killer(mutant)
     assert found is not None, f"no law finds out: {mutant.sentence}"
@@ -44,11 +52,10 @@ def test_there_are_enough_and_each_is_told():
         assert (mutant.link is None) == (mutant.thread is None)
 
 
-def test_the_table_in_the_docs_is_of_these_mutants_and_laws():
+def test_the_table_in_the_docs_is_of_these_mutants():
     text = (Path(__file__).parents[2] / "docs" / "mutants.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `([\w-]+)`.*\| (\w+) \| (\d+) \|$", text, re.MULTILINE)
-    assert [id for id, _, _ in rows] == [m.id for m in ALL], "run tools/mutant_table.py"
-    assert {law for _, law, _ in rows} <= set(LAWS)
+    told = re.findall(r"^\| `([\w-]+)`", text, re.MULTILINE)
+    assert told == [m.id for m in ALL], "run tools/mutant_table.py"
     assert all(m.link in text for m in ALL if m.link)
 
 
