@@ -13,7 +13,7 @@ from pylora.conformance.problems.layers import st
 from pylora.conformance.problems.sizes import sized, walk, whole
 from pylora.conformance.testcase import Problem, Trial
 
-PLAN = {"layers": 256, "targets": 64, "patterns": 32, "rank": 65536, "chosen": 128, "depth": 64}
+PLAN = {"layers": 256, "targets": 32, "patterns": 16, "rank": 65536, "chosen": 128, "depth": 64}
 MANY = {**PLAN, "layers": 1024, "targets": 256, "patterns": 128, "chosen": 1024, "depth": 256}
 FILE = {"modules": 256, "rank": 4096, "k": 65536, "d": 65536, "name": 128}
 
@@ -95,7 +95,7 @@ LAWS = (
     Law(
         "X14",
         "No size is a limit to a plan.",
-        "as T1, with up to 387 layers, 99 targets, 51 patterns, 195 chosen layers, paths of 99 "
+        "as T1, with up to 387 layers, 51 targets, 27 patterns, 195 chosen layers, paths of 99 "
         "parts and a rank of 98307, around the limits of F12",
         "a list is cut off, a number of a layer has two digits at most",
         ("L-1", "T-1", "T-4", "T-5"),

@@ -67,8 +67,13 @@ class MergeNarrow(Correct):
     def merge(self, W: Any, A: Any, B: Any, scale: float) -> Any:
         if W.dtype != np.float64:
             return super().merge(W, A, B, scale)
+<<<<<<< HEAD
+        half = [a.astype(np.float32) for a in (W, A, B)]
+        merged, _ = super().merge(half[0], half[1], half[2], scale)
+=======
         narrow = [a.astype(np.float32) for a in (W, A, B)]
         merged, _ = super().merge(narrow[0], narrow[1], narrow[2], scale)
+>>>>>>> main
         return merged.astype(np.float64), super().merge(W, A, B, scale)[1]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 _SWAPS: dict[type, tuple[type, ...]] = {
     ast.Add: (ast.Sub,),
@@ -184,7 +185,11 @@ class _Function:
                 yield other("statement dropped", ast.Pass())
 
 
+<<<<<<< HEAD
+def _constants(value: object) -> list[Any]:
+=======
 def _constants(value: object) -> list[bool | int | float]:
+>>>>>>> main
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, (int, float)):

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 
 from pylora.conformance.problems.layers import np_dtype, st
-from pylora.conformance.problems.sizes import FEW, LIMITS, THOROUGH, edges, sized, walk
+from pylora.conformance.problems.sizes import FEW, THOROUGH, edges, sized, walk
 from pylora.conformance.protocol import AttentionShape
 from pylora.conformance.testcase import Problem
 from pylora.types import Array
@@ -94,7 +94,7 @@ def attentions(dtype: str, examples: int, most: int = 65536) -> Iterator[Problem
             top = SMALL
         top = min(top, most)
         for size in walk(min(examples, THOROUGH - 1), top, dtype=dtype):
-            if size <= SMALL or size - 1 in (256, 512, 1024, 4096) or size > top:
+            if size <= SMALL or size == 1025 or size > top:
                 yield sized(partial(attention, dtype, name), size)
 
 
@@ -142,7 +142,7 @@ def losses(dtype: str, examples: int) -> Iterator[Problem]:
     """Each dimension of LOSS at the sizes of `walk`."""
     for name, top in LOSS.items():
         for size in walk(examples, top, top, dtype):
-            if size <= SMALL or size - 1 in LIMITS or size > top or examples >= THOROUGH:
+            if size <= SMALL or size == 1025 or size > top or examples >= THOROUGH:
                 yield sized(partial(loss, dtype, name), size)
 
 
