@@ -268,7 +268,9 @@ def starcoder2(draw: Any) -> dict[str, Any]:
 def gpt_neox(draw: Any) -> dict[str, Any]:
     c = layered(draw(sizes())) | {"use_parallel_residual": draw(st.booleans())}
     del c["num_key_value_heads"]
-    return c | {"rotary_pct": draw(st.sampled_from((0.25, 0.5, 1.0)))}
+    head = c["hidden_size"] // c["num_attention_heads"]
+    parts = [part for part in (0.25, 0.5, 1.0) if int(head * part) % 2 == 0]
+    return c | {"rotary_pct": draw(st.sampled_from(parts))}
 
 
 @st.composite
