@@ -131,10 +131,11 @@ class LlamaConfig:
                 f"partial_rotary_factor must leave 2 to {self.head_dim} numbers of a head to "
                 f"rotate, got {self.partial_rotary!r}"
             )
-        if self.rotated and int(self.head_dim * self.partial_rotary) % 2:
+        turned = int(self.head_dim * self.partial_rotary)
+        if self.rotated and turned % 2:
             raise UnsupportedError(
-                f"partial_rotary_factor {self.partial_rotary!r} of head_dim {self.head_dim} rotates "
-                f"{int(self.head_dim * self.partial_rotary)} numbers of a head, which are no pairs"
+                f"partial_rotary_factor {self.partial_rotary!r} of head_dim {self.head_dim} "
+                f"rotates {turned} numbers of a head, which are no pairs"
             )
         check_scaling(self.rope_scaling, self.rotary_dim // 2)
         check_scaling(self.local_rope_scaling, self.rotary_dim // 2)

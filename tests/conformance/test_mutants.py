@@ -79,7 +79,7 @@ def test_the_hunt_says_who_survives(monkeypatch):
     said: list[str] = []
     monkeypatch.setattr("pylora.conformance.mutants.hunt.mutants", lambda: (dead, same))
     assert not hunt(said.append)
-    assert re.fullmatch(r"scale-alpha +S\d at example \d", said[0])
+    assert re.fullmatch(r"scale-alpha +S\d +at example \d+", said[0])
     assert said[1].split() == ["same", "SURVIVES"]
     assert said[2] == "2 mutants, 1 killed, 1 alive"
 

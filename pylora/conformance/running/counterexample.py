@@ -47,6 +47,13 @@ def program(
     return Writer(implementation, trial).by_search(law, search, title)
 
 
+def searched(
+    implementation: Any, law: Any, trial: Trial, title: str, search: tuple[int, int]
+) -> str:
+    """The program that searches again with the law, for a problem too large to be written out."""
+    return Writer(implementation, trial).by_search(law, search, title)
+
+
 def _shows(source: str, implementation: Any) -> bool:
     """Whether the program fails with a fresh one of these, and passes with one that is right."""
     try:

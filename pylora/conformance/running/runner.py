@@ -18,7 +18,7 @@ import numpy as np
 from pylora.conformance.laws.law import Law
 from pylora.conformance.laws.registry import find
 from pylora.conformance.protocol import capabilities, instantiate, name_of, problems_of
-from pylora.conformance.running.counterexample import program
+from pylora.conformance.running.counterexample import program, searched
 from pylora.conformance.running.shrink import simpler, smallest
 from pylora.conformance.running.storage import elsewhere
 from pylora.conformance.testcase import Broken, NotTested, Problem, Trial, Violation
@@ -232,14 +232,12 @@ class Search:
                     problem, violation, law.simplify, lambda p: self._violation(p)
                 )
             out.status, out.reason, out.ratio = FAILED, str(violation), violation.ratio
-            if shrink or _size(problem) <= SHOWN:
-                out.counterexample = self._program(problem, violation)
+            out.counterexample = self._program(problem, violation, shrink)
         elif self.broken is not None:
             _, problem, broken = self.broken
             out.status = BROKEN
             out.reason = f"{broken} (in {self.raised} of {self.count} examples)"
-            if shrink or _size(problem) <= SHOWN:
-                out.counterexample = self._program(problem, broken)
+            out.counterexample = self._program(problem, broken, shrink)
         elif sum(self.not_tested.values()) >= self.count:
             out.status, out.reason = NOT_TESTED, next(iter(self.not_tested), "no example was drawn")
         elif self.not_tested:
@@ -256,9 +254,11 @@ class Search:
             return None
         return None
 
-    def _program(self, problem: Problem, error: Any) -> str:
+    def _program(self, problem: Problem, error: Any, shrunk: bool) -> str:
         law, trial = self.law, error.trial
         said = f"{law.id}: {law.sentence}\n{law.maths}\n{error}"
+        if not shrunk and _size(problem) > SHOWN:  # too long to read; the search is found again
+            return searched(self.implementation, law, trial, said, self.asked)
         if isinstance(error, Broken):
             error = Violation(str(error), source=error.source, holds=error.holds)
         return program(self.implementation, law, problem, trial, error, said, self.asked)

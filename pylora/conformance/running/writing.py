@@ -86,7 +86,7 @@ class Writer:
         self.imports.add("from pylora.conformance.running.runner import run_law")
         more = f"examples={search[0]}, seed={search[1]}, shrink=False"
         self.lines += [
-            "# This fails only after other calls: something is kept between them.",
+            "# The problem alone is too large to be written out, or fails only after other calls.",
             f"outcome = run_law(implementation, LAWS[{law.id!r}], {more})",
             "assert outcome.status == 'passed', outcome.reason",
         ]
