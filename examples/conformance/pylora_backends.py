@@ -117,11 +117,15 @@ class _Backend(Parts, Correct):
     def base(self, x: Any, W: Any, bias: Any = None) -> Any:
         return self._forward(x, W, bias, None)
 
+    def _mask(self, p: float, seed: int) -> Any:
+        stream = random.stream("dropout", "module", "0")
+        return Drop(p, random.check_seed(seed), stream) if p else None
+
     def dropout_forward(
         self, x: Any, W: Any, A: Any, B: Any, scale: float, p: float, seed: int
     ) -> Any:
         drop = (
-            Drop(p, random.check_seed(seed), random.stream("dropout", "module", "0")) if p else None
+            self._mask(p, seed)
         )
         return self._forward(x, W, None, LoRA(A, B, scale, p), drop)
 
@@ -130,7 +134,7 @@ class _Backend(Parts, Correct):
     ) -> Any:
         ops, lora = self.ops, LoRA(self.widen(A), self.widen(B), scale, p)
         drop = (
-            Drop(p, random.check_seed(seed), random.stream("dropout", "module", "0")) if p else None
+            self._mask(p, seed)
         )
         dtype = BF16 if x.dtype.itemsize == 2 else None
         packed, dy, given = self._pack(W), self._give(dy), self._give(x)
