@@ -124,18 +124,14 @@ class _Backend(Parts, Correct):
     def dropout_forward(
         self, x: Any, W: Any, A: Any, B: Any, scale: float, p: float, seed: int
     ) -> Any:
-        drop = (
-            self._mask(p, seed)
-        )
+        drop = self._mask(p, seed)
         return self._forward(x, W, None, LoRA(A, B, scale, p), drop)
 
     def dropout_backward(
         self, dy: Any, x: Any, W: Any, A: Any, B: Any, scale: float, p: float, seed: int
     ) -> Any:
         ops, lora = self.ops, LoRA(self.widen(A), self.widen(B), scale, p)
-        drop = (
-            self._mask(p, seed)
-        )
+        drop = self._mask(p, seed)
         dtype = BF16 if x.dtype.itemsize == 2 else None
         packed, dy, given = self._pack(W), self._give(dy), self._give(x)
         _, h = ops.lora_forward(given, packed, None, lora, drop)
