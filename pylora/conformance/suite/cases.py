@@ -24,10 +24,6 @@ def _untied(base: Base) -> bool:
     return not base.tied
 
 
-def _tied(base: Base) -> bool:
-    return base.tied
-
-
 def _biased(base: Base) -> bool:
     return not base.tied and any(spec.bias for spec in base.config.modules().values())
 

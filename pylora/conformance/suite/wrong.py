@@ -7,7 +7,7 @@ that give another meaning than the right one are listed for an adapter. Rules ab
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,6 @@ from pylora.conformance.suite.bases import interleave
 from pylora.formats.gguf import deinterleave
 from pylora.types import LoRA
 
-Loras = Mapping[str, LoRA]
 _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 
 SENTENCES = {
