@@ -63,6 +63,32 @@ def write_rope(fields: Settings, theta_key: str = "rope_theta") -> Fields:
     return out
 
 
+def rope_by_layer(c: Settings, types: Sequence[str], theta: float, local_theta: Any) -> Fields:
+    """The rotation of layers that see all keys, and that of layers with a window. `theta` and
+    `local_theta` are for files that do not say."""
+    nested = c.get("rope_parameters") or {}
+    if not all(isinstance(nested.get(kind) or {}, dict) for kind in (SLIDING, FULL)):
+        raise UnsupportedError("config.json: rope_parameters must have an object per layer type")
+    given = nested.get(FULL) or c.get("rope_scaling") or {}
+    fields = one_rope(c, given, c.get("rope_theta") or theta)
+    local = one_rope(c, nested.get(SLIDING) or {}, local_theta)
+    if local["partial_rotary"] != fields["partial_rotary"]:
+        raise UnsupportedError("config.json: partial_rotary_factor differs between layer types")
+    return fields | {
+        "ropes": tuple(int(kind == SLIDING) for kind in types),
+        "local_rope_theta": local["rope_theta"],
+        "local_rope_scaling": local["rope_scaling"],
+    }
+
+
+def write_rope_by_layer(f: Settings) -> Fields:
+    """The keys that `rope_by_layer` reads the same fields from."""
+    plain = {"rope_type": "default"}
+    one = {"rope_theta": f["rope_theta"], **(f["rope_scaling"] or plain)}
+    other = {"rope_theta": f["local_rope_theta"], **(f["local_rope_scaling"] or plain)}
+    return {"rope_parameters": {FULL: one, SLIDING: other}}
+
+
 def layer_types(c: Settings, default: Sequence[str], allowed: Sequence[str]) -> list[str]:
     """The kind of each layer: config.json's list, or the family's default."""
     layers = c["num_hidden_layers"]

@@ -5,20 +5,20 @@ and logits; Gemma 3 norms q and k heads and has a rotary base of its own in loca
 import math
 from typing import Any
 
-from pylora.errors import UnsupportedError
 from pylora.model.checks import flag, number
 from pylora.model.families.common import (
     FULL,
     SLIDING,
     every,
     layer_types,
-    one_rope,
     one_window,
     optional_number,
     rope,
+    rope_by_layer,
     types_of,
     windows,
     write_rope,
+    write_rope_by_layer,
 )
 from pylora.model.families.family import GELU_TANH, Family, Fields, Gguf, Names, Settings
 
@@ -80,34 +80,16 @@ def _read3(c: Settings) -> Fields:
     pattern = c.get("sliding_window_pattern", c.get("_sliding_window_pattern"))
     default = every(6 if pattern is None else pattern, c["num_hidden_layers"])
     types = layer_types(c, default, (SLIDING, FULL))
-    nested = c.get("rope_parameters") or {}
-    if not all(isinstance(nested.get(kind) or {}, dict) for kind in (SLIDING, FULL)):
-        raise UnsupportedError("config.json: rope_parameters must have an object per layer type")
-    given = nested.get(FULL) or c.get("rope_scaling") or {}
-    fields = one_rope(c, given, c.get("rope_theta") or 1e6)
-    local = one_rope(c, nested.get(SLIDING) or {}, c.get("rope_local_base_freq") or 1e4)
-    if local["partial_rotary"] != fields["partial_rotary"]:
-        raise UnsupportedError("config.json: partial_rotary_factor differs between layer types")
+    local = c.get("rope_local_base_freq") or 1e4
     return (
-        fields
+        rope_by_layer(c, types, 1e6, local)
         | _common(c)
-        | {
-            "windows": windows(c, types),
-            "ropes": tuple(int(kind == SLIDING) for kind in types),
-            "local_rope_theta": local["rope_theta"],
-            "local_rope_scaling": local["rope_scaling"],
-            "qk_norm": True,
-        }
+        | {"windows": windows(c, types), "qk_norm": True}
     )
 
 
 def _write3(f: Settings) -> Fields:
-    one = {"rope_theta": f["rope_theta"], **(f["rope_scaling"] or {"rope_type": "default"})}
-    other = {
-        "rope_theta": f["local_rope_theta"],
-        **(f["local_rope_scaling"] or {"rope_type": "default"}),
-    }
-    return _write(f) | {"rope_parameters": {FULL: one, SLIDING: other}}
+    return _write(f) | write_rope_by_layer(f)
 
 
 def _gguf(meta: Any) -> Settings:

@@ -3,7 +3,6 @@
 
 from typing import Any
 
-from pylora.errors import UnsupportedError
 from pylora.model.checks import flag
 from pylora.model.families.common import (
     FULL,
@@ -11,12 +10,13 @@ from pylora.model.families.common import (
     every,
     full_only,
     layer_types,
-    one_rope,
     one_window,
     rope,
+    rope_by_layer,
     types_of,
     windows,
     write_rope,
+    write_rope_by_layer,
 )
 from pylora.model.families.family import Family, Fields, Gguf, Settings
 
@@ -43,35 +43,15 @@ def _write2(f: Settings) -> Fields:
 
 def _read3(c: Settings) -> Fields:
     types = layer_types(c, every(4, c["num_hidden_layers"]), (SLIDING, FULL))
-    nested = c.get("rope_parameters") or {}
-    if not all(isinstance(nested.get(kind) or {}, dict) for kind in (SLIDING, FULL)):
-        raise UnsupportedError("config.json: rope_parameters must have an object per layer type")
     theta = c.get("rope_theta") or 5e5
-    fields = one_rope(c, nested.get(FULL) or c.get("rope_scaling") or {}, theta)
-    local = one_rope(c, nested.get(SLIDING) or {}, theta)
-    return (
-        fields
-        | _common(c)
-        | {
-            "windows": windows(c, types),
-            "ropes": tuple(int(kind == SLIDING) for kind in types),
-            "local_rope_theta": local["rope_theta"],
-            "local_rope_scaling": local["rope_scaling"],
-        }
-    )
+    return rope_by_layer(c, types, theta, theta) | _common(c) | {"windows": windows(c, types)}
 
 
 def _write3(f: Settings) -> Fields:
-    one = {"rope_theta": f["rope_theta"], **(f["rope_scaling"] or {"rope_type": "default"})}
-    other = {
-        "rope_theta": f["local_rope_theta"],
-        **(f["local_rope_scaling"] or {"rope_type": "default"}),
-    }
-    return {
+    return write_rope_by_layer(f) | {
         "attention_bias": f["attention_bias"],
         "sliding_window": one_window(f),
         "layer_types": types_of(f),
-        "rope_parameters": {FULL: one, SLIDING: other},
     }
 
 
