@@ -232,6 +232,17 @@ def _losses() -> list[Case]:
     ]
 
 
+def loss_parts(logits: Array, labels: Array, weight: Array) -> list[tuple[Array, Array]]:
+    """nll, lse and dlogits, each with its bound; that of dlogits allows for one's own lse."""
+    nll, lse = _ref.cross_entropy_forward(logits, labels)
+    nll_bound, lse_bound = bounds.cross_entropy_forward(logits, labels)
+    d = _ref.cross_entropy_backward(logits, labels, lse, weight)
+    off = weight[:, None] * np.exp(logits - lse[:, None]) * lse_bound[:, None]
+    off[labels == IGNORE] = 0
+    d_bound = bounds.cross_entropy_backward(logits, labels, lse, weight) + 1.01 * off
+    return [(nll, nll_bound), (lse, lse_bound), (d, d_bound)]
+
+
 def _loss(name: str, logits: Array, labels: Any, weights: list[float] | None = None) -> Case:
     """`weight` of a row is what its gradient is multiplied by; nll and lse have none."""
     case = Case(name, "cross_entropy", ("O-2",), {"ignore": IGNORE})
@@ -241,12 +252,7 @@ def _loss(name: str, logits: Array, labels: Any, weights: list[float] | None = N
     given = np.full(len(labels), 1 / max(counted, 1)) if weights is None else np.array(weights)
     case.inputs["weight"] = given.astype(np.float32)
     logits, weight = wide(case.inputs["logits"]), wide(case.inputs["weight"])
-    nll, lse = _ref.cross_entropy_forward(logits, labels)
-    nll_bound, lse_bound = bounds.cross_entropy_forward(logits, labels)
-    d = _ref.cross_entropy_backward(logits, labels, lse, weight)
-    off = weight[:, None] * np.exp(logits - lse[:, None]) * lse_bound[:, None]
-    off[labels == IGNORE] = 0
-    d_bound = bounds.cross_entropy_backward(logits, labels, lse, weight) + 1.01 * off
+    (nll, nll_bound), (lse, lse_bound), (d, d_bound) = loss_parts(logits, labels, weight)
     case.expect("nll", nll, nll_bound, "bounds.cross_entropy_forward")
     case.expect("lse", lse, lse_bound, "bounds.cross_entropy_forward")
     case.expect("dlogits", d, d_bound, "bounds.cross_entropy_backward, and lse's error")

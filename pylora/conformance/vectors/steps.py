@@ -10,6 +10,7 @@ import numpy as np
 from pylora.conformance.bounds import ops as bounds
 from pylora.conformance.vectors.cases import Case
 from pylora.conformance.vectors.ops import draw, wide
+from pylora.conformance.vectors.parts import loss_parts
 from pylora.reference import IGNORE, Reference
 from pylora.types import AdamW
 
@@ -102,12 +103,7 @@ def _micro_batches() -> Case:
     )
     case.inputs |= {"logits": draw("micro/logits", (10, 7), 2.0), "labels": labels.astype(np.int64)}
     logits, weight = wide(case.inputs["logits"]), np.full(10, 1 / (labels != IGNORE).sum())
-    nll, lse = _ref.cross_entropy_forward(logits, labels)
-    nll_bound, lse_bound = bounds.cross_entropy_forward(logits, labels)
-    d = _ref.cross_entropy_backward(logits, labels, lse, weight)
-    off = weight[:, None] * np.exp(logits - lse[:, None]) * lse_bound[:, None]
-    off[labels == IGNORE] = 0
-    d_bound = bounds.cross_entropy_backward(logits, labels, lse, weight) + 1.01 * off
+    (nll, nll_bound), _, (d, d_bound) = loss_parts(logits, labels, weight)
     d_bound = d_bound + bounds.gamma(2) * np.abs(d)
     loss = np.array([float(nll @ weight)])
     bound = float(nll_bound @ weight) + bounds.gamma(len(labels) + 2) * loss
