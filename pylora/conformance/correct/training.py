@@ -63,6 +63,10 @@ class Training(Base):
         wide: Any = self.widen(g)
         return g.copy() if factor == 1 else (wide * wide.dtype.type(factor)).astype(g.dtype)
 
+    def rates(self, name: str, lr: float, decay: float, ratio: float) -> tuple[float, float]:
+        """The rate and the decay of A, B or the bias of B: B is faster, the bias does not decay."""
+        return (lr * ratio if name == "B" else lr), (0.0 if name == "bias" else decay)
+
     def adapter_step(
         self,
         params: Mapping[str, Array],
@@ -71,11 +75,10 @@ class Training(Base):
         weight_decay: float,
         lora_plus_ratio: float,
     ) -> dict[str, Array]:
-        """B at its own rate; no decay of the bias."""
+        """Each array at its own rate and decay, moments from zero."""
         out = {}
         for name, p in params.items():
-            rate = lr * lora_plus_ratio if name == "B" else lr
-            decay = 0.0 if name == "bias" else weight_decay
+            rate, decay = self.rates(name, lr, weight_decay, lora_plus_ratio)
             zeros = np.zeros_like(p)
             settings = AdamW(lr=rate, step=1, weight_decay=decay)
             out[name] = self.adamw(p, grads[name], zeros, zeros, settings)[0]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -284,48 +283,25 @@ class SquareNorm(Correct):
         return [self.scaled(g, min(1.0, limit / square) if square else 1.0) for g in grads]
 
 
-class _Step(Correct):
-    """One array at a time, as `settings` says."""
-
-    def adapter_step(
-        self,
-        params: Mapping[str, Array],
-        grads: Mapping[str, Array],
-        lr: float,
-        weight_decay: float,
-        lora_plus_ratio: float,
-    ) -> dict[str, Array]:
-        out = {}
-        for name, p in params.items():
-            rate, decay = self.settings(name, lr, weight_decay, lora_plus_ratio)
-            zeros: Any = np.zeros_like(p)
-            o = AdamW(lr=rate, step=1, weight_decay=decay)
-            out[name] = self.adamw(p, grads[name], zeros, zeros, o)[0]
-        return out
-
-    def settings(self, name: str, lr: float, decay: float, ratio: float) -> tuple[float, float]:
-        raise NotImplementedError
-
-
 @wrong("step-biases-decay", "subtle", "Biases decay too.", "One group of parameters.")
-class BiasesDecay(_Step):
-    def settings(self, name: str, lr: float, decay: float, ratio: float) -> tuple[float, float]:
+class BiasesDecay(Correct):
+    def rates(self, name: str, lr: float, decay: float, ratio: float) -> tuple[float, float]:
         return (lr * ratio if name == "B" else lr), decay
 
 
 @wrong("step-plus-on-A", "gross", "LoRA+ speeds up A.", "The wrong one of two letters.")
-class PlusOnA(_Step):
-    def settings(self, name: str, lr: float, decay: float, ratio: float) -> tuple[float, float]:
+class PlusOnA(Correct):
+    def rates(self, name: str, lr: float, decay: float, ratio: float) -> tuple[float, float]:
         return (lr * ratio if name == "A" else lr), (0.0 if name == "bias" else decay)
 
 
 @wrong("step-plus-on-bias", "subtle", "LoRA+ speeds up the bias of B too.", "`'B' in name`.")
-class PlusOnBias(_Step):
-    def settings(self, name: str, lr: float, decay: float, ratio: float) -> tuple[float, float]:
+class PlusOnBias(Correct):
+    def rates(self, name: str, lr: float, decay: float, ratio: float) -> tuple[float, float]:
         return (lr if name == "A" else lr * ratio), (0.0 if name == "bias" else decay)
 
 
 @wrong("step-B-does-not-decay", "subtle", "B does not decay.", "B starts at zero anyway.")
-class BDoesNotDecay(_Step):
-    def settings(self, name: str, lr: float, decay: float, ratio: float) -> tuple[float, float]:
+class BDoesNotDecay(Correct):
+    def rates(self, name: str, lr: float, decay: float, ratio: float) -> tuple[float, float]:
         return (lr * ratio if name == "B" else lr), (decay if name == "A" else 0.0)
