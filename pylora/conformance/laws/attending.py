@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pylora.conformance.laws.attention import within
+from pylora.conformance.laws.attention import backward_agrees, forward_agrees, within
 from pylora.conformance.laws.law import Law
 from pylora.conformance.laws.session import Block, transformer
 from pylora.conformance.problems.adapted import ALL_DTYPES
@@ -29,21 +29,11 @@ def _block(t: Trial, p: Problem) -> Block:
 
 
 def _forward(t: Trial, p: Problem) -> None:
-    y = t.attention(p.x, p.weights, p.adapters, p.shape)
-    want = _block(t, p).forward(p.x)
-    t.expect("y", y, want.value, within(p) * want.error)
+    forward_agrees(t, p, _block(t, p))
 
 
 def _backward(t: Trial, p: Problem) -> None:
-    dx, grads = t.attention_backward(p.dy, p.x, p.weights, p.adapters, p.shape)
-    block = _block(t, p)
-    block.forward(p.x)
-    want, wants = block.backward(p.dy)
-    t.expect("dx", dx, want.value, within(p) * want.error)
-    for name, pair in wants.items():
-        for j, (letter, w) in enumerate(zip("AB", pair)):
-            what = f"d{letter} of {name}"
-            t.expect(what, grads, w.value, within(p) * w.error, item=(name, j))
+    backward_agrees(t, p, _block(t, p))
 
 
 def _both(t: Trial, p: Problem) -> None:

@@ -6,6 +6,8 @@ intermediate result carries how far it may be off.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from pylora.conformance.laws.block import Block
@@ -19,22 +21,31 @@ def _block(t: Trial, p: Problem) -> Block:
     return Block(weights, p.adapters, p.shape, t.precision)
 
 
-def _forward(t: Trial, p: Problem) -> None:
+def forward_agrees(t: Trial, p: Problem, block: Any) -> None:
+    """y is that of the block, which is in `Running` arithmetic, within its bound."""
     y = t.attention(p.x, p.weights, p.adapters, p.shape)
-    want = _block(t, p).forward(p.x)
+    want = block.forward(p.x)
     t.expect("y", y, want.value, within(p) * want.error)
 
 
-def _backward(t: Trial, p: Problem) -> None:
+def backward_agrees(t: Trial, p: Problem, block: Any) -> None:
+    """So are dx and the gradients of each projection's A and B."""
     dx, grads = t.attention_backward(p.dy, p.x, p.weights, p.adapters, p.shape)
-    block = _block(t, p)
     block.forward(p.x)
     want, wants = block.backward(p.dy)
-    twice = within(p)
-    t.expect("dx", dx, want.value, twice * want.error)
+    t.expect("dx", dx, want.value, within(p) * want.error)
     for name, pair in wants.items():
-        for letter, got, w in zip("AB", grads[name], pair):
-            t.expect(f"d{letter} of {name}", got, w.value, twice * w.error)
+        for j, (letter, w) in enumerate(zip("AB", pair)):
+            what = f"d{letter} of {name}"
+            t.expect(what, grads, w.value, within(p) * w.error, item=(name, j))
+
+
+def _forward(t: Trial, p: Problem) -> None:
+    forward_agrees(t, p, _block(t, p))
+
+
+def _backward(t: Trial, p: Problem) -> None:
+    backward_agrees(t, p, _block(t, p))
 
 
 def _both(t: Trial, p: Problem) -> None:
