@@ -17,8 +17,8 @@ from pylora.conformance.correct.plain import Correct
 from pylora.conformance.perturb.python import Mutant
 from pylora.conformance.perturb.sizes_of import ARRAYS, SIZES
 from pylora.conformance.perturb.ways import Way, in_array, ways
+from pylora.conformance.problems.sizes import LIMITS
 
-LIMITS = (8, 16, 32, 64, 128, 256, 512, 1024, 4096, 65536)
 When = Callable[[tuple[Any, ...], int], bool]  # of the arguments and the number of the call
 
 # ---- making one ----------------------------------------------------------------------------------

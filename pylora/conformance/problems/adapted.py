@@ -14,6 +14,7 @@ import numpy as np
 from pylora.conformance.problems.layers import (
     SCALES,
     SEEDS,
+    assigned,
     elements,
     integer_array,
     np_dtype,
@@ -21,10 +22,10 @@ from pylora.conformance.problems.layers import (
     st,
 )
 from pylora.conformance.problems.layouts import laid_out
+from pylora.conformance.problems.sizes import LIMITS
 from pylora.conformance.testcase import Problem
 from pylora.types import Array
 
-LIMITS = (8, 16, 32, 64, 128, 256, 512, 1024, 4096, 65536)
 TAME = ("normal", "integers", "positive", "ones", "zeros")
 ALL_DTYPES = ("float32", "float64", "bfloat16", "float16")
 MEMORY = ("C", "C", "F", "stepped", "negative", "readonly", "columns")
@@ -39,24 +40,6 @@ def sizes(most: int, examples: int = 100) -> Iterator[int]:
             yield limit + 1
 
 
-def assigned(draw: Any, m: int, n: int, rng: np.random.Generator) -> Array:
-    """Which of n adapters each of m rows uses, -1 for none: in runs, alternating, an adapter that
-    comes back after others, one that nobody uses."""
-    pattern = draw(pick(("random", "runs", "alternating", "returns", "one", "none")))
-    rows = np.full(m, -1)
-    if n and pattern == "random":
-        rows = rng.integers(-1, n, m)
-    elif n and pattern == "runs":
-        rows = np.sort(rng.integers(-1, n, m))
-    elif n and pattern == "alternating":
-        rows = np.arange(m) % (n + 1) - 1
-    elif n and pattern == "returns":
-        rows = np.where(np.arange(m) % 3 == 1, int(rng.integers(-1, n)), int(rng.integers(0, n)))
-    elif n and pattern == "one":
-        rows = np.full(m, int(rng.integers(0, n)))
-    return rows.astype(np.int64)
-
-
 @st.composite  # type: ignore[untyped-decorator]
 def mixed_gradients(draw: Any, dtype: str = "float32", exact: bool = False) -> Problem:
     """dy, x, W, bias, 0 to 5 adapters of different rank and scale, and whose each row is; `biases`
@@ -66,7 +49,8 @@ def mixed_gradients(draw: Any, dtype: str = "float32", exact: bool = False) -> P
     ranks = [draw(pick((1, 2, 3, 8, 17))) for _ in range(n)]
     scales = [draw(pick(_POWERS if exact else SCALES)) for _ in range(n)]
     kind, rng, plain = draw(pick(TAME)), np.random.default_rng(draw(SEEDS)), draw(_EITHER)
-    rows = assigned(draw, m, n, rng)
+    patterns = ("random", "runs", "alternating", "returns", "one", "none")
+    rows = assigned(draw(pick(patterns)), m, n, rng)
 
     def make(*shape: int) -> Array:
         a = integer_array(rng, shape, 2) if exact else elements(rng, shape, kind, dtype)

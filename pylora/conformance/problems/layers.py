@@ -199,6 +199,23 @@ def exact_problems(
     )
 
 
+def assigned(pattern: str, m: int, n: int, rng: np.random.Generator) -> Array:
+    """Which of n adapters each of m rows uses, int64, -1 for none. "returns": an adapter that comes
+    back after another."""
+    rows = np.full(m, -1)
+    if n and pattern == "random":
+        rows = rng.integers(-1, n, m)
+    elif n and pattern == "runs":
+        rows = np.sort(rng.integers(-1, n, m))
+    elif n and pattern == "alternating":
+        rows = np.arange(m) % (n + 1) - 1
+    elif n and pattern == "returns":
+        rows = np.where(np.arange(m) % 3 == 1, int(rng.integers(-1, n)), int(rng.integers(0, n)))
+    elif n and pattern == "one":
+        rows = np.full(m, int(rng.integers(0, n)))
+    return rows.astype(np.int64)
+
+
 @st.composite  # type: ignore[untyped-decorator]
 def several_adapters(
     draw: Any,
@@ -220,15 +237,7 @@ def several_adapters(
         a = integer_array(rng, shape, 2, dtype) if exact else elements(rng, shape, kind, dtype)
         return a
 
-    rows = np.full(m, -1)
-    if n and pattern == "random":
-        rows = rng.integers(-1, n, m)
-    elif n and pattern == "runs":
-        rows = np.sort(rng.integers(-1, n, m))
-    elif n and pattern == "alternating":
-        rows = np.arange(m) % (n + 1) - 1
-    elif n and pattern == "one":
-        rows = np.full(m, int(rng.integers(0, n)))
+    rows = assigned(pattern, m, n, rng)
     return Problem(
         x=make(m, k),
         W=make(d, k),
