@@ -13,6 +13,7 @@ from pylora.conformance.mutants import (
     batches,
     biases,
     caches,
+    containers,
     dropouts,
     embeddings,
     families,
@@ -38,11 +39,13 @@ from pylora.conformance.mutants import (
     randoms,
     readers,
     scales,
+    settings,
     slots,
     special,
     special_parts,
     streams,
     windows,
+    writers,
 )
 from pylora.conformance.mutants.registry import REGISTRY, Mutant
 
@@ -69,8 +72,11 @@ GROUPS = (
     slots,
     plans,
     matching,
+    settings,
     files,
+    containers,
     readers,
+    writers,
     attention,
     mixed_gradients,
     biases,

@@ -1,11 +1,8 @@
-"""Readers and writers of adapter files that take what they should refuse, or lose what they should
-keep. Each reader here is one of its own (`Loose`), with nothing checked but what it checks."""
+"""Readers of adapter files that take what they should refuse, or lose what they should keep."""
 
 from __future__ import annotations
 
-import json
 import pickle
-import struct
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from pylora.conformance.correct.plain import Correct
+from pylora.conformance.mutants.containers import parts
 from pylora.conformance.mutants.files import (
     CONFIG,
     PREFIX,
     WEIGHTS,
     Tensors,
     read,
-    rewritten,
     write,
 )
 from pylora.conformance.mutants.registry import wrong
@@ -30,151 +27,6 @@ from pylora.types import Array
 
 Modules = Mapping[str, tuple[int, int]]
 Pairs = Mapping[str, tuple[Array, Array]]
-
-
-class Mending(Correct):
-    """Changes the bytes of a directory before the strict reader sees them."""
-
-    def weights(self, raw: bytes) -> bytes:
-        return raw
-
-    def settings(self, text: bytes) -> bytes:
-        return text
-
-    def load(self, directory: str, modules: Modules) -> dict[str, LoraTriple]:
-        with tempfile.TemporaryDirectory() as clean:
-            for name, mend in ((WEIGHTS, self.weights), (CONFIG, self.settings)):
-                file = Path(directory, name)
-                if file.is_file():
-                    Path(clean, name).write_bytes(mend(file.read_bytes()))
-            return super().load(clean, modules)
-
-
-def _parts(raw: bytes) -> tuple[dict[str, Any], bytes]:
-    n = int.from_bytes(raw[:8], "little")
-    return json.loads(raw[8 : 8 + n]), raw[8 + n :]
-
-
-def _whole(entries: dict[str, Any], data: bytes) -> bytes:
-    text = json.dumps(entries).encode()
-    return struct.pack("<Q", len(text)) + text + data
-
-
-@wrong(
-    "read-rest-ignored",
-    "subtle",
-    "Bytes behind the last tensor are ignored.",
-    "Offsets are all that a reader needs.",
-)
-class RestIgnored(Mending):
-    def weights(self, raw: bytes) -> bytes:
-        try:
-            entries, data = _parts(raw)
-            end = max(e["data_offsets"][1] for n, e in entries.items() if n != "__metadata__")
-            return _whole(entries, data[:end]) if 0 < end < len(data) else raw
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, IndexError):
-            return raw
-
-
-@wrong(
-    "read-holes-and-overlaps",
-    "subtle",
-    "Where tensors lie is not compared: two may share bytes, or leave some out.",
-    "Each tensor is read on its own.",
-)
-class HolesAndOverlaps(Mending):
-    def weights(self, raw: bytes) -> bytes:
-        try:
-            entries, data = _parts(raw)
-            out, new, at = b"", {}, 0
-            for name, entry in entries.items():
-                if name == "__metadata__":
-                    new[name] = entry
-                    continue
-                start, end = entry["data_offsets"]
-                piece = data[start:end]
-                if not 0 <= start <= end or len(piece) != end - start:
-                    return raw
-                new[name] = {**entry, "data_offsets": [at, at + len(piece)]}
-                out, at = out + piece, at + len(piece)
-            return _whole(new, out)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            return raw
-
-
-@wrong(
-    "read-beyond-is-zero",
-    "subtle",
-    "A tensor that ends beyond the file is filled up with zeros.",
-    "A buffer is made first, and as much is read as there is.",
-)
-class BeyondIsZero(Mending):
-    def weights(self, raw: bytes) -> bytes:
-        try:
-            entries, data = _parts(raw)
-            end = max(e["data_offsets"][1] for n, e in entries.items() if n != "__metadata__")
-            if len(data) < end < len(data) + 2**20:
-                starts = sorted(e["data_offsets"][0] for e in entries.values())
-                return _whole(entries, data + bytes(end - len(data))) if starts else raw
-            return raw
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            return raw
-
-
-@wrong(
-    "read-by-order",
-    "subtle",
-    "Tensors are taken in the header's order, one behind the other, whatever their offsets say.",
-    "Writers write them in order.",
-)
-class ByOrder(Mending):
-    def weights(self, raw: bytes) -> bytes:
-        try:
-            entries, data = _parts(raw)
-            at = 0
-            for name, entry in entries.items():
-                if name != "__metadata__":
-                    start, end = entry["data_offsets"]
-                    entry["data_offsets"] = [at, at + end - start]
-                    at += end - start
-            return _whole(entries, data)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            return raw
-
-
-@wrong(
-    "read-dtype-in-any-case",
-    "subtle",
-    "A dtype that is spelt in small letters is read.",
-    "upper(), to be kind to other writers.",
-)
-class DtypeAnyCase(Mending):
-    def weights(self, raw: bytes) -> bytes:
-        return raw.replace(b'"f32"', b'"F32"')
-
-
-@wrong(
-    "read-header-latin",
-    "subtle",
-    "A header that is not UTF-8 is read as far as possible.",
-    "decode(errors='replace').",
-)
-class HeaderLatin(Mending):
-    def weights(self, raw: bytes) -> bytes:
-        return raw.replace(b', "\xff": 1', b"        ")
-
-
-@wrong(
-    "read-header-rest-ignored",
-    "subtle",
-    "What stands in the header behind its object is ignored.",
-    "raw_decode in place of decode.",
-)
-class HeaderRest(Mending):
-    def weights(self, raw: bytes) -> bytes:
-        n = int.from_bytes(raw[:8], "little")
-        text = raw[8 : 8 + n]
-        return raw[:8] + text[:-3] + b"   " + raw[8 + n :] if text.endswith(b" {}") else raw
 
 
 def checked(directory: str) -> tuple[dict[str, Any], Tensors]:
@@ -275,7 +127,7 @@ class Values(Correct):
 
     def load(self, directory: str, modules: Modules) -> dict[str, LoraTriple]:
         loaded = super().load(directory, modules)
-        entries, _ = _parts(Path(directory, WEIGHTS).read_bytes())
+        entries, _ = parts(Path(directory, WEIGHTS).read_bytes())
         dtype = next(e["dtype"] for n, e in entries.items() if n != "__metadata__")
         return {p: (self.changed(A, dtype), self.changed(B, dtype), s)
                 for p, (A, B, s) in loaded.items()}  # fmt: skip
@@ -420,55 +272,6 @@ class ReadsArguments(Correct):
 
 
 @wrong(
-    "settings-last-of-two",
-    "subtle",
-    "Of a setting that is there twice the last one counts.",
-    "json.loads.",
-)
-class LastOfTwo(Mending):
-    def settings(self, text: bytes) -> bytes:
-        try:
-            return json.dumps(json.loads(text, parse_constant=_refuse)).encode()
-        except (ValueError, RecursionError):
-            return text
-
-
-@wrong(
-    "settings-nan-accepted",
-    "subtle",
-    "NaN and Infinity in the settings are read as 0.",
-    "Python's json writes them, and reads them.",
-)
-class SettingsNan(Mending):
-    def settings(self, text: bytes) -> bytes:
-        return text.replace(b"-Infinity", b"0").replace(b"Infinity", b"0").replace(b"NaN", b"0")
-
-
-@wrong(
-    "settings-python",
-    "subtle",
-    "Settings in Python's syntax are read.",
-    "ast.literal_eval as a second try.",
-)
-class SettingsPython(Mending):
-    def settings(self, text: bytes) -> bytes:
-        import ast
-
-        try:
-            json.loads(text)
-        except (ValueError, RecursionError):
-            try:
-                return json.dumps(ast.literal_eval(text.decode())).encode()
-            except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
-                return text
-        return text
-
-
-def _refuse(name: str) -> Any:
-    raise ValueError(name)
-
-
-@wrong(
     "settings-missing-are-defaults",
     "subtle",
     "Without adapter_config.json the usual settings are taken.",
@@ -477,170 +280,7 @@ def _refuse(name: str) -> Any:
 class MissingAreDefaults(Correct):
     def load(self, directory: str, modules: Modules) -> dict[str, LoraTriple]:
         if Path(directory, WEIGHTS).is_file() and not Path(directory, CONFIG).exists():
-            tensors, _ = _parts(Path(directory, WEIGHTS).read_bytes())
+            tensors, _ = parts(Path(directory, WEIGHTS).read_bytes())
             names = [n[len(PREFIX) :].rsplit(".lora_", 1)[0] for n in tensors if ".lora_A" in n]
             return {n: (np.zeros(1), np.zeros(1), 2.0) for n in names}
         return super().load(directory, modules)
-
-
-class Writing(Correct):
-    """Changes what is saved."""
-
-    def written(self, config: dict[str, Any], t: Tensors) -> tuple[dict[str, Any], Tensors]:
-        return config, t
-
-    def save(self, directory: str, adapters: Pairs, config: dict[str, Any]) -> None:
-        super().save(directory, adapters, config)
-        rewritten(directory, self.written)
-
-
-@wrong(
-    "write-keys-sorted",
-    "subtle",
-    "Pattern keys are written in the alphabet's order, so that another one decides.",
-    "json.dumps(sort_keys=True), as PEFT's save_pretrained has it.",
-)
-class KeysSorted(Writing):
-    def written(self, config: dict[str, Any], t: Tensors) -> tuple[dict[str, Any], Tensors]:
-        return json.loads(json.dumps(config, sort_keys=True)), t
-
-
-@wrong(
-    "write-alpha-two-digits",
-    "subtle",
-    "lora_alpha is written with two digits behind the point.",
-    "A formatted number in the settings.",
-)
-class AlphaTwoDigits(Writing):
-    def written(self, config: dict[str, Any], t: Tensors) -> tuple[dict[str, Any], Tensors]:
-        return {**config, "lora_alpha": round(config["lora_alpha"], 2)}, t
-
-
-@wrong(
-    "write-rslora-as-alpha",
-    "subtle",
-    "rsLoRA is written as an alpha of alpha sqrt(r): right for modules of rank r alone.",
-    "Readers that do not know rsLoRA.",
-)
-class RsloraAsAlpha(Writing):
-    def written(self, config: dict[str, Any], t: Tensors) -> tuple[dict[str, Any], Tensors]:
-        if config.get("use_rslora"):
-            alpha = config["lora_alpha"] * config["r"] ** 0.5
-            config = {**config, "lora_alpha": alpha, "use_rslora": False}
-        return config, t
-
-
-@wrong(
-    "write-subnormals-flushed",
-    "subtle",
-    "Subnormal numbers are written as zeros.",
-    "A file in 16 bits is made on the way, and widened again where it fits.",
-)
-class WriteFlushed(Writing):
-    def written(self, config: dict[str, Any], t: Tensors) -> tuple[dict[str, Any], Tensors]:
-        return config, {n: np.where(np.abs(a) < 2.0**-126, a * 0, a) for n, a in t.items()}
-
-
-@wrong(
-    "write-memory-order",
-    "subtle",
-    "An array that lies by columns is written as it lies.",
-    "The buffer is written, and the shape beside it.",
-)
-class MemoryOrder(Correct):
-    def save(self, directory: str, adapters: Pairs, config: dict[str, Any]) -> None:
-        def lies(a: Array) -> Array:
-            ordered = a.flags.f_contiguous and not a.flags.c_contiguous
-            return a.ravel(order="K").reshape(a.shape) if ordered else a
-
-        super().save(directory, {p: (lies(A), lies(B)) for p, (A, B) in adapters.items()}, config)
-
-
-@wrong(
-    "write-adds-to-older",
-    "subtle",
-    "Tensors of an older adapter in the same directory are kept in the file.",
-    "The state is updated, not replaced.",
-)
-class AddsToOlder(Correct):
-    def save(self, directory: str, adapters: Pairs, config: dict[str, Any]) -> None:
-        try:
-            older = read(directory)[1]
-        except (OSError, ValueError, KeyError):
-            older = {}
-        super().save(directory, adapters, config)
-        rewritten(directory, lambda c, t: (c, {**older, **t}))
-
-
-@wrong(
-    "write-settings-of-older",
-    "subtle",
-    "Where there are settings already they stay.",
-    "exist_ok: the run's folder has been made before.",
-)
-class SettingsOfOlder(Correct):
-    def save(self, directory: str, adapters: Pairs, config: dict[str, Any]) -> None:
-        file = Path(directory, CONFIG)
-        older = file.read_bytes() if file.is_file() else None
-        super().save(directory, adapters, config)
-        if older is not None:
-            file.write_bytes(older)
-
-
-@wrong(
-    "write-settings-first",
-    "subtle",
-    "Settings are written before arrays are looked at: a save that fails leaves new ones with old "
-    "arrays.",
-    "The order in which one thinks of them.",
-)
-class SettingsFirst(Correct):
-    def save(self, directory: str, adapters: Pairs, config: dict[str, Any]) -> None:
-        if Path(directory).is_dir():
-            doubled = {**config, "lora_alpha": 2 * config["lora_alpha"]}
-            Path(directory, CONFIG).write_text(json.dumps({"peft_type": "LORA", **doubled}))
-        super().save(directory, adapters, config)
-
-
-@wrong(
-    "write-deletes-first",
-    "subtle",
-    "The older file is deleted before the new one is written.",
-    "rmtree, mkdir, save.",
-)
-class DeletesFirst(Correct):
-    def save(self, directory: str, adapters: Pairs, config: dict[str, Any]) -> None:
-        Path(directory, WEIGHTS).unlink(missing_ok=True)
-        super().save(directory, adapters, config)
-
-
-@wrong(
-    "write-misfit-accepted",
-    "subtle",
-    "An array that does not fit is cut to size.",
-    "The shapes of the settings are believed.",
-)
-class MisfitAccepted(Correct):
-    def save(self, directory: str, adapters: Pairs, config: dict[str, Any]) -> None:
-        r = {len(A) for A, _ in adapters.values()}
-        del r
-        cut = {}
-        for path, (A, B) in adapters.items():
-            fits = isinstance(B, np.ndarray) and A.ndim == B.ndim == 2
-            n = min(A.shape[0], B.shape[1]) if fits else 0
-            cut[path] = (A[:n], B[:, :n]) if fits else (A, B)
-        super().save(directory, cut, config)
-
-
-@wrong(
-    "write-temporary-left",
-    "subtle",
-    "A save that fails leaves its temporary folder beside the adapter.",
-    "No finally.",
-)
-class TemporaryLeft(Correct):
-    def save(self, directory: str, adapters: Pairs, config: dict[str, Any]) -> None:
-        beside = Path(f"{directory}.tmp")
-        beside.mkdir(parents=True, exist_ok=True)
-        super().save(directory, adapters, config)
-        beside.rmdir()
