@@ -63,6 +63,17 @@ template <int DT> DEVICE void plain_scores(float (&s)[2][4], const float *A, con
   }
 }
 
+/* Products become scores.  A pass of its own, so that tanhf meets few live registers: inside the softmax it made
+ * the kernel spill. */
+DEVICE void plain_scaled(const AttentionArgs &a, float (&s)[2][4]) {
+  ATTENTION_UNROLL
+  for (int i = 0; i < 2; i++) ATTENTION_UNROLL
+  for (int j = 0; j < 4; j++) {
+    float slope;
+    s[i][j] = attention_score(a, s[i][j], &slope);
+  }
+}
+
 DEVICE void plain_add(float4 &acc, float w, const float4 &x) {
   acc.x = fmaf(w, x.x, acc.x), acc.y = fmaf(w, x.y, acc.y);
   acc.z = fmaf(w, x.z, acc.z), acc.w = fmaf(w, x.w, acc.w);
@@ -152,15 +163,14 @@ template <int DT> DEVICE void attention_forward_plain(const AttentionArgs &a) {
     float w[2][4];
     uint32_t seen[2];
     plain_scores<DT>(w, Q, K);
+    plain_scaled(a, w);
     ATTENTION_UNROLL
     for (int i = 0; i < 2; i++) {
       seen[i] = plain_seen(a, (row0 + 2 * ty + i) / a.group + s.off, j0, r);
       float high = top[i];
       ATTENTION_UNROLL
       for (int j = 0; j < 4; j++) {
-        float slope;
-        const float score = attention_score(a, w[i][j], &slope);
-        w[i][j] = seen[i] >> (tx + 8 * j) & 1 ? score : none;
+        w[i][j] = seen[i] >> (tx + 8 * j) & 1 ? w[i][j] : none;
         high = fmaxf(high, w[i][j]);
       }
       high = plain_max(high);
