@@ -9,7 +9,6 @@ measured is left out of a picture, and a picture of nothing is not drawn.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from bars import judge
 from drawing import SAME, Bar, Group, color, grouped, legend, note, order, rows_high, seconds
-from records import Record, find, median, select, share, speed, tokens
+from records import Record, find, median, read, select, share, speed, tokens
 from report import ROOT, newest
 from work import step_flops
 
@@ -382,7 +381,7 @@ def main() -> int:
         (a.accuracy or newest("accuracy-*.json"), ACCURACY),
     ):
         if path is not None:
-            document = json.loads(path.read_text(encoding="utf-8"))
+            document = read(path)
             print(*draw(document, pictures, a.out), sep="\n")
     return 0
 

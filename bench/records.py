@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import work
@@ -13,6 +15,15 @@ MERGING = ("merge", "exact merge", "unmerge")  # parts of the case "merge"
 STEPS = ("step", "by-length", "by-rank")  # cases whose job is a training step
 # Kinds of GGUF files, as the precision of pylora's that has as many bits.
 KINDS = {"Q4_0": "int4", "Q4_1": "int4", "Q4_K_M": "int4", "Q8_0": "int8"}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A file of results. Older ones compared one GGUF file, SmolLM2's Q4_1, and did not say so."""
+    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for r in document.get("records", ()):
+        if r["case"] == "gguf" and "kind" not in r["key"]:
+            r["key"] |= {"model": "smollm2-135m", "kind": "Q4_1"}
+    return document
 
 
 def find(

@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from bars import NOT_MEASURED, judge, needed
-from records import find, median, select, share, speed
+from records import find, median, read, select, share, speed
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -335,7 +335,7 @@ def main() -> int:
     path = a.file or newest("speed-*.json")
     if path is None:
         raise SystemExit("there are no results; run bench/run.py first")
-    document = json.loads(path.read_text(encoding="utf-8"))
+    document = read(path)
     print(setting(document), "\n")
     rows = [row for row in bar_rows(document) if row[1] != NOT_MEASURED]
     print(aligned(BAR_HEAD, rows))
