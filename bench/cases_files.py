@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,12 @@ def ours(o: Options, kind: str, **arguments: Any) -> list[Contender]:
         for p in o.quantized()
         if kind != "Q8_0" or p.startswith("int8")
     ]
+
+
+def with_adapters(c: Contender) -> Contender:
+    """ik_llama.cpp has adapters without flash attention alone."""
+    more = {"flash": False} if c.engine == "ik" else {}
+    return replace(c, arguments=c.arguments | more)
 
 
 def without_path(r: Record, file: File) -> Record:
@@ -87,7 +94,8 @@ def adapter_cost(o: Options) -> Iterator[Record]:
             str(rank): str(write_adapter(file, rank, Path(folder) / f"r{rank}.gguf"))
             for rank in ranks
         }
-        some = [c for c in others(o, file.kind, adapters=paths) if c.engine != "openvino"]
+        some = [with_adapters(c) for c in others(o, file.kind, adapters=paths)]
+        some = [c for c in some if c.engine != "openvino"]  # it takes none of llama.cpp's format
         both = [*ours(o, file.kind), *some]
         how = {"reps": o.reps(5, 1), "rivals": True}
         key |= {"path": str(file.path)}

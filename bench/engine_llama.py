@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from typing import Any
 
 import engine_llama_jobs
@@ -14,6 +15,14 @@ import llama_cpp
 import numpy as np
 
 THREADS = int(os.environ["OMP_NUM_THREADS"])
+ERROR = 4  # ggml_log_level
+
+
+@llama_cpp.llama_log_callback
+def _quiet(level: int, text: bytes, _: Any) -> None:
+    """Errors alone: each tensor of an adapter has a line of its own otherwise."""
+    if level == ERROR:
+        print(text.decode(errors="replace"), end="", file=sys.stderr, flush=True)
 
 
 def versions() -> dict[str, str]:
@@ -35,6 +44,7 @@ class Session:
             flash_attn=flash,
             verbose=False,
         )
+        llama_cpp.llama_log_set(_quiet, ctypes.c_void_p(0))
         self.vocab = self.model.n_vocab()
 
     def system(self) -> str:
