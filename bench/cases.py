@@ -17,7 +17,7 @@ from gguf_files import File
 
 Record = dict[str, Any]
 LARGE = 100_000  # tokens of a vocabulary
-SLOW = 0.25  # PyTorch's rate in a dtype beside its float32's: less is no way to use it
+SLOW = 0.1  # PyTorch's rate in a dtype beside its float32's: less is no way to use it
 PATIENCE = 40.0  # seconds that one sample of a peer may take before it is left out
 
 
