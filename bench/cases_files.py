@@ -9,16 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import work
 from cases import Options, Record, measured
 from contenders import Contender
 from gguf_files import File, write_adapter
 
 FILES = [
     ("smollm2-135m", "Q4_0"),
+    ("gemma3-270m", "Q4_K_M"),
     ("smollm2-135m", "Q4_1"),
     ("smollm2-135m", "Q4_K_M"),
     ("smollm2-135m", "Q8_0"),
-    ("gemma3-270m", "Q4_K_M"),
     ("qwen2.5-0.5b", "Q4_K_M"),
 ]
 RANKS = (8, 16, 64)
@@ -60,7 +61,8 @@ def without_path(r: Record, file: File) -> Record:
 
 def gguf(o: Options) -> Iterator[Record]:
     """Files as they are, no adapter: a prompt of 512 tokens, then new ones."""
-    files = [FILES[0]] if o.tiny else FILES
+    files = FILES[:1] if o.tiny else FILES[:2] if o.quick else FILES
+    sizes = [work.weights(model) for model, _ in files]
     problems = []
     for n, (model, kind) in enumerate(files):
         try:
@@ -68,10 +70,10 @@ def gguf(o: Options) -> Iterator[Record]:
         except Exception as problem:  # one file must not take the others with it
             problems.append(str(problem))
             continue
-        key = {"path": str(file.path), "prompt": 512, "new": 16 if o.quick else 64, "model": model}
+        key = {"path": str(file.path), "prompt": 512, "new": 16 if o.quick else 48, "model": model}
         with o.team() as team:
             some = [*ours(o, kind), *others(o, kind)]
-            how = {"reps": o.reps(7, 2), "jobs": len(files) - n, "rivals": True}
+            how = {"reps": o.reps(7, 2), "jobs": sum(sizes[n:]) / sizes[n], "rivals": True}
             for r in measured(o, team, "gguf", "gguf", some, key, **how):
                 yield without_path(r, file)
     if problems:

@@ -171,8 +171,8 @@ class Team:
             worker.close()
         self.workers.clear()
 
-    def left(self, jobs: int = 1) -> float:
-        """Seconds for this job, `jobs` being how many are still to come with it."""
+    def left(self, jobs: float = 1.0) -> float:
+        """Seconds for this job, `jobs` being how many of its length are still to come with it."""
         if self.until is None:
             return float("inf")
         return (self.until - time.monotonic()) / jobs
@@ -188,7 +188,7 @@ class Team:
         at_least: float = 0.0,
         warm: int = 0,
         timeout: float = 300.0,
-        jobs: int = 1,
+        jobs: float = 1.0,
         rivals: bool = False,
         one_by_one: bool = False,
     ) -> list[dict[str, Any]]:

@@ -52,18 +52,18 @@ from pylora.numbers.precision import PRECISIONS
 DEFAULT = "smollm2-135m"
 # In this order, and how much of the time each may have beside the others.
 CASES: dict[str, tuple[Callable[[Options], Iterator[dict[str, Any]]], float]] = {
-    "step": (cases.step, 270),
-    "step-memory": (cases.step_memory, 90),
-    "generate": (cases.generate, 100),
-    "gguf": (cases_files.gguf, 300),
-    "adapter-cost": (cases_files.adapter_cost, 130),
-    "geometries": (cases.geometries, 180),
-    "resident": (cases.resident, 130),
-    "linear": (cases.linear, 110),
-    "merge": (cases.merge, 25),
-    "by-length": (cases.by_length, 70),
-    "by-rank": (cases.by_rank, 50),
-    "by-adapters": (cases.by_adapters, 40),
+    "step": (cases.step, 340),
+    "step-memory": (cases.step_memory, 70),
+    "generate": (cases.generate, 90),
+    "gguf": (cases_files.gguf, 380),
+    "adapter-cost": (cases_files.adapter_cost, 110),
+    "geometries": (cases.geometries, 170),
+    "resident": (cases.resident, 100),
+    "linear": (cases.linear, 70),
+    "merge": (cases.merge, 20),
+    "by-length": (cases.by_length, 40),
+    "by-rank": (cases.by_rank, 30),
+    "by-adapters": (cases.by_adapters, 20),
 }
 QUICK = ("step", "generate", "gguf", "adapter-cost", "geometries", "linear", "merge")
 ROOT = Path(__file__).resolve().parent.parent

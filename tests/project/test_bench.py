@@ -326,6 +326,37 @@ def test_a_dtype_without_a_kernel_is_left_out_and_named() -> None:
     assert line.startswith("Left out: PEFT bf16 in step. PyTorch multiplies")
 
 
+def test_old_results_say_which_file_they_compared(tmp_path: Path) -> None:
+    old = record("gguf", "llama.cpp Q4_1", 1.0, "decode", prompt=512, new=64, file_bytes=20)
+    path = tmp_path / "speed.json"
+    path.write_text(json.dumps({"records": [old]}), encoding="utf-8")
+    (new,) = records.read(path)["records"]
+    assert (new["key"]["model"], new["key"]["kind"]) == ("smollm2-135m", "Q4_1")
+    assert report.named(new) == "decode, smollm2-135m Q4_1 file, no adapter"
+    # A file whose head is a tensor of its own: the embedding is not read for each token.
+    r = new | {"key": new["key"] | {"read_bytes": 15}}
+    assert (records.bytes_moved(new), records.bytes_moved(r)) == (64 * 20, 64 * 15)
+
+
+def test_tiles_multiply_bytes_twice_for_16_bits_and_bfloat16_three_times_for_float32() -> None:
+    doc = document()
+    doc["ceilings"] |= {"AMX int8": ceiling(1000), "AMX bf16": ceiling(900)}
+    of = {"prompt": 64, "new": 8}
+    found = {
+        name: records.ceiling_of(record("generate", name, 1.0, "prefill", **of), doc["ceilings"])
+        for name in ("pylora int4", "pylora int4a8", "llama.cpp Q4_0", "pylora fp32x3")
+    }
+    assert found == {
+        "pylora int4": ("AMX int8", 500e9),
+        "pylora int4a8": ("AMX int8", 1000e9),
+        "llama.cpp Q4_0": ("AMX int8", 1000e9),
+        "pylora fp32x3": ("AMX bf16", 300e9),
+    }
+    step = record("step", "pylora int4", 1.0, batch=4, length=256)
+    name, rate = records.ceiling_of(step, doc["ceilings"])
+    assert (name, rate) == ("AMX int8, AMX bf16", pytest.approx(2 / (1 / 500e9 + 1 / 300e9)))
+
+
 def test_a_page_says_what_an_adapter_costs_each() -> None:
     key = {"ranks": [8, 16], "prompt": 512, "new": 8}
     some = [
