@@ -68,6 +68,9 @@ def _write_hybrid(f: Settings) -> Fields:
             "shared_intermediate_size": f["intermediate_size"],
             "layer_types": ["full_attention"] * f["num_hidden_layers"],
             "num_local_experts": 0,
+            # Of Mamba layers, which it has none of: sizes that transformers takes.
+            "mamba_n_heads": 1,
+            "mamba_d_head": 2 * f["hidden_size"],
         }
     )
 
