@@ -8,6 +8,7 @@ embeddings) is recognised by name and checked. Values, such as NaN, are not judg
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,8 @@ class HuggingFaceCheckpoint(Checkpoint):
         own, others = own_names(self.config, stored)
         self._files = {name: stored[there] for name, there in own.items()}
         self._stored = own
+        if isinstance(self._settings.get("text_config"), Mapping):
+            self.config = self._tied_as_stored()
         if others:
             notes += (
                 f"{path} is a multimodal model: its language model is read, and {len(others)} "
@@ -67,6 +70,16 @@ class HuggingFaceCheckpoint(Checkpoint):
                     f"{self._files[name].path}: tensor {name!r} is {dtype.upper()}; "
                     "only F32, F16 and BF16 weights are supported"
                 )
+
+    def _tied_as_stored(self) -> LlamaConfig:
+        """Of a multimodal model it is the outer configuration's class that says whether the head is
+        tied, and a file leaves out what its class has by default: what is stored counts."""
+        head, embedding = self._head, self._embedding
+        if head not in self._files:
+            return replace(self.config, tie_word_embeddings=True)
+        same = embedding in self._files and self.dtype(head) == self.dtype(embedding)
+        same = same and np.array_equal(_bits(self._view(head)), _bits(self._view(embedding)))
+        return replace(self.config, tie_word_embeddings=self.config.tie_word_embeddings and same)
 
     def _check_tied(self) -> None:
         """A stored copy of a tied output projection may be left out only if it is the embedding."""

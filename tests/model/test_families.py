@@ -360,6 +360,72 @@ def test_the_text_part_of_a_multimodal_checkpoint(tmp_path: Path) -> None:
     assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
 
 
+_PARTS = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+          "num_attention_heads": 2, "image_size": 14, "patch_size": 14}  # fmt: skip
+_QWEN = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 8, "patch_size": 14,
+         "out_hidden_size": 32, "deepstack_visual_indexes": [0]}  # fmt: skip
+_MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1],
+                              "rope_theta": 1e4}}  # fmt: skip
+_IMAGE = {"image_token_index": 10}
+# Class of the model -> its text part, what else its configuration has, the family that it is.
+MULTIMODAL: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "Mistral3": ({"model_type": "mistral"}, {**_IMAGE, "vision_config": {
+        **_PARTS, "model_type": "pixtral", "head_dim": 4}}, "mistral"),
+    "Llava": ({"model_type": "llama"}, {**_IMAGE, "vision_config": {
+        **_PARTS, "model_type": "clip_vision_model"}}, "llama"),
+    "Qwen2VL": (_MROPE, {"vision_config": {"depth": 1, "embed_dim": 16, "hidden_size": 32,
+                                           "num_heads": 2, "patch_size": 14}}, "qwen2"),
+    "Qwen2_5_VL": (_MROPE, {"vision_config": _QWEN}, "qwen2"),
+    "Qwen3VL": ({**_MROPE, "head_dim": 8}, {"vision_config": _QWEN}, "qwen3"),
+    "Qwen3VLMoe": ({**_MROPE, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
+                    "moe_intermediate_size": 12}, {"vision_config": _QWEN}, "qwen3_moe"),
+    "SmolVLM": ({"model_type": "llama"}, {"vision_config": _PARTS, "image_token_id": 10}, "llama"),
+    "InternVL": ({"model_type": "qwen2"}, {"image_token_id": 10, "vision_config": {
+        **_PARTS, "image_size": [14, 14], "patch_size": [14, 14]}}, "qwen2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MULTIMODAL)
+def test_text_parts_of_what_people_have(name: str, tmp_path: Path) -> None:
+    """Their files leave out what a class has by default; all three of a text's positions are one;
+    what is merged into them is a model of the text part's family."""
+    import torch
+
+    transformers, (text, more, kind) = quiet(), MULTIMODAL[name]
+    config = getattr(transformers, f"{name}Config")(text_config={**_BASE, **text}, **more)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+    model.save_pretrained(tmp_path / "whole")
+    with open_checkpoint(tmp_path / "whole") as checkpoint:
+        assert checkpoint.config.model_type == kind
+        assert "other parts" in checkpoint.notes[0]
+        net = Llama.from_checkpoint(checkpoint, backend="c")
+        settings = checkpoint.settings
+    assert LlamaConfig.from_hf(settings) == net.config
+    assert settings["model_type"] == kind and "vision_config" not in settings
+    ids = np.arange(11, 30)
+    with torch.no_grad():
+        want = model(input_ids=torch.tensor(ids)[None], use_cache=False).logits[0].numpy()
+    got = np.asarray(net.forward(ids)[0])
+    assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("kind", [*FAMILIES, *families.ALSO])
+def test_what_a_text_part_leaves_out_is_what_its_class_has(kind: str) -> None:
+    if kind.endswith("_vl"):
+        kind += "_text"  # the older name, of the whole
+    if kind == "qwen3_vl_moe":
+        kind += "_text"
+    if kind == "granitemoehybrid":
+        with pytest.raises(UnsupportedError, match="Mamba"):
+            LlamaConfig.from_hf({"text_config": {"model_type": kind}})
+        return
+    of = quiet().models.auto.configuration_auto.CONFIG_MAPPING[kind]
+    whole = json.loads(of().to_json_string(use_diff=False))
+    ours = LlamaConfig.from_hf({"text_config": {"model_type": kind}})
+    assert ours == LlamaConfig.from_hf({"text_config": whole})
+
+
 def save(kind: str, folder: Path, **changes: Any) -> Path:
     """A model's directory, with a config.json that says something else."""
     their_model(kind, EXAMPLES[kind]).save_pretrained(folder)

@@ -137,7 +137,6 @@ GEMMA = Family(
     "Gemma (1), CodeGemma",
     _read1,
     _write1,
-    inside="paligemma",
     sizes=(256000, 3072, 24576, 28, 16),
     defaults={
         "max_position_embeddings": 8192,
