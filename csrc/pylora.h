@@ -406,7 +406,7 @@ typedef struct pylora_layer {
   /* Before the rotation: of each head [head_dim], or as norm_of says of [heads*D], [kv_heads*D];
    * both or neither. */
   pylora_norm q_norm, k_norm;
-  int32_t norm_of; /* a pylora_norm_of */
+  int32_t norm_of;               /* a pylora_norm_of */
   int32_t window;                /* see pylora_attn */
   int32_t rope;                  /* which of the model's tables; -1: no rotation */
   const pylora_experts *experts; /* or NULL */

@@ -91,7 +91,7 @@ static int norm_name(const pylora_model *m, long long i, int which, char out[PYL
   const char *hf = pylora_norm_suffix(m->s.family, which);
   if (!hf) return 0;
   if (m->files.gguf)
-    snprintf(out, PYLORA_NAME, "blk.%lld.%s.weight", i, pylora_norm_stem[which]);
+    snprintf(out, PYLORA_NAME, "blk.%lld.%s.weight", i, pylora_norm_stem(m->s.family, which));
   else
     snprintf(out, PYLORA_NAME, "model.layers.%lld.%s.weight", i, hf);
   return 1;

@@ -44,7 +44,11 @@ def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
         kind = next((f.model_type for f in families.ALL.values() if f.inside == outer), outer)
     family = families.of(kind)
     own = {family.aliases.get(key, key): value for key, value in inner.items()}
-    usual = {**dict(zip(_ALL_SIZES, family.sizes)), **family.defaults, **family.also.get(kind, {})}
+    usual = {
+        **dict(zip(_ALL_SIZES, family.sizes)),
+        **family.defaults,
+        **family.also.get(str(kind), {}),
+    }
     out = {key: config[key] for key in _OUTER if key in config} | own
     back = {common: alias for alias, common in family.aliases.items()}
     whole = {**usual, **out, "model_type": family.model_type}

@@ -13,7 +13,7 @@ from pylora.conformance.vectors.cases import Case
 from pylora.conformance.vectors.ops import angles, draw, wide
 from pylora.conformance.vectors.parts import attention_case
 from pylora.model.frequencies import attention_factor, inverse_frequencies
-from pylora.ops.mixture import choose_backward
+from pylora.ops.mixture import choose, choose_backward
 from pylora.reference import Reference
 from pylora.types import Array
 
@@ -204,7 +204,7 @@ def _choose(name: str, logits: Array, top_k: int, normalize: bool) -> Case:
     case = Case(name, "choose", ("A-29",), {"top_k": top_k, "normalize": normalize})
     case.inputs |= {"logits": logits, "dw": draw(f"{name}/dw", (len(logits), top_k))}
     logits, dw = (wide(a) for a in case.inputs.values())
-    choice = _ref.choose(logits, top_k, normalize)
+    choice = choose(logits, top_k, normalize, np.asarray, np)
     p_bound, w_bound = bounds.choose(logits, choice.weights, normalize)
     case.expect("probabilities", choice.probabilities, p_bound, "bounds.choose")
     case.exact("chosen", choice.chosen.astype(np.int64))

@@ -1,5 +1,7 @@
 """ERNIE 4.5 (dense): Llama that rotates pairs side by side."""
 
+from typing import Any
+
 from pylora.model.checks import flag
 from pylora.model.families.common import full_only, rope, write_rope
 from pylora.model.families.family import Family, Fields, Gguf, Settings
@@ -14,6 +16,10 @@ def _read(c: Settings) -> Fields:
 
 def _write(f: Settings) -> Fields:
     return write_rope(f) | {"use_bias": f["mlp_bias"]}
+
+
+def _gguf(meta: Any) -> Settings:
+    return {"use_bias": meta.tensor("blk.0.attn_q.bias")}
 
 
 ERNIE45 = Family(
@@ -32,5 +38,5 @@ ERNIE45 = Family(
         "eos_token_id": 2,
         "tie_word_embeddings": True,
     },
-    gguf=Gguf("ernie4_5"),
+    gguf=Gguf("ernie4_5", settings=_gguf),
 )

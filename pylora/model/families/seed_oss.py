@@ -1,5 +1,7 @@
 """Seed-OSS: Llama with biases of q, k and v, and of the output where a file says so."""
 
+from typing import Any
+
 from pylora.model.checks import flag
 from pylora.model.families.common import full_only, rope, write_rope
 from pylora.model.families.family import Family, Fields, Gguf, Settings
@@ -22,6 +24,10 @@ def _write(f: Settings) -> Fields:
     return write_rope(f) | {name: f[name] for name in names}
 
 
+def _gguf(meta: Any) -> Settings:
+    return {"attention_out_bias": meta.tensor("blk.0.attn_output.bias")}
+
+
 SEED_OSS = Family(
     "seed_oss",
     "SeedOssForCausalLM",
@@ -36,5 +42,5 @@ SEED_OSS = Family(
         "bos_token_id": 0,
         "eos_token_id": 2,
     },
-    gguf=Gguf("seed_oss", stems={"post_attention_norm": "mid_norm"}),
+    gguf=Gguf("seed_oss", stems={"post_attention_norm": "mid_norm"}, settings=_gguf),
 )
