@@ -20,7 +20,16 @@ pytest.importorskip("hypothesis")
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
-from family_cases import FAMILIES, Theirs, linear_names, quiet, run_theirs, their_model
+from family_cases import (
+    FAMILIES,
+    FULL,
+    SLIDING,
+    Theirs,
+    linear_names,
+    quiet,
+    run_theirs,
+    their_model,
+)
 from hypothesis import HealthCheck, given, settings
 
 from pylora import backends
@@ -209,6 +218,52 @@ def test_a_configuration_survives_its_own_file(kind: str) -> None:
         assert LlamaConfig.from_hf(ours.to_hf()) == ours
         again = getattr(transformers, FAMILIES[kind][0])(**ours.to_hf())
         assert LlamaConfig.from_hf(json.loads(again.to_json_string(use_diff=False))) == ours
+
+    holds()
+
+
+def older(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    """A config.json as transformers 4 wrote it: rotary settings beside the others."""
+    c = dict(settings)
+    raw = c.pop("rope_parameters", None)
+    c["torch_dtype"] = c.pop("dtype", None)
+    if not raw:
+        return c
+    if FULL in raw:  # Gemma 3 and OLMo 3, which then had them by other names
+        if c["model_type"] == "gemma3_text":
+            c["rope_local_base_freq"] = raw[SLIDING]["rope_theta"]
+        elif raw[SLIDING]["rope_theta"] != raw[FULL]["rope_theta"]:
+            return settings
+        raw = raw[FULL]
+    raw = dict(raw)
+    if "partial_rotary_factor" in raw:
+        part = raw.pop("partial_rotary_factor")
+        c["rotary_pct" if c["model_type"] == "gpt_neox" else "partial_rotary_factor"] = part
+    theta = raw.pop("rope_theta")
+    c["rotary_emb_base" if c["model_type"] == "gpt_neox" else "rope_theta"] = theta
+    kind = raw.pop("rope_type")
+    c["rope_scaling"] = None if kind == "default" else {name: kind, **raw}
+    return c
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_all_spellings_of_a_configuration_mean_the_same(kind: str) -> None:
+    """As transformers 5 writes it, whole and by what differs; as transformers 4 did; as the text
+    part of a multimodal one, without what its class has by default."""
+
+    @given(FAMILIES[kind][1])
+    @settings(some, max_examples=EXAMPLES_EACH or 3)
+    def holds(drawn: dict[str, Any]) -> None:
+        transformers = quiet()
+        config = getattr(transformers, FAMILIES[kind][0])(**drawn)
+        whole = json.loads(config.to_json_string(use_diff=False))
+        want = LlamaConfig.from_hf(whole)
+        assert LlamaConfig.from_hf(json.loads(config.to_json_string())) == want
+        for name in ("rope_type", "type"):
+            assert LlamaConfig.from_hf(older(whole, name)) == want
+        usual = json.loads(type(config)().to_json_string(use_diff=False))
+        part = {k: v for k, v in whole.items() if k == "model_type" or v != usual.get(k, k)}
+        assert LlamaConfig.from_hf({"model_type": "whole", "text_config": part}) == want
 
     holds()
 

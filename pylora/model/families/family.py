@@ -85,7 +85,7 @@ class Family:
     # Other model_types whose text part is this, and their defaults where they are others.
     also: Mapping[str, Settings] = field(default_factory=dict)
     # What a text part leaves out: vocabulary, hidden and intermediate size, layers, heads.
-    sizes: tuple[int, ...] = ()
+    sizes: tuple[int | None, ...] = ()
     listed_norms: bool = False  # norms of each head are tensors "norms.0", "norms.1", ...
     gguf: Gguf | None = None
 

@@ -70,7 +70,7 @@ GPT2 = Family(
     "GPT-2",
     _read,
     _write,
-    sizes=(50257, 768, 3072, 12, 12),
+    sizes=(50257, 768, None, 12, 12),
     defaults={
         "max_position_embeddings": 1024,
         "rms_norm_eps": 1e-5,
