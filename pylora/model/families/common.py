@@ -68,9 +68,12 @@ def rope_by_layer(c: Settings, types: Sequence[str], theta: float, local_theta: 
     """The rotation of layers that see all keys, and that of layers with a window. `theta` and
     `local_theta` are for files that do not say."""
     nested = c.get("rope_parameters") or {}
+    old = c.get("rope_scaling") or {}
+    if not isinstance(nested, Mapping) or not isinstance(old, Mapping):
+        raise ConfigError("config.json: rope_parameters and rope_scaling must be objects")
     if not all(isinstance(nested.get(kind) or {}, dict) for kind in (SLIDING, FULL)):
         raise UnsupportedError("config.json: rope_parameters must have an object per layer type")
-    given = nested.get(FULL) or c.get("rope_scaling") or {}
+    given = nested.get(FULL) or old
     fields = one_rope(c, given, c.get("rope_theta") or theta)
     local = one_rope(c, nested.get(SLIDING) or {}, local_theta)
     if local["partial_rotary"] != fields["partial_rotary"]:

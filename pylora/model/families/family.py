@@ -86,6 +86,7 @@ class Family:
     also: Mapping[str, Settings] = field(default_factory=dict)
     # What a text part leaves out: vocabulary, hidden and intermediate size, layers, heads.
     sizes: tuple[int | None, ...] = ()
+    shown: Settings = field(default_factory=dict)  # what an example has beside the defaults
     listed_norms: bool = False  # norms of each head are tensors "norms.0", "norms.1", ...
     gguf: Gguf | None = None
 

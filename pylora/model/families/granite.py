@@ -114,6 +114,7 @@ GRANITE_HYBRID = Family(
         "bos_token_id": 1,
         "eos_token_id": 2,
     },
+    shown={"layer_types": ["full_attention"] * 12, "num_local_experts": 0},
     names=Names(gate_up="shared_mlp.input_linear", down="shared_mlp.output_linear"),
     complete=_complete_hybrid,
     knows=frozenset(
