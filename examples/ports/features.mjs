@@ -84,7 +84,7 @@ export function choose(logits, k, normalize, dw) { // [A-29]
 
 // Radians per position of each pair of R numbers, and what cos and sin are multiplied by.
 export function frequencies(R, p) {
-  const { theta, length, trained, factor = 1, original_max_position_embeddings: first } = p;
+  const { theta, length, trained, factor, original_max_position_embeddings: first } = p;
   const stretch = p.rope_type === "dynamic" && length > trained
     ? (factor * length / trained - (factor - 1)) ** (R / (R - 2)) : 1;
   const plain = column(R / 2, (i) => (theta * stretch) ** (-2 * i / R));

@@ -142,7 +142,7 @@ def choose_backward(
     dp = np.zeros_like(p)
     dp[rows, chosen] = g
     n, k = p.shape[1], g.shape[1]
-    apart = np.log(p.max(axis=1, keepdims=True) / p).max(initial=0.0)
+    apart = np.log(p.max(axis=1, keepdims=True) / np.maximum(p, 1e-300)).max(initial=0.0)
     off = gamma(n + 2 * EXP + 3, dtype) + gamma(2, dtype) * apart
     size = p * (dp + (dp * p).sum(axis=1, keepdims=True))
     return (4 * off + gamma(2 * n + 2 * k + 12, dtype)) * size + tiny(dtype)

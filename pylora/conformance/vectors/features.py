@@ -42,7 +42,9 @@ def cases() -> list[Case]:
         _choose("choose-not-normalized", draw("choose/other", (5, 4), 3.0), 3, False),
         _choose("choose-one", draw("choose/one", (4, 3)), 1, True),
         _choose("choose-ties", np.array([[1, 2, 2, 1], [0, 0, 0, 0]], np.float32), 3, True),
-        _choose("choose-far", draw("choose/far", (3, 6), 30.0), 2, False),
+        _choose(
+            "choose-far", np.array([[800, 791, -5, 4], [-900, -899, -4, -6]], np.float32), 2, False
+        ),
     ]
 
 
@@ -146,7 +148,7 @@ def _partial(name: str, layout: str, D: int, R: int, factor: float = 1.0) -> Cas
     return case
 
 
-_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
 _LONG: dict[str, Any] = {
     "rope_type": "longrope",
     "factor": 4.0,
@@ -173,7 +175,15 @@ _SCALED: dict[str, tuple[dict[str, Any], int, float, int, int]] = {
         _YARN | {"beta_fast": 8.0, "beta_slow": 2.0, "truncate": False, "attention_factor": 1.25},
         16, 5e5, 200, 256,
     ),
-    "rope-yarn-mscale": (_YARN | {"mscale": 0.707, "mscale_all_dim": 1.5}, 8, 1e4, 200, 256),
+    "rope-yarn-not-cut": (_YARN | {"truncate": False}, 16, 1e4, 200, 256),
+    "rope-yarn-all-slow": (
+        _YARN | {"original_max_position_embeddings": 600}, 8, 10.0, 200, 256,
+    ),  # the ramp would end behind the last pair
+    "rope-yarn-step": (_YARN | {"beta_fast": 8.7}, 8, 10.0, 200, 256),  # a ramp of no width
+    "rope-yarn-mscale": (
+        _YARN | {"original_max_position_embeddings": 64, "mscale": 0.707, "mscale_all_dim": 1.5},
+        8, 1e4, 200, 256,
+    ),
     "rope-longrope": (_LONG, 8, 1e4, 40, 64),
     "rope-longrope-short": (_LONG, 8, 1e4, 16, 64),
 }  # fmt: skip
