@@ -198,6 +198,25 @@ def test_the_tables_grow_without_changing() -> None:
         rope.tables(1001)
 
 
+def test_ministral_3_is_read_up_to_where_its_queries_grow() -> None:
+    """Behind the original length they are multiplied by their position's logarithm, which is not
+    carried out: a longer sequence is refused."""
+    config = LlamaConfig.from_hf({"text_config": {"model_type": "ministral3"}})
+    assert (config.max_position_embeddings, config.max_positions) == (262144, 16384)
+    assert config.rope_scaling is not None and config.rope_scaling["rope_type"] == "yarn"
+    tiny = {"num_hidden_layers": 1, "num_attention_heads": 8, "head_dim": 8}
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    part = {"model_type": "ministral3", **tiny, "rope_parameters": yarn}
+    assert LlamaConfig.from_hf({"text_config": part}).max_positions == 262144
+    yarn["llama_4_scaling_beta"] = 0.1
+    config = LlamaConfig.from_hf({"text_config": part})
+    with pytest.raises(ConfigError, match="17 tokens.*shorten"):
+        Rope(config, ops=backends.get("numpy")).tables(17)
+    yarn["type"] = "linear"
+    with pytest.raises(UnsupportedError, match="llama_4_scaling_beta without YaRN"):
+        LlamaConfig.from_hf({"text_config": part})
+
+
 # Values that a damaged file, or an odd one, may have: each is read or refused with a sentence.
 ODD: dict[str, list[Any]] = {
     "rope_scaling": [[], [1], "yarn", {"type": 5}, {"type": "yarn", "factor": ""}],
