@@ -133,7 +133,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         (e, role), size = self._stacks[name], self.config.expert_size
         down = role == "expert_down"
         turned = (size, self.config.hidden_size) if down else (self.config.hidden_size, 2 * size)
-        one = array[e].T if array.shape[1:] == turned else array[e]
+        one: Array = array[e].T if array.shape[1:] == turned else array[e]
         return one if down else one[:size] if role == "expert_gate" else one[size:]
 
     def shape(self, name: str) -> Shape:
