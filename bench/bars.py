@@ -137,10 +137,10 @@ def _adapters(records: list[Record]) -> Iterator[Bar]:
 
 
 def _merges() -> Iterator[Bar]:
-    for p in ("fp32", "bf16"):
+    for p, need, dream in (("fp32", 8, 12), ("bf16", 15, 30)):
         own = f"merge 4096², {p}: share of changing memory in place"
         yield Bar(own, "merge", "merge", p, "", 0.6, 0.85, "share")
-        yield Bar(f"merge 4096², {p}", "merge", "merge", p, f"peft {p}", 8, 12)
+        yield Bar(f"merge 4096², {p}", "merge", "merge", p, f"peft {p}", need, dream)
 
 
 def bars(document: dict[str, Any]) -> list[Bar]:
