@@ -33,6 +33,10 @@ INLINE vint n_dot(vint sum, vint a, vint b) { /* sum + a.low b.low + a.high b.hi
 #define Q_BYTES 1 /* rows of x are bytes: unsigned bytes of W times signed ones of x */
 INLINE vint n_dot4(vint sum, vint a, vint b) { return _mm512_dpbusd_epi32(sum, a, b); }
 INLINE vint n_xor(vint a, vint b) { return _mm512_xor_si512(a, b); }
+INLINE vint n_join16(vint a, vint b) { /* the lower halves of lanes, those of a first */
+  return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(a)),
+                            _mm512_cvtepi32_epi16(b), 1);
+}
 #endif
 INLINE int32_t n_top(vint a) { return _mm512_reduce_max_epi32(a); }
 INLINE int32_t n_total(vint a) { return _mm512_reduce_add_epi32(a); }
@@ -202,9 +206,8 @@ INLINE int q_arrays(int kind) { return kind == PYLORA_Q8_0 ? 8 : 4; }
                          : ((i) >> 2 & 1) << 1 | ((i) & 1) << 2 | ((i) >> 1 & 1))
 
 /* 32 codes of x -> their low and high bytes, each in the order of a panel's quads. */
-INLINE void q_split(const int kind, const int16_t *code, int8_t *low, int8_t *high) {
 #if defined(VEC_AVX512)
-  const __m512i x = _mm512_loadu_si512(code);
+INLINE void q_split_words(const int kind, __m512i x, int8_t *low, int8_t *high) {
   const __m512i up = _mm512_add_epi16(x, _mm512_set1_epi16(128)); /* its upper byte */
   const __m512i both = _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaau, x, up);
   /* Within each 128 bits: eight low bytes, then eight high ones. */
@@ -218,6 +221,11 @@ INLINE void q_split(const int kind, const int16_t *code, int8_t *low, int8_t *hi
                                                  _mm512_shuffle_epi8(both, order));
   _mm256_storeu_si256((__m256i *)(void *)low, _mm512_castsi512_si256(apart));
   _mm256_storeu_si256((__m256i *)(void *)high, _mm512_extracti64x4_epi64(apart, 1));
+}
+#endif
+INLINE void q_split(const int kind, const int16_t *code, int8_t *low, int8_t *high) {
+#if defined(VEC_AVX512)
+  q_split_words(kind, _mm512_loadu_si512(code), low, high);
 #else
   for (int t = 0; t < PYLORA_QGROUP; t += 8)
     for (int i = 0; i < 8; i++) {
