@@ -31,10 +31,11 @@ int pylora_tensor_read(const pylora_tensor *t, int64_t first, int64_t rows, floa
 int pylora_tensor_dtype(const pylora_tensor *t, int precision) {
   if (!t) return precision;
   const pylora_kind *kind = pylora_kind_of(t->kind);
-  if (precision != PYLORA_Q8_0 && precision != PYLORA_Q4_1) return precision;
+  const int a8 = precision >= PYLORA_A8 ? PYLORA_A8 : 0;
+  if (precision - a8 != PYLORA_Q8_0 && precision - a8 != PYLORA_Q4_1) return precision;
   if (kind->dtype == PYLORA_Q8_0 || kind->dtype == PYLORA_Q4_0 || kind->dtype == PYLORA_Q4_1)
-    return kind->dtype;
-  return pylora_is_float(t) || pylora_recodes(t, precision) ? precision : PYLORA_Q8_0;
+    return kind->dtype + a8;
+  return pylora_is_float(t) || pylora_recodes(t, precision - a8) ? precision : PYLORA_Q8_0 + a8;
 }
 
 typedef struct job {
@@ -91,15 +92,15 @@ int pylora_tensor_pack(const pylora_tensor *t, int dtype, int64_t heads, void *b
     return pylora_fail(why, PYLORA_E_SHAPE,
                        "tensor '%.200s': %lld rows are not %lld heads of pairs", t->name,
                        (long long)d, (long long)heads);
-  const int threads = pylora_num_threads();
+  const int threads = pylora_num_threads(), stored = dtype & ~PYLORA_A8;
   job j = {t,
            F,
            pylora_table(),
            d,
            k,
            heads,
-           F->pack_blocks && kind->dtype == dtype ? BLOCKS
-           : pylora_recodes(t, dtype)             ? RECODED
+           F->pack_blocks && kind->dtype == stored ? BLOCKS
+           : pylora_recodes(t, stored)             ? RECODED
                                                   : NUMBERS,
            buffer,
            NULL,

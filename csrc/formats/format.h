@@ -53,7 +53,8 @@ typedef struct pylora_format {
 } pylora_format;
 
 extern const pylora_format pylora_format_f32, pylora_format_bf16, pylora_format_q8_0,
-    pylora_format_q4_0, pylora_format_q4_1, pylora_format_f32x3;
+    pylora_format_q4_0, pylora_format_q4_1, pylora_format_q8_0_a8, pylora_format_q4_0_a8,
+    pylora_format_q4_1_a8, pylora_format_f32x3;
 
 /* NULL for a dtype that no weight can have. (pack.c) */
 const pylora_format *pylora_format_of(int dtype);

@@ -13,6 +13,12 @@ const pylora_format *pylora_format_of(int dtype) {
     return &pylora_format_q4_0;
   case PYLORA_Q4_1:
     return &pylora_format_q4_1;
+  case PYLORA_Q8_0_A8:
+    return &pylora_format_q8_0_a8;
+  case PYLORA_Q4_0_A8:
+    return &pylora_format_q4_0_a8;
+  case PYLORA_Q4_1_A8:
+    return &pylora_format_q4_1_a8;
   case PYLORA_F32X3:
     return &pylora_format_f32x3;
   default:
