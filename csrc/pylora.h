@@ -80,6 +80,16 @@ typedef enum pylora_dtype {
   PYLORA_Q4_0 = 4,
   PYLORA_Q4_1 = 5,
   PYLORA_F32X3 = 6, /* a float32 weight as two bfloat16 halves: three products in place of one */
+  PYLORA_Q5_0 = 7,  /* these are packed from a file's blocks alone (pylora_pack_blocks) */
+  PYLORA_Q5_1 = 8,
+  PYLORA_Q2_K = 9,
+  PYLORA_Q3_K = 10,
+  PYLORA_Q4_K = 11,
+  PYLORA_Q5_K = 12,
+  PYLORA_Q6_K = 13,
+  PYLORA_IQ4_NL = 14,
+  PYLORA_IQ4_XS = 15,
+  PYLORA_MXFP4 = 16,
 } pylora_dtype;
 
 typedef struct pylora_mat {
