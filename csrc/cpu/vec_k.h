@@ -16,6 +16,12 @@
 #define K_BIAS 0
 #endif
 
+#if defined(VEC_AMX) /* unpacked codes are signed bytes, with nothing to be taken off */
+#define K_LESS(w, type) k_less(w, K_EVERY(k_above(type)))
+#else
+#define K_LESS(w, type) (w)
+#endif
+
 #if defined(VEC_AVX512)
 #define N_RIGHT32(a, n) _mm512_srli_epi32(a, n)
 INLINE vint n_or(vint a, vint b) { return _mm512_or_si512(a, b); }
@@ -26,7 +32,8 @@ INLINE vint n_half_words(const uint16_t *p) {
   return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)p));
 }
 INLINE vf n_as_float(vint a) { return _mm512_castsi512_ps(a); }
-INLINE vint k_table(const int8_t *values) { /* 16 of them */
+INLINE vint k_less(vint a, vint b) { return _mm512_sub_epi8(a, b); } /* bytes */
+INLINE vint k_table(const int8_t *values) {                          /* 16 of them */
   return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)values));
 }
 INLINE vint k_choose(vint table, vint codes) { return _mm512_shuffle_epi8(table, codes); }
@@ -66,8 +73,7 @@ INLINE vint k_choose(vint table, vint codes) { return _mm256_shuffle_epi8(table,
 #define K_SHORT 1
 INLINE vint k_dot(const int sign, vint sum, vint w, vint x) {
   if (sign)
-    return _mm256_add_epi16(sum,
-                            _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w, x)));
+    return _mm256_add_epi16(sum, _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w, x)));
   return _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x));
 }
 INLINE vint k_flush(vint sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
@@ -105,6 +111,14 @@ INLINE vint N_RIGHT32(vint a, int n) { N_EACH((uint32_t)a.l[i] >> n); }
 INLINE vint n_or(vint a, vint b) { N_EACH(a.l[i] | b.l[i]); }
 INLINE vint n_bytes(const uint8_t *p) { N_EACH(p[i]); }
 INLINE vint n_half_words(const uint16_t *p) { N_EACH(p[i]); }
+INLINE vint k_less(vint a, vint b) {
+  uint8_t x[16], y[16];
+  memcpy(x, &a, 16);
+  memcpy(y, &b, 16);
+  for (int i = 0; i < 16; i++) x[i] = (uint8_t)(x[i] - y[i]);
+  memcpy(&a, x, 16);
+  return a;
+}
 INLINE vf n_as_float(vint a) {
   vf r;
   memcpy(&r, &a, sizeof r);

@@ -64,9 +64,8 @@ static int matrix(loader *l, const char *name, int64_t d, int64_t k, int64_t hea
         "have groups of 32 inputs, or of 256; use float32 or bfloat16",
         l->m->path, t->name, pylora_shape(2, t->shape).text);
   l->m->about.weight_bytes += (int64_t)bytes;
-  return pylora_prefix(
-      l->why, l->m->path,
-      pylora_tensor_pack_from(map_of(l, t), t, dtype, heads, buffer, out, l->why));
+  return pylora_prefix(l->why, l->m->path,
+                       pylora_tensor_pack_from(map_of(l, t), t, dtype, heads, buffer, out, l->why));
 }
 
 /* A vector [n], of q's and k's biases in Hugging Face's order. */

@@ -95,12 +95,12 @@ int pylora_tensor_pack_from(const pylora_map *map, const pylora_tensor *t, int d
     return pylora_fail(why, PYLORA_E_SHAPE,
                        "tensor '%.200s': %lld rows are not %lld heads of pairs", t->name,
                        (long long)d, (long long)heads);
-  const int threads = pylora_num_threads(),
-            as_they_are = F->pack_blocks && kind->dtype == dtype;
+  const int threads = pylora_num_threads(), as_they_are = F->pack_blocks && kind->dtype == dtype;
   if (!as_they_are && !F->pack)
-    return pylora_fail(why, PYLORA_E_UNSUPPORTED,
-                       "tensor '%.200s' is %s, and only a file's own blocks are stored in this type",
-                       t->name, t->type);
+    return pylora_fail(
+        why, PYLORA_E_UNSUPPORTED,
+        "tensor '%.200s' is %s, and only a file's own blocks are stored in this type", t->name,
+        t->type);
   job j = {t,
            F,
            pylora_table(),

@@ -89,10 +89,10 @@ typedef struct head {
 } head;
 
 static int words_of(int type) {
-  return type == PYLORA_Q2_K || type == PYLORA_Q6_K                              ? 4
-         : type == PYLORA_Q3_K || type == PYLORA_Q4_K || type == PYLORA_Q5_K     ? 3
-         : type == PYLORA_IQ4_XS                                                 ? 1
-                                                                                 : 0;
+  return type == PYLORA_Q2_K || type == PYLORA_Q6_K                          ? 4
+         : type == PYLORA_Q3_K || type == PYLORA_Q4_K || type == PYLORA_Q5_K ? 3
+         : type == PYLORA_IQ4_XS                                             ? 1
+                                                                             : 0;
 }
 
 static head head_of(int type, const uint8_t *b) {
@@ -208,7 +208,8 @@ static float scale_of(int type, const head *h, int s, float *add) {
     return d * (float)((low | up << 4) - 32);
   }
   if (type == PYLORA_IQ4_XS)
-    return d * (float)((int)((h->words[0] >> 4 * s & 15) | (uint32_t)(h->m >> 2 * s & 3) << 4) - 32);
+    return d *
+           (float)((int)((h->words[0] >> 4 * s & 15) | (uint32_t)(h->m >> 2 * s & 3) << 4) - 32);
   if (type == PYLORA_Q4_K || type == PYLORA_Q5_K) {
     const int at = 8 * (s % 4);
     const uint32_t a = h->words[0] >> at & 255, b = h->words[1] >> at & 255,
@@ -322,7 +323,7 @@ static void transpose(int type, size_t panel, const pylora_kernels *K, const cha
     pack_blocks(type, rows, row_bytes, d, k, first, panel, panel_bytes_##name(k));                 \
   }                                                                                                \
   static size_t blocks_bytes_##name(int64_t k) {                                                   \
-    return (size_t)(k / (GROUP * k_groups(type))) * (size_t)k_block_bytes(type);                         \
+    return (size_t)(k / (GROUP * k_groups(type))) * (size_t)k_block_bytes(type);                   \
   }                                                                                                \
   static void unpack_##name(const void *panel, int64_t k, int row, float *out) {                   \
     unpack(type, panel, k, row, out);                                                              \

@@ -68,7 +68,9 @@ static inline int k_offset(int type) {
 static inline int k_is_table(int type) { /* codes choose one of 16 values */
   return type == PYLORA_IQ4_NL || type == PYLORA_IQ4_XS || type == PYLORA_MXFP4;
 }
-static inline int k_low_bits(int type) { return type == PYLORA_Q2_K || type == PYLORA_Q3_K ? 2 : 4; }
+static inline int k_low_bits(int type) {
+  return type == PYLORA_Q2_K || type == PYLORA_Q3_K ? 2 : 4;
+}
 static inline int k_high_bits(int type) { /* above the lower ones */
   return type == PYLORA_Q6_K ? 2
          : type == PYLORA_Q5_0 || type == PYLORA_Q5_1 || type == PYLORA_Q5_K || type == PYLORA_Q3_K
