@@ -70,7 +70,9 @@ class Precision(Core):
         for i in range(0, max(d, 1), step):
             some, to = rows[i : i + step], data[i // _PANEL * panel :]
             start, n = at(some, "void *"), len(some)
-            check(lib.pylora_pack_blocks(code, n, k, start, width, at(to, "void *"), struct), "pack")
+            check(
+                lib.pylora_pack_blocks(code, n, k, start, width, at(to, "void *"), struct), "pack"
+            )
             let_go(some)
         struct.d, struct.data = d, at(data, "void *")
         return Packed((d, k), precision, data, struct)
