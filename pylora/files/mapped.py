@@ -21,9 +21,10 @@ def let_go(array: np.ndarray) -> None:
     advice = getattr(mmap, "MADV_DONTNEED", None)
     if advice is None or not isinstance(owner, mmap.mmap) or not array.flags.c_contiguous:
         return
-    if array.flags.writeable or array.nbytes == 0:
-        return
-    start = np.frombuffer(owner, np.uint8).__array_interface__["data"][0]
+    whole = np.frombuffer(owner, np.uint8)
+    if whole.flags.writeable or array.nbytes == 0:
+        return  # what is written there is perhaps nowhere else
+    start = whole.__array_interface__["data"][0]
     first = array.__array_interface__["data"][0] - start
     begin = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
     end = (first + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE

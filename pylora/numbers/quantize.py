@@ -1,5 +1,5 @@
-"""Weights in 8 and 4 bits: ggml's Q8_0, Q4_0 and Q4_1 in NumPy: readable, and the core's oracle; and
-the values of every kind of blocks that a weight may be stored in (blocks.py).
+"""Weights in 8 and 4 bits: ggml's Q8_0, Q4_0 and Q4_1 in NumPy: readable, and the core's oracle;
+and the values of all kinds of blocks that a weight may be stored in (blocks.py).
 
 A row is cut into groups of 32 numbers. A group is stored as one block: a float16 scale d (Q4_1: and
 a float16 minimum m), then 32 codes q; little-endian.

@@ -49,7 +49,9 @@ def test_other_memory_is_left_alone() -> None:
     ordinary = np.arange(10 * mmap.PAGESIZE, dtype=np.uint8)
     anonymous = np.frombuffer(mmap.mmap(-1, 4 * mmap.PAGESIZE), np.uint8)
     anonymous[:] = 7
-    for array in (ordinary, ordinary.view(), anonymous, anonymous[5:]):
+    guarded = anonymous[:]
+    guarded.flags.writeable = False
+    for array in (ordinary, ordinary.view(), anonymous, anonymous[5:], guarded):
         before = array.copy()
         let_go(array)
         assert np.array_equal(array, before)
