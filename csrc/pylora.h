@@ -94,6 +94,11 @@ typedef enum pylora_dtype {
   PYLORA_IQ4_NL = 14,
   PYLORA_IQ4_XS = 15,
   PYLORA_MXFP4 = 16,
+  /* Added to a quantized dtype of a packed weight: x is rounded to 8 bits in place of 16. */
+  PYLORA_A8 = 64,
+  PYLORA_Q8_0_A8 = PYLORA_A8 + PYLORA_Q8_0,
+  PYLORA_Q4_0_A8 = PYLORA_A8 + PYLORA_Q4_0,
+  PYLORA_Q4_1_A8 = PYLORA_A8 + PYLORA_Q4_1,
 } pylora_dtype;
 
 typedef struct pylora_mat {
@@ -114,6 +119,8 @@ typedef struct pylora_mat {
  *   Q8_0 ...  x is rounded to 16-bit integers with one scale per row and group of 32; products and sums
  *             within a group are exact integers; groups are summed in float32.  dy W is float32, with
  *             the weight's exact values.
+ *   ... A8    the same with 8-bit integers, as llama.cpp does it: faster, and x is off by up to 1/254 of
+ *             the largest of its group.
  *   F32X3     x = x1 + x2 and W = W1 + W2 in bfloat16; x1 W1 + x1 W2 + x2 W1, summed in float32. */
 #define PYLORA_PANEL 32
 typedef struct pylora_packed {

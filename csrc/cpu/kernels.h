@@ -125,8 +125,8 @@ typedef void pylora_kernel_gemm_q(int dtype, int64_t m, int64_t groups, const vo
 typedef void pylora_kernel_dequantize(int dtype, const void *group, float *out);
 
 /* K-quants and their kin; rows and panels lie as format_k.h says.
- * groups x 32 numbers of a row of x -> pylora_krow [groups] */
-typedef void pylora_kernel_quantize_bytes(int64_t groups, const float *x, void *out);
+ * groups x 32 numbers of a row of x -> pylora_krow [groups], of codes up to `most` */
+typedef void pylora_kernel_quantize_bytes(int most, int64_t groups, const float *x, void *out);
 /* gemm_q, over `supers` of them. */
 typedef void pylora_kernel_gemm_k(int dtype, int64_t m, int64_t supers, const void *rows,
                                   size_t stride, const void *panel, float *c, int64_t ldc,

@@ -299,11 +299,12 @@ int pylora_model_open(const char *path, int precision, pylora_model **out, pylor
   *out = NULL;
   if (precision == PYLORA_F32X3 && strcmp(pylora_isa(), "amx") != 0) precision = PYLORA_F32;
   if (precision != PYLORA_F32 && precision != PYLORA_F32X3 && precision != PYLORA_BF16 &&
-      precision != PYLORA_Q8_0 && precision != PYLORA_Q4_1)
+      precision != PYLORA_Q8_0 && precision != PYLORA_Q4_1 && precision != PYLORA_Q8_0_A8 &&
+      precision != PYLORA_Q4_1_A8)
     return pylora_fail(
         why, PYLORA_E_UNSUPPORTED,
         "a model's precision is PYLORA_F32, PYLORA_F32X3, PYLORA_BF16, PYLORA_Q8_0 or "
-        "PYLORA_Q4_1, not %d",
+        "PYLORA_Q4_1, the last two with PYLORA_A8 or without, not %d",
         precision);
   pylora_model *m = pylora_take(1, sizeof *m);
   if (m) m->path = malloc(strlen(path) + 1);

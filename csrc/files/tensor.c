@@ -31,9 +31,10 @@ int pylora_tensor_read(const pylora_tensor *t, int64_t first, int64_t rows, floa
 int pylora_tensor_dtype(const pylora_tensor *t, int precision) {
   if (!t) return precision;
   const pylora_kind *kind = pylora_kind_of(t->kind);
-  if (precision != PYLORA_Q8_0 && precision != PYLORA_Q4_1) return precision;
+  const int a8 = precision >= PYLORA_A8 ? PYLORA_A8 : 0;
+  if (precision - a8 != PYLORA_Q8_0 && precision - a8 != PYLORA_Q4_1) return precision;
   if (pylora_is_float(t)) return precision;
-  return kind->dtype >= 0 ? kind->dtype : PYLORA_Q8_0;
+  return (kind->dtype >= 0 ? kind->dtype : PYLORA_Q8_0) + a8;
 }
 
 enum { PART = 1 << 22 }; /* bytes of a tensor that are packed before they are let go of */
@@ -95,7 +96,8 @@ int pylora_tensor_pack_from(const pylora_map *map, const pylora_tensor *t, int d
     return pylora_fail(why, PYLORA_E_SHAPE,
                        "tensor '%.200s': %lld rows are not %lld heads of pairs", t->name,
                        (long long)d, (long long)heads);
-  const int threads = pylora_num_threads(), as_they_are = F->pack_blocks && kind->dtype == dtype;
+  const int threads = pylora_num_threads(),
+            as_they_are = F->pack_blocks && kind->dtype == (dtype & ~PYLORA_A8);
   if (!as_they_are && !F->pack)
     return pylora_fail(
         why, PYLORA_E_UNSUPPORTED,

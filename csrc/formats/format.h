@@ -54,10 +54,12 @@ typedef struct pylora_format {
 } pylora_format;
 
 extern const pylora_format pylora_format_f32, pylora_format_bf16, pylora_format_q8_0,
-    pylora_format_q4_0, pylora_format_q4_1, pylora_format_f32x3, pylora_format_q5_0,
-    pylora_format_q5_1, pylora_format_q2_k, pylora_format_q3_k, pylora_format_q4_k,
-    pylora_format_q5_k, pylora_format_q6_k, pylora_format_iq4_nl, pylora_format_iq4_xs,
-    pylora_format_mxfp4;
+    pylora_format_q4_0, pylora_format_q4_1, pylora_format_q8_0_a8, pylora_format_q4_0_a8,
+    pylora_format_q4_1_a8, pylora_format_f32x3;
+/* K-quants and their kin, [1]: with 8 bits of x. (format_k.c) */
+extern const pylora_format pylora_format_q5_0[2], pylora_format_q5_1[2], pylora_format_q2_k[2],
+    pylora_format_q3_k[2], pylora_format_q4_k[2], pylora_format_q5_k[2], pylora_format_q6_k[2],
+    pylora_format_iq4_nl[2], pylora_format_iq4_xs[2], pylora_format_mxfp4[2];
 
 /* NULL for a dtype that no weight can have. (pack.c) */
 const pylora_format *pylora_format_of(int dtype);

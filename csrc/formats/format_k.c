@@ -274,8 +274,8 @@ static size_t row_bytes(int64_t k) {
   return n % 2048 ? n : n + PYLORA_ALIGN;
 }
 
-static void prepare(const pylora_kernels *K, const pylora_mat *x, int64_t first, int64_t n,
-                    void *out) {
+static void prepare(int most, const pylora_kernels *K, const pylora_mat *x, int64_t first,
+                    int64_t n, void *out) {
   enum { COLS = 16 * GROUP };
   float wide[COLS];
   const size_t stride = row_bytes(x->cols);
@@ -283,18 +283,29 @@ static void prepare(const pylora_kernels *K, const pylora_mat *x, int64_t first,
     pylora_krow *to = (pylora_krow *)(void *)((char *)out + (size_t)i * stride);
     for (int64_t t = 0; t < x->cols; t += COLS) {
       const int64_t cols = min64(COLS, x->cols - t);
-      K->quantize_bytes(cols / GROUP, pylora_row(K, x, first + i, t, cols, wide), to + t / GROUP);
+      const float *from = pylora_row(K, x, first + i, t, cols, wide);
+      K->quantize_bytes(most, cols / GROUP, from, to + t / GROUP);
     }
   }
 }
 
-static void product(int type, const pylora_kernels *K, int64_t n, int64_t k, const char *rows,
+static void prepare16(const pylora_kernels *K, const pylora_mat *x, int64_t first, int64_t n,
+                      void *out) {
+  prepare(PYLORA_KROW_MAX, K, x, first, n, out);
+}
+static void prepare8(const pylora_kernels *K, const pylora_mat *x, int64_t first, int64_t n,
+                     void *out) {
+  prepare(PYLORA_KROW_MAX8, K, x, first, n, out);
+}
+
+static void product(int dtype, const pylora_kernels *K, int64_t n, int64_t k, const char *rows,
                     size_t stride, const char *panel, float *tile) {
+  const int type = dtype & ~PYLORA_A8;
   const int64_t groups = k / GROUP;
   int64_t g = 0;
   do {
     const int64_t some = min64(PIECE, groups - g);
-    K->gemm_k(type, n, some / k_groups(type), rows + (size_t)g * sizeof(pylora_krow), stride,
+    K->gemm_k(dtype, n, some / k_groups(type), rows + (size_t)g * sizeof(pylora_krow), stride,
               panel + g / k_groups(type) * k_super_bytes(type), tile, PANEL,
               g ? GEMM_ADD : GEMM_SET);
     g += PIECE;
@@ -313,7 +324,11 @@ static void transpose(int type, size_t panel, const pylora_kernels *K, const cha
   }
 }
 
-/* The same functions for each dtype, as pylora_format wants them. */
+/* A constant expression, which C wants of k_groups here. */
+#define k_groups_of(type) \
+  (((type) >= PYLORA_Q2_K && (type) <= PYLORA_Q6_K) || (type) == PYLORA_IQ4_XS ? 8 : 1)
+
+/* The same functions for each type, as pylora_format wants them, with 16 and with 8 bits of x. */
 #define FORMAT(name, type)                                                                         \
   static size_t panel_bytes_##name(int64_t k) {                                                    \
     return round_up((size_t)(k / (GROUP * k_groups(type))) * (size_t)k_super_bytes(type));         \
@@ -332,27 +347,32 @@ static void transpose(int type, size_t panel, const pylora_kernels *K, const cha
                              size_t stride, const void *panel, float *tile) {                      \
     product(type, K, n, k, rows, stride, panel, tile);                                             \
   }                                                                                                \
+  static void product8_##name(const pylora_kernels *K, int64_t n, int64_t k, const void *rows,     \
+                              size_t stride, const void *panel, float *tile) {                     \
+    product(PYLORA_A8 + type, K, n, k, rows, stride, panel, tile);                                 \
+  }                                                                                                \
   static void transpose_##name(const pylora_kernels *K, const void *panels, int64_t k, int64_t d0, \
                                int64_t rows, int64_t j, void *chunk) {                             \
     transpose(type, panel_bytes_##name(k), K, panels, d0, rows, j, chunk);                         \
   }                                                                                                \
-  const pylora_format pylora_format_##name = {                                                     \
-      .dtype = type,                                                                               \
-      .multiple = k_groups_of(type) * GROUP,                                                       \
-      .panel_bytes = panel_bytes_##name,                                                           \
-      .pack_blocks = pack_blocks_##name,                                                           \
-      .blocks_bytes = blocks_bytes_##name,                                                         \
-      .unpack = unpack_##name,                                                                     \
-      .row_bytes = row_bytes,                                                                      \
-      .prepare = prepare,                                                                          \
-      .product = product_##name,                                                                   \
-      .back = PYLORA_F32,                                                                          \
-      .transpose = transpose_##name,                                                               \
-  }
+  const pylora_format pylora_format_##name[2] = {                                                  \
+      EACH(name, type, prepare16, product_##name),                                                 \
+      EACH(name, PYLORA_A8 + type, prepare8, product8_##name)}
 
-/* A constant expression, which C wants of k_groups here. */
-#define k_groups_of(type) \
-  (((type) >= PYLORA_Q2_K && (type) <= PYLORA_Q6_K) || (type) == PYLORA_IQ4_XS ? 8 : 1)
+#define EACH(name, type, prepare_, product_)                \
+  {                                                         \
+      .dtype = type,                                        \
+      .multiple = k_groups_of((type) & ~PYLORA_A8) * GROUP, \
+      .panel_bytes = panel_bytes_##name,                    \
+      .pack_blocks = pack_blocks_##name,                    \
+      .blocks_bytes = blocks_bytes_##name,                  \
+      .unpack = unpack_##name,                              \
+      .row_bytes = row_bytes,                               \
+      .prepare = prepare_,                                  \
+      .product = product_,                                  \
+      .back = PYLORA_F32,                                   \
+      .transpose = transpose_##name,                        \
+  }
 
 FORMAT(q5_0, PYLORA_Q5_0);
 FORMAT(q5_1, PYLORA_Q5_1);

@@ -25,7 +25,11 @@ enum {
   PYLORA_KQUADS = PYLORA_KGROUP / 4,
 };
 
-/* 32 numbers of a row of x, rounded as in pylora_qrow: code = 256 high + low, balanced bytes. */
+#define PYLORA_KROW_MAX 32639 /* 127 * 256 + 127 */
+#define PYLORA_KROW_MAX8 127
+
+/* 32 numbers of a row of x, rounded as in pylora_qrow: x = scale * code, code = 256 high + low, balanced bytes.
+ * With PYLORA_A8 codes are no larger than 127, and high is 0. */
 typedef struct pylora_krow {
   int8_t low[PYLORA_KGROUP], high[PYLORA_KGROUP];
   float scale;

@@ -9,7 +9,7 @@ import numpy as np
 
 from pylora.errors import ShapeError
 from pylora.model.config import LlamaConfig
-from pylora.numbers.precision import Stored
+from pylora.numbers.precision import Stored, weights_of
 from pylora.numbers.quantize import quantize
 from pylora.ops.protocol import Backend
 from pylora.types import Array, Norm
@@ -29,7 +29,7 @@ def weight_bytes(config: LlamaConfig, precision: str) -> int:
     total = 0.0
     for shape in config.tensors().values():
         n = float(np.prod(shape, dtype=np.float64))
-        total += n * (_BYTES[precision] if len(shape) == 2 else 4)
+        total += n * (_BYTES[weights_of(precision)] if len(shape) == 2 else 4)
     return int(total)
 
 
@@ -73,7 +73,9 @@ class FromCheckpoint:
         return W
 
     def _matrix(self, name: str) -> tuple[str, Any]:
-        keeps = {"int8": "q8_0", "int4": "q4_1", "bf16": "bf16"}.get(self.precision, "f32")
+        keeps = {"int8": "q8_0", "int4": "q4_1", "bf16": "bf16"}.get(
+            weights_of(self.precision), "f32"
+        )
         if keeps == "f32":
             return keeps, self.checkpoint.load(name)
         stored: Stored | None = self.checkpoint.stored(name)

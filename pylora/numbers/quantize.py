@@ -24,7 +24,7 @@ from pylora.numbers.precision import BF16, Stored, from_bf16, to_bf16
 from pylora.types import Array
 
 GROUP = 32
-QUANTIZED = ("q8_0", "q4_0", "q4_1")
+KINDS = ("q8_0", "q4_0", "q4_1")
 
 
 def quantize(W: Array, kind: str) -> Stored:
@@ -36,9 +36,9 @@ def quantize(W: Array, kind: str) -> Stored:
         raise DtypeError(
             f"a weight to quantize must be float32 [d, k], got {W.dtype} {list(W.shape)}"
         )
-    if kind not in (*QUANTIZED, "bf16"):
+    if kind not in (*KINDS, "bf16"):
         raise DtypeError(
-            f"numbers are not made into {kind!r} here; choose one of {', '.join(QUANTIZED)}"
+            f"numbers are not made into {kind!r} here; choose one of {', '.join(KINDS)}"
         )
     d, k = W.shape
     width = row_bytes(kind, k)

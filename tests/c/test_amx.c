@@ -106,7 +106,9 @@ static void numbers(void) {
 /* Quantized weights: rows and a panel of any codes, those at their limits among them. */
 static void quantized(int dtype, int64_t m, int64_t groups, int mode) {
   const size_t row = sizeof(pylora_qrow), stride = (size_t)groups * row + PICK(0, 4, 64) * (m > 1);
-  const size_t panel_bytes = (size_t)(groups * q_bytes(dtype));
+  const int kind = pylora_q_kind(dtype);
+  const int most = kind == dtype ? PYLORA_QROW_MAX : PYLORA_QROW_MAX8;
+  const size_t panel_bytes = (size_t)(groups * q_bytes(kind));
   const int64_t ldc = 32 + PICK(0, 1, 32), size = m ? (m - 1) * ldc + 32 : 0;
   char *rows = bytes_of(m ? (size_t)(m - 1) * stride + (size_t)groups * row : 0);
   uint16_t *panel = bytes_of(panel_bytes);
@@ -118,19 +120,25 @@ static void quantized(int dtype, int64_t m, int64_t groups, int mode) {
       pylora_qrow q = {.scale = (float)(1 + below(100)) * 1e-4f};
       int32_t sum = 0;
       const int limits = below(4) == 0;
+      int16_t code[PYLORA_QGROUP];
       for (int t = 0; t < PYLORA_QGROUP; t++) {
-        q.code[t] = limits ? (int16_t)PICK(PYLORA_QROW_MAX, -PYLORA_QROW_MAX, 127, 128, -128, -129)
-                           : (int16_t)(below(2 * PYLORA_QROW_MAX + 1) - PYLORA_QROW_MAX);
-        sum += q.code[t];
+        code[t] = limits ? (int16_t)PICK(most, -most, 127, PYLORA_A8 & dtype ? 0 : 128, -126,
+                                         PYLORA_A8 & dtype ? 1 : -129)
+                         : (int16_t)(below(2 * most + 1) - most);
+        sum += code[t];
       }
-      if (dtype == PYLORA_Q4_1)
+      if (Q_BYTES)
+        q_split(kind, code, q.low, q.high);
+      else
+        memcpy(q.code, code, sizeof code);
+      if (kind == PYLORA_Q4_1)
         q.sum = (float)sum;
       else
-        q.start = dtype == PYLORA_Q4_0 ? -8 * sum : 0;
+        q.start = kind == PYLORA_Q4_0 ? -8 * sum : Q_BYTES ? -128 * sum : 0;
       if (below(40) == 0) q = (pylora_qrow){.scale = NAN};
       memcpy(rows + (size_t)i * stride + (size_t)g * row, &q, row);
     }
-  const size_t codes = (size_t)q_arrays(dtype) * 128, group = (size_t)q_bytes(dtype);
+  const size_t codes = (size_t)q_arrays(kind) * 128, group = (size_t)q_bytes(kind);
   for (size_t i = 0; i < panel_bytes; i += 2) { /* scales are finite, as those of a file are */
     const uint16_t u = (uint16_t)bits64();
     panel[i / 2] =
@@ -149,8 +157,9 @@ static void quantized(int dtype, int64_t m, int64_t groups, int mode) {
 }
 
 static void quantized_sizes(void) {
-  static const int dtypes[] = {PYLORA_Q8_0, PYLORA_Q4_0, PYLORA_Q4_1};
-  for (int d = 0; d < 3; d++) {
+  static const int dtypes[] = {PYLORA_Q8_0,    PYLORA_Q4_0,    PYLORA_Q4_1,
+                               PYLORA_Q8_0_A8, PYLORA_Q4_0_A8, PYLORA_Q4_1_A8};
+  for (size_t d = 0; d < sizeof dtypes / sizeof *dtypes; d++) {
     for (int64_t m = 0; m <= 50; m++) quantized(dtypes[d], m, 1 + below(6), (int)(m % 3));
     for (int64_t groups = 1; groups <= 33; groups++)
       for (int mode = GEMM_SET; mode <= GEMM_ADD; mode++)

@@ -19,7 +19,7 @@ from pylora.model.config import LlamaConfig
 
 pytestmark = needs_library
 IDS = [3, 17, 4, 29, 29]
-PRECISIONS = ("fp32", "bf16", "int8", "int4")
+PRECISIONS = ("fp32", "bf16", "int8", "int4", "int4a8")
 
 
 def check_same(path: Path, precision: str) -> None:

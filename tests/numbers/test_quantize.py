@@ -20,26 +20,25 @@ from pylora.formats.gguf import GGUFCheckpoint
 from pylora.model.llama import Llama
 from pylora.numbers.blocks import BLOCKS, row_bytes
 from pylora.numbers.precision import Stored
-from pylora.numbers.quantize import QUANTIZED, dequantize, quantize
+from pylora.numbers.quantize import KINDS, dequantize, quantize
 from pylora.types import LoRA
 
-KINDS = QUANTIZED
 D, K = 70, 1280  # not a multiple of 32 outputs; more than one piece of a sum
 
 
-def x_error(x: np.ndarray) -> np.ndarray:
-    """|x - scale * code|: half a step, and the rounding of the quotient of up to 32639 steps."""
+def x_error(x: np.ndarray, steps: int) -> np.ndarray:
+    """|x - scale * code|: half a step, and the rounding of the quotient of up to `steps` steps."""
     groups = np.abs(x.astype(np.float64)).reshape(len(x), -1, 32).max(axis=2)
-    step = np.maximum(groups / 32639 * (1 + gamma(1)), 2.0**-126)
-    return np.repeat(step * (0.5 + 32639 * gamma(1)), 32, axis=1)
+    step = np.maximum(groups / steps * (1 + gamma(1)), 2.0**-126)
+    return np.repeat(step * (0.5 + steps * gamma(1)), 32, axis=1)
 
 
-def bound(x: np.ndarray, stored: Stored) -> np.ndarray:
+def bound(x: np.ndarray, stored: Stored, steps: int = 32639) -> np.ndarray:
     """Of x Wᵀ: x is rounded, sums within a group are exact. Then float32: two roundings for each
     of the 32 groups of a piece (one where it is fused), one for each piece, and 8: the group's sum
     to float32, times its scale, plus the minimum's part, those of its other half, and the value
     that the oracle's W has."""
-    size, E = magnitudes(stored), x_error(x)
+    size, E = magnitudes(stored), x_error(x, steps)
     pieces = -(-x.shape[1] // 1024)
     n = 2 * 32 + pieces + 8
     return E @ size.T + gamma(n) * ((np.abs(x) + E) @ size.T) + 2.0**-126
@@ -86,7 +85,7 @@ def test_blocks_of_a_file_have_exactly_their_values(
     expected = values(stored)
     assert kind == "mxfp4" or not np.isfinite(expected).all()
     assert np.array_equal(dequantize(stored), expected, equal_nan=True)
-    for precision in ("int8", "int4"):
+    for precision in ("int8", "int4", "int4a8"):
         P = ops.pack(stored, precision)
         assert np.array_equal(ops.unpack(P), expected, equal_nan=True)
         ids = rng.integers(0, D, 40)
@@ -96,16 +95,17 @@ def test_blocks_of_a_file_have_exactly_their_values(
         assert y.shape == (3, D)
 
 
+@pytest.mark.parametrize("precision, steps", [("int8", 32639), ("int8a8", 127)])
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_products_are_within_the_bound_and_rows_depend_on_nothing_else(
-    rng: np.random.Generator, core: Any, kind: str
+    rng: np.random.Generator, core: Any, kind: str, precision: str, steps: int
 ) -> None:
     stored = random_blocks(rng, kind, D, K)
     x = (rng.normal(size=(50, K)) * 10.0 ** rng.integers(-3, 4, (50, 1))).astype(np.float32)
     x[1], x[2, 32:64] = 0, 0
     x[3, :32] *= np.float32(1e30)
-    exact, allowed = x.astype(np.float64) @ values(stored).astype(np.float64).T, bound(x, stored)
-    P = core.pack(stored, "int8")
+    exact = x.astype(np.float64) @ values(stored).astype(np.float64).T
+    allowed, P = bound(x, stored, steps), core.pack(stored, precision)
     fused = None
     for isa in core.isas():
         core.use_isa(isa)

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from pylora.conformance.bounds.moves import GROUP, STEPS
+from pylora.conformance.bounds.moves import GROUP, STEPS, steps
 from pylora.conformance.correct.plain import Correct, CorrectModule
 from pylora.extras import need
+from pylora.numbers.precision import QUANTIZED, weights_of
 from pylora.reference import Reference
 from pylora.types import Array, Drop, LoRA
 
@@ -38,11 +39,11 @@ def in_groups(a: Array, function: Callable[[Array], Array]) -> Array:
     return done.reshape(filled.shape)[:, : a.shape[1]].astype(F)
 
 
-def as_integers(x: Array, steps: int = STEPS) -> Array:
-    """Each element the nearest multiple of max|x| / steps of its group."""
+def as_integers(x: Array, most: int = STEPS) -> Array:
+    """Each element the nearest multiple of max|x| / most of its group."""
 
     def rounded(g: Array) -> Array:
-        step = np.abs(g).max(axis=2, keepdims=True) / F(steps)
+        step = np.abs(g).max(axis=2, keepdims=True) / F(most)
         codes: Array = np.rint(g / np.where(step > 0, step, F(1)))
         return codes * step
 
@@ -87,7 +88,7 @@ class Rounds(Reference):
     def stored(self, W: Array) -> Array:
         """The values that the precision keeps of W."""
         by: dict[str, Callable[[Array], Array]] = {"bf16": to_bf16, "int8": q8_0, "int4": q4_1}
-        return by.get(self.precision, np.ascontiguousarray)(W)
+        return by.get(weights_of(self.precision), np.ascontiguousarray)(W)
 
     def low(self, a: Array) -> Array:
         """A factor of a product with the adapter, and in bf16 of any."""
@@ -95,7 +96,9 @@ class Rounds(Reference):
 
     def of_x(self, x: Array) -> Array:
         """x as it is multiplied with W."""
-        return as_integers(x) if self.precision in ("int8", "int4") else self.low(x)
+        if self.precision in QUANTIZED:
+            return as_integers(x, steps(self.precision))
+        return self.low(x)
 
     def product(self, x: Array, M: Array) -> Array:
         """x M, in three products of bfloat16 halves where the precision says so."""
@@ -190,3 +193,11 @@ class Int8(Rounded):
 
 class Int4(Rounded):
     name, precision = "pylora reference, int4", "int4"
+
+
+class Int8a8(Rounded):
+    name, precision = "pylora reference, int8a8", "int8a8"
+
+
+class Int4a8(Rounded):
+    name, precision = "pylora reference, int4a8", "int4a8"
