@@ -32,40 +32,43 @@ static void clear_codes(int dtype, uint8_t *rows, int64_t blocks) {
     memset(rows + b * k_block_bytes(dtype) + first, 0, (size_t)(last - first));
 }
 
-static pylora_mat unpacked(int dtype, const uint8_t *rows, int64_t d, int64_t k, pylora_packed *P) {
+static pylora_mat unpacked(int dtype, int a8, const uint8_t *rows, int64_t d, int64_t k,
+                           pylora_packed *P) {
   const int64_t width = k / (32 * k_groups(dtype)) * k_block_bytes(dtype);
-  OK(pylora_pack_blocks(dtype, d, k, rows, width, bytes_of(pylora_pack_bytes(dtype, d, k)), P));
+  OK(pylora_pack_blocks(dtype + a8, d, k, rows, width,
+                        bytes_of(pylora_pack_bytes(dtype + a8, d, k)), P));
   const pylora_mat W = matrix(d, k, 0);
   OK(pylora_unpack(P, &W));
   return W;
 }
 
-/* Numbers that x's 16 bits hold: multiples of a power of two for each group of 32. */
-static pylora_mat whole_rows(int64_t m, int64_t k) {
+/* Numbers that x's bits hold: multiples of a power of two for each group of 32. */
+static pylora_mat whole_rows(int64_t m, int64_t k, int64_t most) {
   const pylora_mat x = matrix(m, k, 0);
   for (int64_t i = 0; i < m; i++)
     for (int64_t j = 0; j < k; j += 32) {
       const float unit = ldexpf(1, (int)below(20) - 24);
       for (int64_t t = 0; t < 32; t++)
-        *el(&x, i, j + t) = unit * (float)(t ? below(2 * 32639 + 1) - 32639 : PICK(32639, -32639));
+        *el(&x, i, j + t) = unit * (float)(t ? below(2 * most + 1) - most : PICK(most, -most));
     }
   return x;
 }
 
-static void one_case(int dtype, int64_t m) {
+static void one_case(int dtype, int a8, int64_t m) {
   const int64_t unit = 32 * k_groups(dtype),
                 k = unit * (unit == 32 ? PICK(1, 3, 9, 40) : PICK(1, 2, 5)),
                 d = PICK(1, 31, 32, 70);
   char setup[sizeof context];
   strcpy(setup, context);
-  snprintf(context + strlen(context), 64, " dtype %d m%d k%d d%d", dtype, (int)m, (int)k, (int)d);
+  snprintf(context + strlen(context), 64, " dtype %d+%d m%d k%d d%d", dtype, a8, (int)m, (int)k,
+           (int)d);
   uint8_t *rows = random_rows(dtype, d, k);
   pylora_packed P, empty;
-  const pylora_mat W = unpacked(dtype, rows, d, k, &P);
+  const pylora_mat W = unpacked(dtype, a8, rows, d, k, &P);
   if (k_has_minimum(dtype)) clear_codes(dtype, rows, d * k / unit);
-  const pylora_mat least = unpacked(dtype, rows, d, k, &empty);
-  const pylora_mat x = whole_rows(m, k), dy = matrix(m, d, 1), ax = abs_of(&x), ady = abs_of(&dy),
-                   aW = abs_of(&W), size = abs_of(&W);
+  const pylora_mat least = unpacked(dtype, a8, rows, d, k, &empty);
+  const pylora_mat x = whole_rows(m, k, a8 ? 127 : 32639), dy = matrix(m, d, 1), ax = abs_of(&x),
+                   ady = abs_of(&dy), aW = abs_of(&W), size = abs_of(&W);
   if (k_has_minimum(dtype)) /* a value's parts may be larger than it */
     for (int64_t i = 0; i < d; i++)
       for (int64_t j = 0; j < k; j++) *el(&size, i, j) += 2 * fabsf(*el(&least, i, j));
@@ -97,18 +100,21 @@ static void one_case(int dtype, int64_t m) {
 
 static void cases(void) {
   for (int dtype = PYLORA_Q5_0; dtype <= PYLORA_MXFP4; dtype++) {
-    const int64_t rows[] = {0, 1, 2, 3, 4, 7, 8, 16, 23, 70};
-    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) one_case(dtype, rows[i]);
+    const int64_t rows[] = {0, 1, 2, 3, 4, 7, 8, 16, 23, 70, 5, 17};
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+      one_case(dtype, i % 2 ? PYLORA_A8 : 0, rows[i]);
+    one_case(dtype, 0, 1);
+    one_case(dtype, 0, 70);
   }
 }
 
 /* Tables with fused multiply-adds give the same bits. */
-static void tables_agree(void) {
+static void tables_agree(int a8) {
   for (int dtype = PYLORA_Q5_0; dtype <= PYLORA_MXFP4; dtype++) {
     enum { M = 21, D = 40, K = 1280 };
     pylora_packed P;
     const uint8_t *rows = random_rows(dtype, D, K);
-    const pylora_mat W = unpacked(dtype, rows, D, K, &P), x = matrix(M, K, 1),
+    const pylora_mat W = unpacked(dtype, a8, rows, D, K, &P), x = matrix(M, K, 1),
                      first = matrix(M, D, 0);
     (void)W;
     const size_t bytes = pylora_lora_workspace(M, D, K, 0);
@@ -153,7 +159,10 @@ static void refused(void) {
 
 int main(void) {
   each_setup(cases);
-  if (!getenv("PYLORA_TEST_ISA")) tables_agree();
+  if (!getenv("PYLORA_TEST_ISA")) {
+    tables_agree(0);
+    tables_agree(PYLORA_A8);
+  }
   refused();
   return finish("test_blocks");
 }
