@@ -103,6 +103,8 @@ static void numbers(void) {
   }
 }
 
+static int in_bytes = Q_BYTES; /* rows of x: as the tables' quantize_row makes them */
+
 /* Quantized weights: rows and a panel of any codes, those at their limits among them. */
 static void quantized(int dtype, int64_t m, int64_t groups, int mode) {
   const size_t row = sizeof(pylora_qrow), stride = (size_t)groups * row + PICK(0, 4, 64) * (m > 1);
@@ -127,14 +129,14 @@ static void quantized(int dtype, int64_t m, int64_t groups, int mode) {
                          : (int16_t)(below(2 * most + 1) - most);
         sum += code[t];
       }
-      if (Q_BYTES)
+      if (in_bytes)
         q_split(kind, code, q.low, q.high);
       else
         memcpy(q.code, code, sizeof code);
       if (kind == PYLORA_Q4_1)
         q.sum = (float)sum;
       else
-        q.start = kind == PYLORA_Q4_0 ? -8 * sum : Q_BYTES ? -128 * sum : 0;
+        q.start = kind == PYLORA_Q4_0 ? -8 * sum : in_bytes ? -128 * sum : 0;
       if (below(40) == 0) q = (pylora_qrow){.scale = NAN};
       memcpy(rows + (size_t)i * stride + (size_t)g * row, &q, row);
     }
@@ -239,6 +241,7 @@ int main(int argc, char **argv) {
   if (pylora_use_isa("amx") == PYLORA_OK) {
     K = pylora_table();
     plain = &pylora_kernels_avx512vnni;
+    in_bytes = 1;
     sizes();
     numbers();
     quantized_sizes();
