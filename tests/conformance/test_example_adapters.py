@@ -59,6 +59,15 @@ def test_the_c_backend_keeps_every_law_in_every_precision(adapter, precision):
     assert {o.law.id for o in report.of("passed")} >= {"F5", "F7", "Q1", "B1", "X5", "N4", "N6"}
 
 
+@pytest.mark.parametrize("kind", ["Q50", "Q4K", "Q6K"])
+def test_the_c_backend_keeps_every_law_on_blocks_of_a_file(adapter, kind):
+    if "c" not in backends.available():
+        pytest.skip("the backend c is not built here")
+    report = run(adapter("pylora_blocks", kind), examples=4)
+    assert wrong(report) == set() and report.warnings == []
+    assert len(report.of("passed")) >= 90
+
+
 def test_plain_numpy_keeps_every_law_that_it_can_be_asked(adapter):
     report = run(adapter("numpy_ten_lines", "Plain"), examples=25)
     assert wrong(report) == set()
