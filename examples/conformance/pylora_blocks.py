@@ -109,6 +109,7 @@ class Blocks(Padding):
 
 class _InBlocks(C):
     precision, kind = "blocks", ""
+    dtypes = ("float32",)  # of arrays: what is rounded to bfloat16 is no matter of blocks
 
     def __init__(self) -> None:
         _Backend.__init__(self, "c", "int4")
