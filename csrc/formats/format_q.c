@@ -6,6 +6,7 @@
 
 #include "formats/format.h"
 #include "formats/format_q.h"
+#include "formats/half.h"
 
 enum {
   PANEL = PYLORA_PANEL,
@@ -25,17 +26,6 @@ static size_t group_bytes(int kind) {
 }
 
 /* ---- float16 ---- */
-
-static float from_half(uint16_t h) {
-  uint32_t u = (uint32_t)(h & 0x7fff) << 13, sign = (uint32_t)(h & 0x8000) << 16;
-  float v;
-  memcpy(&v, &u, 4);
-  v *= 0x1p112f; /* float16's exponents are 112 less; subnormal numbers come right, too */
-  memcpy(&u, &v, 4);
-  u |= sign | ((h & 0x7fff) > 0x7bff ? 0x7f800000u : 0);
-  memcpy(&v, &u, 4);
-  return v;
-}
 
 static uint16_t to_half(float x) { /* to nearest even */
   uint32_t u;

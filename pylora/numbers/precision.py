@@ -4,8 +4,8 @@
     fp32x3   float32 weights and activations as two bfloat16 halves each: three products for one
     bf16     weights and what feeds a product in bfloat16; sums and the residual stream in float32
     fp16     the same with float16: on GPUs alone
-    int8     weights in ggml's Q8_0 (or as a file stores them); activations in float32
-    int4     weights in ggml's Q4_1 (or as a file stores them); activations in float32
+    int8     weights in ggml's Q8_0, or in the blocks of a GGUF file; activations in float32
+    int4     weights in ggml's Q4_1, or in the blocks of a GGUF file; activations in float32
     int8a8, int4a8   the same weights; what a product with one takes is rounded to 8 bits, not to 16
 
 A precision says what a frozen weight keeps of its source and what a product rounds (csrc/pylora.h,
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pylora.errors import ConfigError, DtypeError
+from pylora.numbers.blocks import BLOCKS
 from pylora.types import Array, brief
 
 PRECISIONS = ("fp32", "fp32x3", "bf16", "fp16", "int8", "int4", "int8a8", "int4a8")
@@ -33,7 +34,7 @@ A8_ERROR = 0.02
 
 BF16 = np.dtype([("bf16", "<u2")], align=True)
 
-STORED_KINDS = ("q8_0", "q4_0", "q4_1", "bf16")
+STORED_KINDS = (*BLOCKS, "bf16")
 
 
 @dataclass(frozen=True, eq=False)

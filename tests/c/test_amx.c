@@ -158,6 +158,47 @@ static void quantized(int dtype, int64_t m, int64_t groups, int mode) {
   release();
 }
 
+/* The same of K-quants and their kin. */
+static void kin(int dtype, int64_t m, int64_t supers, int mode) {
+  const int type = dtype & ~PYLORA_A8, most = type == dtype ? PYLORA_KROW_MAX : PYLORA_KROW_MAX8;
+  const int64_t groups = supers * k_groups(type);
+  const size_t stride = (size_t)groups * sizeof(pylora_krow) + PICK(0, 4, 64) * (m > 1);
+  const size_t panel_bytes = (size_t)(supers * k_super_bytes(type));
+  const int64_t ldc = 32 + PICK(0, 1, 32), size = m ? (m - 1) * ldc + 32 : 0;
+  char *rows = bytes_of((size_t)m * stride);
+  uint8_t *panel = bytes_of(panel_bytes);
+  float *c = floats(size, 1), *want = bytes_of((size_t)size * sizeof(float)),
+        *x = floats(groups * 32, 1);
+  snprintf(context, sizeof context, "%s, dtype %d, %d rows, %d supers, mode %d", K->name, dtype,
+           (int)m, (int)supers, mode);
+  for (int64_t i = 0; i < m; i++) {
+    for (int64_t t = 0; t < groups * 32; t++) x[t] = below(9) ? uniform() : (float)PICK(1, -1, 0);
+    if (below(20) == 0) x[below(groups * 32)] = NAN;
+    plain->quantize_bytes(most, groups, x, rows + (size_t)i * stride);
+  }
+  for (size_t i = 0; i < panel_bytes; i++) panel[i] = (uint8_t)bits64();
+  for (int64_t s = 0; s < supers; s++) /* float16 scales are finite, and no exponent is 255 */
+    for (int i = 0; i < (type == PYLORA_MXFP4 ? 32 : k_has_minimum(type) ? 128 : 64); i++)
+      panel[s * k_super_bytes(type) + i] &= type == PYLORA_MXFP4 ? 0x7f : i % 2 ? 0xbf : 0xff;
+  if (size) memcpy(want, c, (size_t)size * sizeof(float));
+  plain->gemm_k(dtype, m, supers, rows, stride, panel, want, ldc, mode);
+  K->gemm_k(dtype, m, supers, rows, stride, panel, c, ldc, mode);
+  EXPECT(!amx_configured, "tiles were not released");
+  for (int64_t i = 0; i < size; i++)
+    EXPECT(same(c[i], want[i]), "[%d] %.9g, without tiles %.9g", (int)i, (double)c[i],
+           (double)want[i]);
+  release();
+}
+
+static void kin_sizes(void) {
+  for (int type = PYLORA_Q5_0; type <= PYLORA_MXFP4; type++)
+    for (int a8 = 0; a8 <= PYLORA_A8; a8 += PYLORA_A8) {
+      const int64_t rows[] = {1, 7, 8, 9, 15, 16, 17, 24, 33, 64, 73, 90};
+      for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+        kin(type + a8, rows[i], 1 + below(k_groups(type) == 8 ? 2 : 12), (int)(i % 3));
+    }
+}
+
 static void quantized_sizes(void) {
   static const int dtypes[] = {PYLORA_Q8_0,    PYLORA_Q4_0,    PYLORA_Q4_1,
                                PYLORA_Q8_0_A8, PYLORA_Q4_0_A8, PYLORA_Q4_1_A8};
@@ -178,6 +219,7 @@ static void self_test(void) {
     EXPECT(!amxq_right(), "wrong tiles of kind %d were taken for right", amx_fault);
   amx_fault = 0;
   EXPECT(amxq_right(), "right tiles of bytes were taken for wrong");
+  EXPECT(amxk_right(), "right tiles of K-quants were taken for wrong");
   EXPECT(amx_right(), "right tiles were taken for wrong");
   EXPECT(pylora_kernels_amx_here.supported(), "the table is not offered");
 }
@@ -194,6 +236,7 @@ int main(int argc, char **argv) {
   sizes();
   numbers();
   quantized_sizes();
+  kin_sizes();
 #if defined(PYLORA_AMX) && !defined(WITHOUT_HARDWARE)
   if (pylora_use_isa("amx") == PYLORA_OK) {
     K = pylora_table();
@@ -202,6 +245,7 @@ int main(int argc, char **argv) {
     sizes();
     numbers();
     quantized_sizes();
+    kin_sizes();
     printf("AMX itself was checked, too\n");
   }
 #endif
