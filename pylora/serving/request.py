@@ -40,9 +40,9 @@ class Request:
     that of `generate(..., first_row=row)`. `adapters` are (name, weight): none is the base model,
     one of weight 1 is that adapter, several are their weighted sum. `stop_ids` end the answer and
     are no part of it; None: the model's end-of-text tokens. With `ignore_eos` nothing ends it
-    but its length. `logprobs` k asks for each token's logprob and the k likeliest; `prompt_logprobs`
-    for those of the prompt's tokens, too (an `Echo` event). `deadline` is an instant of
-    `time.monotonic()`. `key` names whose request it is: the engine is fair between keys.
+    but its length. `logprobs` k asks for each token's logprob and the k likeliest, and
+    `prompt_logprobs` for those of the prompt's tokens (an `Echo` event). `deadline` is an instant
+    of `time.monotonic()`. `key` names whose request it is: the engine is fair between keys.
     """
 
     ids: Sequence[int]
@@ -155,3 +155,11 @@ class QueueFull(PyloraError):
 
 class Closed(PyloraError):
     """The engine is closing or closed and takes no more requests."""
+
+
+class UnknownAdapter(ConfigError):
+    """A request names an adapter that is not there."""
+
+
+class AdaptersFull(QueueFull):
+    """All adapters that fit in memory are in use; one of them has to end first."""
