@@ -173,7 +173,9 @@ class Course:
         self.note.status, self.note.error = problem.status, str(problem)
 
 
-async def answer(house: House, way: Way, request: HttpRequest, who: Key, note: log.Note) -> Response:
+async def answer(
+    house: House, way: Way, request: HttpRequest, who: Key, note: log.Note
+) -> Response:
     """The endpoint. Problem for what cannot be answered."""
     data = await wire.read_bytes(request, house.limits.body)
     course = Course(house, way, who, note)

@@ -7,7 +7,7 @@ elsewhere: its policy forbids it.
 from __future__ import annotations
 
 import mimetypes
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from importlib.resources import files
 
 from starlette.applications import Starlette
@@ -22,7 +22,12 @@ from pylora.web.house import House
 from pylora.web.problem import Problem
 from pylora.web.routes import ROUTES, guarded
 
-_KINDS = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml", ".html": "text/html"}
+_KINDS = {
+    ".js": "text/javascript",
+    ".css": "text/css",
+    ".svg": "image/svg+xml",
+    ".html": "text/html",
+}
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -64,7 +69,9 @@ def application(house: House, cors: Sequence[str] = (), page: bool = True) -> St
         if status == 405:
             allowed = ", ".join(known) or "GET"
             said = f"{path} is asked by {allowed}, not by {request.method[:20]}"
-            return wire.refused(Problem(405, said, code="method_not_allowed", headers={"Allow": allowed}))
+            return wire.refused(
+                Problem(405, said, code="method_not_allowed", headers={"Allow": allowed})
+            )
         said = f"there is no {path!r} here; /openapi.json lists what there is"
         return wire.refused(Problem(404, said, code="not_found"))
 
@@ -80,8 +87,8 @@ def page_files() -> dict[str, str]:
     return {"/": "index.html"} | {f"/page/{name}": name for name in names}
 
 
-def _file(name: str) -> type[Response] | object:
-    data = files("pylora.web").joinpath("page", name).read_bytes()
+def _file(name: str) -> Callable[[Request], Awaitable[Response]]:
+    data = files("pylora.web").joinpath("page").joinpath(name).read_bytes()
     suffix = name[name.rfind(".") :]
     kind = _KINDS.get(suffix) or mimetypes.guess_type(name)[0] or "application/octet-stream"
 

@@ -17,7 +17,7 @@ from pylora.generation.sampling import Sampling
 from pylora.generation.text import stop_strings
 from pylora.serving.request import Request
 from pylora.web.grammars import Form, Grammars, form_of
-from pylora.web.problem import Problem, malformed
+from pylora.web.problem import malformed
 from pylora.web.tools import Style, must_call, style_of
 
 if TYPE_CHECKING:
@@ -137,7 +137,9 @@ def prompts_of(
         if isinstance(one, str):
             ids = tokenizer.encode(one, bos=tokenizer.add_bos)
             if not ids and tokenizer.bos_id is None:
-                raise malformed(f"{place} is empty, and the model has no token to begin with", where)
+                raise malformed(
+                    f"{place} is empty, and the model has no token to begin with", where
+                )
             prompts.append(Prompt(ids or [tokenizer.bos_id or 0], one))
             continue
         size = house.vocabulary
@@ -149,9 +151,7 @@ def prompts_of(
     return prompts
 
 
-def rendered(
-    tokenizer: Tokenizer, body: Mapping[str, Any], tools: Sequence[Any] | None
-) -> Prompt:
+def rendered(tokenizer: Tokenizer, body: Mapping[str, Any], tools: Sequence[Any] | None) -> Prompt:
     """A conversation as a prompt. Problem, or the template's DataError."""
     template = tokenizer.chat_template or ""
     messages = [_message(m, i, template) for i, m in enumerate(body["messages"])]
@@ -172,14 +172,15 @@ def rendered(
     )
     if goes_on:
         last = messages[-1].get("content")
-        end = text.rfind(last.strip()) if isinstance(last, str) and last.strip() else -1
+        last = last.strip() if isinstance(last, str) else ""
+        end = text.rfind(last) if last else -1
         if end < 0:
             raise malformed(
                 "continue_final_message: the chat template does not show the last message as it "
                 "is, so it cannot be gone on with",
                 "continue_final_message",
             )
-        text = text[: end + len(last.strip())]
+        text = text[: end + len(last)]
     ids = tokenizer.encode_chat(text)
     if not ids:
         raise malformed("the chat template makes nothing of these messages", "messages")
@@ -299,34 +300,3 @@ def _sampling(body: Mapping[str, Any], vocabulary: int) -> Sampling:
         frequency_penalty=body.get("frequency_penalty", 0.0),
         logit_bias=body.get("logit_bias", {}),
     )
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How much one request may ask for. `context`: tokens of prompt and answer together; `most`:
-    of one answer; `seconds`: until it has to end; `body`: bytes; `answers`: n times prompts."""
-
-    context: int
-    most: int | None = None
-    seconds: float | None = None
-    body: int = 8 << 20
-    answers: int = 256
-
-    def tokens(self, prompt: int, asked: int | None) -> int:
-        """How many new tokens there may be. Problem where the model's context is too short."""
-        room = self.context - prompt
-        least = 1 if asked is None else asked
-        if least > room:
-            wanted = "" if asked is None else f" with {asked} new ones"
-            raise Problem(
-                400,
-                f"the prompt has {prompt} tokens;{wanted} that is more than the {self.context} "
-                "that fit; shorten it, or ask for fewer tokens",
-                param="max_tokens" if asked is not None and prompt < self.context else None,
-                code="context_length_exceeded",
-            )
-        if self.most is not None and asked is not None and asked > self.most:
-            raise malformed(
-                f"max_tokens is {asked}; this server gives at most {self.most}", "max_tokens"
-            )
-        return min(room, self.most or room) if asked is None else asked

@@ -66,7 +66,7 @@ class Choice:
         if logs:
             self._waiting.append(Entry(token, self.stream.decoded))
         text = self.stream.push(token.id)
-        if self.stream.stopped:
+        if self.stream.stopped_by is not None:
             return self._piece(text, self._before_the_stop())
         # While nothing is certain, entries wait for the text that they belong to.
         return self._piece(text, self._release() if text else [])

@@ -119,7 +119,9 @@ def list_of(item: Field, *, least: int = 0, most: int | None = None, takes: str 
     said = takes or f"a list{count}, each {item.takes}"
 
     def fits(value: Json) -> bool:
-        return isinstance(value, list) and least <= len(value) and (most is None or len(value) <= most)
+        return (
+            isinstance(value, list) and least <= len(value) and (most is None or len(value) <= most)
+        )
 
     def read(value: Json, where: str) -> Json:
         return [item(v, f"{where}[{i}]") for i, v in enumerate(value)]

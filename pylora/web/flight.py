@@ -37,7 +37,7 @@ class Flight:
         self._closed = False
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """All of them, or none. Problem where there is no room (429), or where the engine closes."""
+        """All of them, or none. Problem: no room (429), an engine that closes (503)."""
         try:
             for i, request in enumerate(requests):
                 self._tickets.append(self._engine.submit(request, partial(self._hear, i)))

@@ -82,7 +82,9 @@ def form_of(body: Mapping[str, Any]) -> Form | None:
             found[1].param,
         )
     if found and len(found[0].source) > MOST_GRAMMAR:
-        raise malformed(f"{found[0].param} is longer than {MOST_GRAMMAR} characters", found[0].param)
+        raise malformed(
+            f"{found[0].param} is longer than {MOST_GRAMMAR} characters", found[0].param
+        )
     return found[0] if found else None
 
 
@@ -133,7 +135,8 @@ class Grammars:
         """What follows one answer. Problem that names the field for what cannot be carried out."""
         if not self.tokenizer.eos_ids:
             raise malformed(
-                f"{form.param}: this model has no token that ends a text, so no form can end", form.param
+                f"{form.param}: this model has no token that ends a text, so no form can end",
+                form.param,
             )
         with self._lock:
             compiled = self._compiled.get(form)

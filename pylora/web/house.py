@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
 from pylora.serving.engine import Engine
-from pylora.web.ask import Limits
 from pylora.web.grammars import Grammars
 from pylora.web.keys import Keys
+from pylora.web.limits import Limits
 from pylora.web.metrics import Metrics
 from pylora.web.problem import closing
 from pylora.web.shelf import Mix, Shelf

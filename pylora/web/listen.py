@@ -40,8 +40,8 @@ def bound(host: str, port: int, backlog: int) -> socket.socket:
     except OSError as error:
         listening.close()
         raise ConfigError(
-            f"port {port} of {host} cannot be had: {error.strerror or error}; name another (--port), "
-            "or 0 for any that is free"
+            f"port {port} of {host} cannot be had: {error.strerror or error}; name another "
+            "(--port), or 0 for any that is free"
         ) from None
     return listening
 
@@ -50,7 +50,9 @@ def settings(app: Any, tls: Mapping[str, Any]) -> uvicorn.Config:
     """uvicorn's settings. ConfigError for TLS settings that it does not have or cannot use."""
     for name in tls:
         if name not in _TLS:
-            raise ConfigError(f"there is no TLS setting {name!r}; there are {', '.join(sorted(_TLS))}")
+            raise ConfigError(
+                f"there is no TLS setting {name!r}; there are {', '.join(sorted(_TLS))}"
+            )
     given = {name: value for name, value in tls.items() if value is not None}
     if ("ssl_keyfile" in given) and "ssl_certfile" not in given:
         raise ConfigError("a key of TLS needs its certificate (ssl_certfile)")
@@ -120,7 +122,9 @@ class Http(uvicorn.Server):
         stats = self.house.engine.stats()
         log.logger.info(
             "ending",
-            extra={"fields": {"running": stats.running, "queued": stats.queued, "grace": self.grace}},
+            extra={
+                "fields": {"running": stats.running, "queued": stats.queued, "grace": self.grace}
+            },
         )
         self.config.timeout_graceful_shutdown = int(self.grace + _SPARE)
         loop = asyncio.get_running_loop()

@@ -94,4 +94,5 @@ def configure(level: str = "info", form: str = "text") -> None:
         one = logging.getLogger(name)
         one.handlers[:] = [handler] if name != "uvicorn.error" else []
         one.propagate = name == "uvicorn.error"
-        one.setLevel(level.upper())
+        # uvicorn says that it begins and ends; so does pylora, in its own words.
+        one.setLevel(level.upper() if name == "pylora" or level == "debug" else "WARNING")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pylora.web.house import House
-
-if TYPE_CHECKING:
-    from pylora.web.routes import Route
+from pylora.web.route import Route
 
 Schema = dict[str, Any]
 
@@ -27,7 +25,8 @@ _MAYBE: Schema = {"type": ["string", "null"]}
 ERROR = _object(error=_object(message=_TEXT, type=_TEXT, param=_MAYBE, code=_MAYBE))
 _USAGE = _object(prompt_tokens=_COUNT, completion_tokens=_COUNT, total_tokens=_COUNT)
 _HEAD: Mapping[str, Schema] = {
-    "id": _TEXT, "object": _TEXT, "created": _COUNT, "model": _TEXT, "usage": _USAGE, "seed": _COUNT,
+    "id": _TEXT, "object": _TEXT, "created": _COUNT, "model": _TEXT, "usage": _USAGE,
+    "seed": _COUNT,
 }  # fmt: skip
 _ENDED: Mapping[str, Schema] = {
     "index": _COUNT,
@@ -71,8 +70,8 @@ def description(routes: Sequence[Route], house: House) -> Schema:
         "info": {
             "title": "pylora",
             "version": pylora.__version__,
-            "description": "One base model, many LoRA adapters. OpenAI's interface, with vLLM's and "
-            "llama.cpp's for adapters.",
+            "description": "One base model, many LoRA adapters. OpenAI's interface, with vLLM's "
+            "and llama.cpp's for adapters.",
         },
         "paths": paths,
         "components": {

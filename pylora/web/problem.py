@@ -86,7 +86,10 @@ def of(error: Exception) -> Problem:
         return malformed(str(error))
     if isinstance(error, MemoryError):
         return Problem(
-            503, "there is not enough memory for this request", code="no_memory", kind="server_error"
+            503,
+            "there is not enough memory for this request",
+            code="no_memory",
+            kind="server_error",
         )
     return Problem(
         500,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import ClientDisconnect
@@ -21,26 +20,13 @@ from pylora.web.answers import Way, answer
 from pylora.web.fields import Field, Record
 from pylora.web.house import House
 from pylora.web.keys import Key
+from pylora.web.openapi import description
 from pylora.web.problem import Problem, malformed
+from pylora.web.route import Endpoint, Route
 
 Body = Mapping[str, Any]
-Endpoint = Callable[[House, HttpRequest, Key, log.Note], Awaitable[Response]]
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 NOBODY = Key("", frozenset(), False)
-
-
-@dataclass(frozen=True)
-class Route:
-    """A path. `body`: what it takes; `gives`: the answer as JSON Schema; `key`: whether one is
-    needed, where the server has keys."""
-
-    path: str
-    method: str
-    what: str
-    endpoint: Endpoint
-    body: Record | Field | None = None
-    gives: Mapping[str, Any] | None = None
-    key: bool = True
 
 
 def guarded(house: House, route: Route) -> Callable[[HttpRequest], Awaitable[Response]]:
@@ -91,9 +77,7 @@ def _way(way: Way) -> Endpoint:
     return endpoint
 
 
-def _reads(
-    work: Callable[[House, Key, Any], Any], body: Record | Field
-) -> Endpoint:
+def _reads(work: Callable[[House, Key, Any], Any], body: Record | Field) -> Endpoint:
     """An endpoint that reads a body and gives an object, both in a thread."""
 
     async def endpoint(house: House, request: HttpRequest, who: Key, note: log.Note) -> Response:
@@ -195,8 +179,8 @@ def _embed(house: House, who: Key, body: Body) -> Any:
     house.shelf.chosen(who, body)
     raise Problem(
         400,
-        f"{house.shelf.base!r} is a model that writes text: its files name no pooling, so it has no "
-        "embeddings; ask a model that was trained for them",
+        f"{house.shelf.base!r} is a model that writes text: its files name no pooling, so it "
+        "has no embeddings; ask a model that was trained for them",
         param="model",
         code="embeddings_not_supported",
     )
@@ -220,8 +204,6 @@ async def _metrics(house: House, request: HttpRequest, who: Key, note: log.Note)
 
 
 async def _openapi(house: House, request: HttpRequest, who: Key, note: log.Note) -> Response:
-    from pylora.web.openapi import description
-
     return wire.Json(description(ROUTES, house))
 
 
@@ -268,7 +250,9 @@ ROUTES: tuple[Route, ...] = (
         _reads(_set_scales, schemas.SCALES),
         schemas.SCALES,
     ),
-    Route("/tokenize", "POST", "ids of a text", _reads(_tokenize, schemas.TOKENIZE), schemas.TOKENIZE),
+    Route(
+        "/tokenize", "POST", "ids of a text", _reads(_tokenize, schemas.TOKENIZE), schemas.TOKENIZE
+    ),
     Route(
         "/detokenize",
         "POST",

@@ -90,9 +90,7 @@ _SHARED: dict[str, Field] = {
     "timeout": _seconds,
     "return_tokens_as_token_ids": flag(),
 }
-_SCHEMA = either(
-    anything(), flag(), takes="a JSON schema: an object, true or false"
-)
+_SCHEMA = either(anything(), flag(), takes="a JSON schema: an object, true or false")
 _CHOICE = list_of(text(least=1), least=1, most=10000)
 STRUCTURED = Record(
     "structured_outputs",
@@ -305,4 +303,3 @@ UNLOAD = Record(
     idle=frozenset({"lora_int_id"}),
 )  # fmt: skip
 SCALES = list_of(SCALED.as_field(), most=100000, takes="a list of {'id', 'scale'}")
-

@@ -14,7 +14,8 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -27,9 +28,10 @@ from pylora.generation.sampling import whole_number
 from pylora.serving.adapters import Registry
 from pylora.serving.engine import Engine
 from pylora.serving.watch import Watch
-from pylora.web.ask import Limits
+from pylora.web import log
 from pylora.web.house import House
 from pylora.web.keys import Keys
+from pylora.web.limits import Limits
 from pylora.web.metrics import Metrics
 from pylora.web.shelf import Shelf
 
@@ -52,6 +54,7 @@ class Server:
         model: Model | str | os.PathLike[str],
         *,
         adapters: str | os.PathLike[str] | None = None,
+        named: Mapping[str, str | os.PathLike[str]] | None = None,
         load_from: Sequence[str | os.PathLike[str]] = (),
         precision: str = "fp32",
         name: str | None = None,
@@ -76,14 +79,15 @@ class Server:
     ) -> None:
         """model: one that is loaded, which stays open, or a path, which is loaded in `precision`.
 
-        adapters: a folder whose subfolders are adapters, which is watched; load_from: folders from
-        which more may be loaded at run time. name: what the model is called; default: its file's
-        name. api_key: keys that may do everything; api_keys: a file of keys (pylora.web.keys).
-        context: tokens of a prompt and its answer together, at most the model's; max_tokens: of an
-        answer; timeout: seconds for one; max_body: bytes of a request. max_batch requests are
-        computed together, `queue` more may wait. kv_bytes: memory for keys and values.
-        most_adapters, adapter_bytes: how many are ready at a time; the rest are read when they are
-        asked for. cors: origins whose pages may ask. tls: uvicorn's settings (ssl_keyfile, ...).
+        adapters: a folder whose subfolders are adapters, which is watched; named: name -> PEFT
+        folder of others; load_from: folders from which more may be loaded at run time. name: what
+        the model is called; default: its file's name. api_key: keys that may do everything;
+        api_keys: a file of keys (pylora.web.keys). context: tokens of a prompt and its answer
+        together, at most the model's; max_tokens: of an answer; timeout: seconds for one; max_body:
+        bytes of a request. max_batch requests are computed together, `queue` more may wait.
+        kv_bytes: memory for keys and values. most_adapters, adapter_bytes: how many are ready at a
+        time; the rest are read when they are asked for. cors: origins whose pages may ask. tls:
+        uvicorn's settings (ssl_keyfile, ...).
 
         Raises what loading raises, ConfigError for settings out of range, FileFormatError for a
         folder that is not there, MissingExtraError without the extra "serve".
@@ -103,9 +107,9 @@ class Server:
                 raise ConfigError(f"{setting} must be from 0 to 86400 seconds, got {seconds!r}")
         keys = Keys.of((api_key,) if isinstance(api_key, str) else api_key, api_keys)
         folders = [Path(f) for f in ([adapters] if adapters is not None else []) + list(load_from)]
-        for folder in folders:
-            if not folder.is_dir():
-                raise FileFormatError(f"{folder} is no folder; adapters are its subfolders")
+        for one in folders:
+            if not one.is_dir():
+                raise FileFormatError(f"{one} is no folder; adapters are its subfolders")
         self._owns = not isinstance(model, Model)
         self.model = model if isinstance(model, Model) else load(model, precision=precision)
         self.host, self.port, self.grace = host, port, float(grace)
@@ -116,8 +120,16 @@ class Server:
         self._socket: socket.socket | None = None
         self._ended = False
         try:
-            self._open(name, folders, adapters, keys, context, max_tokens, timeout, max_body,
-                       max_batch, queue, kv_bytes, prefill_chunk, most_adapters, adapter_bytes)  # fmt: skip
+            self._open(
+                name, folders, keys, Limits(context or 0, max_tokens, timeout, max_body), max_batch,
+                queue, kv_bytes, prefill_chunk, most_adapters, adapter_bytes,
+            )  # fmt: skip
+            for known, adapter in self.model.adapters.items():
+                self.registry.add(known, adapter)
+            for known, folder in (named or {}).items():
+                self.registry.load(known, folder)
+            if adapters is not None:
+                self._watch = Watch(self.registry, adapters)
         except BaseException:
             self._shut()
             raise
@@ -126,12 +138,8 @@ class Server:
         self,
         name: str | None,
         folders: Sequence[Path],
-        watched: Any,
         keys: Keys,
-        context: int | None,
-        max_tokens: int | None,
-        timeout: float | None,
-        max_body: int,
+        limits: Limits,
         max_batch: int,
         queue: int,
         kv_bytes: int | None,
@@ -139,6 +147,7 @@ class Server:
         most_adapters: int | None,
         adapter_bytes: int,
     ) -> None:
+        """The engine, and what requests are handled with."""
         import pylora
 
         model, llama = self.model, self.model.llama
@@ -148,8 +157,6 @@ class Server:
         self.registry = Registry(
             llama, most=most_adapters, most_bytes=adapter_bytes, base=model.checkpoint.load
         )
-        for known, adapter in model.adapters.items():
-            self.registry.add(known, adapter)
         metrics = Metrics()
         self.engine = Engine(
             llama, self.registry, kv_bytes=kv_bytes, max_batch=max_batch, queue_limit=queue,
@@ -157,23 +164,21 @@ class Server:
         )  # fmt: skip
         metrics.watch(self.engine)
         most = self.engine.most_tokens
-        if context is not None and context > most:
+        if limits.context > most:
             raise ConfigError(
-                f"context is {context}, but the model and the memory for keys and values (kv_bytes) "
-                f"allow {most} tokens"
+                f"context is {limits.context}, but the model and the memory for keys and values "
+                f"(kv_bytes) allow {most} tokens"
             )
         shelf = Shelf(
             base, self.registry, folders=folders, tokenizer=tokenizer, checkpoint=model.checkpoint
         )
         self.house = House(
             self.engine, shelf, tokenizer, llama.config.vocab_size,
-            Limits(context or most, max_tokens, timeout, max_body), keys, metrics,
+            replace(limits, context=limits.context or most), keys, metrics,
             precision=llama.computes,
             fingerprint=f"pylora-{pylora.__version__}-{llama.computes}-{llama.ops.name}",
         )  # fmt: skip
         _ = self.house.grammars.vocabulary  # before anybody waits for it
-        if watched is not None:
-            self._watch = Watch(self.registry, watched)
 
     def __repr__(self) -> str:
         where = self.url if self._socket is not None else "not listening"
@@ -199,6 +204,9 @@ class Server:
         """Serves until SIGINT, SIGTERM or `close` of another thread, and then ends gracefully.
         ConfigError where the port cannot be had."""
         self._listen()
+        told = {"url": self.url, "model": self.house.shelf.base, "precision": self.house.precision,
+                "adapters": len(self.registry.list())}  # fmt: skip
+        log.logger.info("listening", extra={"fields": told})
         try:
             asyncio.run(self._http.serve(sockets=[self._socket]))
         finally:

@@ -2,7 +2,7 @@
 
 Which adapters answer a request is decided here: those that it names, in any of three ways. What a
 key may not use does not exist for it. Where adapters may be loaded from is a matter of the server's
-start, not of who asks: a path outside of those folders is refused whether there is something or not.
+start, not of who asks: a path outside of those folders is refused, be anything there or not.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Shelf:
         checkpoint: Checkpoint | None = None,
     ) -> None:
         """`base`: the model's name. `folders`: adapters may be loaded from within these; the first
-        is where relative paths begin. An adapter's own tokenizer is looked for with `checkpoint`."""
+        is where relative paths begin. `checkpoint`: for adapters' own tokenizers."""
         self.base, self.registry = base, registry
         self.folders = [Path(f).resolve() for f in folders]
         self._tokenizer, self._checkpoint = tokenizer, checkpoint
@@ -171,7 +171,9 @@ class Shelf:
         who.must_manage()
         name, replace = body["lora_name"], body.get("load_inplace", False)
         if name == self.base:
-            raise malformed(f"{name!r} is the base model; give the adapter another name", "lora_name")
+            raise malformed(
+                f"{name!r} is the base model; give the adapter another name", "lora_name"
+            )
         if name in self.registry and not replace:
             raise malformed(
                 f"there is an adapter {name!r} already; unload it first, or say load_inplace: true",
@@ -220,8 +222,8 @@ class Shelf:
         if not inside:
             raise Problem(
                 403,
-                "adapters are loaded from the folders that the server was started with (--adapters, "
-                "--load-from), and this path is in none of them",
+                "adapters are loaded from the folders that the server was started with "
+                "(--adapters, --load-from), and this path is in none of them",
                 param="lora_path",
                 code="not_allowed",
                 kind="permission_error",

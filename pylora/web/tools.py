@@ -68,7 +68,9 @@ def must_call(style: Style | None, tools: Sequence[Mapping[str, Any]], choice: A
         wanted = choice["function"]["name"]
         functions = [f for f in functions if f["name"] == wanted]
         if not functions:
-            raise malformed(f"tool_choice names {wanted!r}, which is none of the tools", "tool_choice")
+            raise malformed(
+                f"tool_choice names {wanted!r}, which is none of the tools", "tool_choice"
+            )
     if not functions:
         raise malformed("tool_choice asks for a call, and there are no tools", "tool_choice")
     if style is None:

@@ -23,12 +23,15 @@ Events = AsyncIterator[Mapping[str, Any] | None]
 
 
 async def read_bytes(request: Request, limit: int) -> bytes:
-    """The body. Problem where it is too large (413), too slow (408) or not said to be JSON (415)."""
+    """The body. Problem: too large (413), too slow (408), not said to be JSON (415)."""
     said = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if said != "application/json" and not (said.startswith("application/") and said.endswith("+json")):
+    if said != "application/json" and not (
+        said.startswith("application/") and said.endswith("+json")
+    ):
         raise Problem(
             415,
-            f"the body must be JSON, and say so: Content-Type: application/json, got {said[:100]!r}",
+            "the body must be JSON and say so (Content-Type: application/json), got "
+            f"{said[:100]!r}",
             code="unsupported_media_type",
         )
     length = request.headers.get("content-length", "")
@@ -59,11 +62,9 @@ def _too_large(limit: int) -> Problem:
 
 
 def parsed(data: bytes) -> Any:
-    """The JSON value of a body. Problem for anything else, NaN and names that come twice included."""
+    """The JSON value of a body. Problem for anything else, for NaN, for names that come twice."""
     try:
-        return json.loads(
-            data.decode("utf-8"), parse_constant=_constant, object_pairs_hook=_unique
-        )
+        return json.loads(data.decode("utf-8"), parse_constant=_constant, object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
         raise malformed(f"the body is not UTF-8 (at byte {error.start})") from None
     except RecursionError:
