@@ -7,6 +7,7 @@ Whoever stops listening cancels what has not ended, so that no token is computed
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -31,7 +32,8 @@ class Flight:
 
     def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop) -> None:
         self._engine, self._loop = engine, loop
-        self._heard: asyncio.Queue[Heard] = asyncio.Queue()
+        self._heard: deque[Heard] = deque()  # appended to on the engine's thread
+        self._asleep: asyncio.Future[bool] | None = None  # whoever waits for more
         self._tickets: list[Ticket] = []
         self._open: set[int] = set()
         self._closed = False
@@ -58,21 +60,38 @@ class Flight:
             raise
 
     def _hear(self, i: int, event: Event) -> None:
-        with suppress(RuntimeError):  # the loop has ended before the engine
-            self._loop.call_soon_threadsafe(self._heard.put_nowait, (i, event))
+        self._heard.append((i, event))
+        if self._asleep is not None:
+            with suppress(RuntimeError):  # the loop has ended before the engine
+                self._loop.call_soon_threadsafe(self._wake, True)
+
+    def _wake(self, heard: bool) -> None:
+        if self._asleep is not None and not self._asleep.done():
+            self._asleep.set_result(heard)
 
     async def events(self, patience: float | None = None) -> AsyncIterator[Heard | None]:
         """(number of the request, event), until all have ended. With `patience`, None whenever
-        nothing was heard for so many seconds."""
+        nothing was heard for so many seconds. Others have their turn between any two batches."""
         while self._open:
-            try:
-                found = await asyncio.wait_for(self._heard.get(), patience)
-            except asyncio.TimeoutError:
+            await asyncio.sleep(0)
+            for _ in range(len(self._heard)):
+                found = self._heard.popleft()
+                if isinstance(found[1], (Done, Failed)):
+                    self._open.discard(found[0])
+                yield found
+            if self._open and not await self._more(patience):
                 yield None
-                continue
-            if isinstance(found[1], (Done, Failed)):
-                self._open.discard(found[0])
-            yield found
+
+    async def _more(self, patience: float | None) -> bool:
+        """Waits until something is heard; False if nothing was for so long."""
+        self._asleep = self._loop.create_future()  # from here on `_hear` wakes it
+        late = None if patience is None else self._loop.call_later(patience, self._wake, False)
+        try:
+            return True if self._heard else await self._asleep
+        finally:
+            self._asleep = None
+            if late is not None:
+                late.cancel()
 
     def cancel(self, i: int) -> None:
         """Ends one; its Done still comes."""

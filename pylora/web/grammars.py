@@ -18,15 +18,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pylora.errors import PyloraError
 from pylora.extras import need
-from pylora.web.problem import malformed
+from pylora.web.problem import Problem, malformed
 
 if TYPE_CHECKING:
     from pylora.text.tokenizer import Tokenizer
 
 _KEPT = 64  # compiled grammars
 MOST_GRAMMAR = 1 << 20  # characters
+# Steps of work: what asks for more is refused, so that no form holds everybody up for long.
+_LIMITS = {
+    "initial_lexer_fuel": 300_000,
+    "step_lexer_fuel": 100_000,
+    "max_lexer_states": 30_000,
+    "verbose_errors": False,
+}
 _SPACES = {"whitespace_flexible": True, "whitespace_pattern": r"\x20?"}
 
 
@@ -148,7 +154,7 @@ class Grammars:
                 self._compiled[form] = compiled
                 while len(self._compiled) > _KEPT:
                     self._compiled.popitem(last=False)
-        return Follows(compiled.deep_copy(), self.vocab_size)
+        return Follows(compiled.deep_copy(), form, self.vocab_size)
 
     def _compile(self, form: Form) -> Any:
         library = need("llguidance")
@@ -162,35 +168,45 @@ class Grammars:
                 grammar = matcher.grammar_from_lark(form.source)
             else:
                 grammar = library.grammar_from(form.kind, form.source)
-            made = matcher(self.vocabulary, grammar, log_level=0)
+            limits = library.LLParserLimits(**_LIMITS)
+            made = matcher(self.vocabulary, grammar, log_level=0, limits=limits)
         except (ValueError, RecursionError) as error:
-            raise malformed(f"{form.param}: {_plain(str(error))}", form.param) from None
+            raise refused(form, str(error)) from None
+        if not made.is_error():
+            # The first mask costs most, and tells forms that no answer fits: not on the engine's
+            # thread.
+            made.compute_bitmask()
         if made.is_error():
-            raise malformed(f"{form.param}: {_plain(made.get_error())}", form.param)
+            raise refused(form, made.get_error())
         return made
 
 
-def _plain(said: str) -> str:
-    """llguidance's words on one line, without the picture of the place."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    return " ".join(lines)[:300] or "this cannot be carried out"
+def refused(form: Form, said: str) -> Problem:
+    """llguidance's words as a sentence, on one line, without its state."""
+    lines = [line.strip() for line in said.partition("<state>")[0].splitlines() if line.strip()]
+    words = " ".join(lines)[:300] or "this cannot be carried out"
+    if words.startswith("NoExtension"):
+        words = "no answer fits it"
+    if "too many" in words or "fuel" in words or "TooComplex" in words:
+        words = f"it is too complex ({words})"
+    return malformed(f"{form.param}: {words}", form.param)
 
 
 class Follows:
     """A mask of one answer: which tokens may come next. For the engine's thread alone."""
 
-    def __init__(self, matcher: Any, vocab_size: int) -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: Any, form: Form, vocab_size: int) -> None:
+        self._matcher, self._form = matcher, form
         self._words = np.zeros((vocab_size + 31) // 32, np.int32)
         self._seen = 0
 
     def allowed(self, answer: Sequence[int]) -> np.ndarray:
-        """Bits, int32 [(vocab + 31) // 32]. PyloraError where llguidance gave up."""
+        """Bits, int32 [(vocab + 31) // 32]. Problem where llguidance gave up."""
         new = list(answer[self._seen :])
         if new:
             self._matcher.consume_tokens(new)
             self._seen += len(new)
         self._matcher.unsafe_compute_mask_ptr(self._words.ctypes.data, self._words.nbytes)
         if self._matcher.is_error():
-            raise PyloraError(f"the form of the answer: {_plain(self._matcher.get_error())}")
+            raise refused(self._form, self._matcher.get_error())
         return self._words
