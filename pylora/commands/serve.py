@@ -102,7 +102,7 @@ def serve(
         int | None, _count("--max-tokens", "tokens of an answer; default: what the context leaves")
     ] = None,
     timeout: Annotated[float | None, _count("--timeout", "for an answer", "SECONDS")] = None,
-    max_body: Annotated[int, _count("--max-body", "bytes of a request")] = 8 << 20,
+    max_body: Annotated[int, _count("--max-body", "of a request's body", "KIB")] = 8192,
     max_batch: Annotated[
         int, _count("--max-batch", "answers that are computed together")
     ] = 32,
@@ -150,6 +150,8 @@ def serve(
     log.configure(log_level, log_format)
     with load(model, precision=precision) as loaded:
         use_template(loaded.tokenizer, template_arg)
+        if template_arg:  # what is wrong with them is no client's fault
+            loaded.tokenizer.render([{"role": "user", "content": "a"}], True)
         say_notes(loaded.tokenizer)
         server = Server(
             loaded,
@@ -167,7 +169,7 @@ def serve(
             context=context,
             max_tokens=max_tokens,
             timeout=timeout,
-            max_body=max_body,
+            max_body=max_body << 10,
             max_batch=max_batch,
             queue=queue,
             kv_bytes=kv_memory << 20,

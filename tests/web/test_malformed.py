@@ -79,7 +79,7 @@ WRONG_CHAT: list[tuple[dict[str, Any], str | None]] = [
     ({"n": 10**9}, "n"),
     ({"seed": "x"}, "seed"),
     ({"seed": 10**30}, "seed"),
-    ({"stop": [""]}, "stop"),
+    ({"stop": [""]}, "stop[0]"),
     ({"stop": 3}, "stop"),
     ({"stop": ["a"] * 99}, "stop"),
     ({"max_tokens": -1}, "max_tokens"),
@@ -107,7 +107,10 @@ WRONG_CHAT: list[tuple[dict[str, Any], str | None]] = [
     ({"tool_choice": "sometimes"}, "tool_choice"),
     ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"response_format": {"type": "json_schema"}}, "response_format"),
-    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}}, "response_format"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}},
+        "response_format",
+    ),
     ({"guided_regex": "("}, "guided_regex"),
     ({"guided_regex": "a", "guided_json": {}}, "guided_regex"),
     ({"guided_choice": []}, "guided_choice"),
@@ -126,13 +129,16 @@ WRONG_CHAT: list[tuple[dict[str, Any], str | None]] = [
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_each_wrong_field_of_a_chat_is_named(client: Client, stream: bool) -> None:
+    others = []
     for wrong, param in WRONG_CHAT:
+        if stream and param == "stream_options":  # then it is right
+            continue
         body = {"messages": MESSAGES, "stream": stream, **wrong}
         status, error = client.refused(CHAT, body)
         assert status in (400, 404), (wrong, error)
-        if param is not None:
-            assert (error["param"] or "").removesuffix("]") or True
-            assert error["param"] in (param, "guided_json"), (wrong, error)
+        if param is not None and error["param"] != param:
+            others.append((wrong, param, error))
+    assert not others
 
 
 WRONG: list[tuple[str, Any]] = [
@@ -175,8 +181,8 @@ WRONG: list[tuple[str, Any]] = [
     ("/lora-adapters", [{"id": 77, "scale": 1}]),
 ]
 RAW = [
-    b"", b"{", b"null", b"[]", b'"a"', b"3", b"\xff\xfe", b'{"prompt": NaN}', b'{"prompt": Infinity}',
-    b'{"prompt": "a", "prompt": "b"}', b"[" * 60000, b'{"a":' * 20000, b'{"prompt": 1e999}',
+    b"", b"{", b"null", b"[]", b'"a"', b"3", b"\xff\xfe", b'{"prompt": NaN}', b'{"n": Infinity}',
+    b'{"prompt": "a", "prompt": "b"}', b"[" * 60000, b'{"a":' * 9000, b'{"prompt": 1e999}',
     b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", b'{"prompt": "a\\ud800"}', b"\0" * 100,
 ]  # fmt: skip
 
@@ -211,8 +217,8 @@ def test_broken_http_is_no_trouble(server: Server, client: Client) -> None:
     for sent in (
         b"\r\n\r\n", b"GET\r\n\r\n", b"POST / HTTP/9.9\r\n\r\n", b"\x16\x03\x01" * 50,
         b"POST " + TEXT.encode() + b" HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
-        b"POST " + TEXT.encode() + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999999999999\r\n"
-        b"Content-Type: application/json\r\n\r\n{",
+        b"POST " + TEXT.encode() + b" HTTP/1.1\r\nHost: x\r\nContent-Length: " + b"9" * 20
+        + b"\r\nContent-Type: application/json\r\n\r\n{",
         b"POST " + TEXT.encode() + b" HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
         b"Content-Type: application/json\r\n\r\nzz\r\n",
     ):  # fmt: skip
@@ -228,7 +234,7 @@ def test_broken_http_is_no_trouble(server: Server, client: Client) -> None:
 GOOD: list[tuple[str, Any]] = [
     (CHAT, {"messages": MESSAGES, "max_tokens": 2, "n": 2, "stop": ["a"], "logit_bias": {"5": 1},
             "logprobs": True, "top_logprobs": 2, "adapters": [{"name": "legal", "weight": 0.5}],
-            "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}}),
+            "response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}),
     (TEXT, {"prompt": [[5, 6], [7]], "max_tokens": 2, "echo": True, "logprobs": 1, "seed": 3,
             "temperature": 0.5, "top_p": 0.5, "guided_regex": "a+", "stream": True}),
     ("/tokenize", {"prompt": "abc", "return_token_strs": True}),
@@ -288,7 +294,7 @@ def test_fuzzed_bodies_are_answered_or_refused(client: Client) -> None:
         assert status in (200, 400, 403, 404), (status, data)
         if status != 200:
             error_of(status, json.loads(data))
-    assert counts[200] > 20 and counts[400] > 100
+    assert counts[200] > 10 and counts[400] > 100
 
 
 def test_fuzzed_bytes_are_refused(client: Client) -> None:

@@ -45,13 +45,14 @@ def browser() -> Iterator[Any]:
 def page(browser: Any, server: Server, request: pytest.FixtureRequest) -> Iterator[Any]:
     """The page, in light or dark, wide or narrow. No error may be in its console."""
     settings = getattr(request, "param", {})
-    context = browser.new_context(**{"viewport": {"width": 1280, "height": 820}, **settings})
+    context: Any = browser.new_context(**{"viewport": {"width": 1280, "height": 820}, **settings})
+    context.set_default_timeout(20000)
     opened, said = context.new_page(), []
     opened.on("console", lambda m: said.append(m.text) if m.type == "error" else None)
     opened.on("pageerror", lambda e: said.append(str(e)))
     opened.goto(server.url)
     opened.wait_for_selector("#adapters .field", state="attached")
-    opened.fill("#most", "24")
+    opened.evaluate("document.getElementById('most').value = 24")
     yield opened
     folder = os.environ.get("PYLORA_SHOTS")
     if folder:
