@@ -6,11 +6,12 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import event, given
 from hypothesis import strategies as st
 
 from pylora.adapters.adapter import Adapter
@@ -49,7 +50,6 @@ SHAPE: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
-SHARED = [7, 3, 9, 9, 1, 44, 13, 2, 5, 60, 21, 8, 30, 31, 32, 33, 34, 35, 36, 37]  # of prompts
 
 
 def a_model(precision: str = "fp32", backend: str = "c", **over: Any) -> Llama:
@@ -137,11 +137,14 @@ def alone(model: Llama, request: Request) -> list[int]:
 
 
 def logits_of(model: Llama, request: Request, answer: list[int]) -> np.ndarray:
-    """Of the whole text at once [tokens, vocab], by the layers and not by the decoder."""
+    """Of each token of the text [tokens, vocab]: the prompt by the layers, then token by token."""
     model.attach(mixed(model, request.adapters) or {})
-    rows = model.ops.to_numpy(model.forward(np.array([*request.ids, *answer]))[0])
+    kv = model.kv_cache(1, len(request.ids) + len(answer))
+    rows = [model.forward(np.array(request.ids))[0]]
+    model.decode(request.ids, kv, [len(request.ids)])
+    rows += [model.decode([token], kv, [1]) for token in answer]
     model.detach()
-    return np.asarray(rows)
+    return np.concatenate([model.ops.to_numpy(row) for row in rows])
 
 
 def check(model: Llama, request: Request, heard: Heard) -> None:
@@ -170,43 +173,21 @@ def check(model: Llama, request: Request, heard: Heard) -> None:
 
 # ---- the same bits as alone ---------------------------------------------------------------------
 
-SAMPLINGS = st.sampled_from(
-    [
-        Sampling(),
-        Sampling(1.1),
-        Sampling(0.9, top_k=12, top_p=0.9),
-        Sampling(1.3, min_p=0.02, repetition_penalty=1.2),
-        Sampling(0.0, presence_penalty=1.5, frequency_penalty=0.5),
-        Sampling(0.7, logit_bias={5: 4.0, 9: -100.0}),
-    ]
+SAMPLINGS = (
+    Sampling(),
+    Sampling(1.1),
+    Sampling(0.9, top_k=12, top_p=0.9),
+    Sampling(1.3, min_p=0.02, repetition_penalty=1.2),
+    Sampling(0.0, presence_penalty=1.5, frequency_penalty=0.5),
+    Sampling(0.7, logit_bias={5: 4.0, 9: -100.0}),
 )
-ADAPTERS = st.sampled_from(
-    [
-        (),
-        (("legal", 1.0),),
-        (("verse", 1.0),),
-        (("tone", 0.4),),
-        (("legal", 0.5), ("tone", -0.25)),
-        (("verse", 0.0),),
-    ]
-)
-PROMPTS = st.builds(
-    lambda shared, own: (SHARED[:shared] + own) or [1],
-    st.sampled_from([0, 0, 17, 20]),
-    st.lists(st.integers(0, VOCAB - 1), max_size=25),
-)
-REQUESTS = st.builds(
-    Request,
-    ids=PROMPTS,
-    max_new_tokens=st.integers(1, 14),
-    sampling=SAMPLINGS,
-    seed=st.integers(0, 3),
-    row=st.integers(0, 2),
-    stop_ids=st.sampled_from([(), (4, 11, 12, 30)]),
-    adapters=ADAPTERS,
-    logprobs=st.sampled_from([None, None, 0, 3]),
-    prompt_logprobs=st.sampled_from([False, False, False, True]),
-    key=st.sampled_from(["", "a", "b"]),
+ADAPTERS: tuple[tuple[tuple[str, float], ...], ...] = (
+    (),
+    (("legal", 1.0),),
+    (("verse", 1.0),),
+    (("tone", 0.4),),
+    (("legal", 0.5), ("tone", -0.25)),
+    (("verse", 0.0),),
 )
 
 
@@ -217,20 +198,70 @@ class Arrival:
     leaves: int | None  # it is cancelled so many turns later
 
 
-ARRIVALS = st.lists(
-    st.builds(
-        Arrival, REQUESTS, st.integers(0, 12), st.sampled_from([None, None, None, None, 1, 4])
-    ),
-    min_size=1, max_size=9,
-)  # fmt: skip
+@dataclass
+class Scene:
+    """Who comes when, and how the engine is set."""
+
+    arrivals: list[Arrival]
+    rows: int
+    batch: int
+    pieces: list[int]
+    keep: bool
+    ahead: int
+    far: int
+
+
+def a_scene(random: Random) -> Scene:
+    """Prompts that begin alike, a few adapters, hardly any memory."""
+    texts = [[random.randrange(VOCAB) for _ in range(45)] for _ in range(random.randint(1, 2))]
+    some = random.sample(ADAPTERS, random.randint(1, 3))
+
+    def request() -> Request:
+        prompt = random.choice(texts)[: random.choice([1, 3, 18, 30, 45])]
+        prompt += [random.randrange(VOCAB) for _ in range(random.choice([0, 0, 1, 5]))]
+        return Request(
+            prompt,
+            random.choice([1, 5, 14, 30, 80 - len(prompt)]),
+            random.choice(SAMPLINGS),
+            seed=random.randrange(3),
+            row=random.randrange(3),
+            stop_ids=random.choice([(), (), (4, 11, 12, 30)]),
+            adapters=random.choice(some),
+            logprobs=random.choice([None, None, None, 0, 3]),
+            prompt_logprobs=random.random() < 0.1,
+            key=random.choice(["", "a", "b"]),
+        )
+
+    spread = random.choice([1, 10, 30])
+    arrivals = [
+        Arrival(request(), random.randrange(spread), random.choice([None] * 6 + [1, 4]))
+        for _ in range(random.randint(3, 12))
+    ]
+    return Scene(
+        arrivals,
+        random.choice([80, 80, 112, 400]),  # 80 hold the largest request, and little else
+        random.randint(2, 5),
+        [random.randint(0, 9) for _ in range(5)],
+        random.random() < 0.8,
+        random.choice([1, 1, 8, 64]),
+        random.choice([1, 8, 1024]),
+    )
+
+
 PRECISIONS = ("fp32", "fp32x3", "bf16", "int8", "int4")
 MODELS: dict[str, Callable[[], Llama]] = {
     **{p: (lambda p=p: a_model(p)) for p in PRECISIONS},
     "numpy": lambda: a_model(backend="numpy"),
     "window": lambda: a_model("bf16", model_type="mistral", sliding_window=7),
     # Frequencies of a long text differ from those of a short one, for the whole prompt.
-    "dynamic": lambda: a_model(
-        max_position_embeddings=24, rope_scaling={"rope_type": "dynamic", "factor": 4.0}
+    "longrope": lambda: a_model(
+        rope_scaling={
+            "rope_type": "longrope",
+            "short_factor": [1.0] * 8,
+            "long_factor": [1.0 + i for i in range(8)],
+            "original_max_position_embeddings": 32,
+            "factor": 4.0,
+        }
     ),
 }
 
@@ -240,48 +271,42 @@ def model(request: pytest.FixtureRequest) -> Llama:
     return MODELS[request.param]()
 
 
-@given(
-    arrivals=ARRIVALS,
-    rows=st.sampled_from([80, 112, 400]),  # 80 hold the largest request, and hardly another one
-    batch=st.integers(1, 5),
-    pieces=st.lists(st.integers(0, 9), min_size=1, max_size=5),
-    keep=st.sampled_from([True, True, False]),
-)
-def test_an_answer_is_the_one_alone_whoever_is_served(
-    model: Llama, arrivals: list[Arrival], rows: int, batch: int, pieces: list[int], keep: bool
-) -> None:
+@given(st.randoms(use_true_random=True).map(a_scene))
+def test_an_answer_is_the_one_alone_whoever_is_served(model: Llama, scene: Scene) -> None:
     """Random arrivals, in steps that take in any pieces of prompts, with hardly any memory: requests
     begin on others' prefixes, give their memory up, and are cancelled."""
-    longest = model.config.max_position_embeddings
-    arrivals = [a for a in arrivals if len(a.request.ids) + a.request.max_new_tokens <= longest]
     engine = Engine(
-        model, a_registry(model), kv_bytes=rows * row_bytes(model), max_batch=batch,
-        prefix_cache=keep, start=False,
+        model, a_registry(model), kv_bytes=scene.rows * row_bytes(model), max_batch=scene.batch,
+        prefix_cache=scene.keep, start=False,
     )  # fmt: skip
     turns = iter(range(10_000))
     pace: Any = engine._stepper.pace
-    pace.piece = lambda decoding: pieces[next(turns) % len(pieces)] + (not decoding)
-    heard = [Heard() for _ in arrivals]
+    pace.piece = lambda decoding: scene.pieces[next(turns) % 5] + (not decoding)
+    engine._scheduler.ahead, engine._scheduler.far = scene.ahead, scene.far
+    heard = [Heard() for _ in scene.arrivals]
     tickets: dict[int, Any] = {}
     for turn in range(2000):
-        for i, a in enumerate(arrivals):
+        for i, a in enumerate(scene.arrivals):
             if a.turn == turn:
                 tickets[i] = engine.submit(a.request, heard[i])
             if a.leaves is not None and a.turn + a.leaves == turn:
                 tickets[i].cancel()
-        if engine._waiting or engine._scheduler.running:
-            engine._turn()
-        elif turn > 20:
+        engine._turn()
+        if turn > 40 and not engine._waiting and not engine._scheduler.running:
             break
-    for a, h in zip(arrivals, heard, strict=True):
+    for a, h in zip(scene.arrivals, heard, strict=True):
         if a.leaves is not None and h.done.reason == "cancelled":
             assert h.ids == alone(model, a.request)[: len(h.ids)]
         else:
             check(model, a.request, h)
     stats = engine.stats()
-    assert sum(stats.ended.values()) == len(arrivals) and not stats.running and not stats.queued
+    event(f"some gave their memory up: {engine._scheduler.preemptions > 0}")
+    event(f"some began on a prefix: {stats.cached_tokens > 0}")
+    event(f"rows moved: {engine._arena.moved_rows > 0}")
+    assert sum(stats.ended.values()) == len(scene.arrivals)
+    assert not stats.running and not stats.queued
     arena, kept = engine._arena, engine._scheduler.prefixes
     assert arena.used == kept.rows, "rows belong to nobody"
-    assert engine.adapters.list() and all(not p.leases for p in engine.adapters._packs.values())
+    assert all(not pack.leases for pack in engine.adapters._packs.values())
     engine.close()
     assert arena.used == 0
