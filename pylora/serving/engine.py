@@ -79,11 +79,13 @@ class Engine:
         queue_limit: int = 256,
         prefix_cache: bool = True,
         on_step: OnStep | None = None,
+        start: bool = True,
     ) -> None:
         """`kv_bytes` of memory for keys and values; default: 1 GiB, or less where `max_batch`
         requests of the model's full length need less. `max_batch` requests are in work at a time,
         `queue_limit` more may wait. `prefill_chunk`: tokens of prompts that a step takes in at
-        most. `on_step` hears of each step, on the engine's thread.
+        most. `on_step` hears of each step, on the engine's thread. `start`: False leaves what is
+        submitted in the queue until `start` is called.
 
         Raises ConfigError for settings out of range, a registry of another model, a model with an
         adapter attached, and for memory that holds no request.
@@ -117,7 +119,8 @@ class Engine:
         self._stopped = False  # and what is there is handed back
         self._change = threading.Condition()  # guards the queue, the numbers and these flags
         self._thread = threading.Thread(target=self._loop, name="pylora-engine", daemon=True)
-        self._thread.start()
+        if start:
+            self.start()
 
     def __repr__(self) -> str:
         return (
@@ -131,6 +134,12 @@ class Engine:
         return min(self.model.config.max_position_embeddings, self._arena.rows)
 
     # ---- for any thread -----------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begins to work; a second time does nothing."""
+        with self._change:
+            if self._thread.ident is None:
+                self._thread.start()
 
     def submit(self, request: Request, on_event: OnEvent) -> Ticket:
         """Takes a request in. `on_event` hears what comes of it, on the engine's thread; the last
@@ -185,6 +194,7 @@ class Engine:
             self._closing = True
             self._stopped = self._stopped or not finish
             self._change.notify_all()
+        self.start()  # also to hand back what was never begun
         if threading.current_thread() is self._thread:
             return
         self._thread.join(timeout if finish else None)
@@ -257,30 +267,31 @@ class Engine:
     # ---- the engine's thread ------------------------------------------------------------------
 
     def _loop(self) -> None:
-        while self._turn():
-            pass
+        while True:
+            self._turn()
+            with self._change:
+                if self._scheduler.running or len(self._waiting):
+                    continue
+                self._publish()
+                if self._closing:
+                    break
+                if not self._look:
+                    self._change.wait()
         self._scheduler.forget()
         self._stepper.forget()
 
-    def _turn(self) -> bool:
-        """Lets requests go and come, and makes one step; False when it is all over."""
-        scheduler = self._scheduler
+    def _turn(self) -> None:
+        """Lets requests go and come, and makes one step."""
         with self._change:
             leaving = self._leaving()
         for run, reason in leaving:
             self._end(run, reason)
         with self._change:
-            joined = scheduler.admit(self._waiting)
+            joined = self._scheduler.admit(self._waiting)
             for run in joined:
                 self._count(run)
-            idle = not scheduler.running
-            if idle or time.monotonic() - self._published > _PUBLISH:
+            if time.monotonic() - self._published > _PUBLISH:
                 self._publish()
-            if idle and not joined and not self._look:
-                if self._closing and not len(self._waiting):
-                    return False
-                self._change.wait(self._patient_until())
-                return True
         for run in joined:
             run.say(Began(run.cached))
         try:
@@ -289,7 +300,6 @@ class Engine:
             self._broken(error)
         else:
             self._account(outcome)
-        return True
 
     def _leaving(self) -> list[tuple[Run, str]]:
         """Who has to go, and why. Holds the lock."""
@@ -306,12 +316,6 @@ class Engine:
             else:
                 self._earliest = min(self._earliest, end)
         return leaving
-
-    def _patient_until(self) -> float | None:
-        """Seconds until a request has to go that waits; None: none has."""
-        if self._earliest == math.inf:
-            return None
-        return max(0.0, self._earliest - time.monotonic())
 
     def _step(self) -> Outcome | None:
         scheduler = self._scheduler

@@ -16,8 +16,7 @@ from pylora.serving.prefixes import SHORTEST, Prefix, Prefixes, common
 from pylora.serving.run import Run
 from pylora.serving.waiting import Waiting
 
-_AHEAD = 64  # rows that a request has at least before it for its answer when it joins
-_FAR = 1024  # rows that it gets at once where they are free
+_AHEAD, _FAR = 64, 1024
 
 
 class Scheduler:
@@ -32,6 +31,8 @@ class Scheduler:
         self._keep = keep_prefixes and model.ops.bitwise
         self._by_length = model.rope.by_length
         self.preemptions = 0
+        self.ahead = _AHEAD  # rows that a request has at least before it when it joins
+        self.far = _FAR  # rows that it gets at once where they are free
 
     # ---- joining ------------------------------------------------------------------------------
 
@@ -80,8 +81,8 @@ class Scheduler:
                     n = min(common(other.prompt, ids), other.length)
                     if n > max(known, SHORTEST - 1):
                         prefix, known, source = None, n, other.extent
-        need = min(run.most, whole + _AHEAD)
-        far = min(run.most, whole + _FAR)
+        need = min(run.most, whole + self.ahead)
+        far = min(run.most, whole + self.far)
         spare = self._spare() - rounded(need)
         if spare < 0:
             return False
@@ -119,7 +120,7 @@ class Scheduler:
         soon = 0
         for run in self.running:
             assert run.extent is not None
-            soon += max(0, rounded(min(run.most, run.total + _AHEAD)) - run.extent.size)
+            soon += max(0, rounded(min(run.most, run.total + self.ahead)) - run.extent.size)
         return self.arena.rows - self.arena.used + self.prefixes.rows - soon
 
     def _room(self, far: int, need: int, spared: Prefix | None) -> Extent | None:
@@ -164,7 +165,7 @@ class Scheduler:
         assert extent is not None
         if rows <= extent.size:
             return True
-        far = min(run.most, max(2 * extent.size, rows))
+        far = min(run.most, max(rows, min(2 * extent.size, rows + self.far)))
         while not self._lengthen(extent, far, rows, run.length):
             last = self.running[-1]
             self.preempt(last, waiting)
