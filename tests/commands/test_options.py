@@ -78,7 +78,8 @@ VALUES: dict[str, Any] = {
     "families": "qwen2",
     "repetition_penalty": "1.5", "fields": "-label", "dropout": "0.25", "top_p": "0.5",
     "port": "{out}/port", "adapters": "{out}", "load_from": "{out}", "api_keys": "{data}",
-    "log_level": "error", "host": "0.0.0.0", "log_format": "json", "badge": "{out}/b.json", "markdown": "{out}/t.md",
+    "log_level": "error", "host": "0.0.0.0", "log_format": "json",
+    "badge": "{out}/b.json", "markdown": "{out}/t.md",
 }  # fmt: skip
 # What an option needs beside it (and what the least command line then has, too), or takes away.
 BESIDE: dict[tuple[str, str], list[str]] = {
