@@ -110,7 +110,7 @@ def model_of(house: House, name: str, who: Key) -> dict[str, Any]:
         "object": "model",
         "created": house.created,
         "owned_by": "pylora",
-        "root": house.shelf.base if base else str(house.shelf.registry.get(name).directory or name),
+        "root": name,
         "parent": None if base else house.shelf.base,
         "max_model_len": house.limits.context,
     }
@@ -118,6 +118,8 @@ def model_of(house: House, name: str, who: Key) -> dict[str, Any]:
         said |= {"chat": house.tokenizer.chat_template is not None, "precision": house.precision}
         return said
     info = house.shelf.registry.get(name)
+    if who.manage and info.directory is not None:  # where things lie is nobody else's business
+        said["root"] = str(info.directory)
     return said | {"rank": info.rank, "digest": info.digest, "pinned": info.pinned}
 
 

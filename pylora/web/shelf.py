@@ -128,7 +128,7 @@ class Shelf:
             number = self.number(info.name)
             with self._lock:
                 scale = self._scales.get(info.name, 0.0)
-            path = str(info.directory or info.name)
+            path = str(info.directory or info.name) if who.manage else info.name
             listed.append({"id": number, "path": path, "scale": scale, "name": info.name,
                            "task_name": "", "prompt_prefix": ""})  # fmt: skip
         return listed

@@ -352,6 +352,9 @@ def test_a_key_sees_its_own_adapters_alone(house: Path, tmp_path: Path) -> None:
         assert [m["id"] for m in ann.get("/v1/models")[1]["data"]] == ["tiny", "legal"]
         assert ann.get("/v1/models/verse")[0] == 404
         assert [a["name"] for a in ann.get("/lora-adapters")[1]] == ["legal"]
+        for path in ("/v1/models", "/v1/models/legal", "/lora-adapters"):
+            assert str(house) not in json.dumps(ann.get(path)[1])
+            assert str(house) in json.dumps(master.get(path)[1])
         for path, body in (
             ("/v1/unload_lora_adapter", {"lora_name": "legal"}),
             ("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "legal"}),
