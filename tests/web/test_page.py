@@ -46,7 +46,7 @@ def page(browser: Any, server: Server, request: pytest.FixtureRequest) -> Iterat
     """The page, in light or dark, wide or narrow. No error may be in its console."""
     settings = getattr(request, "param", {})
     context: Any = browser.new_context(**{"viewport": {"width": 1280, "height": 820}, **settings})
-    context.set_default_timeout(20000)
+    context.set_default_timeout(60000)
     opened, said = context.new_page(), []
     opened.on("console", lambda m: said.append(m.text) if m.type == "error" else None)
     opened.on("pageerror", lambda e: said.append(str(e)))
