@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-_BLOCK = 64  # logits of which only the largest is looked at first
+_BLOCK = 64  # logits in a group, of which only the largest is looked at first
 
 
 class Logprobs:
@@ -48,7 +48,8 @@ def _bound(scores: np.ndarray, k: int) -> np.floating:
     if blocks < 2 * k:  # the k-th of all
         least: np.floating = np.partition(scores, scores.size - k)[scores.size - k]
         return least
-    # k blocks have a largest one that reaches the k-th of the largest ones.
-    most = scores[: blocks * _BLOCK].reshape(blocks, _BLOCK).max(axis=1)
+    # The numbers of a group lie `blocks` apart, so that rows of them are compared at once. k groups
+    # have a largest one that reaches the k-th of the largest ones.
+    most = scores[: blocks * _BLOCK].reshape(_BLOCK, blocks).max(axis=0)
     bound: np.floating = np.partition(most, blocks - k)[blocks - k]
     return bound

@@ -170,19 +170,21 @@ def sample(
     keeps the first top_k. top_p < 1 then keeps the shortest run of the first whose share of what
     top_k left is at least top_p; at least one stays. min_p > 0 then keeps those whose p is at least
     min_p times the first's. The token is the first, in ranked order, at which the running sum of p
-    exceeds u times the sum of all that stayed.
+    exceeds u times the sum of all that stayed. (Tokens that cannot decide, each less likely than
+    one in 100,000, are summed as the logits are stored, in float32 on the usual backends.)
     """
     check_finite(logits)
-    scores = np.asarray(logits, np.float64)
+    scores = logits
     if 0 < top_k < scores.size:
         ranked = largest(scores, top_k)
         whole = None
     else:  # the likely ones alone are ranked first: they nearly always decide
-        p = np.exp((scores - scores.max()) / temperature)
-        whole = float(p.sum())
+        p = _shares(scores, temperature)
+        whole = float(p.sum(dtype=np.float64))
         ranked = _ranked(scores, np.flatnonzero(p > whole * _UNLIKELY))
     while True:
-        p = np.exp((scores[ranked] - scores[ranked[0]]) / temperature)  # of the first: 1
+        some = scores[ranked].astype(np.float64)
+        p = np.exp((some - some[0]) / temperature)  # of the first: 1
         total = np.cumsum(p)
         mass = float(total[-1]) if whole is None or ranked.size == scores.size else whole
         kept, enough = ranked.size, bool(total[-1] > u * mass)
@@ -229,6 +231,16 @@ def check_finite(logits: np.ndarray) -> None:
         if np.isfinite(logits.sum()) or np.isfinite(logits).all():
             return
     raise PyloraError(_NOT_FINITE)
+
+
+def _shares(scores: np.ndarray, temperature: float) -> np.ndarray:
+    """exp((score - the highest) / temperature) of each, as the scores are stored."""
+    if scores.dtype.type(temperature) == 0:
+        scores = scores.astype(np.float64)
+    with np.errstate(over="ignore"):  # a difference that is too large: no share at all
+        p: np.ndarray = scores - scores.max()
+        p /= temperature
+    return np.exp(p, out=p)
 
 
 def _ranked(scores: np.ndarray, some: np.ndarray) -> np.ndarray:

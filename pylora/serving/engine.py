@@ -304,7 +304,8 @@ class Engine:
     def _leaving(self) -> list[tuple[Run, str]]:
         """Who has to go, and why. Holds the lock."""
         now = time.monotonic()
-        if not self._look and not self._stopped and now < self._earliest:
+        look = self._look or self._stopped or now >= self._earliest
+        if not look and not any(run.cancelled for run in self._scheduler.running):
             return []
         self._look, self._earliest, leaving = False, math.inf, []
         for run in [*self._waiting, *self._scheduler.running]:
