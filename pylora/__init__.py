@@ -54,6 +54,7 @@ from pylora.backends import use
 
 if TYPE_CHECKING:
     from pylora.adapters.adapter import Adapter, parameters
+    from pylora.adapters.combine import combine
     from pylora.adapters.loraconfig import LoraConfig
     from pylora.adapters.plan import Plan, resolve
     from pylora.adapters.pool import AdapterPool
@@ -95,6 +96,7 @@ _HOME = {
     "PyloraError": "errors",
     "Seqs": "types",
     "Server": "web.server",
+    "combine": "adapters.combine",
     "generate": "front.load",
     "load": "front.load",
     "merge_checkpoint": "merging.merge",
@@ -128,6 +130,7 @@ __all__ = [
     "Server",
     "__version__",
     "build_info",
+    "combine",
     "generate",
     "load",
     "merge_checkpoint",

@@ -9,8 +9,20 @@ from pylora.commands import generate  # isort: skip
 from pylora.commands import chat  # isort: skip
 from pylora.commands import serve  # isort: skip
 from pylora.commands import merge  # isort: skip
+from pylora.commands import combine  # isort: skip
 from pylora.commands import plan  # isort: skip
 from pylora.commands import families, look
 from pylora.commands.app import app
 
-__all__ = ["app", "chat", "families", "generate", "look", "merge", "plan", "serve", "train"]
+__all__ = [
+    "app",
+    "chat",
+    "combine",
+    "families",
+    "generate",
+    "look",
+    "merge",
+    "plan",
+    "serve",
+    "train",
+]
