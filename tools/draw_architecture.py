@@ -32,7 +32,7 @@ MOST = 7  # points of a floor whose orders are all tried
 KINDS = {
     "what people call": ("commands", "demo", "front", "display"),
     "what is done with a model": (
-        "check", "conformance", "generation", "merging", "training",
+        "check", "conformance", "generation", "merging", "serving", "training",
     ),
     "what a model is": ("adapters", "formats", "model", "text"),
     "how it is computed": ("backends", "ops", "reference", "numbers"),
@@ -44,6 +44,7 @@ WORDS = {
     "front": "pylora.load: one object", "display": "tables, progress, pictures",
     "check": "a user's own model, proved", "conformance": "laws for any LoRA",
     "generation": "continuing tokens", "merging": "into the base, and out again",
+    "serving": "many requests at once, one thread",
     "training": "records, batches, steps, runs", "adapters": "settings, plan, A and B, PEFT",
     "formats": "GGUF, safetensors, Hugging Face", "model": "layers, their gradients, KV cache",
     "text": "tokens and chat templates", "backends": "c, cuda, cupy, numpy",
