@@ -24,6 +24,8 @@ The parts, each usable alone (docs/architecture.md shows how they fit):
     pylora.training     load_examples, TrainConfig, train
     pylora.generation   generate, stream, Sampling
     pylora.merging      merge and exact unmerge
+    pylora.serving      Engine: many requests at once, each with its adapters
+    pylora.web          Server: the same behind HTTP
     pylora.check        proofs of gradients and merging on a real model
     pylora.conformance  laws that test any implementation of LoRA
     pylora.reference    every operation, as the paper writes it
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
     from pylora.model.linear import DropKey, LoRAGrad, LoRALinear
     from pylora.model.llama import IGNORE, Llama
     from pylora.types import LoRA, Seqs
+    from pylora.web.server import Server
 
 __version__ = "0.1.0"
 
@@ -92,6 +95,7 @@ _HOME = {
     "Plan": "adapters.plan",
     "PyloraError": "errors",
     "Seqs": "types",
+    "Server": "web.server",
     "combine": "adapters.combine",
     "generate": "front.load",
     "load": "front.load",
@@ -123,6 +127,7 @@ __all__ = [
     "Plan",
     "PyloraError",
     "Seqs",
+    "Server",
     "__version__",
     "build_info",
     "combine",
@@ -141,7 +146,7 @@ __all__ = [
 
 _WINGS = frozenset(
     "adapters backends check conformance errors files formats front generation merging model "
-    "numbers ops reference text training types".split()
+    "numbers ops reference serving text training types web".split()
 )
 # What the same things are called elsewhere, and what people try.
 _MEANT = {

@@ -119,7 +119,9 @@ int pylora_config_rope(const config *c, pylora_settings *s, double usual) {
     if (base && s->family == GEMMA3) TRY(number(c, base, "rope_local_base_freq", &s->local_theta));
     s->two_ropes = 1;
     TRY(one_rope(c, full, s, &s->theta, &s->scaling));
-    return one_rope(c, local, s, &s->local_theta, &s->local_scaling);
+    TRY(one_rope(c, local, s, &s->local_theta, &s->local_scaling));
+    s->scaling.as_it_is = s->local_scaling.as_it_is = 0; /* transformers looks for it elsewhere */
+    return PYLORA_OK;
   }
   if (!raw) raw = nested;
   int flat = !raw || raw->type == JSON_OBJECT;

@@ -17,16 +17,17 @@ import numpy as np
 
 from pylora.errors import FileFormatError, UnsupportedError
 from pylora.extras import need
+from pylora.files.mapped import let_go
 from pylora.formats.base import Array, Checkpoint, Shape, check_tensors, read_config, widen
 from pylora.formats.ggml import BY_NAME
-from pylora.formats.ggml_decode import DECODERS
 from pylora.formats.gguf_config import NO_WEIGHTS, hf_config
 from pylora.formats.gguf_header import GGUFHeader
 from pylora.formats.gguf_split import read_gguf
 from pylora.model import families
 from pylora.model.config import LlamaConfig
+from pylora.numbers.blocks import BLOCKS
+from pylora.numbers.ggml_decode import DECODERS
 from pylora.numbers.precision import Stored
-from pylora.numbers.quantize import BLOCK_BYTES
 
 if TYPE_CHECKING:
     from pylora.text.tokenizer import Tokenizer
@@ -179,7 +180,7 @@ class GGUFCheckpoint(Checkpoint):
     def stored(self, name: str) -> Stored | None:
         """Blocks lie along a row, so the converter's order of rows is undone without decoding."""
         kind, shape = self.dtype(name), self.shape(name)
-        if kind not in BLOCK_BYTES or len(shape) != 2:
+        if kind not in BLOCKS or len(shape) != 2:
             return super().stored(name)
         return Stored(kind, self._rows(name), (shape[0], shape[1]))
 
@@ -191,11 +192,6 @@ class GGUFCheckpoint(Checkpoint):
         step = max(1, _CHUNK // (4 * k))
         for i in range(0, len(rows), step):
             yield dequantize(rows[i : i + step], kind, f"{self.path}: tensor {name!r}")
-
-    def blocks(self, name: str) -> Array:
-        if self.dtype(name) in ("f32", "f16", "bf16"):
-            return super().blocks(name)
-        return self._rows(name)
 
     def _rows(self, name: str) -> Array:
         """The stored bytes, one row of uint8 per row of the tensor, in Hugging Face's row order."""
@@ -212,7 +208,8 @@ class GGUFCheckpoint(Checkpoint):
             ):
                 heads = n if name.rpartition(".")[0].endswith(f".{role}") else heads
             if heads:
-                rows = deinterleave(self._one_each(rows, name), heads)
+                mapped, rows = rows, deinterleave(self._one_each(rows, name), heads)
+                let_go(mapped)
         if self.config.fused_qkv == "groups" and (
             name.rpartition(".")[0].endswith(f".{self.config.names.qkv}")
         ):

@@ -427,7 +427,8 @@ static void chunks(world *w, int unpacked) {
   for (int i = 0; i < SEQUENCES; i++) EXPECT(done[i] == length[i]);
 }
 
-static const int dtypes[] = {PYLORA_F32, PYLORA_BF16, PYLORA_Q8_0, PYLORA_Q4_0, PYLORA_Q4_1};
+static const int dtypes[] = {PYLORA_F32,  PYLORA_BF16,    PYLORA_Q8_0,   PYLORA_Q4_0,
+                             PYLORA_Q4_1, PYLORA_Q8_0_A8, PYLORA_Q4_1_A8};
 
 static void steps(void) {
   for (size_t i = 0; i < sizeof dtypes / sizeof *dtypes; i++)

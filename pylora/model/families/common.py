@@ -73,9 +73,13 @@ def rope_by_layer(c: Settings, types: Sequence[str], theta: float, local_theta: 
         raise ConfigError("config.json: rope_parameters and rope_scaling must be objects")
     if not all(isinstance(nested.get(kind) or {}, dict) for kind in (SLIDING, FULL)):
         raise UnsupportedError("config.json: rope_parameters must have an object per layer type")
-    given = nested.get(FULL) or old
-    fields = one_rope(c, given, c.get("rope_theta") or theta)
-    local = one_rope(c, nested.get(SLIDING) or {}, local_theta)
+
+    def of(given: Mapping[str, Any]) -> dict[str, Any]:
+        # transformers looks for `truncate` beside the kinds of layers: inside one it says nothing.
+        return {k: v for k, v in given.items() if k != "truncate"}
+
+    fields = one_rope(c, of(nested.get(FULL) or old), c.get("rope_theta") or theta)
+    local = one_rope(c, of(nested.get(SLIDING) or {}), local_theta)
     if local["partial_rotary"] != fields["partial_rotary"]:
         raise UnsupportedError("config.json: partial_rotary_factor differs between layer types")
     return fields | {

@@ -62,7 +62,9 @@ def _read_ministral(c: Settings) -> Fields:
 
 
 def _write_ministral(f: Settings) -> Fields:
-    return write_rope(f) | {"sliding_window": one_window(f), "layer_types": types_of(f)}
+    # transformers asks for a width even where no layer has one.
+    window = one_window(f) or f["max_position_embeddings"]
+    return write_rope(f) | {"sliding_window": window, "layer_types": types_of(f)}
 
 
 MINISTRAL = Family(
