@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from pylora.adapters import gguf, mlx
+from pylora.adapters import gguf_writing, mlx_writing
 from pylora.adapters.adapter import Adapter
 from pylora.adapters.carry import carry
 from pylora.adapters.locate import GGUF, MLX, PEFT, SPOKEN, find_adapter, form_of
@@ -39,9 +39,7 @@ class Conversion:
     notes: tuple[str, ...] = ()
 
 
-def read_adapter(
-    path: str | os.PathLike[str], model: Checkpoint | LlamaConfig
-) -> Adapter:
+def read_adapter(path: str | os.PathLike[str], model: Checkpoint | LlamaConfig) -> Adapter:
     """The adapter at `path`, in any of the three forms, for a model: a checkpoint, or its
     LlamaConfig. Errors: see `Adapter.load`."""
     if isinstance(model, LlamaConfig):
@@ -67,9 +65,9 @@ def write_adapter(
     if form == PEFT:
         adapter.save(where)
     elif form == GGUF:
-        gguf.write(where, adapter.config, adapter.plan, loras, model, name=where.stem)
+        gguf_writing.write(where, adapter.config, adapter.plan, loras, model, name=where.stem)
     elif form == MLX:
-        mlx.write(where, adapter.config, adapter.plan, loras, model)
+        mlx_writing.write(where, adapter.config, adapter.plan, loras, model)
     else:
         raise ConfigError(f"there is no form {form!r}; choose one of {', '.join(FORMS)}")
 
@@ -122,13 +120,10 @@ def convert(
         notes.append(
             f"{place} has a tokenizer or chat template of its own, which is not carried over"
         )
-    return Conversion(
-        target, given, wanted, len(adapter), _rounded(adapter, wanted), tuple(notes)
-    )
+    return Conversion(target, given, wanted, len(adapter), _rounded(adapter, wanted), tuple(notes))
 
 
 def _rounded(adapter: Adapter, form: str) -> tuple[str, ...]:
     if form == PEFT:
         return ()
     return carry(adapter.plan.entries, over_rank=form == GGUF).inexact
-

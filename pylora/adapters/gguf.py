@@ -11,30 +11,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from pylora.adapters.carry import Carry, carry, fold, low_bits, unfold
+from pylora.adapters.carry import carry, fold
 from pylora.adapters.fit import misfit
 from pylora.adapters.loraconfig import LoraConfig
-from pylora.adapters.plan import Plan, PlanEntry, resolve
+from pylora.adapters.plan import resolve
+from pylora.adapters.restore import Read, check_modules, restored
 from pylora.adapters.settings import settings_of
 from pylora.errors import FileFormatError, PlanError, PyloraError, UnsupportedError
-from pylora.files.whole import atomic_write
 from pylora.formats.base import Array, widen
 from pylora.formats.gguf import dequantize
 from pylora.formats.gguf_header import GGUFHeader, read_header
-from pylora.formats.gguf_names import architecture, as_gguf, as_hf, places
-from pylora.formats.gguf_write import write_gguf
+from pylora.formats.gguf_names import architecture, as_hf, places
 from pylora.model.config import LlamaConfig, ModuleSpec
 from pylora.types import LoRA
 
-Read = tuple[LoraConfig, Plan, dict[str, LoRA]]
-
 OWN_CONFIG = "pylora.adapter_config"  # the adapter_config.json that the adapter had
 OWN_BITS = "pylora.adapter_low_bits"  # what folding rounded away (carry.py)
-_ALPHA, _TOKENS = "adapter.lora.alpha", "adapter.alora.invocation_tokens"
+ALPHA, _TOKENS = "adapter.lora.alpha", "adapter.alora.invocation_tokens"
 _FLOATS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
@@ -46,7 +42,7 @@ def is_adapter(path: Path) -> bool:
 # ---- names ---------------------------------------------------------------------------------------
 
 
-def _homes(config: LlamaConfig) -> dict[str, tuple[str, int]]:
+def homes(config: LlamaConfig) -> dict[str, tuple[str, int]]:
     """The base's tensor in a GGUF file -> module path, and which part of a parameter's rows it is:
     0 and 1 are gate and up of experts, which PEFT has as one."""
     modules, where = config.modules(), places(config)
@@ -84,9 +80,7 @@ def read(path: Path, config: LlamaConfig) -> Read:
     for home, (a, b) in halves.items():
         if not a or not b:
             raise PlanError(f"{path}: {a or b!r} of {home[0]} is there without its other half")
-    found = {
-        home: (_numbers(header, a), _numbers(header, b)) for home, (a, b) in halves.items()
-    }
+    found = {home: (_numbers(header, a), _numbers(header, b)) for home, (a, b) in halves.items()}
     try:
         parts = _together(path, found, config, alpha)
     except PlanError as error:
@@ -104,7 +98,7 @@ def read(path: Path, config: LlamaConfig) -> Read:
     if own is not None:
         return own
     chosen = {}
-    for module, (A, B) in parts.items():
+    for module, (A, _) in parts.items():
         r = A.shape[0] // modules[module].experts
         chosen[module] = r, (alpha / r if alpha else 1.0)
     said, plan = settings_of(chosen, modules, base=_base_name(header))
@@ -137,21 +131,21 @@ def _metadata(header: GGUFHeader, config: LlamaConfig) -> float:
             f"{path}: {_TOKENS}: activated LoRA (aLoRA) switches the adapter on inside a sequence; "
             "it is not supported"
         )
-    alpha = meta.get(_ALPHA, 0.0)
+    alpha = meta.get(ALPHA, 0.0)
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        raise PlanError(f"{path}: {_ALPHA} is not a number")
+        raise PlanError(f"{path}: {ALPHA} is not a number")
     if alpha != 0 and not 1e-30 <= alpha <= 1e30:
-        raise PlanError(f"{path}: {_ALPHA} is {alpha:g}; it must be a positive number")
+        raise PlanError(f"{path}: {ALPHA} is {alpha:g}; it must be a positive number")
     return float(alpha)
 
 
 def _halves(header: GGUFHeader, config: LlamaConfig) -> dict[tuple[str, int], list[str]]:
     """(module path, part) -> the names of its lora_a and lora_b."""
-    homes = _homes(config)
+    known = homes(config)
     halves: dict[tuple[str, int], list[str]] = {}
     for name in header.tensors:
         base, _, end = name.rpartition(".")
-        home = homes.get(base)
+        home = known.get(base)
         if home is None or end not in ("lora_a", "lora_b"):
             tied = base == "output.weight" and config.tie_word_embeddings
             raise PlanError(
@@ -275,140 +269,3 @@ def _as_it_was(
     check_modules(f"{header.path}: {OWN_CONFIG}", plan, parts)
     folded = carry(plan.entries, over_rank=True)
     return restored(config, plan, parts, folded, float(np.float32(alpha)), bits)
-
-
-def check_modules(where: str, plan: Plan, parts: Mapping[str, object]) -> None:
-    """PlanError unless the tensors are of the modules that the kept settings name."""
-    named = {e.path for e in plan}
-    for path in named ^ set(parts):
-        what = "there are no tensors of" if path in named else "it does not name"
-        raise PlanError(f"{where} and the tensors differ: {what} {path}")
-
-
-def restored(
-    config: LoraConfig,
-    plan: Plan,
-    parts: Mapping[str, tuple[Array, Array]],
-    folded: Carry,
-    common: float,
-    bits: Array | None,
-) -> Read | None:
-    """The adapter of `plan` whose B were folded into those of `parts`; None where that does not
-    give these numbers."""
-    if np.float32(folded.common) != np.float32(common):
-        return None
-    out, used = {}, 0
-    for e in plan:
-        A, B = parts[e.path]
-        if A.shape != (e.r * e.experts, e.k) or B.shape != (e.d, e.r * e.experts):
-            return None
-        own = None
-        if e.path in folded.inexact:
-            size = -(-B.size // 4)
-            own = np.zeros(0, np.uint8) if bits is None else bits[used : used + size]
-            used += size
-            if own.dtype != np.uint8 or own.size != size:
-                return None
-        was = unfold(B, folded.factors[e.path], own)
-        try:
-            again = fold(was, folded.factors[e.path], e.path)
-        except UnsupportedError:
-            return None
-        if again.tobytes() != np.ascontiguousarray(B).tobytes():
-            return None
-        zero = np.zeros(e.d, np.float32) if e.lora_bias else None
-        out[e.path] = LoRA(A, was, e.scale, float(config.lora_dropout), zero)
-    return None if used != (0 if bits is None else bits.size) else (config, plan, out)
-
-
-# ---- writing -------------------------------------------------------------------------------------
-
-
-def write(
-    path: Path,
-    config: LoraConfig,
-    plan: Plan,
-    loras: Mapping[str, LoRA],
-    model: LlamaConfig,
-    *,
-    name: str | None = None,
-) -> None:
-    """Writes an adapter of a model as a GGUF file, float32, whole or not at all.
-
-    Raises UnsupportedError, naming the module, for what llama.cpp cannot say: see docs/convert.md.
-    """
-    homes = {home: base for base, home in _homes(model).items()}
-    if model.tie_word_embeddings:
-        _refuse_tied(plan, model)
-    refuse_biases(plan, loras, "llama.cpp's adapters have")
-    carried = carry(plan.entries, over_rank=True)
-    tensors: dict[str, Array] = {}
-    bits: list[Array] = []
-    for e in plan:
-        lora = loras[e.path]
-        B = fold(lora.B, carried.factors[e.path], e.path)
-        if e.path in carried.inexact:
-            bits.append(low_bits(lora.B, B, carried.factors[e.path]))
-        for part, (A, rows) in enumerate(_parts(e, lora.A, as_gguf(B, e.path, model))):
-            base = homes[e.path, part]
-            tensors[f"{base}.lora_a"], tensors[f"{base}.lora_b"] = A, rows
-    metadata: dict[str, Any] = {
-        "general.type": "adapter",
-        "general.architecture": architecture(model),
-        "adapter.type": "lora",
-        _ALPHA: float(carried.common),
-        "general.file_type": 0,
-    }
-    if name:
-        metadata["general.name"] = name
-    if config.base_model_name_or_path:
-        metadata["general.base_model.count"] = 1
-        metadata["general.base_model.0.name"] = config.base_model_name_or_path
-    metadata[OWN_CONFIG] = config.to_json()
-    if bits:
-        metadata[OWN_BITS] = np.concatenate(bits)
-    specs = {name: ("F32", array.shape) for name, array in tensors.items()}
-    with atomic_write(path) as beside:
-        write_gguf(beside, metadata, specs, lambda name: tensors[name].astype("<f4", copy=False))
-
-
-def _parts(e: PlanEntry, A: Array, B: Array) -> list[tuple[Array, Array]]:
-    """lora_a and lora_b of each tensor of the base that a module is."""
-    if e.kind == "embedding":
-        return [(np.ascontiguousarray(A.T), B)]
-    if e.kind != "experts":
-        return [(A, B)]
-    stack = np.ascontiguousarray(A.reshape(e.experts, e.r, e.k))
-    rows = B.reshape(e.d, e.r, e.experts).transpose(2, 0, 1)  # [experts, d, r]
-    n = 1 if e.path.endswith(".down_proj") else 2
-    return [(stack, np.ascontiguousarray(half)) for half in np.split(rows, n, axis=1)]
-
-
-def _refuse_tied(plan: Plan, model: LlamaConfig) -> None:
-    """A tied model has one tensor for its embedding and its output layer, and llama.cpp adds an
-    adapter of it in both places."""
-    names = model.names
-    for path in (names.embedding, names.head):
-        if any(e.path == path for e in plan):
-            raise UnsupportedError(
-                f"{path}: the model's embedding is its output layer, too, and llama.cpp knows no "
-                "adapter of one of the two; merge this adapter (pylora merge --to), which unties "
-                "them"
-            )
-
-
-def refuse_biases(plan: Plan, loras: Mapping[str, LoRA], who: str) -> None:
-    """UnsupportedError for biases, but for those of B that are all zero."""
-    biased = [e.path for e in plan if e.base_bias] + [path for path, _ in plan.bias_only]
-    for path, lora in loras.items():
-        own = lora.bias is not None and not _is_zero(lora.bias)
-        if own or path in biased:
-            what = "a bias of B (lora_bias)" if own else "biases of the base that were trained"
-            raise UnsupportedError(
-                f"{path}: this adapter has {what}, and {who} no place for one; merge it instead"
-            )
-
-
-def _is_zero(x: Array) -> bool:
-    return not np.ascontiguousarray(x, np.float32).view(np.uint32).any()
-

@@ -1,4 +1,4 @@
-"""Where an adapter lies: a folder, a GGUF file, a run's folder, or the id of one in the Hub's cache.
+"""Where an adapter lies: a folder, a GGUF file, a run's folder, an id of the Hub's cache.
 
 Nothing is downloaded, and no tensor is read; pylora/adapters/peft.py reads.
 """

@@ -9,24 +9,23 @@ here is read back as it was, bit for bit. What mlx-lm cannot say is refused by n
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pylora.adapters.carry import carry, fold, low_bits
+from pylora.adapters.carry import carry
 from pylora.adapters.fit import misfit
-from pylora.adapters.gguf import Read, refuse_biases, restored
 from pylora.adapters.loraconfig import LoraConfig
-from pylora.adapters.plan import Plan, PlanEntry, resolve
+from pylora.adapters.mlx_names import homes, in_layer, layer_prefix, name_of
+from pylora.adapters.plan import Plan, resolve
+from pylora.adapters.restore import Read, restored
 from pylora.adapters.settings import settings_of
 from pylora.errors import FileFormatError, PlanError, PyloraError, UnsupportedError
 from pylora.files.bounded import read_json
-from pylora.files.whole import atomic_dir
 from pylora.formats.base import Array
-from pylora.formats.safetensors import SafeTensors, save
+from pylora.formats.safetensors import SafeTensors
 from pylora.model.config import LlamaConfig, ModuleSpec
 from pylora.types import LoRA
 
@@ -34,57 +33,11 @@ CONFIG, WEIGHTS, BITS = "adapter_config.json", "adapters.safetensors", "pylora_b
 OWN = "pylora"  # the key of the settings that PEFT has and mlx-lm has not
 _LIMIT = 16 << 20  # bytes of the settings
 _FLOATS = ("f32", "f16", "bf16")
-# What mlx-lm calls the beginnings of paths that are Hugging Face's otherwise.
-_RENAMED = {
-    "gpt2": (("transformer.", "model."),),
-    "gpt_neox": (
-        ("gpt_neox.layers.", "model.h."),
-        ("gpt_neox.", "model."),
-        ("lm_head", "model.embed_out"),
-    ),
-}
 
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter of mlx-lm."""
     return (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file()
-
-
-# ---- names ---------------------------------------------------------------------------------------
-
-
-def _name(path: str, config: LlamaConfig) -> str:
-    for theirs, mine in _RENAMED.get(config.model_type, ()):
-        if path.startswith(theirs):
-            return mine + path.removeprefix(theirs)
-    return path
-
-
-def _homes(config: LlamaConfig) -> dict[str, tuple[str, int]]:
-    """mlx-lm's module -> module path here, and which part of a parameter that holds experts."""
-    names, out = config.names, {}
-    for path, spec in config.modules().items():
-        if spec.kind != "experts":
-            out[_name(path, config)] = path, 0
-            continue
-        layer = path.removeprefix(f"{names.layer}.").split(".")[0]
-        at = f"{names.layer}.{layer}.{names.experts.rpartition('.')[0]}.switch_mlp"
-        down = path.endswith(".down_proj")
-        for part, leaf in enumerate(("down_proj",) if down else ("gate_proj", "up_proj")):
-            out[_name(f"{at}.{leaf}", config)] = path, part
-    return out
-
-
-def _layer_prefix(config: LlamaConfig) -> str:
-    return _name(f"{config.names.layer}.", config)
-
-
-def _in_layer(name: str, prefix: str) -> tuple[int, str]:
-    """The layer of a module, and its name there; -1 for one outside of the layers."""
-    if not name.startswith(prefix):
-        return -1, name
-    number, _, inner = name.removeprefix(prefix).partition(".")
-    return int(number), inner
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -133,7 +86,9 @@ def _parameters(where: Path, settings: Mapping[str, Any]) -> tuple[int, float, f
     said = settings.get("lora_parameters")
     if not isinstance(said, dict):
         raise FileFormatError(f"{where}: lora_parameters is missing, so this is none of mlx-lm's")
-    rank, scale, dropout = (said.get(n, d) for n, d in (("rank", 8), ("scale", None), ("dropout", 0)))
+    rank, scale, dropout = (
+        said.get(n, d) for n, d in (("rank", 8), ("scale", None), ("dropout", 0))
+    )
     if isinstance(rank, bool) or not isinstance(rank, int) or not 0 < rank < 1 << 31:
         raise FileFormatError(f"{where}: lora_parameters.rank is {rank!r:.40}, no positive integer")
     number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
@@ -151,7 +106,7 @@ def _wanted(
 ) -> dict[str, tuple[str, int]]:
     """mlx-lm's modules that the settings name -> where they are here. The file must have both
     tensors of each, and no others."""
-    homes, prefix = _homes(config), _layer_prefix(config)
+    known, prefix = homes(config), layer_prefix(config)
     stored = {_bare(key): key for key in file.tensors}
     if len(stored) != len(file.tensors):
         raise PlanError(f"{file.path}: a tensor is there twice, with a prefix and without")
@@ -160,8 +115,8 @@ def _wanted(
         name, _, end = key.rpartition(".")
         if end not in ("lora_a", "lora_b"):
             raise PlanError(f"{file.path}: tensor {full[:200]!r} is no lora_a and no lora_b")
-        if name not in homes:
-            tied = name == _name(config.names.head, config)
+        if name not in known:
+            tied = name == name_of(config.names.head, config)
             raise PlanError(
                 f"{file.path}: tensor {full[:200]!r} is of a module that "
                 + ("is the embedding, in this model" if tied and config.tie_word_embeddings
@@ -172,9 +127,9 @@ def _wanted(
         raise PlanError(f"{file.path}: the adapter has no tensors")
     own = _own_plan(settings, config.modules())
     if own is not None:  # mlx-lm's names stand for a layer's other modules, too: those stay zero
-        asked = [name for name, (path, _) in homes.items() if any(e.path == path for e in own[1])]
+        asked = [name for name, (path, _) in known.items() if any(e.path == path for e in own[1])]
     else:
-        asked = _asked(where, settings, homes, prefix, config)
+        asked = _asked(where, settings, known, prefix, config)
     for name in dict.fromkeys([*asked, *there]):
         lacking = {"lora_a", "lora_b"} - there.get(name, set())
         if lacking:
@@ -187,12 +142,12 @@ def _wanted(
                 f"{file.path}: there are tensors of {name}, which {CONFIG} does not name"
             )
     for name in asked:
-        if config.tie_word_embeddings and homes[name][0] == config.names.embedding:
+        if config.tie_word_embeddings and known[name][0] == config.names.embedding:
             raise UnsupportedError(
                 f"{file.path}: {name} is adapted, and is the model's output layer, too: mlx-lm "
                 "adapts both, which no adapter of PEFT's does; fuse it with mlx_lm.fuse"
             )
-    return {name: homes[name] for name in homes if name in asked}
+    return {name: known[name] for name in known if name in asked}
 
 
 def _bare(key: str) -> str:
@@ -202,7 +157,7 @@ def _bare(key: str) -> str:
 def _asked(
     where: Path,
     settings: Mapping[str, Any],
-    homes: Mapping[str, tuple[str, int]],
+    known: Mapping[str, tuple[str, int]],
     prefix: str,
     config: LlamaConfig,
 ) -> list[str]:
@@ -221,14 +176,14 @@ def _asked(
         )
     first = config.num_hidden_layers - count if count > 0 else 0
     chosen = []
-    for name in homes:
-        layer, inner = _in_layer(name, prefix)
+    for name in known:
+        layer, inner = in_layer(name, prefix)
         if layer < 0:
             if keys is not None and name in keys:
                 chosen.append(name)
         elif layer >= first and (keys is None or inner in keys):
             chosen.append(name)
-    inner_names = {_in_layer(name, prefix)[1] for name in homes} | set(homes)
+    inner_names = {in_layer(name, prefix)[1] for name in known} | set(known)
     for key in keys or ():
         if _bare(key) not in inner_names:
             raise PlanError(f"{where}: lora_parameters.keys names {key[:200]!r}, which the model "
@@ -238,11 +193,11 @@ def _asked(
 
 def _reason(file: SafeTensors, config: LlamaConfig, error: PlanError) -> PlanError:
     """Where the adapter is one of another base model, that is what the error says."""
-    homes = _homes(config)
+    known = homes(config)
     shapes: dict[str, tuple[int, ...]] = {}
     for key in file.tensors:
         name, _, end = _bare(key).rpartition(".")
-        path = homes.get(name, (name, 0))[0]
+        path = known.get(name, (name, 0))[0]
         if end in ("lora_a", "lora_b") and len(file.shape(key)) == 2 and "embed" not in path:
             shapes[f"{path}.lora_{end[-1].upper()}.weight"] = file.shape(key)[::-1]
     why = misfit(shapes, config.modules(), some_layers=True)
@@ -364,70 +319,3 @@ def _as_it_was(
             np.ascontiguousarray(wide_B[:, : e.r]).reshape(B.shape[0], -1),
         )
     return restored(config, plan, cut, carry(plan.entries, over_rank=False), scale, bits)
-
-
-# ---- writing -------------------------------------------------------------------------------------
-
-
-def write(
-    folder: Path, config: LoraConfig, plan: Plan, loras: Mapping[str, LoRA], model: LlamaConfig
-) -> None:
-    """Writes an adapter of a model as mlx-lm's folder, float32, whole or not at all.
-
-    Raises UnsupportedError, naming the module, for what mlx-lm cannot say: see docs/convert.md.
-    """
-    names = model.names
-    if model.tie_word_embeddings:
-        for path in (names.embedding, names.head):
-            if any(e.path == path for e in plan):
-                raise UnsupportedError(
-                    f"{path}: the model's embedding is its output layer, too, and mlx-lm knows no "
-                    "adapter of one of the two; merge this adapter, which unties them"
-                )
-    refuse_biases(plan, loras, "mlx-lm's adapters have")
-    modules = {home: name for name, home in _homes(model).items()}
-    carried = carry(plan.entries, over_rank=False)
-    rank = max(e.r for e in plan)
-    tensors: dict[str, Array] = {}
-    bits: list[Array] = []
-    for e in plan:
-        B = fold(loras[e.path].B, carried.factors[e.path], e.path)
-        if e.path in carried.inexact:
-            bits.append(low_bits(loras[e.path].B, B, carried.factors[e.path]))
-        for part, (a, b) in enumerate(_parts(e, loras[e.path].A, B, rank)):
-            name = modules[e.path, part]
-            tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = a, b
-    prefix = _layer_prefix(model)
-    places = [_in_layer(name.rpartition(".")[0], prefix) for name in tensors]
-    first = min((layer for layer, _ in places if layer >= 0), default=model.num_hidden_layers - 1)
-    settings = {
-        "fine_tune_type": "lora",
-        "num_layers": model.num_hidden_layers - first,
-        "lora_parameters": {
-            "rank": rank,
-            "scale": carried.common,
-            "dropout": float(config.lora_dropout),
-            "keys": sorted({inner for _, inner in places}),
-        },
-        "model": config.base_model_name_or_path,
-        OWN: {"adapter_config": config.to_dict()},
-    }
-    text = json.dumps(settings, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    with atomic_dir(folder) as beside:
-        save(beside / WEIGHTS, tensors, {"format": "mlx"})
-        (beside / CONFIG).write_text(text, encoding="utf-8")
-        if bits:
-            save(beside / BITS, {"low_bits": np.concatenate(bits)}, {"format": "np"})
-
-
-def _parts(e: PlanEntry, A: Array, B: Array, rank: int) -> list[tuple[Array, Array]]:
-    """lora_a and lora_b of each of mlx-lm's modules that a module is, filled up to the rank."""
-    more = rank - e.r
-    if e.kind != "experts":
-        a, b = np.pad(A.T, ((0, 0), (0, more))), np.pad(B.T, ((0, more), (0, 0)))
-        return [(np.ascontiguousarray(a), np.ascontiguousarray(b))]
-    a = np.pad(A.reshape(e.experts, e.r, e.k), ((0, 0), (0, more), (0, 0)))
-    rows = B.reshape(e.d, e.r, e.experts).transpose(2, 0, 1)
-    n = 1 if e.path.endswith(".down_proj") else 2
-    halves = np.split(np.pad(rows, ((0, 0), (0, 0), (0, more))), n, axis=1)
-    return [(np.ascontiguousarray(a), np.ascontiguousarray(half)) for half in halves]

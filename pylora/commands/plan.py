@@ -55,7 +55,9 @@ def plan(
 
     with open_checkpoint(model) as checkpoint:
         modules = checkpoint.config.modules()
-        if adapter is not None and not (adapter.is_file() and adapter.suffix == ".json"):  # its tensors must be what it says, too
+        if adapter is not None and not (
+            adapter.is_file() and adapter.suffix == ".json"
+        ):  # its tensors must be what it says, too
             resolved = Adapter.load(adapter, checkpoint.config, base=checkpoint.load).plan
         else:
             config = lora_config(adapter, rank, alpha, targets, rslora, 0.0, checkpoint.path)

@@ -125,6 +125,15 @@ class GGUFCheckpoint(Checkpoint):
             raise FileFormatError(f"{self.path}: the checkpoint is closed")
         return self._header
 
+    @property
+    def header(self) -> GGUFHeader:
+        """The file's metadata and the places of its tensors, by the names that it has for them."""
+        return self._open()
+
+    def places(self) -> dict[str, tuple[str, int | None]]:
+        """Hugging Face's name -> the file's, and which of the stacked experts it is."""
+        return dict(self._stored)
+
     def names(self) -> tuple[str, ...]:
         return self._names
 

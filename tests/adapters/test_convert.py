@@ -1,5 +1,5 @@
-"""PEFT -> GGUF -> PEFT and PEFT -> MLX -> PEFT: the same settings and the same bits, of every family
-and every rule that ranks and scales have; and what a form cannot say, by name."""
+"""PEFT -> GGUF -> PEFT and PEFT -> MLX -> PEFT: the same settings and the same bits, of every
+family and every rule that ranks and scales have; and what a form cannot say, by name."""
 
 from __future__ import annotations
 
@@ -251,7 +251,10 @@ KEY = "model.layers.1.mlp.up_proj"
 MLX_WRONG = {
     "no half": (lambda s, t: t.pop(f"{KEY}.lora_b"), f"{KEY} lacks lora_b"),
     "no module": (lambda s, t: (t.pop(f"{KEY}.lora_a"), t.pop(f"{KEY}.lora_b")), f"{KEY} lacks"),
-    "more": (lambda s, t: t.__setitem__("model.layers.0.mlp.x.lora_a", t[f"{KEY}.lora_a"]), "adapts x"),
+    "more": (
+        lambda s, t: t.__setitem__("model.layers.0.mlp.x.lora_a", t[f"{KEY}.lora_a"]),
+        "adapts x",
+    ),
     "a stray": (lambda s, t: t.__setitem__("model.norm.weight", np.ones(4, "f4")), "model.norm"),
     "unnamed": (lambda s, t: s["lora_parameters"]["keys"].remove("mlp.up_proj"), "does not name"),
     "a shape": (lambda s, t: t.__setitem__(f"{KEY}.lora_a", t[f"{KEY}.lora_a"][:9]), KEY),
@@ -318,6 +321,8 @@ def test_experts_whose_gate_and_up_differ_are_read(tmp_path: Path) -> None:
     for e in range(4):
         delta = theirs.scale * (wide_B[:, :, e] @ wide_A[e])
         np.testing.assert_allclose(
-            delta[:half], mine.scale * (old_B[:half, :, e] @ old_A[e]), rtol=1e-5, atol=1e-5)
+            delta[:half], mine.scale * (old_B[:half, :, e] @ old_A[e]), rtol=1e-5, atol=1e-5
+        )
         np.testing.assert_allclose(
-            delta[half:], mine.scale * (old_B[half:, :, e] @ other[e]), rtol=1e-5, atol=1e-5)
+            delta[half:], mine.scale * (old_B[half:, :, e] @ other[e]), rtol=1e-5, atol=1e-5
+        )

@@ -1,4 +1,4 @@
-"""Adapters that other forms find hard to say, for a model of any family: by name, drawn at random."""
+"""Adapters that other forms find hard to say, for a model of any family, drawn at random."""
 
 from __future__ import annotations
 
