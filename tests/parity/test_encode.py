@@ -40,7 +40,7 @@ def draws() -> dict[str, np.ndarray]:
         "negative": -np.abs(weights),
         "positive": np.abs(weights),
         "a grid": rng.integers(-8, 8, n) / 16,
-        "all sizes": np.exp(rng.normal(0, 6, n)) * rng.choice([-1, 1], n),
+        "many sizes": np.exp(rng.normal(0, 2, n)) * rng.choice([-1, 1], n),
         "tiny": rng.normal(0, 1e-15, n),
     }
 

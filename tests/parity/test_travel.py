@@ -7,7 +7,9 @@ number that a computation rounds, as in tests/parity/test_gguf_families.py.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import hashlib
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,6 @@ for package in ("hypothesis", "torch", "transformers", "gguf", "llama_cpp"):
 import gguf_families
 import llama_cpp
 from family_cases import their_model
-from test_gguf_families import _HALF, CASES, AsLlamaCpp
 from travellers import draw, rules
 
 from pylora.adapters.adapter import Adapter
@@ -33,7 +34,10 @@ from pylora.formats.gguf_header import read_header
 from pylora.formats.gguf_types import MIXTURES
 from pylora.merging.to_gguf import merge_to_gguf
 from pylora.model.llama import Llama
+from pylora.types import LoRA
 
+_CASES = runpy.run_path(str(Path(__file__).with_name("test_gguf_families.py")))
+CASES, _HALF, AsLlamaCpp = (_CASES[name] for name in ("CASES", "_HALF", "AsLlamaCpp"))
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 IDS = np.random.default_rng(3).integers(3, SIZE - 3, 30)
 # One case of each family: what differs is names, the order of rows, and which modules there are.
@@ -52,6 +56,10 @@ def theirs(model: Path, adapter: Path | None = None) -> np.ndarray:
     return out
 
 
+def doubled(lora: LoRA) -> LoRA:
+    return dataclasses.replace(lora, A=lora.A.astype(np.float64), B=lora.B.astype(np.float64))
+
+
 def agree(file: Path, adapter: Adapter, got: np.ndarray, half: bool, slack: float = 0.0) -> None:
     """`got` are the logits of the model with the adapter, within what rounding moves; `slack`, of
     the adapter's own effect, for what a form says less exactly."""
@@ -64,7 +72,7 @@ def agree(file: Path, adapter: Adapter, got: np.ndarray, half: bool, slack: floa
                 backend=ops,
             )
             if with_it:
-                net.attach(adapter)
+                net.attach({path: doubled(lora) for path, lora in adapter.items()})
             return np.asarray(net.forward(IDS)[0])
 
         exact, plain = run(Exact()), run(Exact(), False)
@@ -107,7 +115,7 @@ def test_embedding_and_head_that_are_not_tied_are_the_same_in_llama_cpp(tmp_path
 # ---- merged and quantized ------------------------------------------------------------------------
 
 _WIDE = {
-    "vocab_size": SIZE, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4,
+    "vocab_size": SIZE, "hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4,
     "num_key_value_heads": 2, "num_hidden_layers": 9, "tie_word_embeddings": False,
 }  # fmt: skip
 WIDTHS = {
@@ -117,7 +125,7 @@ WIDTHS = {
                                    "num_attention_heads": 3, "num_key_value_heads": 3,
                                    "num_hidden_layers": 3}),
     "rows of nothing whole": ("gpt2", {"vocab_size": SIZE, "n_embd": 40, "n_layer": 2, "n_head": 2,
-                                       "n_positions": 64}),
+                                       "n_positions": 64, "bos_token_id": 0, "eos_token_id": 1}),
     "one q, k, v": ("phi3", {**_WIDE, "num_hidden_layers": 4}),
     "eight experts": ("mixtral", {**_WIDE, "num_local_experts": 8, "num_hidden_layers": 3,
                                   "sliding_window": None}),
@@ -137,7 +145,7 @@ def merged(request: Any, tmp_path_factory: Any) -> Iterator[tuple[Path, Path, Pa
     gguf_families.write(folder / "model", base)
     with open_checkpoint(base) as checkpoint:
         config = checkpoint.config
-    adapter = draw(config, rules(config)["plain"], 3)
+    adapter = draw(config, rules(config)["one module"], 3)
     adapter.save(folder / "adapter")
     whole = folder / "f32.gguf"
     merge_to_gguf(base, folder / "adapter", whole, "f32")
