@@ -83,11 +83,11 @@ def _parameters(where: Path, settings: Mapping[str, Any]) -> tuple[int, float, f
             f"{where}: fine_tune_type is {kind!r:.40}{said}, which is not supported; fuse it into "
             "its base with mlx_lm.fuse"
         )
-    said = settings.get("lora_parameters")
-    if not isinstance(said, dict):
+    given = settings.get("lora_parameters")
+    if not isinstance(given, dict):
         raise FileFormatError(f"{where}: lora_parameters is missing, so this is none of mlx-lm's")
     rank, scale, dropout = (
-        said.get(n, d) for n, d in (("rank", 8), ("scale", None), ("dropout", 0))
+        given.get(n, d) for n, d in (("rank", 8), ("scale", None), ("dropout", 0))
     )
     if isinstance(rank, bool) or not isinstance(rank, int) or not 0 < rank < 1 << 31:
         raise FileFormatError(f"{where}: lora_parameters.rank is {rank!r:.40}, no positive integer")

@@ -40,7 +40,8 @@ def places(config: LlamaConfig) -> dict[str, Place]:
     Raises UnsupportedError where llama.cpp has no such family or no name for one of its tensors.
     """
     architecture(config)
-    wanted, out = config.tensors(), {}
+    wanted = config.tensors()
+    out: dict[str, Place] = {}
     own = config.family.gguf.stems if config.family.gguf is not None else {}
     layers: list[int | None] = [None, *range(config.num_hidden_layers)]
     for layer in layers:

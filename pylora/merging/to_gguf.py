@@ -313,7 +313,8 @@ class _Merge:
         path, _, part = name.rpartition(".")
         W, lora = self.checkpoint.load(self._source(name)), self.parts.get(path)
         if self.config.family.unit_offset and self._is_norm(name):
-            return W + np.float32(1)
+            raised: Array = W + np.float32(1)
+            return raised
         if lora is not None and part == "bias":
             W = _bias(W, lora)
         elif lora is not None and part == "weight" and lora.rank:
@@ -321,7 +322,7 @@ class _Merge:
             self.ops.merge_in_place(merged, oriented(lora, self.kinds[path]), "f32")
             self.rounded[path] = self._compare(path, name, W, merged, kind)
             W = merged
-        return as_gguf(W, path, self.config) if part in ("weight", "bias") else W
+        return as_gguf(W, path, self.config)
 
     def _is_norm(self, name: str) -> bool:
         names = self.config.names
@@ -368,4 +369,5 @@ def _bias(b: Array, lora: LoRA) -> Array:
     total = (b if lora.base_bias is None else lora.base_bias).astype(np.float64)
     if lora.bias is not None:
         total = total + float(np.float32(lora.scale)) * lora.bias.astype(np.float64)
-    return total.astype(np.float32)
+    rounded: Array = total.astype(np.float32)
+    return rounded

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import hashlib
+import json
 import runpy
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ from pylora.adapters.adapter import Adapter
 from pylora.adapters.convert import read_adapter, write_adapter
 from pylora.check.gradient import SIGMAS
 from pylora.check.rounding import Exact
+from pylora.conformance.suite import tokenizer
 from pylora.conformance.suite.tokenizer import SIZE
 from pylora.formats import open_checkpoint
 from pylora.formats.gguf_header import read_header
@@ -190,3 +192,26 @@ def test_llama_cpp_runs_what_was_merged(merged: tuple[Path, Path, Path], tmp_pat
         adapter = read_adapter(folder, checkpoint)
         half = checkpoint.config.model_type in _HALF
     agree(base, adapter, theirs(whole), half, slack=2.0**-20)
+
+
+# ---- from a Hugging Face folder ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_folder_becomes_a_file_that_llama_cpp_runs(kind: str, tmp_path: Path) -> None:
+    model = their_model(kind, CASES[FAMILIES[kind]])
+    folder, file = tmp_path / "model", tmp_path / "merged.gguf"
+    model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer.tokenizer_json()))
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer.settings_json()))
+    with open_checkpoint(folder) as checkpoint:
+        config = checkpoint.config
+    settings = rules(config)
+    adapter = draw(config, settings["experts" if config.experts else "odd rank and alpha"], 4)
+    adapter.save(tmp_path / "adapter")
+    merge_to_gguf(folder, tmp_path / "adapter", file, "f32")
+    with open_checkpoint(file) as made:
+        text = "Hello, world! 123  \n it's"
+        with open_checkpoint(folder) as base:
+            assert made.tokenizer().encode(text) == base.tokenizer().encode(text)
+    agree(folder, adapter, theirs(file), kind in _HALF, slack=2.0**-20)
