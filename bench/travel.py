@@ -14,6 +14,7 @@ the same model with the adapter unmerged.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -84,7 +85,13 @@ def ours(file: Path, ids: np.ndarray, adapter: Adapter, ops: Any) -> np.ndarray:
                 lambda name: checkpoint.load(name).astype(np.float64),
                 backend=ops,
             )
-        net.attach(adapter)
+        wide = np.float32 if isinstance(ops, str) else np.float64
+        net.attach(
+            {
+                path: dataclasses.replace(lora, A=lora.A.astype(wide), B=lora.B.astype(wide))
+                for path, lora in adapter.items()
+            }
+        )
         return np.asarray(net.forward(ids)[0], np.float64)
 
 

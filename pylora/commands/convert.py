@@ -42,9 +42,10 @@ def convert(
             help="the base model: its names, order of rows and shapes; its weights are not read",
         ),
     ],
-    to: Annotated[
+    form: Annotated[
         str | None,
         typer.Option(
+            "--to",
             metavar="FORM",
             help="peft, gguf or mlx; default: gguf where OUT ends in .gguf, peft from others",
         ),
@@ -55,8 +56,8 @@ def convert(
     from pylora.adapters.convert import form_for
     from pylora.adapters.locate import find_adapter, form_of
 
-    form = form_for(out, form_of(find_adapter(source)), to)
-    (check_file if form == "gguf" else check_folder)(out, what="OUT")
+    wanted = form_for(out, form_of(find_adapter(source)), form)
+    (check_file if wanted == "gguf" else check_folder)(out, what="OUT")
     with unfinished(f"{out} was not written"):
         done = run(source, out, base, form)
     for note in done.notes:

@@ -128,11 +128,11 @@ RULES: dict[str, tuple[Rule, ...]] = {
         *(Needs(o, "temperature", _DRAWN, _warm) for o in _DRAWS),
     ),
     "merge": (
-        OneOf(("out", "to"), "a folder for a Hugging Face model, or one GGUF file"),
         Excludes("dtype", "to", "--type says what a GGUF file holds"),
         Needs("type_", "to", "it is the type of a GGUF file"),
         Needs("dry", "to", "it says what a GGUF file's type leaves of the adapter"),
         Needs("every", "to", "the report of a GGUF file has a line for each module"),
+        OneOf(("out", "to"), "a folder for a Hugging Face model, or one GGUF file"),
     ),
     "chat": tuple(Needs(o, "temperature", _DRAWN, _warm) for o in _DRAWS),
     "plan": (
