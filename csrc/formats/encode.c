@@ -67,8 +67,7 @@ static void put_five(uint8_t *b, const uint8_t *code) {
   uint32_t fifth = 0;
   for (int i = 0; i < N; i++) fifth |= (uint32_t)(code[i] >> 4 & 1) << i;
   for (int i = 0; i < 4; i++) b[i] = (uint8_t)(fifth >> (8 * i));
-  for (int i = 0; i < HALF; i++)
-    b[4 + i] = (uint8_t)((code[i] & 15) | (code[HALF + i] & 15) << 4);
+  for (int i = 0; i < HALF; i++) b[4 + i] = (uint8_t)((code[i] & 15) | (code[HALF + i] & 15) << 4);
 }
 
 /* d, fifth bits, 32 codes: d (q - 16). */

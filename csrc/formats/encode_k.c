@@ -99,7 +99,8 @@ static void with_minimums(const float *x, uint8_t *b, uint8_t *code, int top, fl
   const float by = most > 0 ? 63.f / most : 0.f, min_by = deepest > 0 ? 63.f / deepest : 0.f;
   uint8_t scale[8], minimum[8];
   for (int j = 0; j < 8; j++) {
-    const uint8_t s = (uint8_t)nearest(by * g[j].scale), m = (uint8_t)nearest(min_by * g[j].minimum);
+    const uint8_t s = (uint8_t)nearest(by * g[j].scale),
+                  m = (uint8_t)nearest(min_by * g[j].minimum);
     scale[j] = s < 63 ? s : 63;
     minimum[j] = m < 63 ? m : 63;
   }
@@ -111,8 +112,8 @@ static void with_minimums(const float *x, uint8_t *b, uint8_t *code, int top, fl
   for (int j = 0; j < 8; j++) {
     const float d = whole * (float)scale[j], m = dip * (float)minimum[j];
     for (int i = 0; i < 32; i++)
-      code[32 * j + i] = d == 0 ? g[j].code[i]
-                                : (uint8_t)between(0, nearest((g[j].x[i] + m) / d), top);
+      code[32 * j + i] =
+          d == 0 ? g[j].code[i] : (uint8_t)between(0, nearest((g[j].x[i] + m) / d), top);
   }
 }
 
