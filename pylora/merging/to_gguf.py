@@ -319,8 +319,9 @@ class _Merge:
             W = _bias(W, lora)
         elif lora is not None and part == "weight" and lora.rank:
             merged = np.array(W, np.float32, order="C")
-            self.ops.merge_in_place(merged, oriented(lora, self.kinds[path]), "f32")
-            self.rounded[path] = self._compare(path, name, W, merged, kind)
+            own = oriented(lora, self.kinds[path])
+            self.ops.merge_in_place(merged, own, "f32")
+            self.rounded[path] = self._compare(path, name, W, merged, own, kind)
             W = merged
         return as_gguf(W, path, self.config)
 
@@ -330,11 +331,13 @@ class _Merge:
         ends = tuple(f".{getattr(names, role)}.weight" for role in roles)
         return name.endswith(ends) or name == f"{names.norm}.weight"
 
-    def _compare(self, path: str, name: str, W: Array, merged: Array, kind: str) -> Rounded:
+    def _compare(
+        self, path: str, name: str, W: Array, merged: Array, lora: LoRA, kind: str
+    ) -> Rounded:
         """What the type leaves of the delta: the merged weight in it beside the base in it."""
         before = self._as(W, kind, name, base=True)
-        after = self._as(merged, kind, name)
-        change, delta = (a.astype(np.float64) - b for a, b in ((after, before), (merged, W)))
+        change = self._as(merged, kind, name).astype(np.float64) - before
+        delta = lora.scale * (lora.B.astype(np.float64) @ lora.A.astype(np.float64))
         size = float(np.vdot(delta, delta))
         whole = float(np.vdot(W.astype(np.float64), W))
         if not size:
