@@ -17,22 +17,23 @@ import mlx.nn as nn
 import mlx.optimizers as optimizers
 import numpy as np
 from mlx.utils import tree_flatten
-from mlx_lm import load
 from mlx_lm.tuner.utils import linear_to_lora_layers
-from mlx_lm.utils import save_config
+from mlx_lm.utils import load_adapters, load_model, save_config
 
 LAYERS, STEPS = 4, 3
 KEYS = ["self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"]
 
 
 def run(model: str, adapter: str, ids: str, logits: str) -> None:
-    net, _ = load(model, adapter_path=adapter)
+    net, _ = load_model(Path(model))
+    net = load_adapters(net, adapter)
+    net.eval()
     out = net(mx.array(np.load(ids))[None])[0]
     np.save(logits, np.array(out.astype(mx.float32)))
 
 
 def train(model: str, adapter: str, ids: str) -> None:
-    net, _ = load(model)
+    net, _ = load_model(Path(model))
     settings = {"rank": 6, "scale": 20.0, "dropout": 0.0, "keys": KEYS}
     net.freeze()
     linear_to_lora_layers(net, LAYERS, settings)

@@ -284,6 +284,21 @@ def test_what_is_wrong_in_an_mlx_adapter_is_named(wrong: str, tmp_path: Path) ->
         read_adapter(folder, LLAMA)
 
 
+def test_a_file_as_mlx_writes_it_is_read(tmp_path: Path) -> None:
+    """mlx.core.save_safetensors writes null for the metadata that it has not."""
+    folder, settings, tensors = mlx_folder(tmp_path)
+    put(folder, settings, tensors)
+    file = folder / "adapters.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = {"__metadata__": None, **json.loads(data[8 : 8 + length])}
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    was = draw(LLAMA, rules(LLAMA)["plain"])
+    got = read_adapter(folder, LLAMA)
+    assert all(got[path].B.tobytes() == was[path].B.tobytes() for path in was)
+
+
 def test_a_module_of_kept_settings_without_tensors_is_an_error(tmp_path: Path) -> None:
     folder = tmp_path / "mlx"
     write_adapter(folder, draw(LLAMA, rules(LLAMA)["plain"]), LLAMA, "mlx")
