@@ -181,19 +181,18 @@ def _rules(content: Mapping[str, Any]) -> list[str]:
             written.add("ByteLevel")
         if part.get("type") == "Digits":
             written.add(r"\p{N}")
-    by_rule: dict[Any, str] = {}
-    for name in gguf_pre.NAMES:
-        rule = gguf_pre.find(name)
-        if rule is not None and name != "default":
-            by_rule.setdefault((rule.splits, rule.whole), name)
+    whole = bool(content["model"].get("ignore_merges"))
     gpt2 = gguf_pre.find("gpt-2")
     plain = set(gpt2.splits) if gpt2 is not None else set()
 
-    def unlike(item: tuple[Any, str]) -> int:
-        splits = {"ByteLevel" if s in plain else s for s in item[0][0]}
-        return len(splits ^ written)
+    def unlike(name: str) -> int:
+        rule = gguf_pre.find(name)
+        if rule is None:
+            return len(written) + 9
+        splits = {"ByteLevel" if s in plain else s for s in rule.splits}
+        return 2 * len(splits ^ written) + (rule.whole != whole)
 
-    return [name for _, name in sorted(by_rule.items(), key=unlike)]
+    return sorted((name for name in gguf_pre.RULES if name != "default"), key=unlike)
 
 
 def _same(own: Tokenizer, metadata: dict[str, Any], vocab_size: int) -> bool:
