@@ -86,13 +86,11 @@ def _parameters(where: Path, settings: Mapping[str, Any]) -> tuple[int, float, f
     given = settings.get("lora_parameters")
     if not isinstance(given, dict):
         raise FileFormatError(f"{where}: lora_parameters is missing, so this is none of mlx-lm's")
-    rank, scale, dropout = (
-        given.get(n, d) for n, d in (("rank", 8), ("scale", None), ("dropout", 0))
-    )
+    rank, scale, dropout = given.get("rank"), given.get("scale"), given.get("dropout", 0.0)
     if isinstance(rank, bool) or not isinstance(rank, int) or not 0 < rank < 1 << 31:
         raise FileFormatError(f"{where}: lora_parameters.rank is {rank!r:.40}, no positive integer")
     number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
-    if not number or not 1e-30 <= scale <= 1e30:
+    if not number or scale is None or not 1e-30 <= scale <= 1e30:
         raise FileFormatError(
             f"{where}: lora_parameters.scale is {scale!r:.40}; it must be a positive number"
         )

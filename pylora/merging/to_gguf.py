@@ -352,7 +352,9 @@ class _Merge:
         if kind == "F32" or (base and self.checkpoint.dtype(source).upper() == kind):
             return x
         flat = np.ascontiguousarray(x, np.float32)
-        return decode(encode(flat, kind, f"tensor {name!r}"), kind, name).reshape(x.shape)
+        stored = encode(flat, kind, f"tensor {name!r}")
+        values: Array = decode(stored, kind, name).reshape(x.shape)
+        return values
 
     def report(self, path: Path) -> GGUFReport:
         """What was made of the tensors so far."""
