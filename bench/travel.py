@@ -47,7 +47,7 @@ RULES: dict[str, dict[str, Any]] = {
     },
     "layers 3 and 17": {"r": 4, "lora_alpha": 4, "layers_to_transform": [3, 17]},
 }  # fmt: skip
-TYPES = ("f32", "f16", "bf16", "q8_0", "q5_k_m", "q4_k_m", "q4_0")
+TYPES = ("f32", "q8_0", "q5_k_m", "q4_k_m", "q4_0")
 
 
 def drawn(model: LlamaConfig, settings: dict[str, Any], seed: int) -> Adapter:
