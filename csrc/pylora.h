@@ -141,7 +141,7 @@ typedef struct pylora_seqs {
 typedef struct pylora_attn {
   int32_t heads, kv_heads, head_dim; /* heads % kv_heads == 0 */
   int32_t window;                    /* > 0: only the last `window` keys are seen; 0: all */
-  float scale;                       /* usually 1 / sqrt(head_dim) */
+  float scale;                       /* > 0; usually 1 / sqrt(head_dim) */
   float softcap; /* > 0: scores become softcap tanh(scores / softcap); 0: none */
 } pylora_attn;
 
@@ -406,14 +406,21 @@ typedef struct pylora_experts {
 } pylora_experts;
 
 /* A layer. Where a norm's w is NULL there is none; of the others w, eps, kind and b count. */
+/* What q_norm and k_norm are of. */
+typedef enum pylora_norm_of {
+  PYLORA_NORM_SHARED = 0, /* each head, with one weight [D] for all */
+  PYLORA_NORM_WHOLE = 1,  /* the whole projection */
+  PYLORA_NORM_EACH = 2,   /* each head, with a weight of its own: [heads*D] one behind the other */
+} pylora_norm_of;
+
 typedef struct pylora_layer {
   pylora_norm input_norm,
       mid_norm; /* [hidden], before attention and before the feed-forward part */
   pylora_norm after_attention, after_mlp; /* [hidden], of what is added */
-  /* Before the rotation: of each head [head_dim], or with norm_whole of the projection [heads*D], [kv_heads*D];
+  /* Before the rotation: of each head [head_dim], or as norm_of says of [heads*D], [kv_heads*D];
    * both or neither. */
   pylora_norm q_norm, k_norm;
-  int32_t norm_whole;
+  int32_t norm_of;               /* a pylora_norm_of */
   int32_t window;                /* see pylora_attn */
   int32_t rope;                  /* which of the model's tables; -1: no rotation */
   const pylora_experts *experts; /* or NULL */
@@ -422,6 +429,7 @@ typedef struct pylora_layer {
   const pylora_packed *const *W;
   const float *const *bias; /* of each [d] or NULL; NULL: none has one */
   int64_t module;           /* the number of W[0]; the layers' modules follow each other */
+  float scale;              /* of scores; 0: the model's */
 } pylora_layer;
 
 /* cos, sin [positions, R/2]: see pylora_rope. */

@@ -52,6 +52,7 @@ from pylora.backends import use
 
 if TYPE_CHECKING:
     from pylora.adapters.adapter import Adapter, parameters
+    from pylora.adapters.combine import combine
     from pylora.adapters.loraconfig import LoraConfig
     from pylora.adapters.plan import Plan, resolve
     from pylora.adapters.pool import AdapterPool
@@ -91,6 +92,7 @@ _HOME = {
     "Plan": "adapters.plan",
     "PyloraError": "errors",
     "Seqs": "types",
+    "combine": "adapters.combine",
     "generate": "front.load",
     "load": "front.load",
     "merge_checkpoint": "merging.merge",
@@ -123,6 +125,7 @@ __all__ = [
     "Seqs",
     "__version__",
     "build_info",
+    "combine",
     "generate",
     "load",
     "merge_checkpoint",

@@ -91,7 +91,7 @@ static int norm_name(const pylora_model *m, long long i, int which, char out[PYL
   const char *hf = pylora_norm_suffix(m->s.family, which);
   if (!hf) return 0;
   if (m->files.gguf)
-    snprintf(out, PYLORA_NAME, "blk.%lld.%s.weight", i, pylora_norm_stem[which]);
+    snprintf(out, PYLORA_NAME, "blk.%lld.%s.weight", i, pylora_norm_stem(m->s.family, which));
   else
     snprintf(out, PYLORA_NAME, "model.layers.%lld.%s.weight", i, hf);
   return 1;
@@ -114,7 +114,7 @@ static int layer(loader *l, int64_t i) {
                                                   whole ? m->s.kv_heads * D : D};
   for (int j = 0; j < NORMS; j++)
     if (norm_name(m, n, j, name)) TRY(norm(l, name, size[j], norms[j]));
-  out->norm_whole = whole;
+  out->norm_of = whole ? PYLORA_NORM_WHOLE : PYLORA_NORM_SHARED;
   out->module = MODULES * i;
   out->W = m->W + MODULES * i, out->bias = m->bias + MODULES * i;
   for (int j = 0; j < MODULES; j++) {

@@ -8,9 +8,12 @@ from pylora.commands import train  # isort: skip  (importing them registers thei
 from pylora.commands import generate  # isort: skip
 from pylora.commands import chat  # isort: skip
 from pylora.commands import merge  # isort: skip
+from pylora.commands import combine  # isort: skip
 from pylora.commands import convert  # isort: skip
 from pylora.commands import plan  # isort: skip
 from pylora.commands import families, look
 from pylora.commands.app import app
 
-__all__ = ["app", "chat", "convert", "families", "generate", "look", "merge", "plan", "train"]
+__all__ = [
+    "app", "chat", "combine", "convert", "families", "generate", "look", "merge", "plan", "train",
+]  # fmt: skip

@@ -73,10 +73,10 @@ class GGUFCheckpoint(Checkpoint):
         header = read_gguf(path)
         self._header: GGUFHeader | None = header
         self.config = read_config(path, hf_config(header))
-        # Hugging Face's name -> the file's, and which of the stacked experts it is.
+        # Hugging Face's name -> the file's, and which of the stacked experts or norms it is.
         self._stored: dict[str, tuple[str, int | None]] = {}
         for name in header.tensors:
-            if self._add_experts(name):
+            if self._add_experts(name) or self._add_norms(name):
                 continue
             if (hf := hf_name(name, self.config)) is None:
                 raise UnsupportedError(f"{path}: no meaning is known for the tensor {name[:200]!r}")
@@ -119,6 +119,17 @@ class GGUFCheckpoint(Checkpoint):
         for e in range(count):
             self._stored[f"{at}.{e}.{getattr(names, EXPERT_ROLES[match[2]])}.weight"] = name, e
         return True
+
+    def _add_norms(self, name: str) -> bool:
+        """Takes the norms of q's or k's heads apart, where Hugging Face has a tensor for each."""
+        match = re.fullmatch(r"blk\.(0|[1-9]\d{0,4})\.attn_([qk])_norm\.weight", name)
+        if match is None or not self.config.family.listed_norms:
+            return False
+        names, shape = self.config.names, self._open().tensors[name].shape
+        at = f"{names.layer}.{match[1]}.{names.q_norm if match[2] == 'q' else names.k_norm}"
+        for h in range(shape[0] if len(shape) == 2 else 0):
+            self._stored[f"{at}.norms.{h}.weight"] = name, h
+        return len(shape) == 2
 
     def _open(self) -> GGUFHeader:
         if self._header is None:
@@ -200,7 +211,7 @@ class GGUFCheckpoint(Checkpoint):
         header, (there, expert) = self._open(), self._find(name)
         rows = header.rows(there)
         if expert is not None:
-            each = rows.shape[0] // self.config.experts
+            each = rows.shape[0] // header.tensors[there].shape[0]
             rows = rows[expert * each : (expert + 1) * each]
         if self._permuted:
             names, heads = self.config.names, 0

@@ -65,7 +65,7 @@ class FromCheckpoint:
         self.sources: dict[tuple[str, str], int] = {}  # (the file's kind, the kind here)
 
     def __call__(self, name: str) -> Any:
-        if len(self.checkpoint.shape(name)) != 2:
+        if len(self.checkpoint.shape(name)) != 2 or is_norm(self.checkpoint.config, name):
             return self.checkpoint.load(name)
         kind, W = self._matrix(name)
         self.stored_as[kind] = self.stored_as.get(kind, 0) + 1
@@ -106,6 +106,22 @@ def norm_of(
     bias = kind == "layer" and config.norm_bias
     b = vector(weights, f"{path}.bias", ops) if bias else None
     return Norm(w, config.rms_norm_eps, kind, b)
+
+
+def head_norm(config: LlamaConfig, weights: Weights, path: str, ops: Backend) -> Norm:
+    """The norm of q or k at a path. Those of each head, which are LayerNorms, have their weights
+    one behind the other, whether the file has a matrix or vectors (`Family.listed_norms`)."""
+    if config.qk_norm_of != "each":
+        return norm_of(config, weights, path, ops, "rms")
+    names = [name for name in config.tensors() if name.startswith(f"{path}.")]
+    w = ops.xp.concatenate([ops.asarray(weights(name)).reshape(-1) for name in names])
+    return Norm(w, config.rms_norm_eps, "layer")
+
+
+def is_norm(config: LlamaConfig, name: str) -> bool:
+    """Whether a tensor is the norms of q's or k's heads, which may be a matrix and is no weight."""
+    names = config.names
+    return name.endswith((f".{names.q_norm}.weight", f".{names.k_norm}.weight"))
 
 
 def vector(weights: Weights, name: str, ops: Backend) -> Array:
