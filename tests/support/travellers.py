@@ -38,6 +38,8 @@ def model_of(model_type: str, **over: Any) -> LlamaConfig:
             settings["moe_intermediate_size"] = 32
     if model_type in ("gpt2", "gpt_neox"):
         settings["num_key_value_heads"] = 4
+    if model_type == "granitemoehybrid":
+        settings["layer_types"] = ["attention"] * settings["num_hidden_layers"]
     return LlamaConfig.from_hf(settings | over)
 
 
