@@ -67,7 +67,7 @@ def _settings(c: LlamaConfig) -> dict[str, Any]:
         out["embedding_scale"] = float(c.embedding_multiplier)
         out["residual_scale"] = float(c.residual_multiplier)
         out["logit_scale"] = 1 / c.logit_multiplier
-    if kind == "cohere":
+    if kind in ("cohere", "cohere2"):
         out["logit_scale"] = float(c.logit_multiplier)
         out["rope.scaling.type"] = "none"
     if kind in ("stablelm", "gpt_neox"):
@@ -81,7 +81,12 @@ def _settings(c: LlamaConfig) -> dict[str, Any]:
 
 def _windows(c: LlamaConfig) -> dict[str, Any]:
     widths = [c.window(i) for i in range(c.num_hidden_layers)]
-    if not max(widths, default=0) and c.model_type not in ("gemma2", "gemma3_text", "phi3"):
+    if not max(widths, default=0) and c.model_type not in (
+        "gemma2",
+        "gemma3_text",
+        "phi3",
+        "cohere2",
+    ):
         return {}
     out: dict[str, Any] = {"attention.sliding_window": max(widths, default=0)}
     if c.model_type in ("olmo3", "exaone4"):

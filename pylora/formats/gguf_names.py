@@ -20,7 +20,7 @@ from pylora.model.config import LlamaConfig
 from pylora.model.tensors import norm_roles
 
 Place = tuple[str, int | None]  # a tensor's name, and which of the experts that are stacked in it
-_NORM_OF = {"post_attention_norm": "after_attention", "ffn_norm": "mid_norm"}
+_NORMS = ("input_norm", "after_attention", "mid_norm", "after_mlp")
 
 
 def architecture(config: LlamaConfig) -> str:
@@ -45,12 +45,15 @@ def places(config: LlamaConfig) -> dict[str, Place]:
     own = config.family.gguf.stems if config.family.gguf is not None else {}
     layers: list[int | None] = [None, *range(config.num_hidden_layers)]
     for layer in layers:
-        stems = TOP_ROLES if layer is None else {**BLOCK_ROLES, **own}
+        stems = {**(TOP_ROLES if layer is None else BLOCK_ROLES), **own}
         norms = () if layer is None else norm_roles(config, layer)
         for stem in stems:
+            role = stems[stem]
             # One path may be a norm before the feed-forward part or one behind attention.
-            if layer is not None and stem in _NORM_OF and _NORM_OF[stem] not in norms:
+            if layer is not None and role in _NORMS and role not in norms:
                 continue
+            if role in own.values() and stem not in own:
+                continue  # the family has another name for it
             for ending in ("weight", "bias"):
                 name = f"{stem}.{ending}" if layer is None else f"blk.{layer}.{stem}.{ending}"
                 hf = hf_name(name, config)

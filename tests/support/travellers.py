@@ -39,7 +39,8 @@ def model_of(model_type: str, **over: Any) -> LlamaConfig:
     if model_type in ("gpt2", "gpt_neox"):
         settings["num_key_value_heads"] = 4
     if model_type == "granitemoehybrid":
-        settings["layer_types"] = ["attention"] * settings["num_hidden_layers"]
+        layers = ["full_attention"] * settings["num_hidden_layers"]
+        settings |= {"layer_types": layers, "num_local_experts": 0}
     return LlamaConfig.from_hf(settings | over)
 
 
