@@ -45,7 +45,6 @@ WORDS = {
     "web": "HTTP, a page, keys, numbers", "serving": "many requests at once",
     "check": "a user's own model, proved", "conformance": "laws for any LoRA",
     "generation": "continuing tokens", "merging": "into the base, and out again",
-    "serving": "many requests at once, one thread",
     "training": "records, batches, steps, runs", "adapters": "settings, plan, A and B, PEFT",
     "formats": "GGUF, safetensors, Hugging Face", "model": "layers, their gradients, KV cache",
     "text": "tokens and chat templates", "backends": "c, cuda, cupy, numpy",
