@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import os
 import random
@@ -43,6 +44,15 @@ def write_vocabulary(path: Path, metadata: dict[str, Any], arch: str = "llama") 
     return path
 
 
+@functools.cache
+def _silence() -> Any:
+    """A listener that says nothing. llama.cpp keeps it for whatever is loaded later in this process,
+    so that it must live as long: hence the cache."""
+    import llama_cpp
+
+    return llama_cpp.llama_log_callback(lambda level, text, data: None)
+
+
 class LlamaCpp:
     """llama.cpp's tokenizer of a GGUF file."""
 
@@ -52,8 +62,7 @@ class LlamaCpp:
         self.c = llama_cpp
         parameters = llama_cpp.llama_model_default_params()
         parameters.vocab_only = True
-        self._silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
-        llama_cpp.llama_log_set(self._silent, None)
+        llama_cpp.llama_log_set(_silence(), None)
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
         if not self.model:
             raise ValueError(f"llama.cpp does not load {path}")
