@@ -46,8 +46,8 @@ def write_vocabulary(path: Path, metadata: dict[str, Any], arch: str = "llama") 
 
 @functools.cache
 def _silence() -> Any:
-    """A listener that says nothing. llama.cpp keeps it for whatever is loaded later in this process,
-    so that it must live as long: hence the cache."""
+    """A listener that says nothing. llama.cpp keeps it for whatever this process loads later, so
+    that it must live as long: hence the cache."""
     import llama_cpp
 
     return llama_cpp.llama_log_callback(lambda level, text, data: None)
