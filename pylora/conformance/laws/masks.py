@@ -152,7 +152,7 @@ def _tiny(t: Trial, p: Problem) -> None:
     words = philox(seed, random.stream("dropout", "q_proj", "1"), at // k * k, 2 * k).reshape(2, k)
     for chance in (2.0**-24, 2.0**-25, 2.0**-32, 2.0**-33, 2.0**-60, 2.0**-149):
         want = words >= math.floor(chance * 2**32)
-        got = _mask(t, window, p=chance)
+        got = _mask(t, window.replaced(p=chance))
         t.expect(f"kept, with p = 2**{int(math.log2(chance))}", got, want)
 
 
