@@ -13,6 +13,7 @@ from pylora.conformance.laws import (
     dropout,
     edges,
     embedding,
+    every,
     families,
     files,
     forward,
@@ -86,6 +87,7 @@ _FILES = (
     methods,
     *SIZES,
     layouts,
+    every,
     widths,
 )
 LAWS: dict[str, Law] = {law.id: law for file in _FILES for law in file.LAWS}
