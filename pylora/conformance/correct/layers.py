@@ -32,9 +32,9 @@ class Layers(Attending):
         def forward(normed: Array) -> Array:
             gate, _ = self._project("gate_proj", normed, weights, adapters)
             up, _ = self._project("up_proj", normed, weights, adapters)
-            return self._project(
-                "down_proj", self.ops.swiglu_forward(gate, up), weights, adapters
-            )[0]
+            return self._project("down_proj", self.ops.swiglu_forward(gate, up), weights, adapters)[
+                0
+            ]
 
         first = self.added(wide, attention, ("norm1", "norm3"), weights, eps, order)
         if order.parallel:

@@ -107,9 +107,13 @@ def _apart(t: Trial, what: str, a: Any, b: Any) -> None:
 def _unlike(t: Trial, p: Problem) -> None:
     first = _begun(t, p)
     second = _begun(t, p, path=p.other)
-    drawn = [i for i, (_, rule) in enumerate(_rules(p)) if rule is not None and first[i] is not None]
+    drawn = [
+        i for i, (_, rule) in enumerate(_rules(p)) if rule is not None and first[i] is not None
+    ]
     for i in drawn:
-        _apart(t, f"{'AB'[i:i + 1] or 'the bias'} of {p.path!r} and {p.other!r}", first[i], second[i])
+        _apart(
+            t, f"{'AB'[i : i + 1] or 'the bias'} of {p.path!r} and {p.other!r}", first[i], second[i]
+        )
     for i, j in zip(drawn, drawn[1:]):
         _apart(t, f"two arrays of {p.path!r}", first[i], first[j])
     again = _begun(t, p)

@@ -10,7 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from pylora.conformance.laws.files import PREFIX, WEIGHTS, adapters, expected, fitting, tensors_of, write
+from pylora.conformance.laws.files import (
+    PREFIX,
+    WEIGHTS,
+    adapters,
+    expected,
+    fitting,
+    tensors_of,
+    write,
+)
 from pylora.conformance.laws.law import Law
 from pylora.conformance.problems.layers import pick, plans, st
 from pylora.conformance.testcase import Problem, Trial

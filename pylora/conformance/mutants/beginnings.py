@@ -368,5 +368,3 @@ class _Hidden(Rounds):
 )
 class NaNIsACode(Int8):
     rounds = _Hidden
-
-

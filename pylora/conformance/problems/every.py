@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 
 from pylora.conformance.problems.layers import np_dtype
-from pylora.conformance.problems.sizes import LIMITS
+from pylora.conformance.problems.sizes import LIMITS, THOROUGH
 from pylora.conformance.protocol import AttentionShape, LayerOrder
 from pylora.ops.features import ACTIVATIONS
 from pylora.types import AdamW, Array
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
+COUNTS = ("adapters", "arrays", "sequences")  # each of them has arrays of its own
 Path = tuple[Any, ...]
 
 
@@ -257,7 +258,9 @@ def _cross_entropy(q: Numbers) -> dict[str, Any]:
 
 def _adamw(q: Numbers) -> dict[str, Any]:
     shape = (q.n.m, q.n.n)
-    settings = AdamW(lr=0.1, step=q.pick(1, 3, 10), beta1=0.5, beta2=0.75, eps=1e-3, weight_decay=0.1)
+    settings = AdamW(
+        lr=0.1, step=q.pick(1, 3, 10), beta1=0.5, beta2=0.75, eps=1e-3, weight_decay=0.1
+    )
     return {"p": q.real(*shape), "g": q.real(*shape), "m": q.real(*shape), "v": q.positive(*shape),
             "settings": settings}  # fmt: skip
 
@@ -270,7 +273,11 @@ def _clip(q: Numbers) -> dict[str, Any]:
 
 
 def _adapter_step(q: Numbers) -> dict[str, Any]:
-    shapes: dict[str, tuple[int, ...]] = {"A": (q.n.r, q.n.n), "B": (q.n.m, q.n.r), "bias": (q.n.m,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "A": (q.n.r, q.n.n),
+        "B": (q.n.m, q.n.r),
+        "bias": (q.n.m,),
+    }
     given = {"params": {n: q.real(*s) for n, s in shapes.items()},
              "grads": {n: q.real(*s) for n, s in shapes.items()}}  # fmt: skip
     return {**given, "lr": 0.1, "weight_decay": 0.25, "ratio": q.pick(2.0, 4.0)}
@@ -340,8 +347,9 @@ def walk(method: str, dtype: str, examples: int) -> Iterator[tuple[str, int]]:
     for name in kind.sizes:
         top = kind.most.get(name, LIMITS[-1])
         of = [limit for limit in LIMITS if limit <= top and limit > kind.sizes[name]]
-        if dtype != "float32":
-            of = of[:: max(1, len(of) - 1)] if examples < 1000 else of
+        if dtype != "float32" and examples < THOROUGH:
+            of = [limit for limit in of if limit <= 256 or name not in COUNTS]
+            of = of[:: max(1, len(of) - 1)]
         elif examples < 30:
             of = of[-1:]
         for limit in of:

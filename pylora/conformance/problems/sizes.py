@@ -43,7 +43,8 @@ def walk(examples: int, top: int, most: int = LIMITS[-1], dtype: str = "float32"
         return [past]
     if dtype != "float32" and examples < THOROUGH:
         return [past, *(n + 1 for n in reversed(limits) if n in PASSED)]
-    return [past, *(n + i for n in reversed(limits) for i in (1, 0, -1))]
+    around = (1, 0, -1) if examples >= THOROUGH else (1, 0)
+    return [past, *(n + i for n in reversed(limits) for i in around)]
 
 
 def sized(make: Make, size: int) -> Problem:
@@ -186,7 +187,9 @@ def mixed(dtype: str, examples: int) -> Iterator[Problem]:
     """A mixed batch: its rows, their runs, the adapters, their ranks, k and d."""
     narrow = np_dtype(dtype).itemsize == 2
     tops = {"rank": 65536, "segments": 65536, "rows": 65536, "k": 65536, "d": 65536}
-    for name, top in {**tops, "adapters": 4096, "adapters used": 4096}.items():
+    # Each adapter is a call: many of them are walked in one dtype.
+    many = 4096 if dtype == "float32" or examples >= THOROUGH else 256
+    for name, top in {**tops, "adapters": many, "adapters used": many}.items():
         for size in walk(examples, top, dtype=dtype):
             yield sized(_mixed_by(dtype, name, False), size)
             if narrow and name in ("rank", "k"):
@@ -209,7 +212,8 @@ def stacked(dtype: str, examples: int) -> Iterator[Problem]:
             return several(dtype, [2, 1], np.zeros(n))
         return several(dtype, [2, 1], np.zeros(3), thin=thinner, **{name: n})
 
-    for name, top in {"rank": 65536, "m": 65536, "k": 65536, "d": 65536, "adapters": 4096}.items():
+    many = 4096 if dtype == "float32" or examples >= THOROUGH else 256
+    for name, top in {"rank": 65536, "m": 65536, "k": 65536, "d": 65536, "adapters": many}.items():
         for size in walk(examples, top, dtype=dtype):
             if not narrow or name != "adapters":
                 yield sized(partial(make, name), size)
