@@ -1,8 +1,9 @@
 """Laws of all methods beyond the layer's own: sizes, layouts, NaN, and calls one after another.
 
 What is right is said by the kit's correct implementation in float64, on the very numbers that were
-given (problems/every.py). Sums of small integers must be equal to it. The others must be near it: the
-numbers are such that what is wrong is far off, and how near is exactly right the methods' own laws say.
+given (problems/every.py). Sums of small integers must be equal to it. The others must be near it:
+the numbers are such that what is wrong is far off, and how near is exactly right the methods' own
+laws say.
 """
 
 from __future__ import annotations
@@ -349,8 +350,9 @@ LAWS = (
     Law(
         "X31",
         "No size is a limit to any other method.",
-        "each dimension of mixed gradients, biases, embeddings, blocks, caches, norms, gates, rotations, "
-        "losses, steps, one beyond each limit of F12: equal on integers, else near the exact result",
+        "each dimension of mixed gradients, biases, embeddings, blocks, caches, norms, "
+        "gates, rotations, losses, steps, one beyond each limit of F12: equal on integers, else "
+        "near the exact result",
         "a buffer, a tile or an index serves a usual size and no other",
         ("L-1",),
         ("forward",),
@@ -363,8 +365,8 @@ LAWS = (
     Law(
         "X30",
         "Nor does it matter to any other method how its arguments lie in memory.",
-        "each array of each method, alone and all at once, laid out in eleven ways: as the exact result, "
-        "and the memory around as it was",
+        "each array of each method, alone and all at once, laid out in eleven ways: as "
+        "the exact result, and the memory around as it was",
         "a row's stride is taken for its length, a step for 1, or an argument is used as scratch",
         ("L-3", "F-6", "F-8"),
         ("forward",),
@@ -377,8 +379,8 @@ LAWS = (
     Law(
         "V20",
         "NaN in any argument of any other method shows where it is read, and only there.",
-        "NaN (of sums of products infinity too) in each array: elements that the formula computes from it "
-        "are NaN, or not finite; the others as without",
+        "NaN (of sums of products infinity too) in each array: elements that the formula "
+        "computes from it are NaN, or not finite; the others as without",
         "a loss, a norm or a step is cleaned of NaN, or one bad row spreads",
         ("V-1", "V-8", "V-9", "N-5"),
         ("forward",),
@@ -391,8 +393,9 @@ LAWS = (
     Law(
         "C10",
         "A result of any other method is what its own arguments say, and stays so.",
-        "calls in any order, of the same sizes and of others, arrays written to in place, results kept and "
-        "overwritten: each the exact result, none shares memory with another or with an argument",
+        "calls in any order, of the same sizes and of others, arrays written to in "
+        "place, results kept and overwritten: each the exact result, none shares memory with "
+        "another or with an argument",
         "a table is cached by part of what it hangs on, a buffer is given away, or an argument is",
         ("C-1", "C-2", "C-3", "N-3"),
         ("forward",),

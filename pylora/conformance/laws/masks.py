@@ -123,8 +123,8 @@ def _bits(t: Trial, p: Problem) -> None:
     t.expect("kept", _mask(t, p), want)
 
 
-# Elements (seed, number) of the stream dropout/q_proj/1 whose words are 0, 1, 1 and 2. They were found
-# by a search through the first 2³²; one word in 2³² is 0.
+# Elements (seed, number) of the stream dropout/q_proj/1 whose words are 0, 1, 1 and 2. They
+# were found by a search through the first 2³²; one word in 2³² is 0.
 _RARE = ((7, 2679380839), (7, 3446331816), (0, 884366182), (0, 99479647))
 
 
@@ -251,8 +251,8 @@ LAWS = (
     Law(
         "D38",
         "A p below 2⁻³² drops nothing, one of 2⁻²⁴ drops what lies below it.",
-        "kept iff word >= floor(p 2³²), p from 2⁻²⁴ to the smallest number, at elements whose words "
-        "are 0 or nearly so",
+        "kept iff word >= floor(p 2³²), p from 2⁻²⁴ to the smallest number, at elements "
+        "whose words are 0 or nearly so",
         "a small p is taken for none, or a threshold of 0 is made 1",
         ("D-7", "D-10"),
         (*NEEDS, "bits"),

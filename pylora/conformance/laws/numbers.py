@@ -1,5 +1,5 @@
-"""The random numbers of docs/random.md once more, an element at a time, in Python's own integers and
-floats: written from that page and not from pylora/numbers, so that a fault there is seen."""
+"""The random numbers of docs/random.md once more, an element at a time, in Python's own integers
+and floats: written from that page and not from pylora/numbers, so that a fault there is seen."""
 
 from __future__ import annotations
 

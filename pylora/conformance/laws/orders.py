@@ -1,5 +1,5 @@
-"""Laws of what families of models order otherwise than Llama: where norms lie, both sublayers side by
-side, norms of q and k, multipliers. All in `Running` arithmetic, as A19 is."""
+"""Laws of what families of models order otherwise than Llama: where norms lie, both sublayers side
+by side, norms of q and k, multipliers. All in `Running` arithmetic, as A19 is."""
 
 from __future__ import annotations
 

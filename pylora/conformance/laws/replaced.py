@@ -115,7 +115,7 @@ LAWS = (
     Law(
         "K40",
         "Biases that a file replaces are read, of the modules that the setting says.",
-        'bias = "lora_only": ….base_layer.bias of adapted modules; "all": ….bias of the others too; '
+        'bias = "lora_only": ….base_layer.bias of adapted modules; "all": ….bias of others too; '
         "load_biases = what was written, bit for bit",
         "a replaced bias is dropped, or one module's is taken for another's: the base answers with "
         "the biases that it had",

@@ -231,7 +231,8 @@ LAWS = (
     Law(
         "V19",
         "NaN in a weight that shares a scale takes its group at most, and shows.",
-        "W[i,j] = NaN or ±inf: column i of y is not finite, other columns as without; in 8 and 4 bits "
+        "W[i,j] = NaN or ±inf: column i of y is not finite, other columns as without; in "
+        "8 and 4 bits "
         "what is stored of other groups of 32 has the same bits",
         "one scale for a whole matrix or for several rows, or NaN stored as a code like others",
         ("V-11", "V-1", "N-7"),

@@ -1,5 +1,5 @@
-"""The statements of docs/spec.md that no law checks, each with the reason: none. A test holds this list:
-every statement is cited by a law or is in it, and none is both."""
+"""The statements of docs/spec.md that no law checks, each with the reason: none. A test holds this
+list: every statement is cited by a law or is in it, and none is both."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Blocks of families that order norms, residuals and multipliers otherwise; an embedding's multiplier;
-biases of the base that a file replaces."""
+"""Blocks of families that order norms, residuals and multipliers otherwise; an embedding's
+multiplier; biases of the base that a file replaces."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Inputs of the single operations on which a change must show: norms, gates, rotations, losses, steps.
-Drawn as corpus.py draws, wider than the laws do, and by none of their strategies."""
+"""Inputs of the single operations on which a change must show: norms, gates, rotations, losses,
+steps. Drawn as corpus.py draws, wider than the laws do, and by none of their strategies."""
 
 from __future__ import annotations
 

@@ -39,7 +39,8 @@ _OF_FORMULAS = frozenset(
     "_normal soft_cap_forward soft_cap_backward capped _sigmoid".split()
 )
 _OF_TRAINING = frozenset(
-    "rms_norm swiglu swiglu_backward rope cross_entropy adamw clip scaled rates adapter_step".split()
+    "rms_norm swiglu swiglu_backward rope cross_entropy adamw clip scaled rates "
+    "adapter_step".split()
 )
 _OF_FAMILIES = frozenset(
     "layer_norm layer_norm_backward activation activation_backward soft_cap soft_cap_backward "

@@ -1,7 +1,7 @@
 """A call of each method beyond the layer's own: of any sizes, in any dtype, made again from a seed.
 
-What problems/sizes.py is for forward, backward and merging, this is for all the others: mixed gradients, biases, embeddings, a cache, blocks, norms, gates, rotations, losses and
-steps. Sums of small integers are exact (`exact`); the others are well conditioned, so that what is
+What problems/sizes.py is for forward, backward and merging, this is for all the others: mixed
+gradients, biases, embeddings, a cache, blocks, norms, gates, rotations, losses and steps. Sums of small integers are exact (`exact`); the others are well conditioned, so that what is
 wrong is wrong by more than any rounding.
 """
 
@@ -136,8 +136,9 @@ def _bias_merge(q: Numbers) -> dict[str, Any]:
 
 def _embedding(q: Numbers) -> dict[str, Any]:
     n = q.n
-    return {"ids": q.ids(getattr(n, "m", 0), n.vocab), "W": q.whole(n.vocab, n.hidden),
-            "A": q.whole(n.r, n.vocab), "B": q.whole(n.hidden, n.r), "scale": q.scale()}  # fmt: skip
+    ids, W = q.ids(getattr(n, "m", 0), n.vocab), q.whole(n.vocab, n.hidden)
+    A, B = q.whole(n.r, n.vocab), q.whole(n.hidden, n.r)
+    return {"ids": ids, "W": W, "A": A, "B": B, "scale": q.scale()}
 
 
 def _embed(q: Numbers) -> dict[str, Any]:
