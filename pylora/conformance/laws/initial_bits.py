@@ -127,7 +127,8 @@ LAWS = (
         "I16",
         "A module starts with the numbers that the specification says, bit for bit.",
         "A from the stream init/<path>, B from init/<path>/B, its bias from "
-        "init/<path>/bias, row by row: u of 52 bits, (2u - 1) b or z(u) σ in float64, then float32; embeddings too",
+        "init/<path>/bias, row by row: u of 52 bits, (2u - 1) b or z(u) σ in float64, then "
+        "float32; embeddings too",
         "another stream, fewer bits, float32 on the way, another quantile, or columns for rows: a "
         "run is not reproduced",
         ("I-8", "R-3", "R-4", "R-5", "R-1", "R-2"),
@@ -141,7 +142,8 @@ LAWS = (
         "I17",
         "No two modules start alike, and no two arrays of one.",
         "signs of A, of B and of its bias, of two paths that are alike and of one: equal "
-        "at half of the places at every shift up to 8 (Hoeffding, chance 10⁻¹⁸); made again, the same",
+        "at half of the places at every shift up to 8 (Hoeffding, chance 10⁻¹⁸); made again, the "
+        "same",
         "the path does not enter the key, or only its end or its length does; B is A's stream",
         ("I-9", "I-6", "I-4"),
         ("initial",),

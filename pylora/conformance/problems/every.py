@@ -1,8 +1,9 @@
 """A call of each method beyond the layer's own: of any sizes, in any dtype, made again from a seed.
 
 What problems/sizes.py is for forward, backward and merging, this is for all the others: mixed
-gradients, biases, embeddings, a cache, blocks, norms, gates, rotations, losses and steps. Sums of small integers are exact (`exact`); the others are well conditioned, so that what is
-wrong is wrong by more than any rounding.
+gradients, biases, embeddings, a cache, blocks, norms, gates, rotations, losses and steps. Sums
+of small integers are exact (`exact`); the others are well conditioned, so that what is wrong is
+wrong by more than any rounding.
 """
 
 from __future__ import annotations
