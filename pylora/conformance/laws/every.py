@@ -1,4 +1,4 @@
-"""Laws of all methods beyond the layer's own: sizes, layouts, NaN, and calls one after another.
+"""Laws of all methods beyond the layer's own: sizes, layouts and NaN.
 
 What is right is said by the kit's correct implementation in float64, on the very numbers that were
 given (problems/every.py). Sums of small integers must be equal to it. The others must be near it:
@@ -9,6 +9,7 @@ laws say.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,6 @@ import numpy as np
 from pylora.conformance.bounds.layer import NARROW, kind
 from pylora.conformance.correct.plain import Correct
 from pylora.conformance.laws.law import Law
-from pylora.conformance.laws.methods import together
 from pylora.conformance.problems.every import (
     DTYPES,
     KINDS,
@@ -35,6 +35,15 @@ METHODS = tuple(KINDS)
 MANY = 50  # arrays of a result from which on they are compared all at once
 Args = dict[str, Any]
 _CORRECT = Correct()
+
+
+def given(t: Trial, method: str, dtype: str, seed: int, **sizes: int) -> Args:
+    """The arguments of a call; without a window where the implementation has none."""
+    args = arguments(method, dtype, seed, **sizes)
+    shape = args.get("shape")
+    if shape is not None and "window" not in getattr(t.implementation, "attention_options", ()):
+        args["shape"] = replace(shape, window=0)
+    return args
 
 
 def invoke(of: Any, method: str, args: Args) -> Any:
@@ -73,7 +82,7 @@ def _near(t: Trial, method: str, args: Args, want: Array) -> Array | float:
     return share * (size + size.max(initial=0.0) * (1.0 if narrow else 2.0**-3)) + 1e-30
 
 
-def _compare(t: Trial, what: str, method: str, args: Args, got: Any) -> list[Array]:
+def compare(t: Trial, what: str, method: str, args: Args, got: Any) -> list[Array]:
     """Every array of the result is the one that is expected."""
     found = list(leaves(got))
     wanted = expected(t, method, args)
@@ -91,7 +100,7 @@ def _compare(t: Trial, what: str, method: str, args: Args, got: Any) -> list[Arr
     return [a for _, a in found]
 
 
-def _method(t: Trial, p: Problem) -> str:
+def present(t: Trial, p: Problem) -> str:
     name: str = p.method
     if not callable(getattr(t.implementation, name, None)):
         raise NotTested(f"there is no {name}")
@@ -102,9 +111,9 @@ def _method(t: Trial, p: Problem) -> str:
 
 
 def _sizes(t: Trial, p: Problem) -> None:
-    method = _method(t, p)
-    args = arguments(method, p.dtype, p.seed, **{p.name: p.size})
-    _compare(t, f"with {p.name} = {p.size}", method, args, invoke(t, method, args))
+    method = present(t, p)
+    args = given(t, method, p.dtype, p.seed, **{p.name: p.size})
+    compare(t, f"with {p.name} = {p.size}", method, args, invoke(t, method, args))
 
 
 def _size(method: str, dtype: str, name: str, size: int) -> Problem:
@@ -133,8 +142,8 @@ def _some_size(draw: Any, dtype: str) -> Problem:
 
 
 def _layouts(t: Trial, p: Problem) -> None:
-    method = _method(t, p)
-    args = arguments(method, p.dtype, p.seed)
+    method = present(t, p)
+    args = given(t, method, p.dtype, p.seed)
     paths = [path for path, _ in leaves(args)]
     chosen = paths if p.which < 0 else [paths[p.which % len(paths)]]
     named = "everything" if p.which < 0 else "".join(f"[{key!r}]" for key in chosen[0])
@@ -142,10 +151,10 @@ def _layouts(t: Trial, p: Problem) -> None:
     def lay(path: Path, a: Array) -> Array:
         return laid_out(a, p.layout) if path in chosen else a
 
-    given = mapped(args, lay)
-    guards = [Guard.of(a) for path, a in leaves(given) if path in chosen]
-    got = invoke(t, method, given)
-    _compare(t, f"with {named} {p.layout}", method, given, got)
+    laid = mapped(args, lay)
+    guards = [Guard.of(a) for path, a in leaves(laid) if path in chosen]
+    got = invoke(t, method, laid)
+    compare(t, f"with {named} {p.layout}", method, laid, got)
     if not all(guard.untouched for guard in guards):
         t.fail(f"{method} wrote to the memory around {named}, which was {p.layout}", got)
 
@@ -177,8 +186,8 @@ def _some_layout(dtype: str) -> Any:
 
 
 def _odd(t: Trial, p: Problem) -> None:
-    method = _method(t, p)
-    args = mapped(arguments(method, p.dtype, p.seed), lambda _, a: _sound(a))
+    method = present(t, p)
+    args = mapped(given(t, method, p.dtype, p.seed), lambda _, a: _sound(a))
     silent = KINDS[method].silent
     places = [
         path for path, a in leaves(args) if a.dtype.kind not in "iub" and path[0] not in silent
@@ -193,10 +202,10 @@ def _odd(t: Trial, p: Problem) -> None:
             a.reshape(-1)[(0, -1, a.size // 2)[p.at]] = p.odd
         return a
 
-    given = mapped(args, put)
+    odd = mapped(args, put)
     named = "".join(f"[{key!r}]" for key in chosen)
-    got, said = invoke(t, method, given), f"with {p.odd} in {named}"
-    for (_, raw), (_, want) in zip(leaves(got), expected(t, method, given)):
+    got, said = invoke(t, method, odd), f"with {p.odd} in {named}"
+    for (_, raw), (_, want) in zip(leaves(got), expected(t, method, odd)):
         a = np.asarray(raw, np.float64)
         bad = ~np.isfinite(want)
         shown = np.isnan(a) if np.isnan(p.odd) else ~np.isfinite(a)
@@ -234,114 +243,6 @@ def _some_odd(dtype: str) -> Any:
         st.integers(0, 30),
         st.integers(0, 2),
         pick((np.nan, np.inf, -np.inf)),
-        st.integers(0, 99),
-    )
-
-
-# ---- calls, one after another --------------------------------------------------------------------
-
-SCRIPT = ("a", "b", "a", "write a", "a", "spoil", "c", "a", "b")
-
-
-class _Calls:
-    """The arguments of a method, in three forms, and every result that is kept."""
-
-    def __init__(self, t: Trial, p: Problem) -> None:
-        self.t, self.p, self.n = t, p, 0
-        self.args: dict[tuple[str, str], Args] = {}
-        self.kept: list[tuple[str, Any, Array]] = []
-
-    def of(self, method: str, which: str) -> Args:
-        """ "a" and "b" are of the same sizes; "c" has one dimension more of each."""
-        if (method, which) not in self.args:
-            sizes = KINDS[method].sizes
-            larger = {n: size + 2 for n, size in sizes.items()} if which == "c" else {}
-            seed = self.p.seed + 10 * "abc".index(which)
-            self.args[method, which] = arguments(method, self.p.dtype, seed, **larger)
-        return self.args[method, which]
-
-    def call(self, method: str, which: str) -> None:
-        self.n += 1
-        args = self.of(method, which)
-        got = invoke(self.t, method, args)
-        for a in _compare(self.t, f"in call {self.n}", method, args, got):
-            what = f"the result of {method} in call {self.n} shares memory with"
-            for (name, _), other in self.args.items():
-                for _, b in leaves(other):
-                    self.t.apart(f"{what} an argument of {name}", a, b)
-            for said, b, _ in self.kept:
-                self.t.apart(f"{what} {said}", a, b)
-            self.kept.append((f"that of {method} in call {self.n}", a, np.array(a)))
-
-    def write(self, method: str, which: str) -> None:
-        """Other numbers in the same arrays: those of another seed."""
-        other = arguments(method, self.p.dtype, self.p.seed + 50)
-        for (_, a), (_, b) in zip(leaves(self.of(method, which)), leaves(other)):
-            if a.dtype.kind not in "iub":
-                a[...] = b
-
-    def spoil(self) -> None:
-        """The caller writes into the last result."""
-        if self.kept and self.kept[-1][1].flags.writeable:
-            _, a, _ = self.kept.pop()
-            a[...] = 0 if a.dtype.kind in "iub" else np.nan
-
-    def end(self) -> None:
-        for said, a, before in self.kept:
-            self.t.expect(f"{said}, looked at again after later calls", a, before, signs=True)
-
-
-def _sequence(t: Trial, p: Problem) -> None:
-    calls = _Calls(t, p)
-    has = [m for m in p.methods if callable(getattr(t.implementation, m, None))]
-    if not has:
-        raise NotTested(f"there is none of {', '.join(p.methods)}")
-    for i, step in enumerate(p.steps):
-        method = has[i % len(has)]
-        if step == "spoil":
-            calls.spoil()
-        elif step.startswith("write"):
-            calls.write(method, "a")
-        else:
-            calls.call(method, step)
-    calls.end()
-
-
-def _alone(dtype: str, examples: int) -> Iterator[Problem]:
-    """Each method by itself, and beside the next one of the list."""
-    for i, method in enumerate(METHODS if dtype == "float32" else ()):
-        yield Problem(dtype=dtype, seed=4, methods=(method,), steps=SCRIPT)
-        both = method, METHODS[(i + 1) % len(METHODS)]
-        yield Problem(dtype=dtype, seed=5, methods=both, steps=("a", "a", "b", "b", "a", "a"))
-
-
-def _some_calls(dtype: str) -> Any:
-    steps = st.lists(pick(("a", "b", "c", "write a", "spoil")), min_size=3, max_size=8)
-    return st.builds(
-        lambda seed, methods, steps: Problem(
-            dtype=dtype, seed=seed, methods=tuple(methods), steps=tuple(steps)
-        ),
-        st.integers(0, 99),
-        st.lists(pick(METHODS), min_size=1, max_size=3),
-        steps,
-    )
-
-
-def _threads(t: Trial, p: Problem) -> None:
-    method = _method(t, p)
-    pair = [(method, arguments(method, p.dtype, seed)) for seed in (p.seed, p.seed + 1)]
-    together(t, pair, invoke)
-
-
-def _each_method(dtype: str, examples: int) -> Iterator[Problem]:
-    for method in METHODS if dtype == "float32" else ():
-        yield Problem(method=method, dtype=dtype, seed=6)
-
-
-def _some_method(dtype: str) -> Any:
-    return st.builds(
-        lambda method, seed: Problem(method=method, dtype=dtype, seed=seed),
-        pick(METHODS),
         st.integers(0, 99),
     )
 
@@ -389,34 +290,5 @@ LAWS = (
         (),
         dtypes=DTYPES,
         covering=_every_odd,
-    ),
-    Law(
-        "C10",
-        "A result of any other method is what its own arguments say, and stays so.",
-        "calls in any order, of the same sizes and of others, arrays written to in "
-        "place, results kept and overwritten: each the exact result, none shares memory with "
-        "another or with an argument",
-        "a table is cached by part of what it hangs on, a buffer is given away, or an argument is",
-        ("C-1", "C-2", "C-3", "N-3"),
-        ("forward",),
-        _some_calls,
-        _sequence,
-        (),
-        dtypes=DTYPES,
-        covering=_alone,
-    ),
-    Law(
-        "C11",
-        "Any other method gives the same when threads call it at once.",
-        "three threads, two sets of arguments of one shape: equal to the result alone, bit for bit",
-        "a race: a buffer or a table of the object is written by every call",
-        ("C-6", "N-3"),
-        ("forward", "thread_safe"),
-        _some_method,
-        _threads,
-        (),
-        dtypes=("float32",),
-        covering=_each_method,
-        cost=4,
     ),
 )

@@ -14,6 +14,7 @@ from pylora.conformance.laws import (
     edges,
     embedding,
     every,
+    every_calls,
     families,
     files,
     forward,
@@ -88,6 +89,7 @@ _FILES = (
     *SIZES,
     layouts,
     every,
+    every_calls,
     widths,
 )
 LAWS: dict[str, Law] = {law.id: law for file in _FILES for law in file.LAWS}

@@ -148,7 +148,7 @@ def _embed(q: Numbers) -> dict[str, Any]:
             "P": q.whole(seen, q.n.hidden)}  # fmt: skip
 
 
-def _attention(q: Numbers, mlp: bool) -> dict[str, Any]:
+def _attention(q: Numbers, mlp: bool = False) -> dict[str, Any]:
     """Weights of a block whose shares are far from equal, adapters of half of its projections."""
     n = q.n
     heads, hidden = n.key_heads * n.group, n.hidden
@@ -160,9 +160,21 @@ def _attention(q: Numbers, mlp: bool) -> dict[str, Any]:
     weights: dict[str, Array] = {name: q.matrix(*size) for name, size in sizes.items()}
     low = {name: (q.matrix(n.r, k), q.matrix(d, n.r), q.scale())
            for i, (name, (d, k)) in enumerate(sizes.items()) if (i + q.seed) % 2}  # fmt: skip
-    lengths = (n.positions, *(1 + i % 2 for i in range(n.sequences - 1)))
+    window = getattr(n, "window", 0)
+    first = n.positions if window < 8 else max(n.positions, window + 2)
+    lengths = (first, *(1 + i % 2 for i in range(n.sequences - 1)))
     return {"weights": weights, "adapters": low,
-            "shape": AttentionShape(heads, n.key_heads, n.D, lengths)}  # fmt: skip
+            "shape": AttentionShape(heads, n.key_heads, n.D, lengths, window=window)}  # fmt: skip
+
+
+def _whole(q: Numbers) -> dict[str, Any]:
+    p = _attention(q)
+    return {"x": q.real(sum(p["shape"].lengths), q.n.hidden), **p}
+
+
+def _whole_backward(q: Numbers) -> dict[str, Any]:
+    p = _whole(q)
+    return {"dy": q.real(*p["x"].shape), **p}
 
 
 def _block(q: Numbers) -> dict[str, Any]:
@@ -184,7 +196,7 @@ def _ordered(q: Numbers) -> dict[str, Any]:
 
 def _decoder(q: Numbers) -> dict[str, Any]:
     """Two chunks of every sequence and then one row of the first; the adapters change between."""
-    p, n = _attention(q, False), q.n
+    p, n = _attention(q), q.n
     runs = [[(i, rows) for i, rows in enumerate(p["shape"].lengths)],
             [(i, 1) for i in range(n.sequences)], [(0, 2)]]  # fmt: skip
     shape = AttentionShape(p["shape"].heads, n.key_heads, n.D, (), window=n.window)
@@ -289,6 +301,7 @@ _ROWS = {"m": 5, "k": 3, "d": 4, "r": 2}
 _MANY = {**_ROWS, "adapters": 3}
 _TABLE = {"m": 5, "vocab": 7, "hidden": 3, "r": 2}
 _HEADS = {"positions": 4, "sequences": 2, "key_heads": 2, "group": 2, "D": 4, "hidden": 3, "r": 2}
+_ONCE = dict.fromkeys(_HEADS, 0)
 _BLOCK = {"positions": 512, "sequences": 1024, "key_heads": 512, "group": 512, "D": 1024}
 _PAIRS = {"m": 4, "n": 6}
 KINDS: dict[str, Kind] = {
@@ -310,6 +323,11 @@ KINDS: dict[str, Kind] = {
         lambda q: {**_embedding(q), "p": q.pick(0.5, 0.25), "seed": q.seed}, _TABLE, True
     ),
     "embed": Kind(_embed, {**_TABLE, "positions": 6}, True),
+    # Their other sizes are those of the laws F15 and B16.
+    "attention": Kind(_whole, {**_HEADS, "window": 3}, most={**_ONCE, "window": 512}),
+    "attention_backward": Kind(
+        _whole_backward, {**_HEADS, "window": 3}, most={**_ONCE, "window": 256}
+    ),
     "decoder": Kind(_decoder, {**_HEADS, "window": 3}, most={**_BLOCK, "window": 256}),
     "block": Kind(_block, {**_HEADS, "inner": 5}, most={**_BLOCK, "hidden": 4096}),
     "layer": Kind(_ordered, {**_HEADS, "inner": 5}, most={**_BLOCK, "hidden": 4096}),
