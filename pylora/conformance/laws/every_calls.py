@@ -1,5 +1,5 @@
-"""Laws of calls of all methods beyond the layer's own, one after another and at the same time: what a
-result is hangs on the arguments of its call, and it belongs to the caller. See every.py.
+"""Laws of calls of all methods beyond the layer's own, one after another and at the same time: what
+a result is hangs on the arguments of its call, and it belongs to the caller. See every.py.
 """
 
 from __future__ import annotations

@@ -368,8 +368,7 @@ def walk(method: str, dtype: str, examples: int) -> Iterator[tuple[str, int]]:
         top = kind.most.get(name, LIMITS[-1])
         of = [limit for limit in LIMITS if limit <= top and limit > kind.sizes[name]]
         if dtype != "float32" and examples < THOROUGH:
-            of = [limit for limit in of if limit <= 256 or name not in COUNTS]
-            of = of[:: max(1, len(of) - 1)]
+            of = [limit for limit in of if limit <= (256 if name in COUNTS else 1024)][-1:]
         elif examples < 30:
             of = of[-1:]
         for limit in of:
