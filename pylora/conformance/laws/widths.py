@@ -20,6 +20,7 @@ from pylora.conformance.problems.layers import DTYPES, np_dtype, st
 from pylora.conformance.problems.sizes_attention import attention
 from pylora.conformance.testcase import Problem, Trial
 
+PARTS = 512  # terms from which on each is a batch, or an adapter, of its own as well
 STORED = 2  # roundings to 16 bits that dropout adds; see laws/dropout.py
 
 
@@ -47,9 +48,14 @@ def _forward(t: Trial, p: Problem) -> None:
 def _several(t: Trial, p: Problem) -> None:
     W = t.weight(p.W)
     if has(t, "forward_stacked"):
-        y = t.forward_stacked(p.x, p.W, p.adapters)
-        bound = bounds.forward(p.x, W, p.adapters, precision=t.precision)
-        t.expect(f"y of both {_said(p)}", y, oracle.forward(p.x, W, p.adapters), bound)
+        sets = [p.adapters]
+        if PARTS <= len(p.A) < 2 * PARTS and (p.A == 1).all():  # each rank an adapter of its own
+            sets.append([(p.A[i : i + 1], p.B[:, i : i + 1], 1.0) for i in range(len(p.A))])
+        for adapters in sets:
+            y = t.forward_stacked(p.x, p.W, adapters)
+            bound = bounds.forward(p.x, W, adapters, precision=t.precision)
+            said = f"y of {len(adapters)} adapters {_said(p)}"
+            t.expect(said, y, oracle.forward(p.x, W, adapters), bound)
     if has(t, "forward_mixed"):
         y = t.forward_mixed(p.x, p.W, p.adapters, p.rows)
         want = oracle.mixed(p.x, W, p.adapters, p.rows)
@@ -65,12 +71,16 @@ def _backward(t: Trial, p: Problem) -> None:
         t.expect(f"{name} {_said(p)}", g, w, bound)
     if has(t, "loss_gradients"):
         counted = np.ones(len(p.x), bool)
-        batches = [(p.x, p.dy, counted)] * 2
-        pair = t.loss_gradients(batches, p.W, p.A, p.B, p.scale)
-        wants = oracle.loss_gradients(batches, W, p.A, p.B, p.scale)
-        offs = bounds.loss_gradients(batches, W, p.A, p.B, p.scale, t.precision)
-        for name, g, w, bound in zip(("dA", "dB"), pair, wants, offs):
-            t.expect(f"{name} of a step {_said(p)}", g, w, bound)
+        steps = [[(p.x, p.dy, counted)] * 2]
+        if PARTS <= len(p.x) < 2 * PARTS and (p.dy == 1).all():  # each row a batch of its own
+            steps.append([(p.x[i : i + 1], p.dy[i : i + 1], counted[:1]) for i in range(len(p.x))])
+        for batches in steps:
+            pair = t.loss_gradients(batches, p.W, p.A, p.B, p.scale)
+            wants = oracle.loss_gradients(batches, W, p.A, p.B, p.scale)
+            offs = bounds.loss_gradients(batches, W, p.A, p.B, p.scale, t.precision)
+            for name, g, w, bound in zip(("dA", "dB"), pair, wants, offs):
+                said = f"{name} of a step of {len(batches)} batches {_said(p)}"
+                t.expect(said, g, w, bound)
 
 
 def _dropout(t: Trial, p: Problem) -> None:

@@ -35,6 +35,7 @@ from pylora.conformance.mutants import (
     numerics,
     operations,
     orders,
+    others,
     paths,
     plans,
     precisions,
@@ -91,6 +92,7 @@ GROUPS = (
     families,
     orders,
     beginnings,
+    others,
     limits,
     paths,
 )
