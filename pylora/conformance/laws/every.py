@@ -132,7 +132,7 @@ def _some_size(draw: Any, dtype: str) -> Problem:
     """One dimension of a size drawn evenly by its power of two."""
     method = draw(pick(METHODS))
     name = draw(pick(tuple(KINDS[method].sizes)))
-    most = min(KINDS[method].most.get(name, 2048), 2048)
+    most = max(1, min(KINDS[method].most.get(name, 2048), 2048))
     size = int(2.0 ** draw(st.floats(0.0, float(np.log2(most)), width=16)))
     p = _size(method, dtype, name, max(KINDS[method].sizes[name], size))
     return p.replaced(seed=draw(st.integers(0, 99)))

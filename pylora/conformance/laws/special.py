@@ -325,7 +325,7 @@ LAWS = (
         "A B of negative zeros is zero.",
         "B = ±0 implies that y has the bits of base(x), NaN or ±inf in A or not",
         "bits are compared where numbers should be: -0.0 is added up and changes signs of zeros",
-        ("V-4", "F-2"),
+        ("V-4", "V-6", "F-2"),
         ("forward", "base", "bitwise"),
         poisoned("x"),
         _signed_zeros,

@@ -4,6 +4,7 @@ whose groups hold NaN."""
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -241,6 +242,35 @@ class DropsOutputs(Correct):
         kept = np.random.default_rng(seed).random(y.shape) >= p
         more = (y - base) / y.dtype.type(1 - p)
         return (base + np.where(kept, more, more.dtype.type(0))).astype(W.dtype)
+
+
+# ---- signs of zeros ------------------------------------------------------------------------------
+
+
+@wrong(
+    "fresh-adapter-loses-signs",
+    "subtle",
+    "With B = 0 every zero of y is +0, whatever the base's was.",
+    "0.0 is added in place of the term that was left out.",
+)
+class FreshLosesSigns(Correct):
+    def forward(
+        self, x: Array, W: Array, A: Array, B: Array, scale: float, bias: Array | None = None
+    ) -> Array:
+        y = super().forward(x, W, A, B, scale, bias)
+        return y if (B != 0).any() else (y + y.dtype.type(0)).astype(x.dtype)
+
+
+@wrong(
+    "unmerge-loses-signs",
+    "subtle",
+    "What is promised to come back bit for bit has +0 where W had -0.",
+    "Zeros compare equal, so that their places are not among those that are put back.",
+)
+class UnmergeLosesSigns(Correct):
+    def unmerge(self, W: Array, A: Array, B: Array, scale: float, state: Any = None) -> Array:
+        back = super().unmerge(W, A, B, scale, state)
+        return np.where(back == 0, np.abs(back), back).astype(back.dtype)
 
 
 # ---- thresholds ----------------------------------------------------------------------------------

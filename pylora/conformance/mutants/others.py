@@ -1,5 +1,5 @@
-"""Methods beyond a layer's own: limits, layouts, caches and NaN, where only a layer's were looked at
-before."""
+"""Methods beyond a layer's own: limits, layouts, caches and NaN, where only the layer's were looked
+at before."""
 
 from __future__ import annotations
 
