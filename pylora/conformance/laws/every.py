@@ -20,6 +20,7 @@ from pylora.conformance.laws.law import Law
 from pylora.conformance.problems.every import (
     DTYPES,
     KINDS,
+    OPTIONS,
     Path,
     arguments,
     leaves,
@@ -231,7 +232,8 @@ def _every_odd(dtype: str, examples: int) -> Iterator[Problem]:
     for method in METHODS if dtype == "float32" else ():
         for which in range(len(list(leaves(arguments(method, dtype))))):
             for at in (0, 1):
-                yield _odd_problem(method, dtype, which, at, np.nan, 3)
+                for seed in range(OPTIONS.get(method, 1)):
+                    yield _odd_problem(method, dtype, which, at, np.nan, seed)
             if KINDS[method].exact:
                 yield _odd_problem(method, dtype, which, 2, np.inf, 3)
 

@@ -12,7 +12,7 @@ import numpy as np
 from pylora.conformance.laws.every import METHODS, Args, compare, given, invoke, present
 from pylora.conformance.laws.law import Law
 from pylora.conformance.laws.methods import together
-from pylora.conformance.problems.every import DTYPES, KINDS, arguments, leaves
+from pylora.conformance.problems.every import DTYPES, KINDS, OPTIONS, arguments, leaves
 from pylora.conformance.problems.layers import pick, st
 from pylora.conformance.testcase import NotTested, Problem, Trial
 from pylora.types import Array
@@ -87,7 +87,8 @@ def _sequence(t: Trial, p: Problem) -> None:
 def _alone(dtype: str, examples: int) -> Iterator[Problem]:
     """Each method by itself, and beside the next one of the list."""
     for i, method in enumerate(METHODS if dtype == "float32" else ()):
-        yield Problem(dtype=dtype, seed=4, methods=(method,), steps=SCRIPT)
+        for seed in range(OPTIONS.get(method, 1)):
+            yield Problem(dtype=dtype, seed=seed, methods=(method,), steps=SCRIPT)
         both = method, METHODS[(i + 1) % len(METHODS)]
         yield Problem(dtype=dtype, seed=5, methods=both, steps=("a", "a", "b", "b", "a", "a"))
 

@@ -99,7 +99,8 @@ def _orders(**choices: tuple[Any, ...]) -> Any:
         for name, size in sizes.items():
             w = make.rows(1, size)[0]
             weights[name] = w if order.plus_one else w + make.dtype.type(1)
-        return p.replaced(weights=weights, order=order)
+        made: Problem = p.replaced(weights=weights, order=order)
+        return made
 
     return drawn
 
@@ -113,11 +114,12 @@ def _placed(draw: Any, dtype: str = "float32") -> Problem:
     p = draw(embeddings(dtype))
     rng, m = np.random.default_rng(draw(SEEDS)), len(p.ids)
     P = rng.normal(size=(m + 3, p.W.shape[1])).astype(p.W.dtype)
-    return p.replaced(
+    made: Problem = p.replaced(
         multiplier=draw(pick((12.0, 1.0, 0.5, 3.25))),
         position=rng.integers(0, m + 3, m).astype(np.int64),
         P=P if draw(st.booleans()) else None,
     )
+    return made
 
 
 def _embed(t: Trial, p: Problem) -> None:

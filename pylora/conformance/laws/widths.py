@@ -20,7 +20,7 @@ from pylora.conformance.problems.layers import DTYPES, np_dtype, st
 from pylora.conformance.problems.sizes_attention import attention
 from pylora.conformance.testcase import Problem, Trial
 
-PARTS = 512  # terms from which on each is a batch, or an adapter, of its own as well
+PARTS = 512  # terms from which on each is a batch of its own as well
 STORED = 2  # roundings to 16 bits that dropout adds; see laws/dropout.py
 
 
@@ -48,14 +48,9 @@ def _forward(t: Trial, p: Problem) -> None:
 def _several(t: Trial, p: Problem) -> None:
     W = t.weight(p.W)
     if has(t, "forward_stacked"):
-        sets = [p.adapters]
-        if PARTS <= len(p.A) < 2 * PARTS and (p.A == 1).all():  # each rank an adapter of its own
-            sets.append([(p.A[i : i + 1], p.B[:, i : i + 1], 1.0) for i in range(len(p.A))])
-        for adapters in sets:
-            y = t.forward_stacked(p.x, p.W, adapters)
-            bound = bounds.forward(p.x, W, adapters, precision=t.precision)
-            said = f"y of {len(adapters)} adapters {_said(p)}"
-            t.expect(said, y, oracle.forward(p.x, W, adapters), bound)
+        y = t.forward_stacked(p.x, p.W, p.adapters)
+        bound = bounds.forward(p.x, W, p.adapters, precision=t.precision)
+        t.expect(f"y of both {_said(p)}", y, oracle.forward(p.x, W, p.adapters), bound)
     if has(t, "forward_mixed"):
         y = t.forward_mixed(p.x, p.W, p.adapters, p.rows)
         want = oracle.mixed(p.x, W, p.adapters, p.rows)

@@ -269,8 +269,9 @@ class FreshLosesSigns(Correct):
 )
 class UnmergeLosesSigns(Correct):
     def unmerge(self, W: Array, A: Array, B: Array, scale: float, state: Any = None) -> Array:
-        back = super().unmerge(W, A, B, scale, state)
-        return np.where(back == 0, np.abs(back), back).astype(back.dtype)
+        back = np.array(super().unmerge(W, A, B, scale, state))
+        back[back == 0] = 0
+        return back
 
 
 # ---- thresholds ----------------------------------------------------------------------------------

@@ -257,25 +257,6 @@ class NarrowSteps(Correct):
 
 
 @wrong(
-    "stacked-adapters-in-16-bits",
-    "subtle",
-    "Active at once, each adapter's part is added to a y of 16 bits.",
-    "The modules of a framework are called one after another.",
-)
-class NarrowStack(Correct):
-    def forward_stacked(
-        self, x: Array, W: Array, adapters: Any, bias: Array | None = None
-    ) -> Array:
-        if x.dtype.itemsize > 2:
-            return super().forward_stacked(x, W, adapters, bias)
-        y = self.base(x, W, bias)
-        for A, B, s in adapters:
-            h = self.widen(x) @ self.widen(A).T
-            y = (self.widen(y) + np.float32(s) * (h @ self.widen(B).T)).astype(x.dtype)
-        return y
-
-
-@wrong(
     "merge-skips-small-updates",
     "subtle",
     "An update that is below 10⁻³⁰ everywhere is not merged.",

@@ -37,11 +37,11 @@ def arguments(method: str, draw: Any) -> tuple[Any, ...]:
         return (dy, x, up) if method.endswith("backward") else (x, up)
     if method.startswith("activation"):
         kind = draw.pick(ACTIVATIONS)
-        first = (kind, dy) if method.endswith("backward") else (kind,)
-        return (*first, x, up if maybe else None)
+        more = (dy,) if method.endswith("backward") else ()
+        return (kind, *more, x, up if maybe else None)
     if method.startswith("soft_cap"):
-        first = (dy,) if method.endswith("backward") else ()
-        return (*first, x, draw.pick((1.0, 0.3, -2.0)), draw.pick((0.0, 30.0, 1.5)))
+        before = (dy,) if method.endswith("backward") else ()
+        return (*before, x, draw.pick((1.0, 0.3, -2.0)), draw.pick((0.0, 30.0, 1.5)))
     if method.startswith("rope"):
         heads, D = draw.pick((1, 2, 5)), 2 * draw.pick((1, 2, 3, 8, 32))
         position = rng.integers(0, draw.pick((4, 300, 70000)), m).astype(np.int64)
@@ -60,8 +60,8 @@ def arguments(method: str, draw: Any) -> tuple[Any, ...]:
         return grads, float(10.0 ** rng.uniform(-3, 3))
     if method == "adapter_step":
         params = {"A": array(2, n), "B": array(m, 2), "bias": array(n)}
-        grads = {name: np.ones_like(p) for name, p in params.items()}
-        return params, grads, 0.01, draw.pick((0.0, 0.1)), draw.pick((1.0, 16.0))
+        slopes = {name: np.ones_like(p) for name, p in params.items()}
+        return params, slopes, 0.01, draw.pick((0.0, 0.1)), draw.pick((1.0, 16.0))
     if method == "adamw":
         settings = AdamW(lr=0.01, step=draw.pick((1, 2, 1000)), weight_decay=draw.pick((0.0, 0.1)))
         return x, up, dy * x.dtype.type(0.1), np.abs(x), settings

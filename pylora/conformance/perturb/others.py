@@ -50,7 +50,8 @@ def _arrays(args: tuple[Any, ...]) -> list[Any]:
 def _longest(args: tuple[Any, ...]) -> int:
     """The largest dimension of any of the arrays, or how many arrays there are."""
     arrays = _arrays(args)
-    return max([len(arrays), *(n for a in arrays for n in a.shape)])
+    longest: int = max([len(arrays), *(int(n) for a in arrays for n in a.shape)])
+    return longest
 
 
 def _so(layout: str, a: Any) -> bool:

@@ -66,6 +66,10 @@ class Numbers:
     def pick(self, *options: Any) -> Any:
         return options[int(self.rng.integers(len(options)))]
 
+    def option(self, *options: Any, step: int = 1) -> Any:
+        """By the seed alone, so that seeds in a row have all of them."""
+        return options[self.seed // step % len(options)]
+
     def scale(self) -> float:
         return float(self.pick(2.0, -1.0, 0.5))
 
@@ -224,7 +228,7 @@ def _layer_norm_backward(q: Numbers) -> dict[str, Any]:
 
 def _gates(*names: str, kind: bool = False) -> Make:
     def make(q: Numbers) -> dict[str, Any]:
-        first = {"kind": q.pick(*ACTIVATIONS)} if kind else {}
+        first = {"kind": q.option(*ACTIVATIONS)} if kind else {}
         return {**first, **{name: q.real(q.n.m, q.n.n) for name in names}}
 
     return make
@@ -232,7 +236,7 @@ def _gates(*names: str, kind: bool = False) -> Make:
 
 def _caps(*names: str) -> Make:
     def make(q: Numbers) -> dict[str, Any]:
-        more = {"multiplier": q.pick(1.0, 0.5), "cap": q.pick(2.0, 0.0, 3.0)}
+        more = {"multiplier": q.option(1.0, 0.5), "cap": q.option(0.0, 2.0, 3.0, step=2)}
         return {**{name: q.real(q.n.m, q.n.n) for name in names}, **more}
 
     return make
@@ -283,7 +287,7 @@ def _clip(q: Numbers) -> dict[str, Any]:
     """The last array has the largest part of the norm."""
     grads = [q.real(q.n.m, q.n.n) for _ in range(q.n.arrays - 1)]
     big = q.heavy(q.n.m, q.n.n).astype(np.float64) * max(1.0, np.sqrt(q.n.arrays) / 2)
-    return {"grads": [*grads, big.astype(q.dtype)], "limit": 0.5}
+    return {"grads": [*grads, big.astype(q.dtype)], "limit": q.option(0.5, 1e4)}
 
 
 def _adapter_step(q: Numbers) -> dict[str, Any]:
@@ -349,6 +353,11 @@ KINDS: dict[str, Kind] = {
     "clip": Kind(_clip, {**_PAIRS, "arrays": 3}, most={"arrays": 1024}, spreads=True),
     "adapter_step": Kind(_adapter_step, {**_PAIRS, "r": 2}),
 }  # fmt: skip
+
+
+# What changes with the seed beside the numbers: seeds in a row are tried of these.
+OPTIONS = {"activation": 4, "activation_backward": 4, "soft_cap": 6, "soft_cap_backward": 6,
+           "clip": 2, "layer": 3}  # fmt: skip
 
 
 def arguments(method: str, dtype: str, seed: int = 0, **sizes: int) -> dict[str, Any]:
