@@ -187,7 +187,7 @@ LAWS = (
         "A fresh adapter of an embedding changes nothing.",
         "A = 0, or B = 0, implies y[i] = W[ids[i]], where bits are promised bit for bit",
         "zeros are added (-0 becomes +0)",
-        ("F-2", "I-1"),
+        ("F-2", "V-6", "I-1"),
         ("embedding_forward",),
         embeddings,
         _fresh,

@@ -248,20 +248,6 @@ class DropsOutputs(Correct):
 
 
 @wrong(
-    "fresh-adapter-loses-signs",
-    "subtle",
-    "With B = 0 every zero of y is +0, whatever the base's was.",
-    "0.0 is added in place of the term that was left out.",
-)
-class FreshLosesSigns(Correct):
-    def forward(
-        self, x: Array, W: Array, A: Array, B: Array, scale: float, bias: Array | None = None
-    ) -> Array:
-        y = super().forward(x, W, A, B, scale, bias)
-        return y if (B != 0).any() else (y + y.dtype.type(0)).astype(x.dtype)
-
-
-@wrong(
     "unmerge-loses-signs",
     "subtle",
     "What is promised to come back bit for bit has +0 where W had -0.",
