@@ -105,6 +105,8 @@ def present(t: Trial, p: Problem) -> str:
     name: str = p.method
     if not callable(getattr(t.implementation, name, None)):
         raise NotTested(f"there is no {name}")
+    if p.dtype not in KINDS[name].dtypes:
+        raise NotTested(f"{name} is not asked for in {p.dtype}")
     return name
 
 

@@ -70,7 +70,8 @@ class _Calls:
 
 def _sequence(t: Trial, p: Problem) -> None:
     calls = _Calls(t, p)
-    has = [m for m in p.methods if callable(getattr(t.implementation, m, None))]
+    known = [m for m in p.methods if p.dtype in KINDS[m].dtypes]
+    has = [m for m in known if callable(getattr(t.implementation, m, None))]
     if not has:
         raise NotTested(f"there is none of {', '.join(p.methods)}")
     for i, step in enumerate(p.steps):

@@ -92,6 +92,7 @@ class Kind:
     exact: bool = False
     most: Mapping[str, int] = field(default_factory=dict)  # how far a dimension goes, 65536 else
     silent: tuple[str, ...] = ()  # arguments of which NaN says nothing here
+    dtypes: tuple[str, ...] = DTYPES
     spreads: bool = False  # NaN in one argument may reach all of the result
 
 
@@ -349,9 +350,11 @@ KINDS: dict[str, Kind] = {
                       most={"positions": 4096}),
     "experts": Kind(_experts, _PAIRS, most={"m": 1024, "n": 1024}, silent=("logits",)),
     "cross_entropy": Kind(_cross_entropy, _PAIRS),
-    "adamw": Kind(_adamw, _PAIRS),
+    "adamw": Kind(_adamw, _PAIRS, dtypes=("float32", "float64")),
     "clip": Kind(_clip, {**_PAIRS, "arrays": 3}, most={"arrays": 1024}, spreads=True),
-    "adapter_step": Kind(_adapter_step, {**_PAIRS, "r": 2}),
+    "adapter_step": Kind(
+        _adapter_step, {**_PAIRS, "r": 2}, dtypes=("float32", "float64")
+    ),
 }  # fmt: skip
 
 
@@ -373,7 +376,7 @@ def arguments(method: str, dtype: str, seed: int = 0, **sizes: int) -> dict[str,
 def walk(method: str, dtype: str, examples: int) -> Iterator[tuple[str, int]]:
     """Each dimension, and one beyond each limit: in dtypes beside float32 few of them."""
     kind = KINDS[method]
-    for name in kind.sizes:
+    for name in kind.sizes if dtype in kind.dtypes else ():
         top = kind.most.get(name, LIMITS[-1])
         of = [limit for limit in LIMITS if limit <= top and limit > kind.sizes[name]]
         if dtype != "float32" and examples < THOROUGH:
