@@ -349,9 +349,10 @@ KINDS: dict[str, Kind] = {
     "rope_part": Kind(_rope_part, {"m": 4, "heads": 2, "D": 8, "positions": 9},
                       most={"positions": 4096}),
     "experts": Kind(_experts, _PAIRS, most={"m": 1024, "n": 1024}, silent=("logits",)),
-    "cross_entropy": Kind(_cross_entropy, _PAIRS),
+    "cross_entropy": Kind(_cross_entropy, _PAIRS, dtypes=("float32", "float64")),
     "adamw": Kind(_adamw, _PAIRS, dtypes=("float32", "float64")),
-    "clip": Kind(_clip, {**_PAIRS, "arrays": 3}, most={"arrays": 1024}, spreads=True),
+    "clip": Kind(_clip, {**_PAIRS, "arrays": 3}, most={"arrays": 1024},
+                 dtypes=("float32", "float64"), spreads=True),
     "adapter_step": Kind(
         _adapter_step, {**_PAIRS, "r": 2}, dtypes=("float32", "float64")
     ),
