@@ -183,18 +183,22 @@ def _mixed_by(dtype: str, name: str, thin: bool) -> Make:
     return make
 
 
+def _most_adapters(dtype: str, examples: int) -> int:
+    """Each adapter is a call: many of them are walked in one dtype, and where there is time."""
+    return 4096 if examples >= (FEW if dtype == "float32" else THOROUGH) else 256
+
+
 def mixed(dtype: str, examples: int) -> Iterator[Problem]:
     """A mixed batch: its rows, their runs, the adapters, their ranks, k and d."""
     narrow = np_dtype(dtype).itemsize == 2
     tops = {"rank": 65536, "segments": 65536, "rows": 65536, "k": 65536, "d": 65536}
-    # Each adapter is a call: many of them are walked in one dtype.
-    many = 4096 if dtype == "float32" or examples >= THOROUGH else 256
+    many = _most_adapters(dtype, examples)
     for name, top in {**tops, "adapters": many, "adapters used": many}.items():
         for size in walk(examples, top, dtype=dtype):
             yield sized(_mixed_by(dtype, name, False), size)
             if narrow and name in ("rank", "k"):
                 yield sized(_mixed_by(dtype, name, True), size)
-    if dtype == "float32":
+    if dtype == "float32" and examples >= FEW:
         yield sized(_mixed_by(dtype, "adapters", False), 65537)
 
 
@@ -212,7 +216,7 @@ def stacked(dtype: str, examples: int) -> Iterator[Problem]:
             return several(dtype, [2, 1], np.zeros(n))
         return several(dtype, [2, 1], np.zeros(3), thin=thinner, **{name: n})
 
-    many = 4096 if dtype == "float32" or examples >= THOROUGH else 256
+    many = _most_adapters(dtype, examples)
     for name, top in {"rank": 65536, "m": 65536, "k": 65536, "d": 65536, "adapters": many}.items():
         for size in walk(examples, top, dtype=dtype):
             if not narrow or name != "adapters":
