@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 SOURCE = Path(__file__).resolve().parent / "ceilings.c"
+LONGEST = 3.0  # seconds for the repetitions of one of them; a busy machine takes many times as long
 I64, PTR = ctypes.c_int64, ctypes.c_void_p
 
 
@@ -59,8 +60,9 @@ def measure(threads: int, reps: int = 7, megabytes: int = 512) -> dict[str, dict
         for name, unit, task in tasks:
             if not task():
                 continue  # no such instruction here
-            samples = []
-            for _ in range(reps):
+            samples: list[float] = []
+            until = time.monotonic() + LONGEST
+            while len(samples) < reps and (not samples or time.monotonic() < until):
                 began = time.perf_counter()
                 work = task()
                 samples.append(work / (time.perf_counter() - began) / 1e9)

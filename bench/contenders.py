@@ -2,6 +2,8 @@
 
 Each contender lives in a process of its own, so that its peak memory is its own; asking in turn
 lets a change of the machine's speed meet all of them. One that fails is reported; the others go on.
+A case has a time by which it should end: repetitions are cut to what is left of it, and of the
+settings of one peer those that are clearly slower leave after the first round.
 """
 
 from __future__ import annotations
@@ -9,9 +11,11 @@ from __future__ import annotations
 import json
 import os
 import queue
+import statistics
 import subprocess
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +24,21 @@ from setting import TUNED
 
 WORKER = Path(__file__).resolve().parent / "worker.py"
 PAUSE = 0.02  # seconds between turns: a thread pool that spins after its work has gone to sleep
+LEAST = 30.0  # seconds that a preparation gets even where the case's time is over
+SPARE = 1 << 30  # bytes that must be free before a process is started
+SLOWER = 1.3  # a setting this many times as slow as the best of its peer leaves
+LABELS = {
+    "pylora": "pylora",
+    "peft": "PEFT",
+    "llama": "llama.cpp",
+    "ik": "ik_llama.cpp",
+    "openvino": "OpenVINO",
+}
 
 
 @dataclass(frozen=True)
 class Contender:
-    """Who does a job, and how: `engine` is "pylora", "peft" or "llama"."""
+    """Who does a job, and how: `engine` is a key of LABELS, `variant` a setting of it."""
 
     engine: str
     precision: str
@@ -33,12 +47,17 @@ class Contender:
 
     @property
     def name(self) -> str:
-        label = {"pylora": "pylora", "peft": "PEFT", "llama": "llama.cpp"}[self.engine]
-        return f"{label} {self.precision}" + (f", {self.variant}" if self.variant else "")
+        label = f"{LABELS[self.engine]} {self.precision}"
+        return label + (f", {self.variant}" if self.variant else "")
 
     @property
     def environment(self) -> dict[str, str]:
         return TUNED if self.variant in ("tuned", "compiled") else {}
+
+    def record(self, case: str, key: dict[str, Any]) -> dict[str, Any]:
+        """What every record of it holds."""
+        own = {"case": case, "contender": self.name, "engine": self.engine, "part": ""}
+        return own | {"precision": self.precision, "variant": self.variant, "key": key}
 
 
 class Failed(Exception):
@@ -97,13 +116,52 @@ class Worker:
             self.process.wait()
 
 
-class Team:
-    """Contenders that take turns at one job after another; a context that ends them all."""
+@dataclass
+class _Entry:
+    """One contender while it is being measured."""
 
-    def __init__(self, pythons: dict[str, str], threads: int, say: Any = print) -> None:
-        self.pythons, self.threads, self.say = pythons, threads, say
+    contender: Contender
+    info: dict[str, Any] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    error: str = ""
+    dropped: str = ""  # the better setting of the same peer
+
+    @property
+    def runs(self) -> bool:
+        return not self.error and not self.dropped
+
+    def records(self, case: str, key: dict[str, Any]) -> Iterable[dict[str, Any]]:
+        base, samples = self.contender.record(case, key), self.samples
+        if self.error:
+            yield base | {"error": self.error}
+        for part in samples[0]["seconds"] if samples else ():
+            more = {"dropped": self.dropped} if self.dropped else {}
+            yield (
+                base
+                | more
+                | {
+                    "part": part,
+                    "seconds": [s["seconds"][part] for s in samples],
+                    "peak_rss_bytes": max(s["peak_rss_bytes"] for s in samples),
+                    "life_peak_rss_bytes": max(s["life_peak_rss_bytes"] for s in samples),
+                    "info": self.info,
+                }
+            )
+
+
+class Team:
+    """Contenders that take turns at one job after another; a context that ends them all.
+
+    `until` is when it should be done, by time.monotonic(); None: whenever.
+    """
+
+    def __init__(
+        self, pythons: dict[str, str], threads: int, say: Any = print, until: float | None = None
+    ) -> None:
+        self.pythons, self.threads, self.say, self.until = pythons, threads, say, until
         self.workers: dict[str, Worker] = {}
         self.versions: dict[str, str] = {}
+        self.peaks: dict[str, int] = {}  # the most memory that a process of an engine has taken
 
     def __enter__(self) -> Team:
         return self
@@ -112,6 +170,12 @@ class Team:
         for worker in self.workers.values():
             worker.close()
         self.workers.clear()
+
+    def left(self, jobs: float = 1.0) -> float:
+        """Seconds for this job, `jobs` being how many of its length are still to come with it."""
+        if self.until is None:
+            return float("inf")
+        return (self.until - time.monotonic()) / jobs
 
     def measure(
         self,
@@ -124,71 +188,120 @@ class Team:
         at_least: float = 0.0,
         warm: int = 0,
         timeout: float = 300.0,
+        jobs: float = 1.0,
+        rivals: bool = False,
+        one_by_one: bool = False,
     ) -> list[dict[str, Any]]:
-        """One record for each contender and each part of the job; `key` are the job's arguments."""
-        found: dict[str, dict[str, Any]] = {}
-        errors: dict[str, str] = {}
+        """One record for each contender and each part of the job; `key` are the job's arguments.
+
+        rivals: the settings (variants) of one engine in one precision compete, and one that is
+        clearly slower in the first round is asked no more. one_by_one: they prepare one after the
+        other, so that their peaks of memory do not meet; else all at once, as nothing is timed yet.
+        """
+        began = time.monotonic()
+        allowed = self.left(jobs)
+        entries = {c.name: _Entry(c) for c in contenders if c.engine in self.pythons}
         ask = {"job": job, "at_least": at_least, "warm": warm}
-        for c in contenders:  # all prepare at the same time: nothing is timed yet
-            if c.engine not in self.pythons:
-                continue
-            try:
-                if c.name not in self.workers:
-                    self.workers[c.name] = Worker(self.pythons[c.engine], c, self.threads)
-                arguments = {"precision": c.precision, **key, **c.arguments}
-                self.workers[c.name].tell(ask | {"arguments": arguments})
-                found[c.name] = {"contender": c, "info": {}, "samples": []}
-            except (Failed, OSError) as error:
-                errors[c.name] = str(error)
-        for name in list(found):
-            self._try(name, found, errors, timeout, None)
-        for _ in range(reps):
-            for name in list(found):
-                if name not in errors:
+
+        def first_answer(e: _Entry) -> None:
+            rest = allowed - (time.monotonic() - began)
+            answer = self._ask(e, None, min(timeout, max(rest, LEAST)))
+            if answer is not None:
+                e.info = answer["info"]
+                self.versions |= answer["versions"]
+                peak = max(self.peaks.get(e.contender.engine, 0), answer["life_peak_rss_bytes"])
+                self.peaks[e.contender.engine] = peak
+
+        if allowed <= 0:
+            for e in entries.values():
+                e.error = "no time was left for it in this run (--minutes)"
+        for e in entries.values():
+            if not e.error:
+                self._start(e, ask, key)
+                if one_by_one:
+                    first_answer(e)
+        for e in entries.values():
+            if e.runs and not one_by_one:
+                first_answer(e)
+        for n in range(reps):
+            round_began = time.monotonic()
+            for e in entries.values():
+                if e.runs:
                     time.sleep(PAUSE)
-                    self._try(name, found, errors, timeout, {"again": True})
+                    answer = self._ask(e, {"again": True}, timeout)
+                    if answer is not None:
+                        e.samples.append(answer)
+            if n == 0 and rivals:
+                self._drop(entries)
+            now = time.monotonic()
+            if now + (now - round_began) > began + allowed:
+                break  # another round would take longer than this job may
         records = []
-        for c in contenders:
-            base = {"case": case, "contender": c.name, "engine": c.engine, "precision": c.precision}
-            base |= {"variant": c.variant, "key": key}
-            if c.name in errors:
-                self.say(f"  {case} {key}: {c.name} failed: {errors[c.name]}")
-                records.append(base | {"part": "", "error": errors[c.name]})
-            samples = found.get(c.name, {}).get("samples", [])
-            for part in samples[0]["seconds"] if samples else ():
-                records.append(
-                    base
-                    | {
-                        "part": part,
-                        "seconds": [s["seconds"][part] for s in samples],
-                        "peak_rss_bytes": max(s["peak_rss_bytes"] for s in samples),
-                        "life_peak_rss_bytes": max(s["life_peak_rss_bytes"] for s in samples),
-                        "info": found[c.name]["info"],
-                    }
-                )
+        for e in entries.values():
+            if e.error:
+                self.say(f"  {case} {key}: {e.contender.name} left out: {e.error}")
+            records += list(e.records(case, key))
         return records
 
-    def _try(
-        self,
-        name: str,
-        found: dict[str, dict[str, Any]],
-        errors: dict[str, str],
-        timeout: float,
-        ask: dict[str, Any] | None,
-    ) -> None:
-        """Takes the answer to a preparation (ask None), or asks for a sample and takes it."""
-        worker = self.workers[name]
+    def _start(self, e: _Entry, ask: dict[str, Any], key: dict[str, Any]) -> None:
+        c = e.contender
+        needs, free = max(self.peaks.get(c.engine, 0), SPARE), free_bytes()
+        if free < needs and c.name not in self.workers:
+            e.error = f"{free / 1e9:.1f} GB of memory are free, and it needs {needs / 1e9:.1f}"
+            return
+        try:
+            if c.name not in self.workers:
+                self.workers[c.name] = Worker(self.pythons[c.engine], c, self.threads)
+            arguments = {"precision": c.precision, **key, **c.arguments}
+            self.workers[c.name].tell(ask | {"arguments": arguments})
+        except (Failed, OSError) as error:
+            e.error = str(error)
+
+    def _ask(self, e: _Entry, ask: Any, timeout: float) -> dict[str, Any] | None:
+        """The answer to a preparation (ask None) or to a request for a sample; None: it failed."""
+        if e.error:
+            return None
+        worker = self.workers[e.contender.name]
         try:
             if ask is not None:
                 worker.tell(ask)
-            answer = worker.answer(timeout)
+            return worker.answer(timeout)
         except Failed as error:
-            errors[name] = str(error)
+            e.error = str(error)
             if worker.process.poll() is not None:
-                del self.workers[name]
-            return
-        if ask is None:
-            found[name]["info"] = answer["info"]
-            self.versions |= answer["versions"]
-        else:
-            found[name]["samples"].append(answer)
+                del self.workers[e.contender.name]
+            return None
+
+    def _drop(self, entries: dict[str, _Entry]) -> None:
+        """Ends the settings that are clearly slower than another of the same peer and precision."""
+        for e in entries.values():
+            own = [
+                other
+                for other in entries.values()
+                if other.samples
+                and other.runs
+                and (other.contender.engine, other.contender.precision)
+                == (e.contender.engine, e.contender.precision)
+            ]
+            if not e.samples or not e.runs or len(own) < 2:
+                continue
+            best = min(own, key=_seconds)
+            if best is not e and _seconds(e) > SLOWER * _seconds(best):
+                e.dropped = best.contender.name
+                self.say(f"  {e.contender.name} leaves: {best.contender.name} is faster here")
+                worker = self.workers.pop(e.contender.name, None)
+                if worker is not None:
+                    worker.close()
+
+
+def free_bytes() -> int:
+    """Memory that a new process can have without others being moved out of it."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable"):
+            return int(line.split()[1]) * 1024
+    return 1 << 62
+
+
+def _seconds(e: _Entry) -> float:
+    """Of a sample, all parts together."""
+    return statistics.median(sum(s["seconds"].values()) for s in e.samples)

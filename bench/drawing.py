@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from records import Record
+from records import KINDS, Record
 
-from pylora.display.palette import GREYS, INK, PRECISIONS, VERMILION
+from pylora.display.palette import BLACK, GREYS, INK, PRECISIONS, VERMILION
 
 try:
     from matplotlib.patches import Patch
@@ -17,15 +17,15 @@ except ImportError:
     raise SystemExit("pictures need matplotlib: pip install 'pylora-engine[plot]'") from None
 
 PEERS = {"fp32": GREYS[0], "bf16": GREYS[1]}  # PyTorch + PEFT: greys, by precision
-LLAMA = VERMILION
-SAME = {"Q4_1": "int4"}  # names of one precision of the weights
+FILES = {"llama": VERMILION, "ik": BLACK, "openvino": GREYS[2]}  # who reads the same files
+SAME = KINDS  # names of one precision of the weights
 
 
 def color(r: Record) -> str:
     """pylora's colours say its precision; those of the others are apart from them."""
     if r["engine"] == "pylora":
-        return PRECISIONS[r["precision"]]
-    return LLAMA if r["engine"] == "llama" else PEERS[r["precision"]]
+        return PRECISIONS[r["precision"].removesuffix("a8")]
+    return FILES.get(r["engine"]) or PEERS[r["precision"]]
 
 
 Bar = tuple[str, float, str, str, str]  # label, value, colour, hatch, text beside the bar
@@ -90,6 +90,31 @@ def legend(figure: Any, entries: list[tuple[str, str, str]]) -> None:
 
 
 def order(r: Record) -> tuple[int, int]:
-    engines = ["pylora", "llama", "peft"]
-    precisions = ["fp32", "fp32x3", "bf16", "int8", "int4", "Q4_1"]
-    return engines.index(r["engine"]), precisions.index(r["precision"])
+    engines = ["pylora", *FILES, "peft"]
+    precisions = ["fp32", "fp32x3", "bf16", "int8", "int8a8", "int4", "int4a8", *KINDS]
+    own = r["precision"]
+    at = precisions.index(own) if own in precisions else len(precisions)
+    return engines.index(r["engine"]), at
+
+
+def seconds(value: float) -> str:
+    """A time in the unit that suits it, with two digits."""
+    for unit, factor in (("s", 1), ("ms", 1e3), ("µs", 1e6)):
+        if value * factor >= 0.995:
+            return f"{float(f'{value * factor:.2g}'):g} {unit}"
+    return f"{value * 1e6:.2g} µs"
+
+
+def note(
+    axes: Any, x: float, y: float, text: str, c: str, *, right: bool = False, beside: bool = False
+) -> None:
+    """Words above a point (with `right`: that end there), or to the left of it."""
+    axes.annotate(
+        text,
+        (x, y),
+        xytext=(-10, -3) if beside else (0, 9),
+        textcoords="offset points",
+        ha="right" if right or beside else "center",
+        fontsize=9,
+        color=c,
+    )

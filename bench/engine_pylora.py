@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from setting import ALPHA, GEOMETRY, LEARNING_RATE, RANK, TARGETS
+from setting import ALL_LINEAR, ALPHA, LEARNING_RATE, RANK, TARGETS, geometry
 
 import pylora
 from pylora import backends
@@ -32,12 +32,12 @@ class Job:
         return self.run()
 
 
-def config() -> Any:
-    return pylora.LlamaConfig.from_hf(GEOMETRY)
+def config(model: str | None = None) -> Any:
+    return pylora.LlamaConfig.from_hf(geometry(model))
 
 
-def base(precision: str) -> Any:
-    c = config()
+def base(precision: str, model: str | None = None) -> Any:
+    c = config(model)
     return pylora.Llama(c, random_weights(c, 0), backend="c", **in_precision(precision))
 
 
@@ -50,21 +50,31 @@ def computes_in(model: Any) -> str:
     return str(getattr(model, "computes", "fp32"))
 
 
-def new_adapter(rank: int = RANK, seed: int = 0) -> Any:
-    """An adapter on q, k, v and o with B not zero."""
+def new_adapter(
+    model: Any, rank: int = RANK, targets: tuple[str, ...] = TARGETS, seed: int = 0
+) -> Any:
+    """An adapter for a model, on q, k, v and o unless said, with B not zero."""
     lora = pylora.LoraConfig(
-        r=rank, lora_alpha=ALPHA, target_modules=list(TARGETS), init_lora_weights=False
+        r=rank, lora_alpha=ALPHA, target_modules=list(targets), init_lora_weights=False
     )
-    return pylora.Adapter.init(pylora.resolve(lora, config().modules()), lora, seed=seed)
+    return pylora.Adapter.init(pylora.resolve(lora, model.config.modules()), lora, seed=seed)
 
 
-def step(precision: str, batch: int, length: int, rank: int = RANK, recompute: bool = False) -> Job:
+def step(
+    precision: str,
+    batch: int,
+    length: int,
+    rank: int = RANK,
+    recompute: bool = False,
+    model: str | None = None,
+) -> Job:
     """A training step: loss, gradients, AdamW."""
-    model, adapter = base(precision), new_adapter(rank)
-    model.attach(adapter)
+    llama = base(precision, model)
+    adapter = new_adapter(llama, rank)
+    llama.attach(adapter)
     parameters = trainable(adapter)
-    optimizer = Optimizer(model.ops, parameters, TrainConfig(steps=1, learning_rate=LEARNING_RATE))
-    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, length))
+    optimizer = Optimizer(llama.ops, parameters, TrainConfig(steps=1, learning_rate=LEARNING_RATE))
+    tokens = np.random.default_rng(0).integers(0, llama.config.vocab_size, (batch, length))
     labels = np.full_like(tokens, pylora.IGNORE)
     labels[:, :-1] = tokens[:, 1:]
     ids, labels, seqs = tokens.reshape(-1), labels.reshape(-1), Seqs.of([length] * batch)
@@ -72,18 +82,18 @@ def step(precision: str, batch: int, length: int, rank: int = RANK, recompute: b
 
     def run() -> None:
         at["step"] += 1
-        _, grads = model.loss(ids, labels, seqs, recompute=recompute)
+        _, grads = llama.loss(ids, labels, seqs, recompute=recompute)
         optimizer.update(gradients(grads, parameters), 0.0, at["step"], LEARNING_RATE)
 
-    return Job(run, computes_in=computes_in(model))
+    return Job(run, computes_in=computes_in(llama))
 
 
-def generate(precision: str, prompt: int, new: int) -> Job:
+def generate(precision: str, prompt: int, new: int, model: str | None = None) -> Job:
     """Seconds to take in the prompt, and for `new` greedy tokens after the first."""
-    model = base(precision)
-    model.attach(new_adapter())
-    ids = prompts(model, 1, prompt)
-    return Job(lambda: decode(model, ids, new), computes_in=computes_in(model))
+    llama = base(precision, model)
+    llama.attach(new_adapter(llama))
+    ids = prompts(llama, 1, prompt)
+    return Job(lambda: decode(llama, ids, new), computes_in=computes_in(llama))
 
 
 def prompts(model: Any, rows: int, length: int) -> list[list[int]]:
@@ -108,21 +118,51 @@ def decode(model: Any, ids: list[list[int]], new: int, **pool: Any) -> dict[str,
     return {"prefill": first - began, "decode": times[-1] - first}
 
 
-def gguf(precision: str, path: str, prompt: int, new: int) -> Job:
-    """The same from a GGUF file, no adapter."""
+def from_file(precision: str, path: str) -> Any:
     from pylora.formats import open_checkpoint
 
     with open_checkpoint(path) as checkpoint:
-        model = pylora.Llama.from_checkpoint(checkpoint, backend="c", **in_precision(precision))
-    ids = prompts(model, 1, prompt)
-    return Job(lambda: decode(model, ids, new), computes_in=computes_in(model))
+        return pylora.Llama.from_checkpoint(checkpoint, backend="c", **in_precision(precision))
+
+
+def gguf(precision: str, path: str, prompt: int, new: int, model: str | None = None) -> Job:
+    """The same from a GGUF file, whose model is that one; no adapter."""
+    llama = from_file(precision, path)
+    ids = prompts(llama, 1, prompt)
+    return Job(lambda: decode(llama, ids, new), computes_in=computes_in(llama))
+
+
+def adapter_cost(
+    precision: str,
+    ranks: list[int],
+    prompt: int,
+    new: int,
+    model: str | None = None,
+    path: str | None = None,
+) -> Job:
+    """The same without an adapter (rank 0) and with one of each rank on all linear modules, in
+    turn; of the file at `path`, or of random weights."""
+    llama = base(precision, model) if path is None else from_file(precision, path)
+    adapters = {rank: new_adapter(llama, rank, ALL_LINEAR) for rank in ranks}
+    ids = prompts(llama, 1, prompt)
+
+    def run() -> dict[str, float]:
+        parts = {}
+        for rank in (0, *ranks):
+            llama.attach(adapters.get(rank, {}))
+            for part, seconds in decode(llama, ids, new).items():
+                parts[f"{rank} {part}"] = seconds
+        return parts
+
+    return Job(run, computes_in=computes_in(llama))
 
 
 def resident(precision: str, adapters: int, prompt: int, new: int) -> Job:
     """`adapters` resident: rows of distinct adapters and of one, and switching."""
     from pylora.adapters.pool import AdapterPool
 
-    model, one = base(precision), new_adapter()
+    model = base(precision)
+    one = new_adapter(model)
     pool, names = AdapterPool(model), [f"a{i}" for i in range(adapters)]
     began = time.perf_counter()
     for name in names:
@@ -203,6 +243,7 @@ JOBS: dict[str, Callable[..., Job]] = {
     "step": step,
     "generate": generate,
     "gguf": gguf,
+    "adapter_cost": adapter_cost,
     "resident": resident,
     "linear": linear,
     "merge": merge,

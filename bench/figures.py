@@ -9,7 +9,6 @@ measured is left out of a picture, and a picture of nothing is not drawn.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +17,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from bars import judge
-from drawing import SAME, Bar, Group, color, grouped, legend, order, rows_high
-from records import Record, find, median, select, share, speed, tokens
+from drawing import SAME, Bar, Group, color, grouped, legend, note, order, rows_high, seconds
+from records import Record, find, median, read, select, share, speed, tokens
 from report import ROOT, newest
 from work import step_flops
 
@@ -46,14 +45,15 @@ VERSUS = {  # cases of bench/bars.py -> heading; a part in the key takes that pa
     ("generate", "prefill"): "prefill, 512 tokens",
     ("generate", "decode"): "decode, one sequence",
     ("resident", ""): "decode, a batch of distinct adapters, 100 resident",
-    ("gguf", ""): "decode, the GGUF file itself, no adapter",
+    ("gguf", "decode"): "decode, the GGUF file itself, no adapter",
+    ("gguf", "prefill"): "prefill 512, the GGUF file itself, no adapter",
     ("merge", ""): "merge of one 4096 × 4096 weight",
 }
 
 
 def versus_picture(document: dict[str, Any]) -> Figure | None:
     """How many times as fast as its peer pylora is, case by case; bars begin at 1 ×."""
-    judged = [r for r in judge(document) if r.value and r.bar.kind == "speed"]
+    judged = [r for r in judge(document) if r.value and r.rival and r.bar.kind == "speed"]
     groups: list[Group] = []
     used: list[str] = []
     other = False
@@ -62,16 +62,18 @@ def versus_picture(document: dict[str, Any]) -> Figure | None:
         for r in judged:
             if r.bar.case != case or (part and r.bar.part != part):
                 continue
-            mine = r.bar.ours.removeprefix("pylora ")
-            peer, _, variant = r.bar.peer.partition(", ")
+            mine = r.own
+            peer, _, variant = r.rival.partition(", ")
             name, _, theirs = peer.rpartition(" ")
             differs = mine != SAME.get(theirs, theirs)
-            what = f"{r.bar.part.split()[0]} sequences, " if case == "resident" else ""
+            what = f"{r.bar.key['model']} " if case == "gguf" else ""
+            what = f"{r.bar.part.split()[0]} sequences, " if case == "resident" else what
             label = f"{what}{mine}  against  {name} {theirs}" + (f", {variant}" if variant else "")
-            ours = r.ours.removesuffix(" tokens/s")
-            text = f"{(r.value or 0):.2f} ×   {ours} : {r.peer}"
-            rows.append((label, r.value or 0.0, PRECISIONS[mine], "////" * differs, text))
-            used.append(mine)
+            ours = r.ours.partition(" tokens/s")[0]
+            text = f"{(r.value or 0):.2f} ×   {ours} : {r.peer.partition(' (')[0]}"
+            plain = mine.removesuffix("a8")
+            rows.append((label, r.value or 0.0, PRECISIONS[plain], "////" * differs, text))
+            used.append(plain)
             other |= differs
         if rows:
             groups.append((heading, rows))
@@ -106,13 +108,16 @@ PANELS = [  # heading, case, part
     ("decode, one sequence", "generate", "decode"),
     ("decode, 8 sequences, an adapter each, 100 resident", "resident", "8 distinct"),
     ("decode, 32 sequences, an adapter each, 100 resident", "resident", "32 distinct"),
-    ("decode, the GGUF file itself, no adapter", "gguf", "decode"),
 ]
 
 
 def whole_steps(records: list[Record], case: str, part: str) -> list[Record]:
-    """Those of a case, in order, without the ones that compute activations twice."""
-    some = [r for r in select(records, case, part) if not r["key"].get("recompute")]
+    """Those of a case, in order, without other models and those that compute activations twice."""
+    some = [
+        r
+        for r in select(records, case, part)
+        if not r["key"].get("recompute") and "model" not in r["key"]
+    ]
     return sorted(some, key=order)
 
 
@@ -180,11 +185,12 @@ def roofline_picture(document: dict[str, Any]) -> Figure | None:
 def memory_picture(document: dict[str, Any]) -> Figure | None:
     """Peak memory of the processes, of a training step and of decoding."""
     records = document["records"]
-    steps = sorted(select(records, "step"), key=order)
+    some = [r for r in select(records, "step") if "model" not in r["key"]]
+    steps = sorted(some, key=order)
     panels = [
         ("training step, 4 × 256 tokens", [r for r in steps if not r["key"].get("recompute")]),
         ("the same, activations recomputed", [r for r in steps if r["key"].get("recompute")]),
-        ("decode, one sequence", sorted(select(records, "generate", "decode"), key=order)),
+        ("decode, one sequence", whole_steps(records, "generate", "decode")),
     ]
 
     def bars(some: list[Record]) -> list[Bar]:
@@ -253,29 +259,6 @@ def adapters_picture(document: dict[str, Any]) -> Figure | None:
         axes.grid(True, alpha=0.25)
     left.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(0, 0.32))
     return figure
-
-
-def seconds(value: float) -> str:
-    """A time in the unit that suits it, with two digits."""
-    for unit, factor in (("s", 1), ("ms", 1e3), ("µs", 1e6)):
-        if value * factor >= 0.995:
-            return f"{float(f'{value * factor:.2g}'):g} {unit}"
-    return f"{value * 1e6:.2g} µs"
-
-
-def note(
-    axes: Any, x: float, y: float, text: str, c: str, *, right: bool = False, beside: bool = False
-) -> None:
-    """Words above a point (with `right`: that end there), or to the left of it."""
-    axes.annotate(
-        text,
-        (x, y),
-        xytext=(-10, -3) if beside else (0, 9),
-        textcoords="offset points",
-        ha="right" if right or beside else "center",
-        fontsize=9,
-        color=c,
-    )
 
 
 def scaling_picture(document: dict[str, Any]) -> Figure | None:
@@ -398,7 +381,7 @@ def main() -> int:
         (a.accuracy or newest("accuracy-*.json"), ACCURACY),
     ):
         if path is not None:
-            document = json.loads(path.read_text(encoding="utf-8"))
+            document = read(path)
             print(*draw(document, pictures, a.out), sep="\n")
     return 0
 

@@ -1,10 +1,11 @@
 """One training step of a model with Llama-3-8B's shape, in 4 bits on a CPU: time and peak memory.
 
-    python bench/llama8b_step.py [--tokens 512] [--layers 32] [--rank 16]
+    python bench/llama8b_step.py [--tokens 512] [--layers 32] [--rank 16] [--blocks q4_k]
 
-The weights are random Q4_1 blocks, made as such: nothing of the model ever exists in float32. Their
-values have mean 0 and variance 1 / inputs, so that activations stay of size 1. The adapter is on
-all linear modules of every block; the forward of each block is run again in backward. Needs 8 GB.
+The weights are random blocks (Q4_1, or Q4_K), made as such: nothing of the model ever exists in
+float32. Values have mean 0 and variance 1 / inputs, so that activations stay of size 1. The adapter
+is on all linear modules of every block; the forward of each block is run again in backward. Needs
+8 GB.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import time
 import numpy as np
 
 import pylora
+from pylora.numbers.blocks import BLOCKS, row_bytes
 from pylora.numbers.precision import Stored
-from pylora.numbers.quantize import BLOCK_BYTES, row_bytes
 from pylora.training.config import TrainConfig
 from pylora.training.optimizer import Optimizer, gradients, trainable
 from pylora.types import Seqs
@@ -36,21 +37,25 @@ def config(layers: int) -> pylora.LlamaConfig:
 
 
 class RandomBlocks:
-    """Tensors by name: matrices as random Q4_1 blocks, norms of ones."""
+    """Tensors by name: matrices as random blocks of Q4_1 or Q4_K, norms of ones."""
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        self.shapes, self.rng = shapes, np.random.default_rng(0)
+    def __init__(self, shapes: dict[str, tuple[int, ...]], kind: str = "q4_1") -> None:
+        self.shapes, self.kind, self.rng = shapes, kind, np.random.default_rng(0)
 
     def __call__(self, name: str) -> np.ndarray | Stored:
         shape = self.shapes[name]
         if len(shape) == 1:
             return np.ones(shape, np.float32)
-        d, k = shape
-        rows = np.frombuffer(bytearray(self.rng.bytes(d * row_bytes("q4_1", k))), np.uint8)
+        (d, k), kind = shape, self.kind
+        rows = np.frombuffer(bytearray(self.rng.bytes(d * row_bytes(kind, k))), np.uint8)
+        blocks = rows.reshape(-1, BLOCKS[kind][1])
         scale = 1 / np.sqrt(21.25 * k)  # codes 0 .. 15 have the variance (16² - 1) / 12
-        head = np.array([scale, -7.5 * scale], "<f2").view(np.uint8)
-        rows.reshape(-1, BLOCK_BYTES["q4_1"])[:, :4] = head
-        return Stored("q4_1", rows.reshape(d, -1), (d, k))
+        least = -7.5 * scale
+        if kind == "q4_k":  # every group's scale and minimum are 32 of these
+            scale, least = scale / 32, -least / 32
+            blocks[:, 4:12], blocks[:, 12:16] = 160, 0
+        blocks[:, :4] = np.array([scale, least], "<f2").view(np.uint8)
+        return Stored(kind, rows.reshape(d, -1), (d, k))
 
 
 def peak_rss() -> int:
@@ -64,10 +69,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--blocks", choices=("q4_1", "q4_k"), default="q4_1")
     args = parser.parse_args()
     shape = config(args.layers)
     began = time.perf_counter()
-    model = pylora.Llama(shape, RandomBlocks(shape.tensors()), backend="c", precision="int4")
+    model = pylora.Llama(
+        shape, RandomBlocks(shape.tensors(), args.blocks), backend="c", precision="int4"
+    )
     lora = pylora.LoraConfig(
         r=args.rank, lora_alpha=2 * args.rank, target_modules=TARGETS, init_lora_weights=False
     )
@@ -87,6 +95,7 @@ def main() -> None:
     norm = np.sqrt(sum(float(np.vdot(g, g)) for g in gradients(grads, parameters).values()))
     result = {
         "tokens": args.tokens, "layers": args.layers, "rank": args.rank,
+        "blocks": args.blocks,
         "load_s": round(loaded, 1), "step_s": round(seconds, 1),
         "step_cpu_s": round(cpu, 1),
         "tokens_per_s": round(args.tokens / seconds, 2),

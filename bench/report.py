@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from bars import NOT_MEASURED, judge, needed
-from records import median, select, share, speed
+from records import find, median, read, select, share, speed
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -64,53 +64,101 @@ def setting(document: dict[str, Any]) -> str:
         lines.append("**Run with --quick: few repetitions.**")
     if document["tiny"]:
         lines.append("**Run with --tiny: a model of two small layers; the figures mean nothing.**")
-    failed = [f"{k} ({v['error']})" for k, v in document["cases"].items() if v["error"]]
-    failed += [
-        f"{r['contender']} in {r['case']} {r['key']} ({r['error']})"
+    lines += built_for(document) + left_out(document)
+    return "\n".join(lines)
+
+
+def built_for(document: dict[str, Any]) -> list[str]:
+    """What llama.cpp and its like say that they were built for: a build without the machine's own
+    instructions is not their best setting."""
+    found = {
+        r["contender"].split(" ")[0]: r["info"]["built_for"]
         for r in document["records"]
-        if "error" in r
-    ]
+        if r.get("info", {}).get("built_for")
+    }
+    words = [f"{name}: {text}" for name, text in sorted(found.items())]
+    return ["Built for (their own words): " + "; ".join(words) + "."] if words else []
+
+
+def left_out(document: dict[str, Any]) -> list[str]:
+    """What failed, what would have taken too long, and which settings were slower than others."""
+    lines = []
+    failed = [f"{k} ({v['error']})" for k, v in document["cases"].items() if v["error"]]
+    by_reason: dict[str, list[str]] = {}
+    settings: dict[str, list[str]] = {}
+    for r in document["records"]:
+        if "error" in r:
+            failed.append(f"{r['contender']} in {r['case']} {shape(r['key'])} ({r['error']})")
+        if "skipped" in r:
+            by_reason.setdefault(r["skipped"], []).append(f"{r['contender']} in {r['case']}")
+        if "dropped" in r:
+            settings.setdefault(r["dropped"], []).append(r["contender"])
     if failed:
         lines.append("Failed, and left out: " + "; ".join(failed) + ".")
-    return "\n".join(lines)
+    for why, some in by_reason.items():
+        lines.append(f"Left out: {', '.join(dict.fromkeys(some))}. {why}.")
+    if settings:
+        words = [f"{k} (before {', '.join(dict.fromkeys(v))})" for k, v in settings.items()]
+        lines.append("Best settings, the others asked once: " + "; ".join(words) + ".")
+    return lines
+
+
+def shape(key: dict[str, Any]) -> str:
+    """A case's arguments in words."""
+    return ", ".join(f"{k} {v}" for k, v in key.items())
 
 
 def bar_rows(document: dict[str, Any]) -> list[tuple[str, ...]]:
     rows = []
     for row in judge(document):
         verdict = {None: "", True: "yes", False: "**no**"}[row.met]
-        peer = row.peer and f"{row.peer}" + (f" ({row.bar.peer})" if row.bar.kind != "self" else "")
         need, dream = needed(row.bar, row.bar.need), needed(row.bar, row.bar.dream)
-        rows.append((row.bar.what, row.ours, peer, row.text, need, dream, verdict))
+        rows.append((row.bar.what, row.ours, row.peer, row.text, need, dream, verdict))
     return rows
 
 
 BAR_HEAD = ("case", "pylora", "beside", "ratio", "bar", "moonshot", "met")
 
 
+ORDER = [
+    ("step", ""),
+    ("generate", "prefill"),
+    ("generate", "decode"),
+    ("gguf", "prefill"),
+    ("gguf", "decode"),
+    *(("resident", f"{n} {what}") for n in (8, 32) for what in ("distinct", "one")),
+]
+
+
+def named(r: dict[str, Any]) -> str:
+    """What was done, in words."""
+    case, part, key = r["case"], r["part"], r["key"]
+    if case == "step":
+        what = f"training step, {key['batch']} × {key['length']}"
+        what += ", recomputing" if key.get("recompute") else ""
+    elif case == "resident":
+        what = f"decode, {part.replace('one', 'rows of one adapter')}, {key['adapters']} resident"
+        what = what.replace("distinct", "distinct adapters")
+    else:
+        what = part
+    if case == "gguf":
+        return f"{what}, {key['model']} {key['kind']} file, no adapter"
+    return f"{what}, {key['model']}" if "model" in key else what
+
+
 def all_rows(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     """Every whole-model figure: tokens a second, share of the roofline, peak memory."""
     ceilings = document["ceilings"]
-    order = [("step", ""), ("generate", "prefill"), ("generate", "decode")]
-    order += [("gguf", "prefill"), ("gguf", "decode")]
-    order += [("resident", f"{n} {what}") for n in (8, 32) for what in ("distinct", "one")]
-    for case, part in order:
+    for case, part in ORDER:
         for r in select(document["records"], case, part):
-            what = {"step": "training step", "": ""}.get(case, f"{part}")
-            if r["key"].get("recompute"):
-                what += ", recomputing"
-            if case == "gguf":
-                what += ", GGUF file, no adapter"
-            if case == "resident":
-                what = f"decode, {part.replace('one', 'rows of one adapter')}, 100 resident"
-                what = what.replace("distinct", "distinct adapters")
             portion, limit = share(r, ceilings) if ceilings else (0.0, "")
             low, high = min(r["seconds"]), max(r["seconds"])
+            spread = f"{(high - low) / median(r):.0%}" if len(r["seconds"]) > 1 else "once"
             yield (
-                what,
+                named(r),
                 r["contender"],
                 f"{speed(r):,.0f}",
-                f"{(high - low) / median(r):.0%}",
+                spread,
                 f"{speed(r) / portion:,.0f} ({limit})" if limit else "",
                 f"{portion:.0%}" if limit else "",
                 f"{r['life_peak_rss_bytes'] / 1e9:.2f} GB",
@@ -162,15 +210,33 @@ def linear_rows(document: dict[str, Any]) -> list[tuple[str, ...]]:
     return [head, *rows] if rows else []
 
 
+def adapter_rows(document: dict[str, Any]) -> list[tuple[str, ...]]:
+    """What an adapter costs: tokens a second without one, and how much less with each rank."""
+    some = [r for r in document["records"] if r["case"] == "adapter-cost" and "seconds" in r]
+    ranks = sorted({int(r["part"].split()[0]) for r in some} - {0})
+    rows = []
+    for part in ("decode", "prefill"):
+        for none in [r for r in some if r["part"] == f"0 {part}"]:
+            cells = []
+            for rank in ranks:
+                with_one = find(some, "adapter-cost", none["contender"], f"{rank} {part}")
+                cells.append(f"{median(with_one) / median(none) - 1:+.1%}" if with_one else "")
+            kind = none["key"].get("kind")
+            what = f"{part}, {kind} file" if kind else part
+            rows.append((what, none["contender"], f"{speed(none):,.0f}", *cells))
+    head = ("one adapter on all linear modules", "contender", "tokens/s without")
+    return [(*head, *(f"r = {n}: time" for n in ranks)), *rows] if rows else []
+
+
 def page(document: dict[str, Any]) -> str:
     """The Markdown of all tables."""
     parts = [setting(document), markdown_table(BAR_HEAD, bar_rows(document))]
     rows = list(all_rows(document))
     if rows:
         parts.append(markdown_table(ALL_HEAD, rows))
-    linear = linear_rows(document)
-    if linear:
-        parts.append(markdown_table(linear[0], linear[1:]))
+    for table in (adapter_rows(document), linear_rows(document)):
+        if table:
+            parts.append(markdown_table(table[0], table[1:]))
     parts += pictures(PICTURES)
     return "\n\n".join(parts)
 
@@ -269,7 +335,7 @@ def main() -> int:
     path = a.file or newest("speed-*.json")
     if path is None:
         raise SystemExit("there are no results; run bench/run.py first")
-    document = json.loads(path.read_text(encoding="utf-8"))
+    document = read(path)
     print(setting(document), "\n")
     rows = [row for row in bar_rows(document) if row[1] != NOT_MEASURED]
     print(aligned(BAR_HEAD, rows))

@@ -54,16 +54,22 @@ GEOMETRIES: dict[str, dict[str, Any]] = {  # config.json's words, for pylora and
         "tie_word_embeddings": True,
     },
 }
-MODEL = os.environ.get("PYLORA_BENCH_MODEL") or "smollm2-135m"  # run.py --model
-GEOMETRY = dict(GEOMETRIES[MODEL])
-HEAD_DIM = int(GEOMETRY["head_dim"])
-TINY = bool(os.environ.get("PYLORA_BENCH_TINY"))  # run.py --tiny: shows that the programs run
-if TINY:
-    GEOMETRY |= {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256}
-    GEOMETRY |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-    if "layer_types" in GEOMETRY:
-        GEOMETRY["layer_types"] = ["sliding_attention", "full_attention"]
+
+
+def geometry(model: str | None = None) -> dict[str, Any]:
+    """config.json of a model. Without a name it is the run's own: run.py --model, which tells its
+    contenders by PYLORA_BENCH_MODEL, and by PYLORA_BENCH_TINY that it only shows that it runs."""
+    shape = dict(GEOMETRIES[model or os.environ.get("PYLORA_BENCH_MODEL") or "smollm2-135m"])
+    if os.environ.get("PYLORA_BENCH_TINY"):
+        shape |= {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256}
+        shape |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+        if "layer_types" in shape:
+            shape["layer_types"] = ["sliding_attention", "full_attention"]
+    return shape
+
+
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+ALL_LINEAR = (*TARGETS, "gate_proj", "up_proj", "down_proj")
 RANK, ALPHA, LEARNING_RATE = 8, 16, 1e-4
 
 # glibc gives large blocks back to the system at every free, and the next allocation faults its

@@ -1,6 +1,6 @@
 """One contender: a process that prepares a job once and does it whenever it is asked to.
 
-    python worker.py pylora|peft|llama      (started by contenders.py, not by hand)
+    python worker.py pylora|peft|llama|ik|openvino      (started by contenders.py, not by hand)
 
 Reads a JSON object a line, answers with one. {"job": NAME, "arguments": {...}, "at_least": S}
 prepares and warms up; {"again": true} does the job and answers with the seconds it took, for each
@@ -89,6 +89,7 @@ def main() -> None:
                 gc.collect()
                 runner = Runner(engine, ask)
                 answer = {"info": runner.info, "versions": engine.versions()}
+                answer["life_peak_rss_bytes"] = runner.life_peak
             else:
                 assert runner is not None, "no job was prepared"
                 answer = runner.sample()

@@ -69,9 +69,13 @@ int pylora_num_threads(void);
 
 /* ---- types ------------------------------------------------------------------------------ */
 
-/* How numbers are stored.  The quantized formats are ggml's, in groups of 32 inputs: a group holds a
- * float16 scale (Q4_1: and a float16 minimum m) and 32 codes q; the value is scale * q (Q8_0),
- * scale * (q - 8) (Q4_0) or scale * q + m (Q4_1), which float32 holds exactly but for Q4_1's sum. */
+/* How numbers are stored.  The quantized formats are ggml's.  In groups of 32 inputs: a group holds a
+ * float16 scale (Q4_1, Q5_1: and a float16 minimum m) and 32 codes q; the value is scale * q (Q8_0),
+ * scale * (q - 8) (Q4_0), scale * (q - 16) (Q5_0), scale * q + m (Q4_1, Q5_1), or scale times what a table
+ * has for q (IQ4_NL; MXFP4, whose scale is a power of two).  In blocks of 256, with float16 d and dmin, a
+ * small integer s for each 16 or 32 inputs and, with a minimum, another one t: d s q - dmin t (Q2_K, Q4_K,
+ * Q5_K), d s (q - 4) (Q3_K), d s (q - 32) (Q6_K), or d s times IQ4_NL's table (IQ4_XS).  float32 holds
+ * these values exactly but for sums with a minimum, which are rounded once. */
 typedef enum pylora_dtype {
   PYLORA_F32 = 0,
   PYLORA_BF16 = 1,
@@ -80,6 +84,21 @@ typedef enum pylora_dtype {
   PYLORA_Q4_0 = 4,
   PYLORA_Q4_1 = 5,
   PYLORA_F32X3 = 6, /* a float32 weight as two bfloat16 halves: three products in place of one */
+  PYLORA_Q5_0 = 7,  /* these are packed from a file's blocks alone (pylora_pack_blocks) */
+  PYLORA_Q5_1 = 8,
+  PYLORA_Q2_K = 9,
+  PYLORA_Q3_K = 10,
+  PYLORA_Q4_K = 11,
+  PYLORA_Q5_K = 12,
+  PYLORA_Q6_K = 13,
+  PYLORA_IQ4_NL = 14,
+  PYLORA_IQ4_XS = 15,
+  PYLORA_MXFP4 = 16,
+  /* Added to a quantized dtype of a packed weight: x is rounded to 8 bits in place of 16. */
+  PYLORA_A8 = 64,
+  PYLORA_Q8_0_A8 = PYLORA_A8 + PYLORA_Q8_0,
+  PYLORA_Q4_0_A8 = PYLORA_A8 + PYLORA_Q4_0,
+  PYLORA_Q4_1_A8 = PYLORA_A8 + PYLORA_Q4_1,
 } pylora_dtype;
 
 typedef struct pylora_mat {
@@ -100,6 +119,8 @@ typedef struct pylora_mat {
  *   Q8_0 ...  x is rounded to 16-bit integers with one scale per row and group of 32; products and sums
  *             within a group are exact integers; groups are summed in float32.  dy W is float32, with
  *             the weight's exact values.
+ *   ... A8    the same with 8-bit integers, as llama.cpp does it: faster, and x is off by up to 1/254 of
+ *             the largest of its group.
  *   F32X3     x = x1 + x2 and W = W1 + W2 in bfloat16; x1 W1 + x1 W2 + x2 W1, summed in float32. */
 #define PYLORA_PANEL 32
 typedef struct pylora_packed {
@@ -141,7 +162,7 @@ typedef struct pylora_seqs {
 typedef struct pylora_attn {
   int32_t heads, kv_heads, head_dim; /* heads % kv_heads == 0 */
   int32_t window;                    /* > 0: only the last `window` keys are seen; 0: all */
-  float scale;                       /* usually 1 / sqrt(head_dim) */
+  float scale;                       /* > 0; usually 1 / sqrt(head_dim) */
   float softcap; /* > 0: scores become softcap tanh(scores / softcap); 0: none */
 } pylora_attn;
 
@@ -171,10 +192,11 @@ typedef struct pylora_adamw { /* doubles: 1 - 0.999 of a float is off by 1e-5 */
 /* ---- packing ---------------------------------------------------------------------------- */
 
 /* Bytes of the buffer for a packed [d,k] weight; 0 if the size is negative or overflows, if there is
- * no such dtype of weights, or (quantized) if k is not a multiple of 32. */
+ * no such dtype of weights, or (quantized) if k is not a multiple of a group of 32 or a block of 256. */
 size_t pylora_pack_bytes(int dtype, int64_t d, int64_t k);
 /* W [d,k], float32 -> out, rounded to dtype (quantized: by ggml's reference rule); W is bf16 too for
- * PYLORA_BF16.  `buffer` (of pylora_pack_bytes, 64-byte aligned) must outlive out. */
+ * PYLORA_BF16.  `buffer` (of pylora_pack_bytes, 64-byte aligned) must outlive out.
+ * PYLORA_E_UNSUPPORTED for PYLORA_Q5_0 and those after it. */
 int pylora_pack(int dtype, const pylora_mat *W, void *buffer, pylora_packed *out);
 /* The same from d rows of ggml's blocks, each `row_bytes` after the one before: the codes and scales
  * are taken as they are.  dtype is one of the quantized ones. */
@@ -392,14 +414,21 @@ typedef struct pylora_experts {
 } pylora_experts;
 
 /* A layer. Where a norm's w is NULL there is none; of the others w, eps, kind and b count. */
+/* What q_norm and k_norm are of. */
+typedef enum pylora_norm_of {
+  PYLORA_NORM_SHARED = 0, /* each head, with one weight [D] for all */
+  PYLORA_NORM_WHOLE = 1,  /* the whole projection */
+  PYLORA_NORM_EACH = 2,   /* each head, with a weight of its own: [heads*D] one behind the other */
+} pylora_norm_of;
+
 typedef struct pylora_layer {
   pylora_norm input_norm,
       mid_norm; /* [hidden], before attention and before the feed-forward part */
   pylora_norm after_attention, after_mlp; /* [hidden], of what is added */
-  /* Before the rotation: of each head [head_dim], or with norm_whole of the projection [heads*D], [kv_heads*D];
+  /* Before the rotation: of each head [head_dim], or as norm_of says of [heads*D], [kv_heads*D];
    * both or neither. */
   pylora_norm q_norm, k_norm;
-  int32_t norm_whole;
+  int32_t norm_of;               /* a pylora_norm_of */
   int32_t window;                /* see pylora_attn */
   int32_t rope;                  /* which of the model's tables; -1: no rotation */
   const pylora_experts *experts; /* or NULL */
@@ -408,6 +437,7 @@ typedef struct pylora_layer {
   const pylora_packed *const *W;
   const float *const *bias; /* of each [d] or NULL; NULL: none has one */
   int64_t module;           /* the number of W[0]; the layers' modules follow each other */
+  float scale;              /* of scores; 0: the model's */
 } pylora_layer;
 
 /* cos, sin [positions, R/2]: see pylora_rope. */

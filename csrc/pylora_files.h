@@ -68,9 +68,8 @@ int pylora_file_real(const pylora_file *file, const char *key, double *value);
 int pylora_tensor_read(const pylora_tensor *tensor, int64_t first, int64_t rows, float *out,
                        pylora_message *why);
 
-/* How pylora_tensor_pack stores a matrix that a model of this precision has: blocks of Q8_0, Q4_0 and Q4_1 stay
- * what they are in PYLORA_Q8_0 and PYLORA_Q4_1; Q5_0 becomes Q8_0 and, in PYLORA_Q4_1, Q4_K becomes Q4_1, with the
- * same codes; other blocks become Q8_0, which loses least of them. */
+/* How pylora_tensor_pack stores a matrix that a model of this precision has: in PYLORA_Q8_0 and PYLORA_Q4_1 blocks of
+ * a pylora_dtype stay what they are, others become Q8_0, which loses least of them, and numbers what it says. */
 int pylora_tensor_dtype(const pylora_tensor *tensor, int precision);
 /* A matrix [d,k] packed as `dtype` into `buffer`, of pylora_pack_bytes(dtype, d, k), 64-byte aligned.  `heads` > 0:
  * its rows are in llama.cpp's order for the interleaved rotation, in so many heads, and are put into Hugging Face's

@@ -41,7 +41,7 @@ typedef struct pylora_about {
 
 /* `path`: a GGUF file, or a directory with config.json and model.safetensors, whole or in shards.
  * `precision`: PYLORA_F32, PYLORA_F32X3 (plain float32 without AMX), PYLORA_BF16, PYLORA_Q8_0 (8 bits) or
- * PYLORA_Q4_1 (4 bits); see pylora_tensor_dtype for what blocks become.
+ * PYLORA_Q4_1 (4 bits), or these two with PYLORA_A8; see pylora_tensor_dtype for what blocks become.
  * PYLORA_E_FILE, PYLORA_E_UNSUPPORTED (an architecture or a setting that is not read), PYLORA_E_MEMORY. */
 int pylora_model_open(const char *path, int precision, pylora_model **out, pylora_message *why);
 /* Adapters and sessions of it must be closed before. */

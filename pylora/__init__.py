@@ -24,6 +24,8 @@ The parts, each usable alone (docs/architecture.md shows how they fit):
     pylora.training     load_examples, TrainConfig, train
     pylora.generation   generate, stream, Sampling
     pylora.merging      merge and exact unmerge
+    pylora.serving      Engine: many requests at once, each with its adapters
+    pylora.web          Server: the same behind HTTP
     pylora.check        proofs of gradients and merging on a real model
     pylora.conformance  laws that test any implementation of LoRA
     pylora.reference    every operation, as the paper writes it
@@ -52,6 +54,7 @@ from pylora.backends import use
 
 if TYPE_CHECKING:
     from pylora.adapters.adapter import Adapter, parameters
+    from pylora.adapters.combine import combine
     from pylora.adapters.loraconfig import LoraConfig
     from pylora.adapters.plan import Plan, resolve
     from pylora.adapters.pool import AdapterPool
@@ -68,6 +71,7 @@ if TYPE_CHECKING:
     from pylora.model.linear import DropKey, LoRAGrad, LoRALinear
     from pylora.model.llama import IGNORE, Llama
     from pylora.types import LoRA, Seqs
+    from pylora.web.server import Server
 
 __version__ = "0.1.0"
 
@@ -91,6 +95,8 @@ _HOME = {
     "Plan": "adapters.plan",
     "PyloraError": "errors",
     "Seqs": "types",
+    "Server": "web.server",
+    "combine": "adapters.combine",
     "generate": "front.load",
     "load": "front.load",
     "merge_checkpoint": "merging.merge",
@@ -121,8 +127,10 @@ __all__ = [
     "Plan",
     "PyloraError",
     "Seqs",
+    "Server",
     "__version__",
     "build_info",
+    "combine",
     "generate",
     "load",
     "merge_checkpoint",
@@ -138,7 +146,7 @@ __all__ = [
 
 _WINGS = frozenset(
     "adapters backends check conformance errors files formats front generation merging model "
-    "numbers ops reference text training types".split()
+    "numbers ops reference serving text training types web".split()
 )
 # What the same things are called elsewhere, and what people try.
 _MEANT = {

@@ -29,6 +29,10 @@ EXTRAS: dict[str, str] = {
     "ml_dtypes": "conformance",
     "pytest": "test",
     "pyarrow": "parquet",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "llguidance": "serve",
+    "prometheus_client": "serve",
 }
 # What each extra is for, as `pylora doctor` says it.
 BRINGS: dict[str, str] = {
@@ -37,11 +41,12 @@ BRINGS: dict[str, str] = {
     "parquet": "records for training in Parquet files",
     "iq": "base models in GGUF's types IQ1, IQ2 and IQ3",
     "cuda": "the backends cuda and cupy, on an NVIDIA GPU",
+    "serve": "the HTTP server of `pylora serve`",
     "conformance": "testing an implementation of LoRA, yours or this one",
     "test": "pylora's own tests",
 }
 # Where the module's name is not the package's.
-_PACKAGES = {"cupy": "cupy-cuda13x"}
+_PACKAGES = {"cupy": "cupy-cuda13x", "prometheus_client": "prometheus-client"}
 
 
 def install(extra: str = "") -> str:

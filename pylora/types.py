@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from pylora.errors import ConfigError
 
 Array = Any  # numpy.ndarray, or cupy.ndarray on that backend
 
@@ -167,6 +170,13 @@ class Attn:
     scale: float
     window: int = 0
     softcap: float = 0.0  # scores become softcap tanh(scores / softcap); 0: they stay
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale <= sys.float_info.max:
+            raise ConfigError(
+                "attention's scale must be a positive finite number, usually "
+                f"head_dim ** -0.5, got {self.scale!r}"
+            )
 
 
 @dataclass(frozen=True)

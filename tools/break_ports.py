@@ -28,8 +28,8 @@ from port_breaks import BY_HAND, SAME
 ROOT = Path(__file__).resolve().parents[1]
 PORTS = ROOT / "examples" / "ports"
 FILES = {
-    "js": ("lora.mjs", "several.mjs", "llama.mjs", "plan.mjs"),
-    "c": ("lora.c", "several.c", "random.c", "block.c", "training.c"),
+    "js": ("lora.mjs", "several.mjs", "llama.mjs", "features.mjs", "plan.mjs"),
+    "c": ("lora.c", "several.c", "random.c", "block.c", "training.c", "features.c"),
 }
 # Lines about memory: another size or status there is not another number.
 MEMORY = re.compile(r"\b(malloc|calloc|take|exit|\w+_workspace|zeros)\(")

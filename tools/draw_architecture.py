@@ -30,9 +30,9 @@ MOST = 7  # points of a floor whose orders are all tried
 
 # What a wing is about. One that is in none of these is an error, so that a new one is thought of.
 KINDS = {
-    "what people call": ("commands", "demo", "front", "display"),
+    "what people call": ("commands", "demo", "front", "display", "web"),
     "what is done with a model": (
-        "check", "conformance", "generation", "merging", "training",
+        "check", "conformance", "generation", "merging", "serving", "training",
     ),
     "what a model is": ("adapters", "formats", "model", "text"),
     "how it is computed": ("backends", "ops", "reference", "numbers"),
@@ -42,6 +42,7 @@ COLORS = ("#f6d8a8", "#cfe3cf", "#c7dcef", "#dcd2ea", "#e3e3e3")  # of the kinds
 WORDS = {
     "commands": "the verbs of the command line", "demo": "a real model learns a notation",
     "front": "pylora.load: one object", "display": "tables, progress, pictures",
+    "web": "HTTP, a page, keys, numbers", "serving": "many requests at once",
     "check": "a user's own model, proved", "conformance": "laws for any LoRA",
     "generation": "continuing tokens", "merging": "into the base, and out again",
     "training": "records, batches, steps, runs", "adapters": "settings, plan, A and B, PEFT",

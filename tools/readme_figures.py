@@ -22,18 +22,24 @@ FIGURES = "<!-- figures: tools/readme_figures.py -->", "<!-- end of figures -->"
 SPEED = "<!-- speed: tools/readme_figures.py --speed -->", "<!-- end of speed -->"
 FIRST = ("consciousness exists", "∃Ψ")  # the first statement of the demo's table
 PICTURE = "docs/img/versus.png"
-STEP = {"batch": 4, "length": 256, "recompute": False}
-CASES = [  # name, case and part in a file of bench/run.py, key, pylora's precision, the peer's
-    ("training step, 4 × 256, fp32", "step", "", STEP, "fp32", "PEFT fp32"),
-    ("training step, 4 × 256, bf16", "step", "", STEP, "bf16", "PEFT bf16"),
-    ("peak memory of that step, bf16", "step", "", STEP, "bf16", "PEFT bf16"),
-    ("prefill 512, bf16", "generate", "prefill", {}, "bf16", "PEFT bf16"),
-    ("decode, one sequence, bf16", "generate", "decode", {}, "bf16", "PEFT bf16"),
-    ("decode, 32 sequences, 32 adapters", "resident", "32 distinct", {}, "bf16", "PEFT bf16"),
-    ("merge of a 4096 × 4096 weight, fp32", "merge", "merge", {}, "fp32", "PEFT fp32"),
-    ("prefill 512, SmolLM2 Q4_1 file", "gguf", "prefill", {}, "int4", "llama.cpp Q4_1"),
-    ("decode, SmolLM2 Q4_1 file", "gguf", "decode", {}, "int4", "llama.cpp Q4_1"),
+MODEL = {"model": False}  # the run's own geometry
+STEP = {"batch": 4, "length": 256, "recompute": False, **MODEL}
+CASES: list[tuple[str, str, str, dict[str, Any], str, str]] = [
+    # name, case and part in a file of bench/run.py, key, pylora's precision, PEFT's
+    ("training step, 4 × 256, fp32", "step", "", STEP, "fp32", "fp32"),
+    ("training step, 4 × 256, bf16", "step", "", STEP, "bf16", "bf16"),
+    ("peak memory of that step, bf16", "step", "", STEP, "bf16", "bf16"),
+    ("training step, 4 × 256, int8 base", "step", "", STEP, "int8", ""),
+    ("prefill 512, bf16", "generate", "prefill", MODEL, "bf16", "bf16"),
+    ("decode, one sequence, bf16", "generate", "decode", MODEL, "bf16", "bf16"),
+    ("decode, 32 sequences, 32 adapters, bf16", "resident", "32 distinct", {}, "bf16", "bf16"),
+    ("merge of a 4096 × 4096 weight, fp32", "merge", "merge", {}, "fp32", "fp32"),
 ]
+MODELS = {"smollm2-135m": "SmolLM2", "gemma3-270m": "Gemma 3 270M", "qwen2.5-0.5b": "Qwen2.5-0.5B"}
+PEER_PACKAGES = ("torch", "peft", "transformers", "llama_cpp_python", "ik_llama_cpp_python",
+                 "openvino_genai")  # fmt: skip
+FILE_PEERS = ("llama", "ik", "openvino")
+RANK = 16  # of the adapter whose cost is shown
 Row = tuple[str, str, str, str]  # case, pylora, the best peer, ratio
 HEAD: Row = ("", "pylora", "the fastest peer", "ratio")
 
@@ -106,37 +112,88 @@ def demo(reports: list[dict[str, Any]]) -> str:
 
 
 def of_samples(document: dict[str, Any]) -> list[Row]:
-    """Rows of a file of bench/run.py: medians, against the peer's fastest setting of each case."""
-    from records import find, median, select, speed, tokens
+    """Rows of a file of bench/run.py: medians, against the fastest peer in its fastest setting."""
+    from records import best, find, median, select
 
     records = document["records"]
     rows = []
     for what, case, part, key, precision, peer in CASES:
         ours = find(records, case, f"pylora {precision}", part, **key)
-        names = {r["contender"] for r in select(records, case, part)}
-        theirs = [
-            r
-            for name in sorted(names)
-            if name == peer or name.startswith(f"{peer}, ")
-            for r in [find(records, case, name, part, **key)]
-            if r is not None
-        ]
-        if ours is None or not theirs:
-            continue
-        if "memory" in what:
-            best = min(theirs, key=lambda r: r["life_peak_rss_bytes"])
-            gb = [r["life_peak_rss_bytes"] / 1e9 for r in (ours, best)]
-            values, ratio = [f"{v:.2f} GB" for v in gb], f"{gb[0] / gb[1]:.2f} × the memory"
-        else:
-            best = min(theirs, key=median)
-            pair = (ours, best)
-            rate = bool(tokens(ours))
-            values = [
-                f"{speed(r):,.0f} tokens/s" if rate else f"{1e3 * median(r):.3g} ms" for r in pair
+        dtype = {"precision": peer} if peer else {}
+        theirs = best(records, case, part, "peft", **dtype, **key)
+        theirs = theirs or best(records, case, part, "peft", **key)
+        if ours is not None and theirs is not None:
+            if "memory" in what:
+                some = [r for r in select(records, case, part) if r["engine"] == "peft"]
+                some = [r for r in some if find([r], case, r["contender"], part, **key)]
+                same = [r for r in some if r["precision"] == peer] or some
+                theirs = min(same, key=lambda r: r["life_peak_rss_bytes"])
+            rows.append(row(what, ours, theirs, memory="memory" in what))
+    for model in ("gemma3-270m", "qwen2.5-0.5b"):
+        for case, part, words in (("step", "", "training step"), ("generate", "decode", "decode")):
+            for p in ("fp32", "bf16"):
+                ours = find(records, case, f"pylora {p}", part, model=model)
+                theirs = best(records, case, part, "peft", precision=p, model=model)
+                if ours is not None and theirs is not None:
+                    k = ours["key"]
+                    size = f", {k['batch']} × {k['length']}" if case == "step" else ""
+                    rows.append(row(f"{words}{size}, {p}, {MODELS[model]}'s shape", ours, theirs))
+    files = {(r["key"]["model"], r["key"]["kind"]) for r in select(records, "gguf", "decode")}
+    for model, kind in sorted(files):
+        for part, words in (("prefill", "prefill 512"), ("decode", "decode")):
+            key = {"model": model, "kind": kind}
+            own = [
+                r
+                for r in select(records, "gguf", part)
+                if r["engine"] == "pylora"
+                and not r["precision"].endswith("a8")
+                and find([r], "gguf", r["contender"], part, **key)
             ]
-            ratio = times(median(best) / median(ours))
-        rows.append((what, values[0], f"{values[1]} ({best['contender']})", ratio))
-    return rows
+            peers = [best(records, "gguf", part, engine, **key) for engine in FILE_PEERS]
+            found = [r for r in peers if r is not None]
+            if own and found:
+                ours, theirs = min(own, key=median), min(found, key=median)
+                what = f"{words}, {MODELS[model]} {kind} file, {ours['precision']}"
+                rows.append(row(what, ours, theirs))
+    return rows + costs(records)
+
+
+def row(what: str, ours: dict[str, Any], theirs: dict[str, Any], memory: bool = False) -> Row:
+    """A line of the table from two records."""
+    from records import median, speed, tokens
+
+    pair = (ours, theirs)
+    if memory:
+        gb = [r["life_peak_rss_bytes"] / 1e9 for r in pair]
+        values, ratio = [f"{v:.2f} GB" for v in gb], f"{gb[0] / gb[1]:.2f} × the memory"
+    else:
+        rate = bool(tokens(ours))
+        values = [
+            f"{speed(r):,.0f} tokens/s" if rate else f"{1e3 * median(r):.3g} ms" for r in pair
+        ]
+        ratio = times(median(theirs) / median(ours))
+    return what, values[0], f"{values[1]} ({theirs['contender']})", ratio
+
+
+def costs(records: list[dict[str, Any]]) -> list[Row]:
+    """How much longer one adapter makes decoding: pylora's precisions beside each peer's."""
+    from records import find, median, select
+
+    found: dict[str, float] = {}
+    for r in select(records, "adapter-cost", f"{RANK} decode"):
+        none = find([x for x in records if x["key"] == r["key"]], r["case"], r["contender"],
+                    "0 decode")  # fmt: skip
+        if none is not None:
+            found[r["contender"]] = median(r) / median(none) - 1
+    own = {n: v for n, v in found.items() if n.startswith("pylora ")}
+    peers = {n: v for n, v in found.items() if n not in own}
+    if not own or not peers:
+        return []
+    words = " / ".join(f"{v:+.0%} ({n.removeprefix('pylora ')})" for n, v in own.items())
+    others = " / ".join(f"{v:+.0%} ({n})" for n, v in peers.items())
+    lost = min(peers.values()) < max(own.values())
+    best_of_all = "**not the least**" if lost else "the least"
+    return [(f"time that one adapter adds to decoding, r = {RANK}", words, others, best_of_all)]
 
 
 def of_medians(document: dict[str, Any]) -> list[Row]:
@@ -170,12 +227,17 @@ def place(document: dict[str, Any]) -> str:
     versions = ", ".join(
         f"{name} {version}"
         for name, version in sorted(document["versions"].items())
-        if name in ("torch", "peft", "transformers", "llama_cpp_python")
+        if name in PEER_PACKAGES
     )
-    return (
+    lines = [
         f"**{m['processor']}, {m['cores']} cores, kernels `{m['isa']}`** ({document['date']}; "
         f"{ceilings}). Beside it: {versions}."
-    )
+    ]
+    if "records" in document:
+        from report import left_out
+
+        lines += [line for line in left_out(document) if not line.startswith("Failed")]
+    return " ".join(lines)
 
 
 def speed_tables(documents: list[dict[str, Any]]) -> str:
@@ -189,7 +251,7 @@ def speed_tables(documents: list[dict[str, Any]]) -> str:
     lines += [
         "SmolLM2-135M's geometry unless a file is named; r = 8 on q, k, v, o. PEFT is PyTorch + "
         'PEFT with sdpa and fused AdamW; "tuned" is a malloc that keeps its pages, "compiled" that '
-        "and `torch.compile`.",
+        "and `torch.compile`. Of each peer the fastest setting on that machine is shown.",
     ]
     if (ROOT / PICTURE).exists():
         lines += ["", f"![How many times as fast as its peers pylora is]({PICTURE})"]
@@ -205,6 +267,7 @@ def main() -> int:
     arguments = sys.argv[1:]
     if arguments[:1] == ["--speed"]:
         sys.path.insert(0, str(ROOT / "bench"))
+        from records import read
         from report import RESULTS, newest
 
         paths = [Path(a) for a in arguments[1:]]
@@ -214,7 +277,7 @@ def main() -> int:
         if not paths:
             raise SystemExit("there are no results; run bench/run.py first")
         (begin, end) = SPEED
-        new = speed_tables([json.loads(path.read_text(encoding="utf-8")) for path in paths])
+        new = speed_tables([read(path) for path in paths])
     else:
         reports: list[dict[str, Any]] = []
         for path in map(Path, arguments or ["out/demo/report.json"]):

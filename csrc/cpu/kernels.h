@@ -124,6 +124,16 @@ typedef void pylora_kernel_gemm_q(int dtype, int64_t m, int64_t groups, const vo
 /* One group of a panel: out[t*32 + i] = W[i, t], the exact values. */
 typedef void pylora_kernel_dequantize(int dtype, const void *group, float *out);
 
+/* K-quants and their kin; rows and panels lie as format_k.h says.
+ * groups x 32 numbers of a row of x -> pylora_krow [groups], of codes up to `most` */
+typedef void pylora_kernel_quantize_bytes(int most, int64_t groups, const float *x, void *out);
+/* gemm_q, over `supers` of them. */
+typedef void pylora_kernel_gemm_k(int dtype, int64_t m, int64_t supers, const void *rows,
+                                  size_t stride, const void *panel, float *c, int64_t ldc,
+                                  int mode);
+/* Group `group` of a super: out[t*32 + i] = W[i, t], the exact values. */
+typedef void pylora_kernel_dequantize_k(int dtype, const void *super, int group, float *out);
+
 /* Loops over one row of n elements (rows.inc). An element has the same bits in a full vector and in
  * the tail, and sums are in an order fixed by n alone. Outputs may be inputs, element for element, of the
  * same type.  A bfloat16 row gives the bits of the float32 row of its values, rounded once. */
@@ -214,8 +224,8 @@ typedef void pylora_kernel_merge_rows(int dtype, int mode, const merge_job *f);
 #define PYLORA_F32_KERNELS(K) K(gemm) K(transpose) K(few_rows)
 #define PYLORA_PAIR_KERNELS(K) K(gemm_pairs) K(transpose32_bf16) K(to_bf16) K(from_bf16) K(halves)
 #define PYLORA_PRODUCT_KERNELS(K) \
-  K(gemm_bf16) K(panels_bf16) K(few_rows_bf16) K(few_scores) K(gemm_q)
-#define PYLORA_Q_KERNELS(K) K(quantize_row) K(dequantize)
+  K(gemm_bf16) K(panels_bf16) K(few_rows_bf16) K(few_scores) K(gemm_q) K(gemm_k)
+#define PYLORA_Q_KERNELS(K) K(quantize_row) K(dequantize) K(quantize_bytes) K(dequantize_k)
 /* The formatter finds another way to break these lines each time. */
 /* clang-format off */
 #define PYLORA_ROW_KERNELS(K) \

@@ -1,5 +1,5 @@
-/* cpu/vec_q.h - vectors of 32-bit lanes, in which gemm_q.inc and gemm_amx_q.inc are written, and the sizes of
- * a panel of quantized weights (format_q.h).
+/* cpu/vec_q.h - vectors of 32-bit lanes, in which gemm_q.inc and its kin are written, and how panels of quantized
+ * weights and rows of x lie (format_q.h).
  *
  * As many lanes as vec.h has floats.  Halves of a lane are the 16-bit numbers in it. */
 #ifndef PYLORA_CPU_VEC_Q_H
@@ -29,6 +29,17 @@ INLINE vint n_dot(vint sum, vint a, vint b) { /* sum + a.low b.low + a.high b.hi
   return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
 #endif
 }
+#if defined(VEC_VNNI)
+#define Q_BYTES 1 /* rows of x are bytes: unsigned bytes of W times signed ones of x */
+INLINE vint n_dot4(vint sum, vint a, vint b) { return _mm512_dpbusd_epi32(sum, a, b); }
+INLINE vint n_xor(vint a, vint b) { return _mm512_xor_si512(a, b); }
+INLINE vint n_join16(vint a, vint b) { /* the lower halves of lanes, those of a first */
+  return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(a)),
+                            _mm512_cvtepi32_epi16(b), 1);
+}
+#endif
+INLINE int32_t n_top(vint a) { return _mm512_reduce_max_epi32(a); }
+INLINE int32_t n_total(vint a) { return _mm512_reduce_add_epi32(a); }
 INLINE vf n_float(vint a) { return _mm512_cvtepi32_ps(a); }
 INLINE vint n_round(vf x) { return _mm512_cvtps_epi32(x); }
 INLINE vint n_bits(vf x) { return _mm512_castps_si512(x); }
@@ -55,6 +66,16 @@ INLINE vint n_max(vint a, vint b) { return _mm256_max_epi32(a, b); }
 #define N_SRIGHT32(a, n) _mm256_srai_epi32(a, n)
 INLINE vint n_dot(vint sum, vint a, vint b) {
   return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+}
+INLINE int32_t n_top(vint a) {
+  __m128i x = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  x = _mm_max_epi32(x, _mm_shuffle_epi32(x, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(x, _mm_shuffle_epi32(x, 0xb1)));
+}
+INLINE int32_t n_total(vint a) {
+  __m128i x = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(x, _mm_shuffle_epi32(x, 0xb1)));
 }
 INLINE vf n_float(vint a) { return _mm256_cvtepi32_ps(a); }
 INLINE vint n_round(vf x) { return _mm256_cvtps_epi32(x); }
@@ -92,6 +113,8 @@ INLINE vint n_dot(vint sum, vint a, vint b) {
   return vaddq_s32(sum,
                    vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y)));
 }
+INLINE int32_t n_top(vint a) { return vmaxvq_s32(a); }
+INLINE int32_t n_total(vint a) { return vaddvq_s32(a); }
 INLINE vf n_float(vint a) { return vcvtq_f32_s32(a); }
 INLINE vint n_round(vf x) { return vcvtnq_s32_f32(x); }
 INLINE vint n_bits(vf x) { return vreinterpretq_s32_f32(x); }
@@ -134,6 +157,12 @@ INLINE vint N_SRIGHT32(vint a, int n) { N_EACH(a.l[i] >> n); }
 INLINE vint n_dot(vint sum, vint a, vint b) {
   N_EACH(sum.l[i] + lane_low(a.l[i]) * lane_low(b.l[i]) + lane_high(a.l[i]) * lane_high(b.l[i]));
 }
+INLINE int32_t n_top(vint a) {
+  int32_t top = a.l[0];
+  for (int i = 1; i < 4; i++) top = a.l[i] > top ? a.l[i] : top;
+  return top;
+}
+INLINE int32_t n_total(vint a) { return a.l[0] + a.l[1] + a.l[2] + a.l[3]; }
 INLINE vf n_float(vint a) { V_EACH((float)a.l[i]); }
 INLINE vint n_round(vf x) { N_EACH(rintf(LANE(x, i))); } /* numbers of codes, so always in range */
 INLINE vint n_bits(vf x) {
@@ -157,13 +186,54 @@ INLINE float half_of(uint16_t h) {
 INLINE vf n_half(const uint16_t *p) { V_EACH(half_of(p[i])); }
 #endif
 
+#if !defined(Q_BYTES)
+#define Q_BYTES 0
+#endif
+
 enum { Q_PANEL = 32 };
 
-INLINE int64_t q_bytes(int dtype) {
-  return dtype == PYLORA_Q8_0 ? PYLORA_Q8_BYTES
-                              : (dtype == PYLORA_Q4_0 ? PYLORA_Q4_0_BYTES : PYLORA_Q4_1_BYTES);
+/* Of a kind of blocks (pylora_q_kind): bytes of a group of a panel, ... */
+INLINE int64_t q_bytes(int kind) {
+  return kind == PYLORA_Q8_0 ? PYLORA_Q8_BYTES
+                             : (kind == PYLORA_Q4_0 ? PYLORA_Q4_0_BYTES : PYLORA_Q4_1_BYTES);
 }
-/* Arrays of 32 x 2 uint16 in a group, and pairs of inputs in each. */
-INLINE int q_arrays(int dtype) { return dtype == PYLORA_Q8_0 ? 8 : 4; }
+/* ... and arrays of 32 x 2 uint16 in it, and so pairs of inputs in each. */
+INLINE int q_arrays(int kind) { return kind == PYLORA_Q8_0 ? 8 : 4; }
+
+/* Which of eight inputs is number i of two quads. */
+#define Q_ORDER(kind, i)                                               \
+  ((kind) == PYLORA_Q8_0 ? ((i) & 4) | ((i) & 1) << 1 | ((i) >> 1 & 1) \
+                         : ((i) >> 2 & 1) << 1 | ((i) & 1) << 2 | ((i) >> 1 & 1))
+
+/* 32 codes of x -> their low and high bytes, each in the order of a panel's quads. */
+#if defined(VEC_AVX512)
+INLINE void q_split_words(const int kind, __m512i x, int8_t *low, int8_t *high) {
+  const __m512i up = _mm512_add_epi16(x, _mm512_set1_epi16(128)); /* its upper byte */
+  const __m512i both = _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaau, x, up);
+  /* Within each 128 bits: eight low bytes, then eight high ones. */
+#define AT(i) (char)(2 * Q_ORDER(kind, i)), (char)(2 * Q_ORDER(kind, i + 1))
+#define AT1(i) (char)(2 * Q_ORDER(kind, i) + 1), (char)(2 * Q_ORDER(kind, i + 1) + 1)
+  const __m512i order = _mm512_broadcast_i32x4(
+      _mm_setr_epi8(AT(0), AT(2), AT(4), AT(6), AT1(0), AT1(2), AT1(4), AT1(6)));
+#undef AT
+#undef AT1
+  const __m512i apart = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7),
+                                                 _mm512_shuffle_epi8(both, order));
+  _mm256_storeu_si256((__m256i *)(void *)low, _mm512_castsi512_si256(apart));
+  _mm256_storeu_si256((__m256i *)(void *)high, _mm512_extracti64x4_epi64(apart, 1));
+}
+#endif
+INLINE void q_split(const int kind, const int16_t *code, int8_t *low, int8_t *high) {
+#if defined(VEC_AVX512)
+  q_split_words(kind, _mm512_loadu_si512(code), low, high);
+#else
+  for (int t = 0; t < PYLORA_QGROUP; t += 8)
+    for (int i = 0; i < 8; i++) {
+      const int c = code[t + Q_ORDER(kind, i)], l = (int8_t)(uint8_t)((unsigned)c & 0xff);
+      low[t + i] = (int8_t)l;
+      high[t + i] = (int8_t)((c - l) / 256);
+    }
+#endif
+}
 
 #endif

@@ -1,6 +1,8 @@
 /* attention.cu - the host's side of attention: checks, which kernels, how the work is cut.
  *
  * Whatever is decided here depends on shapes, types and layouts alone, never on what device arrays hold. */
+#include <float.h>
+
 #include "attention.cuh"
 #include "host.h"
 
@@ -55,6 +57,7 @@ static int check_shape(const pylora_attn *a, const pylora_cuda_seqs *s) {
   if (a->heads < 1 || a->kv_heads < 1 || a->head_dim < 1 || a->heads % a->kv_heads)
     return PYLORA_E_SHAPE;
   if (a->window < 0 || !(a->softcap >= 0)) return PYLORA_E_VALUE;
+  if (!(a->scale > 0) || !(a->scale <= FLT_MAX)) return PYLORA_E_VALUE;
   if (a->head_dim > MOST_D) return PYLORA_E_UNSUPPORTED;
   if (s->n < 0 || s->max_q < 0 || s->max_k < 0) return PYLORA_E_SHAPE;
   if (s->n > 0 && (!s->q_start || !s->k_start != !s->k_len)) return PYLORA_E_NULL;

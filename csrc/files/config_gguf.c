@@ -138,6 +138,22 @@ static int maybe(const meta *m, const char *name, double otherwise, double *out)
   return PYLORA_OK;
 }
 
+/* Layers with a window: those that a list of the file names, or three of four. */
+static int olmo3(const meta *m, pylora_settings *s, int64_t layers) {
+  const pylora_meta *list =
+      pylora_file_meta(m->file, key_of(m, "attention.sliding_window_pattern").text);
+  const int given = list && list->array && list->type == 7; /* booleans */
+  if (given && (int64_t)list->count != s->layers)
+    return pylora_fail(m->why, PYLORA_E_FILE, "%.300s: %s must have %lld values", m->file->name,
+                       key_of(m, "attention.sliding_window_pattern").text, (long long)s->layers);
+  for (int64_t i = 0; i < layers; i++) {
+    s->local[i] = given ? list->value[i] != 0 : (i + 1) % 4 != 0;
+    s->rope[i] = (signed char)s->local[i];
+  }
+  s->two_ropes = 1, s->local_theta = s->theta;
+  return PYLORA_OK;
+}
+
 /* What a family has beside Llama; see pylora/model/families. */
 static int own(const meta *m, pylora_settings *s) {
   const int64_t layers = s->layers < PYLORA_MAX_LAYERS ? s->layers : PYLORA_MAX_LAYERS;
@@ -151,6 +167,8 @@ static int own(const meta *m, pylora_settings *s) {
   }
   if (s->family == SMOLLM3)
     for (int64_t i = 0; i < layers; i++) s->rope[i] = (i + 1) % 4 ? 0 : -1;
+  if (s->family == GEMMA) s->embedding_multiplier = sqrt((double)s->hidden);
+  if (s->family == OLMO3) return olmo3(m, s, layers);
   if (s->family != GEMMA2 && s->family != GEMMA3) {
     for (int64_t i = 0; i < layers; i++) s->local[i] = s->window > 0;
     return PYLORA_OK;
@@ -218,7 +236,12 @@ static int llama3(const meta *m, const pylora_tensor *t, pylora_settings *s) {
   const double factor = fabs(largest - near) < 1e-5 * largest ? near : largest;
   for (int power = 9; power < 21 && !found; power++) {
     found = gives(stored, n, s->theta, factor, (double)(1 << power));
-    if (found) s->scaling = (pylora_scaling){ROPE_LLAMA3, factor, 1, 4, (double)(1 << power)};
+    if (found)
+      s->scaling = (pylora_scaling){.kind = ROPE_LLAMA3,
+                                    .factor = factor,
+                                    .low = 1,
+                                    .high = 4,
+                                    .original = (double)(1 << power)};
   }
   free(stored);
   if (odd || !found)
@@ -237,12 +260,20 @@ static int scaling(const meta *m, pylora_settings *s) {
   if (has(m, "rope.scaling.type") &&
       !pylora_file_text(m->file, key_of(m, "rope.scaling.type").text, &text, &n))
     return wrong(m, "rope.scaling.type", "text");
+  if (n == 4 && memcmp(text, "yarn", 4) == 0) {
+    int64_t original;
+    TRY(whole(m, "rope.scaling.original_context_length", -1, &original));
+    s->scaling = (pylora_scaling){.kind = ROPE_YARN, .factor = factor};
+    s->scaling.original = (double)original;
+    TRY(maybe(m, "rope.scaling.yarn_beta_fast", 0, &s->scaling.beta_fast));
+    return maybe(m, "rope.scaling.yarn_beta_slow", 0, &s->scaling.beta_slow);
+  }
   const int is_linear = n == 6 && memcmp(text, "linear", 6) == 0;
   if (!is_linear && !(n == 4 && memcmp(text, "none", 4) == 0))
     return pylora_fail(m->why, PYLORA_E_UNSUPPORTED, "%.300s: rope scaling of type '%.*s'",
                        m->file->name, (int)(n < 40 ? n : 40), text);
   const pylora_tensor *factors = pylora_files_find(m->files, ROPE_FACTORS);
-  if (is_linear) s->scaling = (pylora_scaling){ROPE_LINEAR, factor, 0, 0, 0};
+  if (is_linear) s->scaling = (pylora_scaling){.kind = ROPE_LINEAR, .factor = factor};
   if (!factors) return PYLORA_OK;
   if (is_linear)
     return pylora_fail(m->why, PYLORA_E_UNSUPPORTED,
@@ -279,11 +310,12 @@ int pylora_settings_gguf(const pylora_files *files, pylora_settings *s, pylora_m
   TRY(real(m, "rope.freq_base", 10000, &s->theta));
   TRY(whole(m, "attention.sliding_window", 0, &s->window));
   const int gemma = s->family == GEMMA2 || s->family == GEMMA3;
-  if (s->window && s->family != LLAMA && !gemma)
+  if (s->window && s->family == OLMO2) s->family = OLMO3;
+  if (s->window && s->family != LLAMA && s->family != OLMO3 && !gemma)
     return pylora_fail(why, PYLORA_E_UNSUPPORTED, "%.300s: a sliding window in the architecture %s",
                        file->name, m->arch);
   /* llama.cpp has no architecture of Mistral's own; its window is all that tells it apart. */
-  if (s->window && !gemma) s->family = MISTRAL;
+  if (s->window && s->family == LLAMA) s->family = MISTRAL;
   const pylora_tensor *embedding = pylora_files_find(files, "token_embd.weight");
   if (embedding)
     s->vocab = embedding->shape[0];
@@ -299,6 +331,11 @@ int pylora_settings_gguf(const pylora_files *files, pylora_settings *s, pylora_m
   s->o_bias = biased && s->family != QWEN2 && s->family != MISTRAL;
   s->mlp_bias = (s->family == LLAMA || s->family == GRANITE || s->family == SMOLLM3) &&
                 pylora_files_find(files, "blk.0.ffn_gate.bias") != NULL;
+  if (s->family == SEED_OSS) {
+    s->o_bias = pylora_files_find(files, "blk.0.attn_output.bias") != NULL;
+    s->mlp_bias = pylora_files_find(files, "blk.0.ffn_up.bias") != NULL;
+  }
+  if (s->family == ERNIE45) s->mlp_bias = biased;
   s->tied = pylora_files_find(files, "output.weight") == NULL;
   TRY(token(m, "tokenizer.ggml.bos_token_id", &s->bos));
   TRY(token(m, "tokenizer.ggml.eos_token_id", &s->eos[0]));

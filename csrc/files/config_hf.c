@@ -6,59 +6,9 @@
 #include <math.h>
 #include <stdio.h>
 
-#include "files/json.h"
-#include "files/model.h"
+#include "files/config.h"
 
 enum { MAX_CONFIG = 4 << 20 }; /* bytes */
-
-typedef struct config {
-  const char *path;
-  pylora_json j;
-  pylora_message *why;
-} config;
-
-#define REFUSE(...) return pylora_fail(c->why, PYLORA_E_UNSUPPORTED, __VA_ARGS__)
-#define WRONG(...) return pylora_fail(c->why, PYLORA_E_FILE, __VA_ARGS__)
-
-/* A member that is there and not null. */
-static const pylora_json_value *in(const config *c, const pylora_json_value *object,
-                                   const char *key) {
-  const pylora_json_value *v = pylora_json_member(&c->j, object, key);
-  return v && v->type != JSON_NULL ? v : NULL;
-}
-static const pylora_json_value *get(const config *c, const char *key) {
-  return in(c, c->j.value, key);
-}
-static int is_text(const pylora_json_value *v, const char *text) {
-  return json_is(v, JSON_TEXT) && strcmp(v->u.text, text) == 0;
-}
-
-/* A whole number: `missing` where the key is not there, `null` where it is null; -1: an error. */
-static int whole(const config *c, const char *key, int64_t missing, int64_t null, int64_t *out) {
-  const pylora_json_value *v = pylora_json_member(&c->j, c->j.value, key);
-  *out = !v ? missing : null;
-  if (v && v->type != JSON_NULL) {
-    if (v->type != JSON_NUMBER || !v->is_whole || v->u.whole < 0)
-      WRONG("%.300s: %s must be a whole number from 0 on", c->path, key);
-    *out = v->u.whole;
-  }
-  if (*out < 0) WRONG("%.300s: the key '%s' is missing", c->path, key);
-  return PYLORA_OK;
-}
-
-static int flag(const config *c, const char *key, int otherwise, int *out) {
-  const pylora_json_value *v = pylora_json_member(&c->j, c->j.value, key);
-  *out = v ? v->type == JSON_TRUE : otherwise;
-  if (v && v->type != JSON_TRUE && v->type != JSON_FALSE)
-    WRONG("%.300s: %s must be true or false", c->path, key);
-  return PYLORA_OK;
-}
-
-static int number(const config *c, const pylora_json_value *v, const char *key, double *out) {
-  if (v->type != JSON_NUMBER) WRONG("%.300s: %s must be a number", c->path, key);
-  *out = json_number(v);
-  return PYLORA_OK;
-}
 
 /* What a family's config.json means where a key is missing; -1: nothing. */
 typedef struct defaults {
@@ -77,6 +27,11 @@ static const defaults default_of[FAMILIES] = {
     [GRANITE] = {2048, 0, 0, 1, 2, 1e4, 1e-6, 0},
     [SMOLLM3] = {32768, 4, 0, 128000, 128001, 2e6, 1e-6, 1},
     [OLMO2] = {2048, 0, 0, -1, 50279, 1e4, 1e-5, 0},
+    [OLMO3] = {2048, 0, 0, -1, 50279, 5e5, 1e-5, 0},
+    [GEMMA] = {8192, 16, 256, 2, 1, 1e4, 1e-6, 1},
+    [MINISTRAL] = {131072, 8, 0, 1, 2, 1e4, 1e-6, 0},
+    [SEED_OSS] = {524288, 8, 128, 0, 2, 1e4, 1e-6, 0},
+    [ERNIE45] = {131072, 2, 128, 1, 2, 5e5, 1e-5, 1},
 };
 
 /* ---- what is refused ---- */
@@ -141,24 +96,17 @@ static int unknown(const config *c, pylora_family family) {
   return PYLORA_OK;
 }
 
-/* null or 1: anything else would turn a part of each head only. */
-static int whole_head(const config *c, const pylora_json_value *object) {
-  const pylora_json_value *v = in(c, object, "partial_rotary_factor");
-  if (v && (v->type != JSON_NUMBER || json_number(v) != 1))
-    REFUSE("%.300s: partial_rotary_factor other than 1 is not supported", c->path);
-  return PYLORA_OK;
-}
-
 static int activation(const config *c, pylora_family family) {
-  static const char *const silu[] = {"silu", "swish", NULL, NULL}, *const gelu[] = {
-                                                                       "gelu_pytorch_tanh",
-                                                                       "gelu_new", "gelu_fast",
-                                                                       "gelu_accurate"};
+  static const char *const silu[] = {"silu", "swish", NULL, NULL, NULL};
+  static const char *const gelu[] = {"gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_accurate",
+                                     "gelu"};
   const char *const *known = pylora_families[family].gelu ? gelu : silu;
   const pylora_json_value *act = get(c, "hidden_activation");
   if (!act || pylora_json_empty(act)) act = get(c, "hidden_act");
   if (!act) return PYLORA_OK;
-  for (int i = 0; i < 4 && known[i]; i++)
+  const int n =
+      family == GEMMA ? 5 : 4; /* its first files say "gelu", and mean the approximation */
+  for (int i = 0; i < n && known[i]; i++)
     if (is_text(act, known[i])) return PYLORA_OK;
   REFUSE("%.300s: hidden_act '%.40s'; a %s model is supported with %s", c->path,
          act->type == JSON_TEXT ? act->u.text : "?", pylora_families[family].name, known[0]);
@@ -173,77 +121,7 @@ static int refuse(const config *c, pylora_family family) {
            "--dequantize",
            c->path);
   TRY(unknown(c, family));
-  return whole_head(c, c->j.value);
-}
-
-/* ---- rotations ---- */
-
-/* One set of rotary parameters (NULL: none); `theta` holds what counts where it says none. */
-static int one_rope(const config *c, const pylora_json_value *raw, const pylora_settings *s,
-                    double *theta, pylora_scaling *out) {
-  const pylora_json_value *base = raw ? in(c, raw, "rope_theta") : NULL;
-  if (base && !pylora_json_empty(base)) TRY(number(c, base, "rope_theta", theta));
-  if (!raw) return PYLORA_OK;
-  TRY(whole_head(c, raw));
-  const pylora_json_value *kind = pylora_json_member(&c->j, raw, "rope_type");
-  if (!kind) kind = pylora_json_member(&c->j, raw, "type");
-  if (!kind || kind->type == JSON_NULL || is_text(kind, "default")) return PYLORA_OK;
-  const int linear = is_text(kind, "linear");
-  if (!linear && !is_text(kind, "llama3"))
-    REFUSE("%.300s: rope_scaling of type '%.40s' is not supported; supported are linear and llama3",
-           c->path, kind->type == JSON_TEXT ? kind->u.text : "?");
-  out->kind = linear ? ROPE_LINEAR : ROPE_LLAMA3;
-  out->original = (double)s->positions;
-  const struct {
-    const char *key;
-    double *to;
-  } keys[] = {{"factor", &out->factor},
-              {"low_freq_factor", &out->low},
-              {"high_freq_factor", &out->high},
-              {"original_max_position_embeddings", &out->original}};
-  for (int i = 0; i < (linear ? 1 : 4); i++) {
-    const pylora_json_value *v = in(c, raw, keys[i].key);
-    if (i == 3 && get(c, keys[i].key))
-      v = get(c, keys[i].key); /* beside the scaling it counts more */
-    if (v)
-      TRY(number(c, v, keys[i].key, keys[i].to));
-    else if (i < 3)
-      WRONG("%.300s: rope_scaling lacks %s", c->path, keys[i].key);
-  }
-  return PYLORA_OK;
-}
-
-static const pylora_json_value *unless_empty(const pylora_json_value *v) {
-  return v && !pylora_json_empty(v) ? v : NULL;
-}
-
-/* From `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`. */
-static int rope(const config *c, pylora_settings *s) {
-  const pylora_json_value *raw = unless_empty(get(c, "rope_scaling")),
-                          *theta = unless_empty(get(c, "rope_theta"));
-  const pylora_json_value *nested = unless_empty(get(c, "rope_parameters"));
-  s->theta = default_of[s->family].theta, s->local_theta = 1e4;
-  if (theta) TRY(number(c, theta, "rope_theta", &s->theta));
-  if (s->family == GEMMA3) {
-    const pylora_json_value *full = NULL, *local = NULL;
-    if (nested && nested->type == JSON_OBJECT) {
-      full = unless_empty(in(c, nested, "full_attention"));
-      local = unless_empty(in(c, nested, "sliding_attention"));
-    }
-    if (!full) full = raw;
-    if ((full && full->type != JSON_OBJECT) || (local && local->type != JSON_OBJECT))
-      REFUSE("%.300s: rope_parameters must have an object per layer type", c->path);
-    const pylora_json_value *base = unless_empty(get(c, "rope_local_base_freq"));
-    if (base) TRY(number(c, base, "rope_local_base_freq", &s->local_theta));
-    s->two_ropes = 1;
-    TRY(one_rope(c, full, s, &s->theta, &s->scaling));
-    return one_rope(c, local, s, &s->local_theta, &s->local_scaling);
-  }
-  if (!raw) raw = nested;
-  int flat = !raw || raw->type == JSON_OBJECT;
-  if (raw && flat) JSON_EACH(item, &c->j, raw) flat &= item->type != JSON_OBJECT;
-  if (!flat) REFUSE("%.300s: rope parameters per layer type are not supported", c->path);
-  return one_rope(c, raw, s, &s->theta, &s->scaling);
+  return pylora_config_whole_head(c, c->j.value);
 }
 
 /* ---- layers that differ ---- */
@@ -312,6 +190,22 @@ static int gemma(const config *c, pylora_settings *s) {
   TRY(types(c, s, 1));
   for (int64_t i = 0; i < some_layers(s) && s->family == GEMMA3; i++)
     s->rope[i] = (signed char)s->local[i];
+  return width(c, s, 4096);
+}
+
+static int olmo3(const config *c, pylora_settings *s) {
+  for (int64_t i = 0; i < some_layers(s); i++) s->local[i] = (i + 1) % 4 != 0;
+  TRY(types(c, s, 1));
+  for (int64_t i = 0; i < some_layers(s); i++) s->rope[i] = (signed char)s->local[i];
+  return width(c, s, 4096);
+}
+
+/* A window in all layers, or in those that layer_types name. */
+static int ministral(const config *c, pylora_settings *s) {
+  const pylora_json_value *window = pylora_json_member(&c->j, c->j.value, "sliding_window");
+  const int has = !window || window->type != JSON_NULL;
+  for (int64_t i = 0; i < some_layers(s); i++) s->local[i] = (unsigned char)has;
+  TRY(types(c, s, 1));
   return width(c, s, 4096);
 }
 
@@ -434,14 +328,20 @@ static int read(const config *c, pylora_settings *s) {
   s->eps = d->eps;
   const pylora_json_value *eps = pylora_json_member(&c->j, c->j.value, "rms_norm_eps");
   if (eps) TRY(number(c, eps, "rms_norm_eps", &s->eps));
-  TRY(flag(c, "attention_bias", s->family == QWEN2, &s->qkv_bias));
-  if (s->family == QWEN2 || s->family == MISTRAL) /* they ignore the key */
+  TRY(flag(c, "attention_bias", s->family == QWEN2 || s->family == SEED_OSS, &s->qkv_bias));
+  if (s->family == QWEN2 || s->family == MISTRAL || s->family == MINISTRAL) /* they ignore it */
     s->qkv_bias = s->family == QWEN2;
   s->o_bias = s->qkv_bias && s->family != QWEN2;
   TRY(flag(c, "mlp_bias", 0, &s->mlp_bias));
-  s->mlp_bias = s->mlp_bias && (s->family == LLAMA || s->family == GRANITE || s->family == SMOLLM3);
+  s->mlp_bias = s->mlp_bias && (s->family == LLAMA || s->family == GRANITE ||
+                                s->family == SMOLLM3 || s->family == SEED_OSS);
+  if (s->family == SEED_OSS) TRY(flag(c, "attention_out_bias", 0, &s->o_bias));
+  if (s->family == ERNIE45) {
+    TRY(flag(c, "use_bias", 0, &s->qkv_bias));
+    s->o_bias = s->mlp_bias = s->qkv_bias;
+  }
   TRY(flag(c, "tie_word_embeddings", d->tied, &s->tied));
-  TRY(rope(c, s));
+  TRY(pylora_config_rope(c, s, d->theta));
   switch (s->family) {
   case GEMMA2:
   case GEMMA3:
@@ -453,7 +353,19 @@ static int read(const config *c, pylora_settings *s) {
   case SMOLLM3:
     TRY(smollm3(c, s));
     break;
+  case GEMMA:
+    s->embedding_multiplier = sqrt((double)s->hidden);
+    TRY(types(c, s, 0));
+    break;
+  case OLMO3:
+    TRY(olmo3(c, s));
+    break;
+  case MINISTRAL:
+    TRY(ministral(c, s));
+    break;
   case OLMO2:
+  case SEED_OSS:
+  case ERNIE45:
     TRY(types(c, s, 0));
     break;
   default:

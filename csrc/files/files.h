@@ -45,6 +45,9 @@ typedef struct pylora_map {
 
 int pylora_map_open(const char *path, pylora_map *out, pylora_message *why);
 void pylora_map_close(pylora_map *map);
+/* Gives back the pages that lie wholly in these bytes of a mapped file: they count as the process's memory, and come
+ * from the file again when somebody looks.  Nothing happens where the memory is somebody else's. */
+void pylora_map_forget(const pylora_map *map, const void *p, size_t bytes);
 int pylora_is_directory(const char *path);
 int pylora_is_file(const char *path);
 /* directory + "/" + name, to be freed; NULL: no memory. */
@@ -68,9 +71,10 @@ static inline int pylora_is_float(const pylora_tensor *t) {
   return dtype == PYLORA_F32 || dtype == PYLORA_F16 || dtype == PYLORA_BF16;
 }
 
-/* Whether a matrix is stored as `dtype` by recoding its blocks, and row i of it as that dtype's. (recode.c) */
-int pylora_recodes(const pylora_tensor *t, int dtype);
-void pylora_recode_row(const pylora_tensor *t, int64_t i, uint8_t *out);
+/* pylora_tensor_pack, which forgets what it has packed of the mapped file that the tensor is in (or NULL): else a
+ * model would need its file's size twice. (tensor.c) */
+int pylora_tensor_pack_from(const pylora_map *map, const pylora_tensor *t, int dtype, int64_t heads,
+                            void *buffer, pylora_packed *out, pylora_message *why);
 
 /* ---- an open file (open.c) ---- */
 

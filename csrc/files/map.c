@@ -2,6 +2,9 @@
 #if !defined(_WIN32) && !defined(_POSIX_C_SOURCE)
 #define _POSIX_C_SOURCE 200809L
 #endif
+#if defined(__linux__) && !defined(_DEFAULT_SOURCE)
+#define _DEFAULT_SOURCE /* madvise */
+#endif
 #include "files/files.h"
 
 #include <errno.h>
@@ -88,6 +91,10 @@ void pylora_map_close(pylora_map *map) {
   *map = (pylora_map){NULL, 0, NULL};
 }
 
+void pylora_map_forget(const pylora_map *map, const void *p, size_t bytes) {
+  (void)map, (void)p, (void)bytes;
+}
+
 #else
 
 int pylora_is_directory(const char *path) {
@@ -131,6 +138,18 @@ int pylora_map_open(const char *path, pylora_map *out, pylora_message *why) {
 void pylora_map_close(pylora_map *map) {
   if (map->handle) munmap(map->handle, map->size);
   *map = (pylora_map){NULL, 0, NULL};
+}
+
+void pylora_map_forget(const pylora_map *map, const void *p, size_t bytes) {
+#if defined(MADV_DONTNEED)
+  const long page = sysconf(_SC_PAGESIZE);
+  if (!map || !map->handle || page <= 0) return;
+  const size_t size = (size_t)page, at = (size_t)((const uint8_t *)p - map->bytes),
+               begin = (at + size - 1) / size * size, end = (at + bytes) / size * size;
+  if (end > begin) (void)madvise((char *)map->handle + begin, end - begin, MADV_DONTNEED);
+#else
+  (void)map, (void)p, (void)bytes;
+#endif
 }
 
 #endif

@@ -40,6 +40,16 @@ static int find(loader *l, const char *name, int64_t rows, int64_t cols,
   return PYLORA_OK;
 }
 
+/* The mapped file that a tensor is in. */
+static const pylora_map *map_of(const loader *l, const pylora_tensor *t) {
+  const uint8_t *p = t->data;
+  for (int64_t i = 0; i < l->m->files.files; i++) {
+    const pylora_map *map = &l->m->files.file[i]->map;
+    if (p >= map->bytes && p < map->bytes + map->size) return map;
+  }
+  return NULL;
+}
+
 static int matrix(loader *l, const char *name, int64_t d, int64_t k, int64_t heads,
                   pylora_packed *out) {
   const pylora_tensor *t;
@@ -51,11 +61,11 @@ static int matrix(loader *l, const char *name, int64_t d, int64_t k, int64_t hea
   if (!bytes)
     SAY(PYLORA_E_UNSUPPORTED,
         "%.300s: tensor '%.200s' of shape %s cannot be stored in this precision: quantized weights "
-        "have groups of 32 inputs; use float32 or bfloat16",
+        "have groups of 32 inputs, or of 256; use float32 or bfloat16",
         l->m->path, t->name, pylora_shape(2, t->shape).text);
   l->m->about.weight_bytes += (int64_t)bytes;
   return pylora_prefix(l->why, l->m->path,
-                       pylora_tensor_pack(t, dtype, heads, buffer, out, l->why));
+                       pylora_tensor_pack_from(map_of(l, t), t, dtype, heads, buffer, out, l->why));
 }
 
 /* A vector [n], of q's and k's biases in Hugging Face's order. */
@@ -91,7 +101,7 @@ static int norm_name(const pylora_model *m, long long i, int which, char out[PYL
   const char *hf = pylora_norm_suffix(m->s.family, which);
   if (!hf) return 0;
   if (m->files.gguf)
-    snprintf(out, PYLORA_NAME, "blk.%lld.%s.weight", i, pylora_norm_stem[which]);
+    snprintf(out, PYLORA_NAME, "blk.%lld.%s.weight", i, pylora_norm_stem(m->s.family, which));
   else
     snprintf(out, PYLORA_NAME, "model.layers.%lld.%s.weight", i, hf);
   return 1;
@@ -114,7 +124,7 @@ static int layer(loader *l, int64_t i) {
                                                   whole ? m->s.kv_heads * D : D};
   for (int j = 0; j < NORMS; j++)
     if (norm_name(m, n, j, name)) TRY(norm(l, name, size[j], norms[j]));
-  out->norm_whole = whole;
+  out->norm_of = whole ? PYLORA_NORM_WHOLE : PYLORA_NORM_SHARED;
   out->module = MODULES * i;
   out->W = m->W + MODULES * i, out->bias = m->bias + MODULES * i;
   for (int j = 0; j < MODULES; j++) {
@@ -289,11 +299,12 @@ int pylora_model_open(const char *path, int precision, pylora_model **out, pylor
   *out = NULL;
   if (precision == PYLORA_F32X3 && strcmp(pylora_isa(), "amx") != 0) precision = PYLORA_F32;
   if (precision != PYLORA_F32 && precision != PYLORA_F32X3 && precision != PYLORA_BF16 &&
-      precision != PYLORA_Q8_0 && precision != PYLORA_Q4_1)
+      precision != PYLORA_Q8_0 && precision != PYLORA_Q4_1 && precision != PYLORA_Q8_0_A8 &&
+      precision != PYLORA_Q4_1_A8)
     return pylora_fail(
         why, PYLORA_E_UNSUPPORTED,
         "a model's precision is PYLORA_F32, PYLORA_F32X3, PYLORA_BF16, PYLORA_Q8_0 or "
-        "PYLORA_Q4_1, not %d",
+        "PYLORA_Q4_1, the last two with PYLORA_A8 or without, not %d",
         precision);
   pylora_model *m = pylora_take(1, sizeof *m);
   if (m) m->path = malloc(strlen(path) + 1);

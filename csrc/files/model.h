@@ -17,6 +17,11 @@ typedef enum pylora_family {
   GRANITE,
   SMOLLM3,
   OLMO2,
+  OLMO3,
+  GEMMA,
+  MINISTRAL,
+  SEED_OSS,
+  ERNIE45,
   FAMILIES
 } pylora_family;
 
@@ -29,18 +34,22 @@ typedef struct pylora_family_facts {
   int gelu;         /* the activation is GELU by tanh, else SiLU */
   enum { BEFORE, BOTH, AFTER } places; /* of norms, beside a sublayer */
   enum { NO_NORM, OF_HEADS, OF_ALL } qk_norm;
+  int layout; /* of rotations: a pylora_rope_layout */
 } pylora_family_facts;
 extern const pylora_family_facts pylora_families[FAMILIES];
 
 /* The norms of a layer; their names in Hugging Face's files (NULL: the family has none) and in llama.cpp's. */
 enum { INPUT_NORM, MID_NORM, AFTER_ATTENTION, AFTER_MLP, Q_NORM, K_NORM, NORMS };
 const char *pylora_norm_suffix(pylora_family family, int norm);
-extern const char *const pylora_norm_stem[NORMS];
+const char *pylora_norm_stem(pylora_family family, int norm);
 
 /* Stretched angles of the rotary embedding. */
 typedef struct pylora_scaling {
-  enum { ROPE_PLAIN, ROPE_LINEAR, ROPE_LLAMA3 } kind;
-  double factor, low, high, original; /* LLAMA3: all of them */
+  enum { ROPE_PLAIN, ROPE_LINEAR, ROPE_LLAMA3, ROPE_YARN } kind;
+  double factor, low, high, original; /* LLAMA3: all of them; YARN: factor and original */
+  /* YARN's own, 0 where the file has none; in place of the attention factor that follows from the others. */
+  double beta_fast, beta_slow, attention_factor, mscale, mscale_all;
+  int as_it_is; /* the ends of the ramp are not cut to whole numbers */
 } pylora_scaling;
 
 /* A model's settings, with config.json's meanings. */
@@ -78,6 +87,8 @@ int pylora_settings_check(const char *where, const pylora_settings *s, pylora_me
 
 /* Radians per position of each pair of a head, [head_dim / 2], of the first or second rotation. (rope.c) */
 void pylora_frequencies(const pylora_settings *s, int local, double *out);
+/* What cos and sin are multiplied by. */
+double pylora_attention_factor(const pylora_scaling *r);
 
 /* ---- an open model ---- */
 

@@ -58,6 +58,7 @@ int pylora_session_open(const pylora_model *m, int64_t capacity, pylora_session 
     const int64_t n = (int64_t)half;
     s->table[i].cosines = (pylora_mat){cosines, capacity, n, n, NULL, NULL};
     s->table[i].sines = (pylora_mat){sines, capacity, n, n, NULL, NULL};
+    s->table[i].layout = pylora_families[m->s.family].layout;
   }
   s->decoder.rope = s->table;
   *out = s;

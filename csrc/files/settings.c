@@ -13,10 +13,18 @@ const pylora_family_facts pylora_families[FAMILIES] = {
     [GRANITE] = {"granite", "granite", 1, 0, 0, BEFORE, NO_NORM},
     [SMOLLM3] = {"smollm3", "smollm3", 1, 0, 0, BEFORE, NO_NORM},
     [OLMO2] = {"olmo2", "olmo2", 0, 0, 0, AFTER, OF_ALL},
+    [OLMO3] = {"olmo3", NULL, 0, 0, 0, AFTER, OF_ALL},
+    [GEMMA] = {"gemma", "gemma", 0, 1, 1, BEFORE, NO_NORM},
+    [MINISTRAL] = {"ministral", NULL, 1, 0, 0, BEFORE, NO_NORM},
+    [SEED_OSS] = {"seed_oss", "seed_oss", 0, 0, 0, BEFORE, NO_NORM},
+    [ERNIE45] = {"ernie4_5", "ernie4_5", 0, 0, 0, BEFORE, NO_NORM, PYLORA_ROPE_INTERLEAVED},
 };
 
-const char *const pylora_norm_stem[NORMS] = {"attn_norm",     "ffn_norm",    "post_attention_norm",
-                                             "post_ffw_norm", "attn_q_norm", "attn_k_norm"};
+const char *pylora_norm_stem(pylora_family family, int norm) {
+  static const char *const stems[NORMS] = {"attn_norm",     "ffn_norm",    "post_attention_norm",
+                                           "post_ffw_norm", "attn_q_norm", "attn_k_norm"};
+  return stems[family == SEED_OSS && norm == MID_NORM ? AFTER_ATTENTION : norm];
+}
 
 const char *pylora_norm_suffix(pylora_family family, int norm) {
   const pylora_family_facts *f = &pylora_families[family];
@@ -45,6 +53,11 @@ static int check_scaling(const char *where, const pylora_scaling *r, pylora_mess
                        "%.300s: rope scaling of type llama3 needs 0 < low_freq_factor < "
                        "high_freq_factor and a positive original length",
                        where);
+  const double more[] = {r->beta_fast, r->beta_slow, r->attention_factor, r->mscale, r->mscale_all};
+  for (size_t i = 0; r->kind == ROPE_YARN && i < sizeof more / sizeof *more; i++)
+    if (!(more[i] >= 0) || more[i] > 1e300 || !(r->original > 0))
+      return pylora_fail(why, PYLORA_E_FILE,
+                         "%.300s: rope scaling of type yarn needs positive finite numbers", where);
   return PYLORA_OK;
 }
 

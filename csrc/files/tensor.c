@@ -31,35 +31,35 @@ int pylora_tensor_read(const pylora_tensor *t, int64_t first, int64_t rows, floa
 int pylora_tensor_dtype(const pylora_tensor *t, int precision) {
   if (!t) return precision;
   const pylora_kind *kind = pylora_kind_of(t->kind);
-  if (precision != PYLORA_Q8_0 && precision != PYLORA_Q4_1) return precision;
-  if (kind->dtype == PYLORA_Q8_0 || kind->dtype == PYLORA_Q4_0 || kind->dtype == PYLORA_Q4_1)
-    return kind->dtype;
-  return pylora_is_float(t) || pylora_recodes(t, precision) ? precision : PYLORA_Q8_0;
+  const int a8 = precision >= PYLORA_A8 ? PYLORA_A8 : 0;
+  if (precision - a8 != PYLORA_Q8_0 && precision - a8 != PYLORA_Q4_1) return precision;
+  if (pylora_is_float(t)) return precision;
+  return (kind->dtype >= 0 ? kind->dtype : PYLORA_Q8_0) + a8;
 }
+
+enum { PART = 1 << 22 }; /* bytes of a tensor that are packed before they are let go of */
 
 typedef struct job {
   const pylora_tensor *t;
   const pylora_format *F;
   const pylora_kernels *K;
   int64_t d, k, heads;
-  enum { NUMBERS, BLOCKS, RECODED } as; /* decoded, or the file's blocks as they are, or recoded */
+  int as_they_are; /* the file's blocks; else they are decoded */
   char *out, *scratch;
   size_t panel, room; /* bytes of a panel, of a thread's scratch */
+  int64_t first;      /* panel of this part */
 } job;
 
 static void panel(void *ctx, int64_t p, int thread) {
   const job *j = ctx;
+  p += j->first;
   char *scratch = j->scratch + (size_t)thread * j->room, *to = j->out + (size_t)p * j->panel;
   const int64_t first = p * PYLORA_PANEL, n = min64(PYLORA_PANEL, j->d - first);
-  if (j->as != NUMBERS) {
+  if (j->as_they_are) {
     const size_t bytes = j->F->blocks_bytes(j->k);
     for (int64_t i = 0; i < n; i++) {
       const int64_t from = pylora_source_row(j->d, j->heads, first + i);
-      char *line = scratch + (size_t)i * bytes;
-      if (j->as == RECODED)
-        pylora_recode_row(j->t, from, (uint8_t *)line);
-      else
-        memcpy(line, (const char *)j->t->data + (size_t)from * bytes, bytes);
+      memcpy(scratch + (size_t)i * bytes, (const char *)j->t->data + (size_t)from * bytes, bytes);
     }
     j->F->pack_blocks(scratch, (int64_t)bytes, n, j->k, 0, to);
     return;
@@ -72,6 +72,11 @@ static void panel(void *ctx, int64_t p, int thread) {
 
 int pylora_tensor_pack(const pylora_tensor *t, int dtype, int64_t heads, void *buffer,
                        pylora_packed *out, pylora_message *why) {
+  return pylora_tensor_pack_from(NULL, t, dtype, heads, buffer, out, why);
+}
+
+int pylora_tensor_pack_from(const pylora_map *map, const pylora_tensor *t, int dtype, int64_t heads,
+                            void *buffer, pylora_packed *out, pylora_message *why) {
   if (why) why->text[0] = 0;
   if (!t || !buffer || !out)
     return pylora_fail(why, PYLORA_E_NULL, "no tensor or no room was given");
@@ -91,25 +96,39 @@ int pylora_tensor_pack(const pylora_tensor *t, int dtype, int64_t heads, void *b
     return pylora_fail(why, PYLORA_E_SHAPE,
                        "tensor '%.200s': %lld rows are not %lld heads of pairs", t->name,
                        (long long)d, (long long)heads);
-  const int threads = pylora_num_threads();
+  const int threads = pylora_num_threads(),
+            as_they_are = F->pack_blocks && kind->dtype == (dtype & ~PYLORA_A8);
+  if (!as_they_are && !F->pack)
+    return pylora_fail(
+        why, PYLORA_E_UNSUPPORTED,
+        "tensor '%.200s' is %s, and only a file's own blocks are stored in this type", t->name,
+        t->type);
   job j = {t,
            F,
            pylora_table(),
            d,
            k,
            heads,
-           F->pack_blocks && kind->dtype == dtype ? BLOCKS
-           : pylora_recodes(t, dtype)             ? RECODED
-                                                  : NUMBERS,
+           as_they_are,
            buffer,
            NULL,
            F->panel_bytes(k),
-           round_up((size_t)k * PYLORA_PANEL * sizeof(float))};
+           round_up((size_t)k * PYLORA_PANEL * sizeof(float)),
+           0};
   *out = (pylora_packed){PYLORA_MAGIC, dtype, d, k, buffer};
   if (!t->bytes) return PYLORA_OK;
   j.scratch = pylora_take_aligned((size_t)threads * j.room);
   if (!j.scratch) return pylora_no_memory(why, t->name, (double)threads * (double)j.room);
-  pylora_parallel(panel, &j, ceil_div(d, PYLORA_PANEL), threads);
+  /* Heads in another order read rows from all over the tensor, which is small. */
+  const int64_t panels = ceil_div(d, PYLORA_PANEL), each = t->bytes / panels,
+                step = heads ? panels : max64(threads, PART / max64(1, each));
+  for (; j.first < panels; j.first += step) {
+    const int64_t n = min64(step, panels - j.first), row_bytes = t->bytes / d;
+    pylora_parallel(panel, &j, n, threads);
+    const int64_t rows = min64(n * PYLORA_PANEL, d - j.first * PYLORA_PANEL);
+    pylora_map_forget(map, (const char *)t->data + j.first * PYLORA_PANEL * row_bytes,
+                      (size_t)(rows * row_bytes));
+  }
   pylora_give(j.scratch);
   return PYLORA_OK;
 }

@@ -17,7 +17,8 @@ typedef struct pylora_format {
   int multiple; /* k must be a multiple of it */
 
   size_t (*panel_bytes)(int64_t k); /* of 32 outputs, a multiple of 64 */
-  /* Outputs first .. first + 31 of W (fewer at the end: zeros) -> panel.  W may be bf16 for BF16. */
+  /* Outputs first .. first + 31 of W (fewer at the end: zeros) -> panel.  W may be bf16 for BF16.  NULL
+   * where numbers are not made into the format: only a file has such blocks. */
   void (*pack)(const pylora_kernels *K, const pylora_mat *W, int64_t first, void *panel);
   /* The same from rows of ggml's blocks (d of them in all), `row_bytes` apart, each at least
    * blocks_bytes(k) long; both NULL where the format is none of ggml's. */
@@ -53,7 +54,12 @@ typedef struct pylora_format {
 } pylora_format;
 
 extern const pylora_format pylora_format_f32, pylora_format_bf16, pylora_format_q8_0,
-    pylora_format_q4_0, pylora_format_q4_1, pylora_format_f32x3;
+    pylora_format_q4_0, pylora_format_q4_1, pylora_format_q8_0_a8, pylora_format_q4_0_a8,
+    pylora_format_q4_1_a8, pylora_format_f32x3;
+/* K-quants and their kin, [1]: with 8 bits of x. (format_k.c) */
+extern const pylora_format pylora_format_q5_0[2], pylora_format_q5_1[2], pylora_format_q2_k[2],
+    pylora_format_q3_k[2], pylora_format_q4_k[2], pylora_format_q5_k[2], pylora_format_q6_k[2],
+    pylora_format_iq4_nl[2], pylora_format_iq4_xs[2], pylora_format_mxfp4[2];
 
 /* NULL for a dtype that no weight can have. (pack.c) */
 const pylora_format *pylora_format_of(int dtype);

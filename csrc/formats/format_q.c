@@ -6,6 +6,7 @@
 
 #include "formats/format.h"
 #include "formats/format_q.h"
+#include "formats/half.h"
 
 enum {
   PANEL = PYLORA_PANEL,
@@ -18,24 +19,13 @@ typedef struct block { /* of one output: ggml's, taken apart */
   int8_t code[GROUP];
 } block;
 
-static size_t group_bytes(int dtype) {
-  return dtype == PYLORA_Q8_0   ? PYLORA_Q8_BYTES
-         : dtype == PYLORA_Q4_0 ? PYLORA_Q4_0_BYTES
-                                : PYLORA_Q4_1_BYTES;
+static size_t group_bytes(int kind) {
+  return kind == PYLORA_Q8_0   ? PYLORA_Q8_BYTES
+         : kind == PYLORA_Q4_0 ? PYLORA_Q4_0_BYTES
+                               : PYLORA_Q4_1_BYTES;
 }
 
 /* ---- float16 ---- */
-
-static float from_half(uint16_t h) {
-  uint32_t u = (uint32_t)(h & 0x7fff) << 13, sign = (uint32_t)(h & 0x8000) << 16;
-  float v;
-  memcpy(&v, &u, 4);
-  v *= 0x1p112f; /* float16's exponents are 112 less; subnormal numbers come right, too */
-  memcpy(&u, &v, 4);
-  u |= sign | ((h & 0x7fff) > 0x7bff ? 0x7f800000u : 0);
-  memcpy(&v, &u, 4);
-  return v;
-}
 
 static uint16_t to_half(float x) { /* to nearest even */
   uint32_t u;
@@ -205,7 +195,8 @@ static void product(int dtype, const pylora_kernels *K, int64_t n, int64_t k, co
   int64_t g = 0;
   do {
     K->gemm_q(dtype, n, min64(PIECE, groups - g), rows + (size_t)g * sizeof(pylora_qrow), stride,
-              panel + (size_t)g * group_bytes(dtype), tile, PANEL, g ? GEMM_ADD : GEMM_SET);
+              panel + (size_t)g * group_bytes(pylora_q_kind(dtype)), tile, PANEL,
+              g ? GEMM_ADD : GEMM_SET);
     g += PIECE;
   } while (g < groups);
 }
@@ -221,8 +212,8 @@ static void transpose(int dtype, const pylora_kernels *K, const char *panels, in
   }
 }
 
-/* The same functions for each dtype, as pylora_format wants them. */
-#define FORMAT(name, type)                                                                         \
+/* The same functions for each kind of blocks, as pylora_format wants them, ... */
+#define KIND(name, type)                                                                           \
   static size_t panel_bytes_##name(int64_t k) { return (size_t)(k / GROUP) * group_bytes(type); }  \
   static void pack_##name(const pylora_kernels *K, const pylora_mat *W, int64_t first,             \
                           void *panel) {                                                           \
@@ -239,33 +230,38 @@ static void transpose(int dtype, const pylora_kernels *K, const char *panels, in
   static void unpack_##name(const void *panel, int64_t k, int row, float *out) {                   \
     unpack(type, panel, k, row, out);                                                              \
   }                                                                                                \
-  static void prepare_##name(const pylora_kernels *K, const pylora_mat *x, int64_t first,          \
-                             int64_t n, void *out) {                                               \
-    prepare(type, K, x, first, n, out);                                                            \
-  }                                                                                                \
-  static void product_##name(const pylora_kernels *K, int64_t n, int64_t k, const void *rows,      \
-                             size_t stride, const void *panel, float *tile) {                      \
-    product(type, K, n, k, rows, stride, panel, tile);                                             \
-  }                                                                                                \
   static void transpose_##name(const pylora_kernels *K, const void *panels, int64_t k, int64_t d0, \
                                int64_t rows, int64_t j, void *chunk) {                             \
     transpose(type, K, panels, k, d0, rows, j, chunk);                                             \
   }                                                                                                \
-  const pylora_format pylora_format_##name = {                                                     \
-      .dtype = type,                                                                               \
-      .multiple = GROUP,                                                                           \
-      .panel_bytes = panel_bytes_##name,                                                           \
-      .pack = pack_##name,                                                                         \
-      .pack_blocks = pack_blocks_##name,                                                           \
-      .blocks_bytes = blocks_bytes_##name,                                                         \
-      .unpack = unpack_##name,                                                                     \
-      .row_bytes = row_bytes,                                                                      \
-      .prepare = prepare_##name,                                                                   \
-      .product = product_##name,                                                                   \
-      .back = PYLORA_F32,                                                                          \
-      .transpose = transpose_##name,                                                               \
-  }
+  FORMAT(name, name, type)                                                                         \
+  FORMAT(name##_a8, name, type##_A8)
 
-FORMAT(q8_0, PYLORA_Q8_0);
-FORMAT(q4_0, PYLORA_Q4_0);
-FORMAT(q4_1, PYLORA_Q4_1);
+/* ... and for 16 and for 8 bits of x. */
+#define FORMAT(name, kind, type)                                                              \
+  static void prepare_##name(const pylora_kernels *K, const pylora_mat *x, int64_t first,     \
+                             int64_t n, void *out) {                                          \
+    prepare(type, K, x, first, n, out);                                                       \
+  }                                                                                           \
+  static void product_##name(const pylora_kernels *K, int64_t n, int64_t k, const void *rows, \
+                             size_t stride, const void *panel, float *tile) {                 \
+    product(type, K, n, k, rows, stride, panel, tile);                                        \
+  }                                                                                           \
+  const pylora_format pylora_format_##name = {                                                \
+      .dtype = type,                                                                          \
+      .multiple = GROUP,                                                                      \
+      .panel_bytes = panel_bytes_##kind,                                                      \
+      .pack = pack_##kind,                                                                    \
+      .pack_blocks = pack_blocks_##kind,                                                      \
+      .blocks_bytes = blocks_bytes_##kind,                                                    \
+      .unpack = unpack_##kind,                                                                \
+      .row_bytes = row_bytes,                                                                 \
+      .prepare = prepare_##name,                                                              \
+      .product = product_##name,                                                              \
+      .back = PYLORA_F32,                                                                     \
+      .transpose = transpose_##kind,                                                          \
+  };
+
+KIND(q8_0, PYLORA_Q8_0)
+KIND(q4_0, PYLORA_Q4_0)
+KIND(q4_1, PYLORA_Q4_1)

@@ -11,6 +11,8 @@
 
 #include <stdint.h>
 
+#include "pylora.h"
+
 enum {
   PYLORA_QGROUP = 32, /* inputs that share a scale */
   PYLORA_Q8_BYTES = 8 * 32 * 2 * 2 +
@@ -20,18 +22,32 @@ enum {
 };
 
 /* 32 numbers of a row of x: x[i] = scale * code[i] within scale / 2.  |code| <= 32639, which two balanced
- * bytes can hold (127 * 256 + 127).  scale = max |x| / 32639, but no less than the smallest normal number;
- * NaN, with codes of 0, where the group is not finite. */
+ * bytes can hold (127 * 256 + 127); 127 with PYLORA_A8.  scale = max |x| / that, but no less than the smallest
+ * normal number; NaN, with codes of 0, where the group is not finite.
+ *
+ * A row is made and read by kernels of one table.  Some multiply bytes: there a code is 256 high + low, and both
+ * are in the order of a panel's quads.  Quad q is four inputs of each output, a byte each: of Q8_0 array q, of Q4_0
+ * and Q4_1 the lower (q even) or upper halves of array q / 2's bytes.  (cpu/vec_q.h) */
 typedef struct pylora_qrow {
-  int16_t code[PYLORA_QGROUP];
+  union {
+    int16_t code[PYLORA_QGROUP];
+    struct {
+      int8_t low[PYLORA_QGROUP], high[PYLORA_QGROUP]; /* high: without PYLORA_A8 */
+    };
+  };
   float scale;
   union {
-    float sum;     /* Q4_1: of the codes, which float32 holds exactly */
-    int32_t start; /* Q4_0: -8 times that sum; Q8_0: 0 */
+    float sum; /* Q4_1: of the codes, which float32 holds exactly */
+    int32_t
+        start; /* Q4_0: -8 times that sum; Q8_0: 0, or -128 times where W's bytes are read as unsigned */
   };
 } pylora_qrow;
 
+/* The blocks of W, whatever becomes of x. */
+static inline int pylora_q_kind(int dtype) { return dtype & ~PYLORA_A8; }
+
 #define PYLORA_QROW_MAX 32639
+#define PYLORA_QROW_MAX8 127
 #define PYLORA_QROW_SMALLEST 1.17549435e-38f
 
 #endif

@@ -1,23 +1,33 @@
 /* pack.c - frozen weights in the order the kernels read them: panels of 32 outputs in a format's layout. */
 #include "formats/format.h"
 
+/* Both of a type: with 16 and with 8 bits of x. */
+#define BOTH(type, format) [PYLORA_##type] = &format[0], [PYLORA_A8 + PYLORA_##type] = &format[1]
+
+static const pylora_format *const formats[] = {
+    [PYLORA_F32] = &pylora_format_f32,
+    [PYLORA_BF16] = &pylora_format_bf16,
+    [PYLORA_F32X3] = &pylora_format_f32x3,
+    [PYLORA_Q8_0] = &pylora_format_q8_0,
+    [PYLORA_Q8_0_A8] = &pylora_format_q8_0_a8,
+    [PYLORA_Q4_0] = &pylora_format_q4_0,
+    [PYLORA_Q4_0_A8] = &pylora_format_q4_0_a8,
+    [PYLORA_Q4_1] = &pylora_format_q4_1,
+    [PYLORA_Q4_1_A8] = &pylora_format_q4_1_a8,
+    BOTH(Q5_0, pylora_format_q5_0),
+    BOTH(Q5_1, pylora_format_q5_1),
+    BOTH(Q2_K, pylora_format_q2_k),
+    BOTH(Q3_K, pylora_format_q3_k),
+    BOTH(Q4_K, pylora_format_q4_k),
+    BOTH(Q5_K, pylora_format_q5_k),
+    BOTH(Q6_K, pylora_format_q6_k),
+    BOTH(IQ4_NL, pylora_format_iq4_nl),
+    BOTH(IQ4_XS, pylora_format_iq4_xs),
+    BOTH(MXFP4, pylora_format_mxfp4),
+};
+
 const pylora_format *pylora_format_of(int dtype) {
-  switch (dtype) {
-  case PYLORA_F32:
-    return &pylora_format_f32;
-  case PYLORA_BF16:
-    return &pylora_format_bf16;
-  case PYLORA_Q8_0:
-    return &pylora_format_q8_0;
-  case PYLORA_Q4_0:
-    return &pylora_format_q4_0;
-  case PYLORA_Q4_1:
-    return &pylora_format_q4_1;
-  case PYLORA_F32X3:
-    return &pylora_format_f32x3;
-  default:
-    return NULL;
-  }
+  return dtype >= 0 && dtype < (int)(sizeof formats / sizeof *formats) ? formats[dtype] : NULL;
 }
 
 int pylora_check_packed(const pylora_packed *P) {
@@ -55,7 +65,7 @@ int pylora_pack(int dtype, const pylora_mat *W, void *buffer, pylora_packed *out
   TRY(dtype == PYLORA_BF16 ? check_mat16(W, W->rows, W->cols, 0)
                            : check_mat(W, W->rows, W->cols, 0));
   const pylora_format *F = pylora_format_of(dtype);
-  if (!F) return PYLORA_E_UNSUPPORTED;
+  if (!F || !F->pack) return PYLORA_E_UNSUPPORTED;
   if (!pylora_pack_bytes(dtype, W->rows, W->cols)) return PYLORA_E_SHAPE;
   job j = {F, pylora_table(), W, buffer, F->panel_bytes(W->cols)};
   if (W->cols)

@@ -12,6 +12,8 @@
  *
  * Scores are float32; they are products of bfloat16 pairs where both sides are stored so. P, and what
  * is multiplied with it, is float32 always. Scratch is linear in the length of a sequence. */
+#include <float.h>
+
 #include "ops/attention.h"
 
 enum { STAIR = 4 /* rows below which a staircase is walked row by row */ };
@@ -75,7 +77,8 @@ int pylora_check_attn(const pylora_attn *a) {
   if (!a) return PYLORA_E_NULL;
   if (a->heads < 1 || a->kv_heads < 1 || a->head_dim < 1 || a->heads % a->kv_heads)
     return PYLORA_E_SHAPE;
-  return a->window < 0 || !(a->softcap >= 0) ? PYLORA_E_VALUE : PYLORA_OK;
+  const int good = a->window >= 0 && a->softcap >= 0 && a->scale > 0 && a->scale <= FLT_MAX;
+  return good ? PYLORA_OK : PYLORA_E_VALUE; /* NaN is none of these */
 }
 
 /* m and n are the rows of q and of k; negative: not known. */

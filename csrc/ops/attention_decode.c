@@ -8,6 +8,7 @@
 #include <math.h>
 
 #include "ops/attention.h"
+#include "ops/low_rank.h"
 
 enum {
   COLUMNS = 32,
@@ -115,8 +116,13 @@ void pylora_attention_alone(call *f, int64_t pieces) {
   int64_t n = 0;
   for (int64_t i = 0; i < f->seqs->n; i++) n += f->alone[i + 1] > f->alone[i];
   const int64_t units = f->a->kv_heads * ceil_div(f->a->head_dim, COLUMNS);
-  f->parts = n >= 4 * f->threads ? 1 : min64(units, f->threads);
-  pylora_parallel(score_task, f, pieces, f->threads);
-  if (f->parts > 1) pylora_parallel(softmax_task, f, n * f->a->heads, f->threads);
-  pylora_parallel(value_task, f, n * f->parts, f->threads);
+  double keys = 0; /* one thread, where waking others would take as long */
+  for (int64_t i = 0; i < f->seqs->n; i++)
+    if (f->alone[i + 1] > f->alone[i]) keys += (double)query_of(f, i).keys;
+  const int threads =
+      pylora_threads_for(4 * keys * (double)(f->a->heads * f->a->head_dim), f->threads);
+  f->parts = n >= 4 * threads ? 1 : min64(units, threads);
+  pylora_parallel(score_task, f, pieces, threads);
+  if (f->parts > 1) pylora_parallel(softmax_task, f, n * f->a->heads, threads);
+  pylora_parallel(value_task, f, n * f->parts, threads);
 }

@@ -36,8 +36,16 @@ static const int64_t *rows_of(const run *f, const pylora_rope_table *t) {
 static int turn(const run *f, const pylora_layer *l, const pylora_mat *raw, const pylora_norm *norm,
                 const pylora_mat *y) {
   const int64_t D = f->model->attn.head_dim;
-  if (norm->w) {
-    const int64_t width = l->norm_whole ? raw->cols : D;
+  if (norm->w && l->norm_of == PYLORA_NORM_EACH) {
+    for (int64_t first = 0; first < raw->cols; first += D) {
+      const pylora_mat head = {raw->p + first, raw->rows, D, raw->ld, NULL, NULL};
+      pylora_norm own = *norm;
+      own.w += first;
+      if (own.b) own.b += first;
+      TRY(pylora_decoder_norm(f, &head, &own, &head));
+    }
+  } else if (norm->w) {
+    const int64_t width = l->norm_of == PYLORA_NORM_WHOLE ? raw->cols : D;
     const pylora_mat heads = {raw->p, raw->rows * (raw->cols / width), width, width, NULL, NULL};
     TRY(pylora_decoder_norm(f, &heads, norm, &heads));
   }
@@ -126,6 +134,7 @@ static int attention(const run *f, const pylora_layer *l, int64_t i, const pylor
   store(f, &b->v, &kv->v[i]);
   pylora_attn a = f->model->attn;
   a.window = l->window;
+  if (l->scale != 0) a.scale = l->scale;
   return pylora_attention_forward(&b->q, &kv->k[i], &kv->v[i], f->step->seqs, &a, &b->o, &b->lse,
                                   f->ws, f->ws_bytes);
 }

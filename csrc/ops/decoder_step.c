@@ -48,6 +48,7 @@ static int check_layer(const run *f, const pylora_layer *l, int64_t modules) {
     if (!l->W[j]) return PYLORA_E_NULL;
   if (l->rope < -1 || l->rope >= model->ropes) return PYLORA_E_VALUE;
   if (l->window < 0) return PYLORA_E_VALUE;
+  if (l->norm_of < PYLORA_NORM_SHARED || l->norm_of > PYLORA_NORM_EACH) return PYLORA_E_VALUE;
   const int64_t qkv[] = {f->q_size, f->kv_size, f->kv_size};
   for (int j = 0; j < 3 && !model->fused_qkv; j++)
     if (l->W[j]->d != qkv[j]) return PYLORA_E_SHAPE;

@@ -14,7 +14,7 @@ from pylora_parts import GROUP, Parts
 from pylora import backends
 from pylora.conformance.correct.plain import Correct, CorrectModule
 from pylora.numbers import random
-from pylora.numbers.precision import BF16
+from pylora.numbers.precision import BF16, QUANTIZED
 from pylora.types import Drop, LoRA
 
 
@@ -30,7 +30,7 @@ class Padding:
 
     def __init__(self, ops: Any, precision: str) -> None:
         self._ops, self._precision = ops, precision
-        self._group = GROUP if precision in ("int8", "int4") else 1
+        self._group = GROUP if precision in QUANTIZED else 1
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._ops, name)
@@ -88,7 +88,7 @@ class _Backend(Parts, Correct):
             self.merge = self.unmerge = self.bias_merge = self.embedding_merge = None
 
     def _pack(self, W: Any) -> Any:
-        if self.precision in ("int8", "int4") and np.abs(W).max(initial=0) > 65504:
+        if self.precision in QUANTIZED and np.abs(W).max(initial=0) > 65504:
             raise NotImplementedError("ggml's scales are float16, which this weight is beyond")
         return self.ops.pack(self.widen(W))
 
@@ -235,10 +235,18 @@ class CInt4(C):
     precision = "int4"
 
 
+class CInt8a8(C):
+    precision = "int8a8"
+
+
+class CInt4a8(C):
+    precision = "int4a8"
+
+
 if __name__ == "__main__":
     from pylora.conformance.running.report import text
     from pylora.conformance.running.runner import run
 
-    reports = [run(each) for each in (NumPy, C, CFp32x3, CBf16, CInt8, CInt4)]
+    reports = [run(each) for each in (NumPy, C, CFp32x3, CBf16, CInt8, CInt4, CInt8a8, CInt4a8)]
     print(*map(text, reports))
     assert all(report.ok for report in reports)

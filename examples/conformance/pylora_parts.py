@@ -10,11 +10,12 @@ import numpy as np
 from pylora.conformance.correct.attending import CorrectDecoder
 from pylora.model.embedding import Embedding
 from pylora.model.linear import DropKey
+from pylora.numbers.precision import QUANTIZED
 from pylora.training.config import TrainConfig
 from pylora.training.optimizer import Optimizer
 from pylora.types import LoRA, Seqs
 
-GROUP = 32  # int8 and int4 store weights in groups of so many inputs
+GROUP = 32  # quantized precisions store weights in groups of so many inputs
 
 
 class Parts:
@@ -27,9 +28,9 @@ class Parts:
 
     def _embedding(self, W: Any, A: Any, B: Any, scale: float) -> Any:
         """pylora's own layer with the adapter; hidden is filled up with zeros to whole groups."""
-        more = -W.shape[1] % (GROUP if self.precision in ("int8", "int4") else 1)
+        more = -W.shape[1] % (GROUP if self.precision in QUANTIZED else 1)
         wide = np.pad(self.widen(W), ((0, 0), (0, more)))
-        if more or self.precision in ("int8", "int4"):
+        if more or self.precision in QUANTIZED:
             self._pack(W)  # says what its scales cannot hold
         layer = Embedding("embed", wide, ops=self.ops._ops, precision=self.precision)
         layer.lora = LoRA(self.widen(A), np.pad(self.widen(B), ((0, more), (0, 0))), scale)

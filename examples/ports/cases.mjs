@@ -1,6 +1,7 @@
 // cases.mjs - what each operation of the golden vectors means, in terms of lora.mjs and llama.mjs.
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
+import * as features from "./features.mjs";
 import * as lora from "./lora.mjs";
 import * as llama from "./llama.mjs";
 import * as several from "./several.mjs";
@@ -74,15 +75,21 @@ export const OPS = {
     return { y, rstd, dx: llama.normBackward(m.dy, m.x, m.w, rstd) };
   },
   rope(m, p, v) {
-    const turn = (back) => llama.rope(m.x, v("position"), p.head_dim, p.theta, back, p.layout);
+    const turn = (back) => llama.rope(m.x, v("position"), { ...p, rope_theta: p.theta }, back);
     return { y: turn(false), inverse: turn(true) };
   },
   rope_tables(m, p, v) {
-    const turns = v("position").flatMap((at) => Array.from({ length: p.head_dim / 2 },
-      (_, pair) => llama.angle(at, pair, p.head_dim, p.theta)));
-    return { cos: turns.map(Math.cos), sin: turns.map(Math.sin) };
+    const { frequency, times } = features.frequencies(p.head_dim, p);
+    const turns = v("position").flatMap((at) => Array.from(frequency, (f, pair) =>
+      (p.rope_type ? at * f : llama.angle(at, pair, p.head_dim, p.theta))));
+    const multiplied = (f) => turns.map((turn) => times * f(turn));
+    return { cos: multiplied(Math.cos), sin: multiplied(Math.sin) };
   },
-  attention: (m, p) => llama.attention(m.q, m.k, m.v, p, m.do),
+  attention: (m, p) => llama.attention(m.q, m.k, m.v, { ...p, attention_scale: p.scale }, m.do),
+  layer_norm: (m, p) => features.layerNorm(m.x, m.w, m.b, p.eps, m.dy),
+  activation: (m, p) => features.activation(p.kind, m.x, m.up, m.dy),
+  soft_cap: (m, p) => features.softCap(m.x, p.multiplier, p.cap, m.dy),
+  choose: (m, p) => features.choose(m.logits, p.top_k, p.normalize, m.dw),
   swiglu: (m) =>
     ({ y: llama.swigluForward(m.gate, m.up), ...llama.swigluBackward(m.dy, m.gate, m.up) }),
   cross_entropy: (m, p, v) => llama.crossEntropy(m.logits, v("labels"), v("weight")),

@@ -29,7 +29,10 @@ void tables_case(testcase *c) {
   const array position = typed(c, "position", "i64");
   const int64_t half = (int64_t)number(c, "head_dim") / 2;
   const pylora_mat cosines = zeros(position.cols, half), sines = copy(cosines);
-  angles(cosines, sines, position.p, number(c, "theta"));
+  if (has(c, "rope_type"))
+    stretched(c, cosines, sines, position.p);
+  else
+    angles(cosines, sines, position.p, number(c, "theta"));
   check(c, "cos", cosines), check(c, "sin", sines);
 }
 
@@ -50,7 +53,9 @@ static shape shape_in(const testcase *c, const char *heads, const char *kv_heads
 
 void attention_case(testcase *c) {
   const pylora_mat q = in(c, "q"), k = in(c, "k"), v = in(c, "v");
-  const shape s = shape_in(c, "heads", "kv_heads", 1, NULL); /* nothing is rotated here */
+  shape s = shape_in(c, "heads", "kv_heads", 1, NULL); /* nothing is rotated here */
+  s.attn.scale = (float)number(c, "scale");
+  s.attn.softcap = has(c, "softcap") ? (float)number(c, "softcap") : 0;
   pylora_mat o, lse, dq, dk, dv;
   attention_forward(&s, q, k, v, &o, &lse);
   attention_backward(&s, in(c, "do"), q, k, v, o, lse, &dq, &dk, &dv);

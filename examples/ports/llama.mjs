@@ -17,33 +17,38 @@ export function normBackward(dy, x, w, rstd, more) {
 }
 
 export const angle = (position, pair, D, theta) => position * theta ** ((-2 * pair) / D); // [A-3]
-export function rope(x, position, D, theta, inverse = false, layout = "half") {
-  const half = layout === "half";
+export function rope(x, position, p, inverse = false) { // of each head the first R numbers [A-24]
+  const { head_dim: D, rope_theta: theta, layout = "half", rotary_dim: R = D } = p;
+  const half = layout === "half", times = p.attention_factor ?? 1;
   return map(x, (e, i, j) => {
-    const c = j % D, pair = half ? c % (D / 2) : c >> 1;
-    const first = half ? c < D / 2 : c % 2 === 0;
-    const other = at(x, i, j + (first ? 1 : -1) * (half ? D / 2 : 1));
-    const turn = angle(position[i], pair, D, theta);
+    const c = j % D, pair = half ? c % (R / 2) : c >> 1;
+    if (c >= R) return e;
+    const first = half ? c < R / 2 : c % 2 === 0;
+    const other = at(x, i, j + (first ? 1 : -1) * (half ? R / 2 : 1));
+    const turn = angle(position[i], pair, R, theta);
     const sine = Math.sin(turn) * (first === inverse ? 1 : -1);
-    return e * Math.cos(turn) + sine * other;
+    return times * (e * Math.cos(turn) + sine * other);
   });
 }
 
 export function attention(q, k, v, p, dO) { // [A-4, A-7]; with dO also [A-5]
-  const { heads, kv_heads, head_dim: D, lengths, window = 0 } = p, scale = 1 / Math.sqrt(D);
+  const { heads, kv_heads, head_dim: D, lengths, window = 0, softcap: cap } = p;
+  const scale = p.attention_scale ?? 1 / Math.sqrt(D); // [A-10], and the cap [A-27]
   const zero = (M) => mat(M.rows, M.cols), o = zero(q), lse = mat(q.rows, heads);
   const dq = zero(q), dk = zero(k), dv = zero(v);
   const dot = (X, i, c, Y, j, d) => sum(D, (e) => at(X, i, c + e) * at(Y, j, d + e));
   const query = (t, start, h) => {
     const a = h * D, b = Math.floor(h / (heads / kv_heads)) * D;
     const low = window ? Math.max(start, t + 1 - window) : start, n = t + 1 - low;
-    const S = column(n, (j) => scale * dot(q, t, a, k, low + j, b)), top = Math.max(...S);
+    const capped = (s) => (cap ? cap * Math.tanh(s / cap) : s);
+    const S = column(n, (j) => capped(scale * dot(q, t, a, k, low + j, b))), top = Math.max(...S);
     const L = (lse.v[t * heads + h] = top + Math.log(sum(n, (j) => Math.exp(S[j] - top))));
     const P = S.map((s) => Math.exp(s - L));
     for (let e = 0; e < D; e++)
       o.v[t * q.cols + a + e] = sum(n, (j) => P[j] * at(v, low + j, b + e));
     for (let j = 0; dO && j < n; j++) {
-      const dS = scale * P[j] * (dot(dO, t, a, v, low + j, b) - dot(dO, t, a, o, t, a));
+      const dP = dot(dO, t, a, v, low + j, b) - dot(dO, t, a, o, t, a);
+      const dS = scale * P[j] * dP * (cap ? 1 - (S[j] / cap) ** 2 : 1);
       for (let e = 0; e < D; e++) {
         dq.v[t * q.cols + a + e] += dS * at(k, low + j, b + e);
         dk.v[(low + j) * k.cols + b + e] += dS * at(q, t, a + e);
@@ -98,7 +103,7 @@ export function microBatches(logits, labels, parts) {
 // One block [A-1]. L: projection -> {W, A, B, s}; drop(projection) -> its dropout, or undefined.
 // Gives y, every intermediate by name, and backward(dy), which adds the gradients.
 export function block(x, L, norm1, norm2, p, drop = () => undefined) {
-  const v = {}, { head_dim: D, rope_theta: theta } = p, head = "self_attn.", ffn = "mlp.";
+  const v = {}, head = "self_attn.", ffn = "mlp.";
   const position = p.lengths.flatMap((n) => [...Array(n).keys()]);
   const forward = (name, x, residual) => {
     const { y, h } = loraForward(x, L[name], drop(name), residual);
@@ -111,8 +116,8 @@ export function block(x, L, norm1, norm2, p, drop = () => undefined) {
     return dx;
   };
   ({ y: v.normed1, rstd: v.rstd1 } = normForward(x, norm1, p.eps));
-  v.q = rope(forward(`${head}q_proj`, v.normed1), position, D, theta);
-  v.k = rope(forward(`${head}k_proj`, v.normed1), position, D, theta);
+  v.q = rope(forward(`${head}q_proj`, v.normed1), position, p);
+  v.k = rope(forward(`${head}k_proj`, v.normed1), position, p);
   v.v = forward(`${head}v_proj`, v.normed1);
   Object.assign(v, attention(v.q, v.k, v.v, p));
   v.mid = forward(`${head}o_proj`, v.o, x);
@@ -130,8 +135,8 @@ export function block(x, L, norm1, norm2, p, drop = () => undefined) {
     v.do = backward(`${head}o_proj`, v.dmid, v.o);
     const { dq, dk, dv } = Object.assign(v, attention(v.q, v.k, v.v, p, v.do));
     const dn = backward(`${head}v_proj`, dv, v.normed1);
-    const dn1 = backward(`${head}k_proj`, rope(dk, position, D, theta, true), v.normed1, dn);
-    v.dnormed1 = backward(`${head}q_proj`, rope(dq, position, D, theta, true), v.normed1, dn1);
+    const dn1 = backward(`${head}k_proj`, rope(dk, position, p, true), v.normed1, dn);
+    v.dnormed1 = backward(`${head}q_proj`, rope(dq, position, p, true), v.normed1, dn1);
     v.dx = normBackward(v.dnormed1, x, norm1, v.rstd1, v.dmid);
   };
   return v;

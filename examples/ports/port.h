@@ -105,6 +105,21 @@ void attention_backward(const shape *s, pylora_mat d_o, pylora_mat q, pylora_mat
 void block_forward(block *b, const shape *s, pylora_mat x);
 void block_backward(block *b, const shape *s, pylora_mat dy);
 
+/* ---- what families have beside (features.c) ---------------------------------------------- */
+
+typedef struct stretch { /* A-25; a type's own settings, 0 where there are none */
+  const char *type;      /* "linear", "llama3", "dynamic", "yarn", "longrope"; NULL: none */
+  double factor, original, low, high, beta_fast, beta_slow, attention_factor, mscale, mscale_all;
+  double length, trained; /* of this sequence, and of the model's training */
+  int truncate;
+  const double *short_factor, *long_factor;
+} stretch;
+
+/* Radians per position of each of `pairs` pairs; what cos and sin are multiplied by. */
+double frequencies(double *out, int64_t pairs, double theta, const stretch *s);
+/* A-29, from dw [m,k] of the chosen weights to the logits' gradient. */
+pylora_mat choose_backward(pylora_mat dw, pylora_mat p, const int64_t *chosen, int normalize);
+
 typedef struct llama { /* the output layer is the embedding */
   int64_t layers;
   block *blocks;

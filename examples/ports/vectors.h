@@ -52,7 +52,11 @@ void check(testcase *c, const char *name, pylora_mat got);
 
 pylora_drop drop_of(const testcase *c); /* the dropout of a case, its stream by its name (D-7) */
 
-/* The cases by their `op`: check_lora.c, check_numbers.c, check_llama.c. */
+/* Tables of a stretched rotation, as a case's parameters say (check_features.c). */
+void stretched(const testcase *c, pylora_mat cosines, pylora_mat sines, const int64_t *position);
+
+/* The cases by their `op`: check_lora.c, check_numbers.c, check_llama.c,
+ * check_features.c. */
 void lora_case(testcase *c);
 void lora16_case(testcase *c);
 void rows_case(testcase *c);
@@ -75,6 +79,10 @@ void rope_case(testcase *c);
 void tables_case(testcase *c);
 void attention_case(testcase *c);
 void swiglu_case(testcase *c);
+void layer_norm_case(testcase *c);
+void activation_case(testcase *c);
+void soft_cap_case(testcase *c);
+void choose_case(testcase *c);
 void loss_case(testcase *c);
 void micro_batches_case(testcase *c);
 void block_case(testcase *c);

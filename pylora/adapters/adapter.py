@@ -10,6 +10,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -185,7 +186,18 @@ def _own_bias(path: str, shape: tuple[int, ...], config: LoraConfig, base: Load 
     return bias
 
 
-def _stack(items: Sequence[tuple[Adapter, float]]) -> Adapter:
+@dataclass(frozen=True)
+class Item:
+    """One adapter's part of a module, in a combination of several."""
+
+    number: int  # of the adapter in the list
+    entry: PlanEntry
+    lora: LoRA
+    weight: float
+
+
+def gather(items: Sequence[tuple[Adapter, float]]) -> dict[str, list[Item]]:
+    """What each of the adapters has for a module: path -> items. Errors: those of `stack`."""
     pairs = "a list of (adapter, weight)"
     if not isinstance(items, (list, tuple)):
         wrong_type("Adapter.stack", pairs, items, "write [(one, 0.5), (other, 0.5)]")
@@ -197,39 +209,46 @@ def _stack(items: Sequence[tuple[Adapter, float]]) -> Adapter:
             wrong_type("Adapter.stack", "a number as the weight", item[1])
     if not items:
         raise ConfigError("nothing to stack: give at least one (adapter, weight)")
-    parts: dict[str, list[tuple[PlanEntry, LoRA, float]]] = {}
-    for adapter, weight in items:
+    parts: dict[str, list[Item]] = {}
+    for number, (adapter, weight) in enumerate(items):
         if not math.isfinite(weight):
             raise ConfigError(f"the weight {weight!r} of an adapter is not a finite number")
-        for e in adapter.plan.entries:
-            parts.setdefault(e.path, []).append((e, adapter[e.path], float(weight)))
         biases = [e.path for e in adapter.plan.entries if e.base_bias]
         if biases or adapter.plan.bias_only:
             raise UnsupportedError(
                 f"an adapter with bias = {adapter.config.bias!r} replaces the base model's biases, "
-                "and replacements cannot be summed; stack adapters with bias = 'none'"
+                "and replacements cannot be summed; combine adapters with bias = 'none'"
             )
-    modules: dict[str, ModuleSpec] = {}
-    for path, found in parts.items():
-        first = found[0][0]
-        if first.kind == "experts":
-            raise UnsupportedError(
-                f"{path}: adapters of experts' parameters are not summed; merge one after the other"
-            )
-        for e, _, _ in found:
+        for e in adapter.plan.entries:
+            if e.kind == "experts":
+                raise UnsupportedError(
+                    f"{e.path}: adapters of experts' parameters are not summed; merge one after "
+                    "the other"
+                )
+            found = parts.setdefault(e.path, [])
+            found.append(Item(number, e, adapter[e.path], float(weight)))
+            first = found[0].entry
             if (e.kind, e.d, e.k) != (first.kind, first.d, first.k):
                 raise PlanError(
-                    f"{path}: the adapters are for different models, {(e.d, e.k)} against "
+                    f"{e.path}: the adapters are for different models, {(e.d, e.k)} against "
                     f"{(first.d, first.k)}"
                 )
-        modules[path] = ModuleSpec(first.kind, first.d, first.k)
-    ranks = {path: sum(e.r for e, _, _ in found) for path, found in parts.items()}
-    config = _stacked_config([adapter.config for adapter, _ in items], ranks)
+    return parts
+
+
+def _stack(items: Sequence[tuple[Adapter, float]]) -> Adapter:
+    parts = gather(items)
+    modules = {
+        path: ModuleSpec(found[0].entry.kind, found[0].entry.d, found[0].entry.k)
+        for path, found in parts.items()
+    }
+    ranks = {path: sum(item.entry.r for item in found) for path, found in parts.items()}
+    config = summed_config([adapter.config for adapter, _ in items], ranks)
     summed = {path: _sum(found, config.lora_bias) for path, found in parts.items()}
     return Adapter(config, resolve(config, modules), summed)
 
 
-def _stacked_config(configs: Sequence[LoraConfig], ranks: Mapping[str, int]) -> LoraConfig:
+def summed_config(configs: Sequence[LoraConfig], ranks: Mapping[str, int]) -> LoraConfig:
     """Every module by its whole path, alpha = r everywhere: scale 1, also when PEFT reads it."""
     common = Counter(ranks.values()).most_common(1)[0][0]
     other = {path: r for path, r in ranks.items() if r != common}
@@ -245,17 +264,17 @@ def _stacked_config(configs: Sequence[LoraConfig], ranks: Mapping[str, int]) -> 
     )
 
 
-def _sum(found: Sequence[tuple[PlanEntry, LoRA, float]], biased: bool) -> LoRA:
-    def scaled(array: Array, lora: LoRA, weight: float) -> Array:
-        return array.astype(np.float64) * (weight * lora.scale)
+def _sum(found: Sequence[Item], biased: bool) -> LoRA:
+    def scaled(array: Array, item: Item) -> Array:
+        return array.astype(np.float64) * (item.weight * item.lora.scale)
 
-    A = np.concatenate([lora.A for _, lora, _ in found], axis=0)
-    B = np.concatenate([scaled(lora.B, lora, w) for _, lora, w in found], axis=1)
+    A = np.concatenate([item.lora.A for item in found], axis=0)
+    B = np.concatenate([scaled(item.lora.B, item) for item in found], axis=1)
     bias = None
     if biased:
         bias = np.zeros(B.shape[0])
-        for _, lora, w in found:
-            if lora.bias is not None:
-                bias = bias + scaled(lora.bias, lora, w)
+        for item in found:
+            if item.lora.bias is not None:
+                bias = bias + scaled(item.lora.bias, item)
     as_float = np.float32
     return LoRA(A, B.astype(as_float), 1.0, 0.0, None if bias is None else bias.astype(as_float))

@@ -20,6 +20,7 @@ import numpy as np
 from pylora.adapters.fit import misfit
 from pylora.adapters.locate import find_adapter
 from pylora.adapters.loraconfig import LoraConfig
+from pylora.adapters.older import fold_experts, text_part, under_names, with_experts
 from pylora.adapters.plan import Plan, PlanEntry, resolve
 from pylora.errors import FileFormatError, PlanError, UnsupportedError
 from pylora.files.bounded import read_text
@@ -42,8 +43,16 @@ _DTYPES = ("f32", "f16", "bf16", "f64")
 _NAMED = re.compile(r"\.(lora_(?:embedding_)?[AB])\.([^.]+)(\.weight|\.bias)?$")
 
 
+_MODULE = re.compile(r"(?:base_model\.model\.)?(?P<path>.+?)\.(?:lora_|base_layer)")
 # An adapter of the language model inside a multimodal one: what the whole model calls its part.
-_TEXT_PART = re.compile(r"^(base_model\.model\.|)(?:model\.language_model|language_model\.model)\.")
+_TEXT_PART = re.compile(
+    r"^(base_model\.model\.|)"
+    r"(?:model\.language_model|language_model\.model|model\.text_model)\."
+)
+
+
+def _own_name(path: str) -> str:
+    return _TEXT_PART.sub(r"\1model.", path)
 
 
 def tensor_names(plan: Plan) -> dict[str, tuple[str, str, tuple[int, ...]]]:
@@ -113,8 +122,14 @@ def read(
     config = read_config(directory)
     with SafeTensors(_weights_file(Path(directory))) as file, _saying_why(file, config, modules):
         _refuse_saved_modules(file, config)
+        paths = [m["path"] for key in file.tensors if (m := _MODULE.match(key))]
+        called = text_part(paths, modules)
+        named = with_experts(map(_own_name, paths), modules)
         try:
-            plan = resolve(config, modules)
+            if any(called(path) != path for path in modules):
+                config, plan = under_names(config, modules if named is None else named, called)
+            else:
+                plan = resolve(config, modules if named is None else named)
         except (PlanError, UnsupportedError) as error:
             raise type(error)(f"{Path(directory) / CONFIG}: {error}") from None
         wanted = tensor_names(plan)
@@ -124,6 +139,11 @@ def read(
             key: _load(file, source[key], shape, rules.get(path, ""))
             for key, (path, _, shape) in wanted.items()
         }
+        if named is not None:
+            each = {(path, field): arrays[key] for key, (path, field, _) in wanted.items()}
+            config, plan, each = fold_experts(config, plan, each, modules)
+            keys = {(path, field): key for key, (path, field, _) in tensor_names(plan).items()}
+            arrays = {key: each[which] for which, key in keys.items()}
     return config, plan, assemble(config, plan, arrays)
 
 
@@ -136,9 +156,10 @@ def _saying_why(
     try:
         yield
     except PlanError as error:
+        paths = [_own_name(m["path"]) for key in file.tensors if (m := _MODULE.match(key))]
         why = misfit(
             {key: file.shape(key) for key in file.tensors},
-            modules,
+            with_experts(paths, modules) or modules,
             some_layers=config.layers_to_transform is not None,
             base=config.base_model_name_or_path,
         )

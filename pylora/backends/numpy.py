@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 
 from pylora.errors import DtypeError, ShapeError
-from pylora.numbers.precision import BF16, Stored, check_precision, from_bf16, to_bf16
+from pylora.numbers.precision import (
+    BF16,
+    Stored,
+    check_precision,
+    from_bf16,
+    to_bf16,
+    weights_of,
+)
 from pylora.reference import Reference
 
 _DTYPES = (np.float32, np.float64, np.complex128)
@@ -72,7 +79,7 @@ class NumpyBackend(Reference):
                 from pylora.numbers.quantize import dequantize
 
                 values = dequantize(W)
-            if precision in _QUANTIZED and W.kind != "bf16":
+            if weights_of(precision) in _QUANTIZED and W.kind != "bf16":
                 return values
             W = values
         array = self.asarray(W)
@@ -86,7 +93,7 @@ class NumpyBackend(Reference):
             return from_bf16(to_bf16(narrow)).astype(array.dtype)
         from pylora.numbers.quantize import dequantize, quantize
 
-        kept: np.ndarray = dequantize(quantize(narrow, _QUANTIZED[precision]))
+        kept: np.ndarray = dequantize(quantize(narrow, _QUANTIZED[weights_of(precision)]))
         return kept.astype(array.dtype)
 
     def unpack(self, P: PackedArray) -> np.ndarray:

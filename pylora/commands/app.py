@@ -81,7 +81,9 @@ RsLora = Annotated[
 Precision = Annotated[
     str,
     typer.Option(
-        metavar="NAME", help="of the base model: fp32, fp32x3, bf16, int8, int4; fp16 on cuda"
+        metavar="NAME",
+        help="of the base model: fp32, fp32x3, bf16, int8, int4, int8a8, int4a8; fp16 on cuda; "
+        "auto: what trains fastest here",
     ),
 ]
 EveryModule = Annotated[

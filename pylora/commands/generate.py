@@ -25,7 +25,7 @@ from pylora.commands.app import (
 )
 from pylora.commands.inputs import file_or_stdin, text_or_stdin
 from pylora.commands.template import TemplateArgs, say_notes, use_template
-from pylora.numbers.precision import check_precision
+from pylora.numbers.precision import check_choice
 
 _UNNAMED = "="  # of the adapter without a name; no name that is given has this sign
 _WHAT = "What it is asked"
@@ -104,7 +104,7 @@ def generate(
     from pylora.generation.text import TextStream
     from pylora.model.llama import Llama
 
-    check_precision(precision)
+    check_choice(precision)
     whole_number("--max-new-tokens", max_new_tokens, 0)  # before the model is loaded
     Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     folders = adapter_folders(adapter or ())

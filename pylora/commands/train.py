@@ -32,7 +32,7 @@ from pylora.commands.outputs import check_folder
 from pylora.commands.template import TemplateArgs, refuse_unused, use_template
 from pylora.display.console import Console
 from pylora.errors import ConfigError
-from pylora.numbers.precision import check_precision
+from pylora.numbers.precision import check_choice
 
 if TYPE_CHECKING:
     from pylora.training.train import StepInfo, TrainResult
@@ -228,7 +228,7 @@ def train(
         save_every=save_every,
         keep=keep,
     )
-    check_precision(precision)
+    check_choice(precision)
     check_folder(out)
     check_out_dir(out, resume=resume, overwrite=overwrite)
     screen = Console()

@@ -7,9 +7,22 @@ of the heavier parts are inside the verbs, so that `pylora --help` is quick.
 from pylora.commands import train  # isort: skip  (importing them registers their verbs, in order)
 from pylora.commands import generate  # isort: skip
 from pylora.commands import chat  # isort: skip
+from pylora.commands import serve  # isort: skip
 from pylora.commands import merge  # isort: skip
+from pylora.commands import combine  # isort: skip
 from pylora.commands import plan  # isort: skip
 from pylora.commands import families, look
 from pylora.commands.app import app
 
-__all__ = ["app", "chat", "families", "generate", "look", "merge", "plan", "train"]
+__all__ = [
+    "app",
+    "chat",
+    "combine",
+    "families",
+    "generate",
+    "look",
+    "merge",
+    "plan",
+    "serve",
+    "train",
+]

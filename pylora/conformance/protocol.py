@@ -17,7 +17,8 @@ converts. Letters: m tokens, k inputs, d outputs, r rank; a size may be 0 but fo
     attention_options: tuple[str, ...] = ()              # of "window", "interleaved", "scale": the
                      fields of AttentionShape that attention, decoder and block heed
     precision: str = "fp32"                              # how W is stored and multiplied: "fp32x3",
-                     "bf16", "int8" or "int4" as bounds/moves.py says; needs `stored`
+                     "bf16", "int8", "int4", "int8a8", "int4a8", "blocks": bounds/moves.py;
+                     needs `stored`
 
     forward(x [m,k], W [d,k], A [r,k], B [d,r], scale, bias=None) -> y [m,d]          the only must
     base(x, W, bias=None) -> y [m,d]                                     the module without adapter

@@ -49,7 +49,7 @@ from pylora.errors import PyloraError
 from pylora.files.whole import atomic_write
 from pylora.formats import open_checkpoint
 from pylora.model.llama import Llama
-from pylora.numbers.precision import check_precision
+from pylora.numbers.precision import check_precision, fastest
 from pylora.training.evaluate import evaluate
 from pylora.training.examples import Example, load_examples
 from pylora.training.train import StepInfo, TrainConfig, TrainResult, train
@@ -81,13 +81,8 @@ SHORT = Settings(steps=80, test_items=50, validation_items=20, evaluations=2, ex
 
 
 def fastest_precision(info: dict[str, Any]) -> str:
-    """bf16 where the processor multiplies bfloat16 numbers, and on GPUs; else fp32.
-
-    Without such products bf16 trains no faster than fp32 (docs/performance.md). `info` is what
-    build_info() returns.
-    """
-    products = info["backend"] == "c" and info.get("isa") in ("amx", "avx512bf16")
-    return "bf16" if products or info["backend"] == "cuda" else "fp32"
+    """`fastest` of the machine that `info`, of build_info(), is about."""
+    return fastest(info["backend"], info.get("isa"))
 
 
 def run(

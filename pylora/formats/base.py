@@ -74,11 +74,6 @@ class Checkpoint(ABC):
         """The rows of a matrix as `load` gives them, some at a time: float32 [rows, k]."""
         yield self.load(name)
 
-    def blocks(self, name: str) -> Array:
-        """The stored bytes of a quantized matrix, uint8 [d, bytes of a row]. UnsupportedError
-        where the file's form has none."""
-        raise UnsupportedError(f"{self.path}: tensor {name!r} is not made of ggml blocks")
-
     def stored(self, name: str) -> Stored | None:
         """A matrix as the file stores it, where that is bfloat16 or blocks that can be multiplied
         as they are (Stored); None: only `load` gives it."""

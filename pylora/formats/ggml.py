@@ -1,7 +1,8 @@
 """The types of ggml that a GGUF tensor may have: their numbers in the file, the sizes of blocks.
 
-Facts of the format and nothing else: what the bytes of a block mean is ggml_decode.py's matter. A
-type that ggml has dropped (Q4_2, Q4_0_4_4 ...) is not here, and a file that has it is refused.
+Facts of the format and nothing else: what the bytes of a block mean is numbers/ggml_decode.py's
+matter. A type that ggml has dropped (Q4_2, Q4_0_4_4 ...) is not here, and a file that has it is
+refused.
 """
 
 from __future__ import annotations

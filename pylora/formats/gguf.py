@@ -17,16 +17,17 @@ import numpy as np
 
 from pylora.errors import FileFormatError, UnsupportedError
 from pylora.extras import need
+from pylora.files.mapped import let_go
 from pylora.formats.base import Array, Checkpoint, Shape, check_tensors, read_config, widen
 from pylora.formats.ggml import BY_NAME
-from pylora.formats.ggml_decode import DECODERS
 from pylora.formats.gguf_config import NO_WEIGHTS, hf_config
 from pylora.formats.gguf_header import GGUFHeader
 from pylora.formats.gguf_split import read_gguf
 from pylora.model import families
 from pylora.model.config import LlamaConfig
+from pylora.numbers.blocks import BLOCKS
+from pylora.numbers.ggml_decode import DECODERS
 from pylora.numbers.precision import Stored
-from pylora.numbers.quantize import BLOCK_BYTES
 
 if TYPE_CHECKING:
     from pylora.text.tokenizer import Tokenizer
@@ -73,10 +74,10 @@ class GGUFCheckpoint(Checkpoint):
         header = read_gguf(path)
         self._header: GGUFHeader | None = header
         self.config = read_config(path, hf_config(header))
-        # Hugging Face's name -> the file's, and which of the stacked experts it is.
+        # Hugging Face's name -> the file's, and which of the stacked experts or norms it is.
         self._stored: dict[str, tuple[str, int | None]] = {}
         for name in header.tensors:
-            if self._add_experts(name):
+            if self._add_experts(name) or self._add_norms(name):
                 continue
             if (hf := hf_name(name, self.config)) is None:
                 raise UnsupportedError(f"{path}: no meaning is known for the tensor {name[:200]!r}")
@@ -119,6 +120,17 @@ class GGUFCheckpoint(Checkpoint):
         for e in range(count):
             self._stored[f"{at}.{e}.{getattr(names, _EXPERTS[match[2]])}.weight"] = name, e
         return True
+
+    def _add_norms(self, name: str) -> bool:
+        """Takes the norms of q's or k's heads apart, where Hugging Face has a tensor for each."""
+        match = re.fullmatch(r"blk\.(0|[1-9]\d{0,4})\.attn_([qk])_norm\.weight", name)
+        if match is None or not self.config.family.listed_norms:
+            return False
+        names, shape = self.config.names, self._open().tensors[name].shape
+        at = f"{names.layer}.{match[1]}.{names.q_norm if match[2] == 'q' else names.k_norm}"
+        for h in range(shape[0] if len(shape) == 2 else 0):
+            self._stored[f"{at}.norms.{h}.weight"] = name, h
+        return len(shape) == 2
 
     def _open(self) -> GGUFHeader:
         if self._header is None:
@@ -168,7 +180,7 @@ class GGUFCheckpoint(Checkpoint):
     def stored(self, name: str) -> Stored | None:
         """Blocks lie along a row, so the converter's order of rows is undone without decoding."""
         kind, shape = self.dtype(name), self.shape(name)
-        if kind not in BLOCK_BYTES or len(shape) != 2:
+        if kind not in BLOCKS or len(shape) != 2:
             return super().stored(name)
         return Stored(kind, self._rows(name), (shape[0], shape[1]))
 
@@ -181,17 +193,12 @@ class GGUFCheckpoint(Checkpoint):
         for i in range(0, len(rows), step):
             yield dequantize(rows[i : i + step], kind, f"{self.path}: tensor {name!r}")
 
-    def blocks(self, name: str) -> Array:
-        if self.dtype(name) in ("f32", "f16", "bf16"):
-            return super().blocks(name)
-        return self._rows(name)
-
     def _rows(self, name: str) -> Array:
         """The stored bytes, one row of uint8 per row of the tensor, in Hugging Face's row order."""
         header, (there, expert) = self._open(), self._find(name)
         rows = header.rows(there)
         if expert is not None:
-            each = rows.shape[0] // self.config.experts
+            each = rows.shape[0] // header.tensors[there].shape[0]
             rows = rows[expert * each : (expert + 1) * each]
         if self._permuted:
             names, heads = self.config.names, 0
@@ -201,7 +208,8 @@ class GGUFCheckpoint(Checkpoint):
             ):
                 heads = n if name.rpartition(".")[0].endswith(f".{role}") else heads
             if heads:
-                rows = deinterleave(self._one_each(rows, name), heads)
+                mapped, rows = rows, deinterleave(self._one_each(rows, name), heads)
+                let_go(mapped)
         if self.config.fused_qkv == "groups" and (
             name.rpartition(".")[0].endswith(f".{self.config.names.qkv}")
         ):

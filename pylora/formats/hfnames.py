@@ -14,7 +14,9 @@ from typing import Any
 from pylora.formats.base import Array, Shape
 from pylora.model.config import LlamaConfig
 
-_TEXT = ("language_model.", "model.language_model.")
+_TEXT = ("language_model.", "model.language_model.", "text_model.", "model.text_model.")
+# Parts of multimodal models whose text part has no prefix.
+_OTHERS = ("visual.", "model.visual.")
 # Tables of angles and masks that are computed, not learned.
 _BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
 
@@ -38,13 +40,15 @@ def own_names(config: LlamaConfig, stored: Iterable[str]) -> tuple[dict[str, str
             whole = inner.startswith((f"{base}.", f"{head}."))
             out[inner if whole else f"{base}.{inner}"] = name
         return out, others
+    others = [name for name in found if name.startswith(_OTHERS)]
+    found = [name for name in found if not name.startswith(_OTHERS)]
     bare = base not in ("", head) and not any(name.startswith(f"{base}.") for name in found)
     for name in found:
         if name == "embed_out.weight":  # what older transformers call GPT-NeoX's head
             out[f"{head}.weight"] = name
             continue
         out[f"{base}.{name}" if bare and not name.startswith(f"{head}.") else name] = name
-    return out, []
+    return out, others
 
 
 def _is_buffer(config: LlamaConfig, name: str) -> bool:
@@ -84,8 +88,10 @@ def as_stored(
 def text_settings(config: LlamaConfig, settings: Mapping[str, Any]) -> Mapping[str, Any]:
     """The content of a config.json of the language model alone: of a multimodal model's, its text
     part with what the whole says of it."""
-    if not isinstance(settings.get("text_config"), Mapping):
-        return settings
     from pylora.model.hfconfig import text_part
 
-    return {**text_part(settings), "architectures": [config.family.architecture]}
+    inner = text_part(settings)
+    if inner is settings:
+        return settings
+    own = {"tie_word_embeddings": config.tie_word_embeddings}
+    return {**inner, **own, "architectures": [config.family.architecture]}

@@ -8,6 +8,7 @@ embeddings) is recognised by name and checked. Values, such as NaN, are not judg
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_CONFIG = 4 << 20  # bytes
 MAX_INDEX = 64 << 20
 _FLOATS = ("f32", "f16", "bf16")
+# A tensor of all experts -> the roles (families.family.Names) of what each has in it.
+_STACKED = {"gate_up_proj": ("expert_gate", "expert_up"), "down_proj": ("expert_down",)}
 
 
 class HuggingFaceCheckpoint(Checkpoint):
@@ -43,8 +46,12 @@ class HuggingFaceCheckpoint(Checkpoint):
         stored, notes = _open_files(path, self.config)
         # By the name that the model has for a tensor: the file, and the name there.
         own, others = own_names(self.config, stored)
+        self._stacks: dict[str, tuple[int, str]] = {}  # of stacked experts: which, and which part
+        self._unstack(own, stored)
         self._files = {name: stored[there] for name, there in own.items()}
         self._stored = own
+        if isinstance(self._settings.get("text_config"), Mapping):
+            self.config = self._tied_as_stored()
         if others:
             notes += (
                 f"{path} is a multimodal model: its language model is read, and {len(others)} "
@@ -67,6 +74,33 @@ class HuggingFaceCheckpoint(Checkpoint):
                     f"{self._files[name].path}: tensor {name!r} is {dtype.upper()}; "
                     "only F32, F16 and BF16 weights are supported"
                 )
+
+    def _unstack(self, own: dict[str, str], stored: Mapping[str, SafeTensors]) -> None:
+        """Takes tensors that hold all experts of a layer apart (Qwen3-VL's): [experts, hidden,
+        2 size] of gate and up, [experts, size, hidden] of down; or each the other way around."""
+        names, experts = self.config.names, self.config.experts
+        for name in [n for n in own if n.endswith(tuple(f".experts.{p}" for p in _STACKED))]:
+            there, (at, _, part) = own.pop(name), name.rpartition(".")
+            shape = stored[there].shape(there)
+            if not experts or len(shape) != 3 or shape[0] != experts:
+                raise FileFormatError(
+                    f"{self.path}: tensor {name!r} has shape {shape}, but the configuration says "
+                    f"{experts} experts"
+                )
+            for e in range(experts):
+                for role in _STACKED[part]:
+                    one = f"{at}.{e}.{getattr(names, role)}.weight"
+                    own[one], self._stacks[one] = there, (e, role)
+
+    def _tied_as_stored(self) -> LlamaConfig:
+        """Of a multimodal model it is the outer configuration's class that says whether the head is
+        tied, and a file leaves out what its class has by default: what is stored counts."""
+        head, embedding = self._head, self._embedding
+        if head not in self._files:
+            return replace(self.config, tie_word_embeddings=True)
+        same = embedding in self._files and self.dtype(head) == self.dtype(embedding)
+        same = same and np.array_equal(_bits(self._view(head)), _bits(self._view(embedding)))
+        return replace(self.config, tie_word_embeddings=self.config.tie_word_embeddings and same)
 
     def _check_tied(self) -> None:
         """A stored copy of a tied output projection may be left out only if it is the embedding."""
@@ -93,9 +127,18 @@ class HuggingFaceCheckpoint(Checkpoint):
         return self._files[name]
 
     def _view(self, name: str) -> Array:
-        return self._file(name).view(self._stored[name])
+        array = self._file(name).view(self._stored[name])
+        if name not in self._stacks:
+            return array
+        (e, role), size = self._stacks[name], self.config.expert_size
+        down = role == "expert_down"
+        turned = (size, self.config.hidden_size) if down else (self.config.hidden_size, 2 * size)
+        one: Array = array[e].T if array.shape[1:] == turned else array[e]
+        return one if down else one[:size] if role == "expert_gate" else one[size:]
 
     def shape(self, name: str) -> Shape:
+        if name in self._stacks:
+            return tuple(self._view(name).shape)
         shape = self._file(name).shape(self._stored[name])
         return shape[::-1] if transposed(self.config, name) else shape
 
@@ -107,6 +150,8 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     def raw(self, name: str) -> tuple[Array, str]:
         array = self._view(name)
+        if name in self._stacks:
+            array = np.ascontiguousarray(array)
         if transposed(self.config, name):
             array = np.ascontiguousarray(array.T)
         return array, self.dtype(name)

@@ -19,6 +19,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from pylora.adapters.adapter import Adapter
+from pylora.adapters.combine import combine
 from pylora.adapters.locate import find_adapter
 from pylora.adapters.own_tokenizer import has_own, tokenizer_for
 from pylora.adapters.pool import AdapterPool
@@ -111,13 +112,17 @@ class Adapters(Mapping[str, Adapter]):
         self._forget_mixtures(name)
         return adapter
 
-    def add_weighted(self, name: str, weights: Mapping[str, float]) -> Adapter:
-        """Adds the weighted sum of adapters that are there as one more, and returns it: PEFT's
-        add_weighted_adapter with combination "cat", which is exact. See `Adapter.stack`."""
+    def add_weighted(
+        self, name: str, weights: Mapping[str, float], method: str = "cat", **settings: Any
+    ) -> Adapter:
+        """Adds a combination of adapters that are there as one more, and returns it: PEFT's
+        add_weighted_adapter. "cat" is the exact weighted sum; the other methods and their settings
+        (`density`, `rank`, `majority_sign`, `seed`) are those of `pylora.adapters.combine`."""
         chosen = self._weights(weights)
         if not chosen:
             raise ConfigError("give at least one name and weight, such as {'legal': 0.5}")
-        return self.add(name, Adapter.stack([(self._kept[n], w) for n, w in chosen.items()]))
+        items = [(self._kept[n], w) for n, w in chosen.items()]
+        return self.add(name, combine(items, method, **settings).adapter)
 
     def remove(self, name: str) -> None:
         """Forgets an adapter. If it is in use, the others that are stay in use."""

@@ -13,7 +13,7 @@ from pylora.formats import open_checkpoint
 from pylora.front.adapters import read_adapter
 from pylora.front.model import Model
 from pylora.model.llama import Llama
-from pylora.numbers.precision import check_precision
+from pylora.numbers.precision import check_choice
 from pylora.ops.protocol import Backend
 from pylora.training.train import TrainResult
 
@@ -50,7 +50,8 @@ def load(
     cache has ("org/name"). adapter: a PEFT directory, the folder of a training run, an id, or an
     Adapter; it gets the name "default" and is in use. {name: any of these, ...} adds several, of
     which none is in use until `model.adapters.use` says so. precision, of the base's weights:
-    "fp32", "fp32x3", "bf16", "int8", "int4", on a GPU "fp16". backend: "c", "numpy", "cuda",
+    "fp32", "fp32x3", "bf16", "int8", "int4", "int8a8", "int4a8" (activations rounded to 8 bits,
+    too), on a GPU "fp16"; "auto" is what trains fastest here. backend: "c", "numpy", "cuda",
     "cupy"; default: the one that `pylora.use` chose.
 
     Raises FileFormatError for what is missing or damaged, saying where to get it, UnsupportedError
@@ -64,7 +65,7 @@ def load(
         meant = _FOREIGN.get(name, close)
         hint = f"did you mean {meant}?" if meant else "there are adapter, precision, backend"
         raise ConfigError(f"load has no setting {name!r}; {hint}")
-    check_precision(precision)
+    check_choice(precision)
     if adapter is None:
         named: dict[str, OneAdapter] = {}
     elif isinstance(adapter, Mapping) and not hasattr(adapter, "plan"):

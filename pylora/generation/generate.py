@@ -8,15 +8,16 @@ waiting prompt takes its place. Here are token ids alone: text is in pylora/gene
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from pylora.adapters.pool import AdapterPool
 from pylora.errors import ConfigError, DataError, expect
+from pylora.generation.choosing import Chooser, choose
 from pylora.generation.prompt_cache import PromptCache
-from pylora.generation.sampling import Sampling, greedy, sample, whole_number
+from pylora.generation.sampling import Sampling, sample, whole_number
 from pylora.model.decoder import Batch, pack_attached
 from pylora.model.inputs import token_ids
 from pylora.model.kvcache import KVCache
@@ -41,6 +42,9 @@ def generate(
     top_p: float = 1.0,
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    logit_bias: Mapping[int, float] | None = None,
     seed: int = 0,
     eos_ids: Collection[int] | None = None,
     batch_size: int = 32,
@@ -55,8 +59,9 @@ def generate(
 
     temperature 0 takes the likeliest token (the lowest id of equals); else `sample` draws one from
     softmax(logits / temperature), cut by top_k, top_p and min_p; repetition_penalty is
-    transformers' (`Sampling`). Row i draws from the stream of (seed, first_row + i, position), so a
-    list may be cut into calls that state their `first_row`. `eos_ids` defaults to the model's;
+    transformers', the other penalties and logit_bias are OpenAI's (`Sampling`). Row i draws from
+    the stream of (seed, first_row + i, position), so a list may be cut into calls that state their
+    `first_row`. `eos_ids` defaults to the model's;
     `on_token` hears each token as it comes, the end excepted; `stop(i, token)` is asked after each
     and ends row i, the token included, by returning True.
 
@@ -76,7 +81,16 @@ def generate(
         model,
         prompts,
         max_new_tokens,
-        sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty),
+        sampling=Sampling(
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            repetition_penalty,
+            presence_penalty,
+            frequency_penalty,
+            logit_bias or {},
+        ),
         seed=seed,
         eos_ids=eos_ids,
         batch_size=batch_size,
@@ -121,6 +135,7 @@ def stream(
         cache.check(model, len(prompts))
     ends = frozenset(model.config.eos_token_ids if eos_ids is None else eos_ids)
     how = Sampling() if sampling is None else sampling
+    how.check_vocabulary(model.config.vocab_size)
     rows = _Rows(model, prompts, max_new_tokens, how, seed, first_row)
     if not prompts or max_new_tokens == 0:
         return iter([(row, None) for row in range(len(prompts))])
@@ -140,32 +155,17 @@ class _Rows:
         first_row: int,
     ) -> None:
         self.model, self.prompts, self.most = model, prompts, max_new_tokens
-        self.sampling, self.seed = sampling, seed
         self.out: list[list[int]] = [[] for _ in prompts]
-        drawn = range(len(prompts)) if sampling.temperature else ()
-        self.streams = [random.stream("sample", str(first_row + i)) for i in drawn]
-        penalized = prompts if sampling.penalizes else ()
-        self.seen: list[set[int]] = [{int(token) for token in p} for p in penalized]
+        self.choosers = [Chooser(p, sampling, seed, first_row + i) for i, p in enumerate(prompts)]
 
     def choose(self, logits: Any, rows: Sequence[int]) -> list[int]:
         """The next token of each of these rows, by its logits [len(rows), vocab]."""
-        how = self.sampling
-        if how.temperature == 0 and not how.penalizes:
-            return greedy(logits)
-        chosen, scores = [], self.model.ops.to_numpy(logits)
-        for row, row_scores in zip(rows, scores, strict=True):
-            u = 0.5
-            if how.temperature:
-                at = len(self.prompts[row]) + len(self.out[row])
-                u = float(random.unit(self.seed, self.streams[row], at, 1)[0])
-            chosen.append(how.choose(row_scores, u, self.seen[row] if how.penalizes else ()))
-        return chosen
+        return choose(self.model.ops, logits, [self.choosers[row] for row in rows])
 
     def take(self, row: int, token: int) -> bool:
         """Adds a token to a row's answer; whether there is room for more."""
         self.out[row].append(token)
-        if self.seen:
-            self.seen[row].add(token)
+        self.choosers[row].take(token)
         return len(self.out[row]) < self.most
 
 

@@ -36,8 +36,8 @@ class TextStream:
     """One answer: `push` takes its tokens in order and gives the text that is sure by then.
 
     Attributes: ids, the answer's tokens; text, all text given out so far; stopped, whether a stop
-    string has come (it is no part of the text, nor is what came behind it); ended, whether one of
-    the tokens `ends` has, which have no text.
+    string has come (it is no part of the text, nor is what came behind it), and stopped_by, which;
+    ended, whether one of the tokens `ends` has, which have no text.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class TextStream:
         self.ended = False
         self.ids: list[int] = []
         self.text, self.stopped = "", False
+        self.stopped_by: str | None = None
         self._waiting = ""  # decoded, but it may be the beginning of a stop string
         # Decoding starts a little before the newest text, not at the beginning each time: where
         # the tokens before it have a text that ends in a whole character, what follows is as in
@@ -84,6 +85,12 @@ class TextStream:
         self._new = []
         return self._give(added, last=False)
 
+    @property
+    def decoded(self) -> int:
+        """Characters decoded so far: of `text`, and of what waits because it may be a stop string.
+        The next token's text begins there."""
+        return len(self.text) + len(self._waiting)
+
     def finish(self) -> str:
         """The rest, when no more tokens come: incomplete characters are U+FFFD."""
         text = self.tokenizer.decode(self._window + self._new) if self._new else self._before
@@ -103,8 +110,9 @@ class TextStream:
     def _give(self, added: str, last: bool) -> str:
         """What of the waiting text and `added` is certain."""
         text = self._waiting + added
-        at = min((i for s in self.stop if (i := text.find(s)) >= 0), default=-1)
-        if at >= 0:
+        found = [(i, s) for s in self.stop if (i := text.find(s)) >= 0]
+        if found:
+            at, self.stopped_by = min(found, key=lambda f: f[0])
             self.stopped, given, self._waiting = True, text[:at], ""
         else:
             keep = 0 if last else max((_overlap(text, s) for s in self.stop), default=0)

@@ -1,7 +1,7 @@
 """Causal grouped-query attention with LoRA on any of its q, k, v and o projections.
 
 q, k and v are projected (by three modules, or by one whose output is split), normed where the model
-says so (each head in Qwen3 and Gemma 3, the whole projection in OLMo 2), rotated by position (RoPE,
+says so (ops/heads.py), rotated by position (RoPE,
 where the layer has it), attended (softmax over the keys a query may see), and projected back. With
 a KV cache the keys and values of earlier tokens come from it; that way has no backward.
 """
@@ -25,8 +25,9 @@ from pylora.model.linear import (
     projections_of,
 )
 from pylora.model.rope import Rope
-from pylora.model.weights import Weights, norm_of
+from pylora.model.weights import Weights, head_norm
 from pylora.ops.fused import join_qkv, split_qkv
+from pylora.ops.heads import norm_heads, norm_heads_backward
 from pylora.ops.protocol import Backend
 from pylora.types import Array, Attn, Norm, Rotation, Seqs, brief
 
@@ -101,19 +102,20 @@ class Attention:
         self.fused = config.fused_qkv
         self.q_norm: Norm | None = None
         self.k_norm: Norm | None = None
-        self.whole = config.qk_norm_whole  # the norms are of the whole projection
-        if config.qk_norm or config.qk_norm_whole:
-            self.q_norm = norm_of(config, weights, f"{at}.{names.q_norm}", ops, "rms")
-            self.k_norm = norm_of(config, weights, f"{at}.{names.k_norm}", ops, "rms")
-        scale = config.attention_scale
+        self.norms = config.qk_norm_of  # how the two are meant: ops.heads.HEADS
+        if config.qk_norm:
+            self.q_norm = head_norm(config, weights, f"{at}.{names.q_norm}", ops)
+            self.k_norm = head_norm(config, weights, f"{at}.{names.k_norm}", ops)
         self.shape = Attn(
             config.num_attention_heads,
             config.num_key_value_heads,
             config.head_dim,
-            config.head_dim**-0.5 if scale is None else scale,
+            config.scale(layer),
             config.window(layer),
             config.attention_softcap,
         )
+        # What the whole model's scale is not: 0 where it is.
+        self.own_scale = 0.0 if config.attention_scales is None else config.scale(layer)
         self.kind = config.rope_of(layer)  # which rotation; -1: none
         self.rope = rope if rope is not None else Rope(config, ops=ops)
 
@@ -140,21 +142,14 @@ class Attention:
     def _turn(
         self, x: Array, norm: Norm | None, rotation: Rotation | None
     ) -> tuple[Array, Array | None]:
-        """Projected q or k, normed and rotated; and the norm's rstd, one for each of `_rows`."""
+        """Projected q or k, normed and rotated; and the norm's rstd."""
         rstd, ops, D = None, self.ops, self.shape.head_dim
         if norm is not None:
-            heads, rstd = ops.norm_forward(self._rows(x), norm)
-            x = heads.reshape(x.shape)
+            x, rstd = norm_heads(ops, x, norm, D, self.norms)
         if rotation is None:
             return ops.cast(x, self.dtype), rstd
         r = rotation
         return ops.rope(x, r.cos, r.sin, r.position, D, r.layout, dtype=self.dtype), rstd
-
-    def _rows(self, x: Array) -> Array:
-        """q or k as rows that are normed each: of one head, or of all."""
-        return (
-            x if self.whole else self.ops.xp.ascontiguousarray(x).reshape(-1, self.shape.head_dim)
-        )
 
     def _turn_back(
         self,
@@ -171,8 +166,7 @@ class Attention:
             dx = ops.rope(dx, r.cos, r.sin, r.position, D, r.layout, inverse=True, dtype=dtype)
         if norm is None or rstd is None:
             return dx
-        heads = ops.norm_backward(self._rows(dx), self._rows(raw), norm, rstd)
-        return heads.reshape(dx.shape)
+        return norm_heads_backward(ops, dx, raw, norm, rstd, D, self.norms)
 
     def _project(
         self, x: Array, norm: Norm | None, rotation: Rotation | None, drop: DropKey | None

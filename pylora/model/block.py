@@ -131,8 +131,9 @@ class Block:
             self.after_attention,
             self.after_mlp,
             attention.kind,
-            attention.whole,
+            attention.norms,
             self.mlp.mix if isinstance(self.mlp, Experts) else None,
+            attention.own_scale,
         )
 
     # ---- forward ------------------------------------------------------------------------------

@@ -19,7 +19,15 @@ SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "llama3": (_LLAMA3, ()),
     "yarn": (
         ("factor", "original_max_position_embeddings"),
-        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+        (
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+            "truncate",
+            "llama_4_scaling_beta",
+        ),
     ),
     "longrope": (
         ("short_factor", "long_factor", "original_max_position_embeddings"),

@@ -27,6 +27,7 @@ from pylora.model.checks import (
 from pylora.model.families.family import Family, Names
 from pylora.model.tensors import ModuleSpec, Shape, expert_parameters, layer_modules, tensors_of
 from pylora.ops.features import ACTIVATIONS, QKV, Features
+from pylora.ops.heads import HEADS
 from pylora.types import brief
 
 __all__ = ["LlamaConfig", "ModuleSpec"]
@@ -57,7 +58,8 @@ class LlamaConfig:
     attention_bias: bool = False  # of q, k and v
     attention_out_bias: bool = False  # of o
     mlp_bias: bool = False
-    qk_norm: bool = False  # RMS norms of each q and k head
+    qk_norm: bool = False  # norms of q and k heads
+    qk_norm_of: str = "shared"  # how: ops.heads.HEADS; those of "each" are LayerNorms
     sliding_window: int | None = None  # how many keys a query sees, itself included
     max_window_layers: int = 0  # layers below this one see all keys (Qwen2)
     bos_token_id: int | None = None
@@ -71,7 +73,6 @@ class LlamaConfig:
     parallel: str = ""  # attention and mlp read the same x: through "one" norm, or "two"
     fused_qkv: str = ""  # how one projection holds q, k and v: ops.features.QKV
     fused_gate_up: bool = False
-    qk_norm_whole: bool = False  # q and k are normed over the whole projection (OLMo 2)
     windows: tuple[int, ...] | None = None  # of each layer, 0: all keys; instead of sliding_window
     ropes: tuple[int, ...] | None = None  # rotary tables of each layer: 0, 1 (local) or -1 (none)
     local_rope_theta: float | None = None  # of the layers whose `ropes` is 1
@@ -80,6 +81,7 @@ class LlamaConfig:
     rope_layout: str = "half"  # or "interleaved"
     learned_positions: bool = False  # a table that is added to the embedding
     attention_scale: float | None = None  # of scores; None: head_dim ** -0.5
+    attention_scales: tuple[float, ...] | None = None  # that of each layer, where they differ
     attention_softcap: float = 0.0  # 0: none
     logit_softcap: float = 0.0
     embedding_multiplier: float = 1.0
@@ -159,6 +161,7 @@ class LlamaConfig:
             ("parallel", ("", "one", "two")),
             ("fused_qkv", QKV),
             ("rope_layout", ("half", "interleaved")),
+            ("qk_norm_of", HEADS),
         ):
             if getattr(self, name) not in allowed:
                 said = ", ".join(repr(a) for a in allowed)
@@ -174,6 +177,14 @@ class LlamaConfig:
                 check_positive(name, getattr(self, name))
         if self.attention_scale is not None:
             check_positive("attention_scale", self.attention_scale)
+        if self.attention_scales is not None:
+            if len(self.attention_scales) != self.num_hidden_layers:
+                raise ConfigError(
+                    f"attention_scales must have a number for each of the {self.num_hidden_layers} "
+                    "layers"
+                )
+            for scale in self.attention_scales:
+                check_positive("attention_scales", scale)
 
     def _check_experts(self) -> None:
         if not self.experts:
@@ -234,6 +245,7 @@ class LlamaConfig:
             max_window_layers=max(0, self.max_window_layers - first),
             windows=None if self.windows is None else self.windows[first:],
             ropes=None if self.ropes is None else self.ropes[first:],
+            attention_scales=self.attention_scales and self.attention_scales[first:],
             dense_layers=tuple(i - first for i in self.dense_layers if i >= first),
         )
 
@@ -276,8 +288,12 @@ class LlamaConfig:
     @property
     def max_positions(self) -> int:
         """The longest sequence: further than max_position_embeddings where the rotation is meant
-        to stretch by itself (dynamic)."""
+        to stretch by itself (dynamic); not so far where queries grow behind the original length
+        (llama_4_scaling_beta), which is not carried out."""
         for scaling in (self.rope_scaling, self.local_rope_scaling):
+            if scaling is not None and scaling.get("llama_4_scaling_beta"):
+                original = int(scaling["original_max_position_embeddings"])
+                return min(self.max_position_embeddings, original)
             if scaling is not None and scaling["rope_type"] == "dynamic":
                 return int(self.max_position_embeddings * max(1.0, float(scaling["factor"])))
         return self.max_position_embeddings
@@ -291,6 +307,12 @@ class LlamaConfig:
         if self.windows is not None:
             return self.windows[layer]
         return self.sliding_window or 0 if layer >= self.max_window_layers else 0
+
+    def scale(self, layer: int) -> float:
+        """What this layer's scores are multiplied by."""
+        if self.attention_scales is not None:
+            return self.attention_scales[layer]
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
     def rope_of(self, layer: int) -> int:
         """The number of the layer's rotary tables (0; 1 are the local ones); -1: none."""

@@ -20,7 +20,7 @@ from pylora.model.expert_lora import ExpertParameter
 from pylora.model.kvcache import KVCache
 from pylora.model.rope import Rope
 from pylora.ops.llama import LlamaOp, LlamaWeights, Step
-from pylora.types import Array, LoRA
+from pylora.types import Array, LoRA, Seqs
 
 
 class Decodable(Protocol):
@@ -83,8 +83,14 @@ class Batch:
         lengths: Sequence[int],
         slots: np.ndarray,
         adapters: Sequence[Any],
+        spans: np.ndarray | None = None,
     ) -> None:
-        """Errors: those of `KVCache.place`. Nothing is stored yet."""
+        """Errors: those of `KVCache.place`. Nothing is stored yet.
+
+        `spans`, int64 [tokens]: how long the text is with which each token is rotated, where that
+        is not as long as its sequence is by now: a prompt that comes in parts is one text. It
+        counts where the frequencies depend on the length (`Rope.by_length`).
+        """
         self.model, self.kv, self.slots = model, kv, slots
         self.op: LlamaOp = model.op
         self.seqs, rows = kv.place(lengths, slots)
@@ -102,7 +108,7 @@ class Batch:
             q_start[1:] - 1,
             np.ascontiguousarray(start, np.int64),
             tuple(adapters[i] for i in new),
-            model.rope.rotations(self.seqs, position),
+            model.rope.rotations(_apart(self.seqs, spans), position),
         )
 
     def forward(self, ids: np.ndarray | Sequence[int]) -> Array:
@@ -132,3 +138,10 @@ class Batch:
             step.rotations = self.model.rope.rotations(step.seqs, step.position)
             self._covered = self.model.rope.covers(self._longest)
             step.changed()
+
+
+def _apart(seqs: Seqs, spans: np.ndarray | None) -> Seqs:
+    """Sequences as the rotations take them: each token by itself where its length is given."""
+    if spans is None:
+        return seqs
+    return Seqs(np.arange(spans.size + 1, dtype=np.int64), np.zeros_like(spans), spans)

@@ -17,6 +17,7 @@ from pylora.model.families.family import Family
 from pylora.model.families.keys import refuse_unknown
 
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+_ALL_SIZES = ("vocab_size", "hidden_size", "intermediate_size", *_SIZES[2:])
 _TEXT = "text_config"
 # Keys of the outer config of a multimodal model that count for its text part.
 _OUTER = ("tie_word_embeddings", "eos_token_id", "bos_token_id", "quantization_config")
@@ -30,16 +31,28 @@ _COMMON = (
 
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The settings of the language model: those in "text_config" where the file is of a multimodal
-    model, with what the outer file says of the head and the special tokens."""
-    inner = config.get(_TEXT)
+    model, with what the outer file says of the head and the special tokens. They are those of the
+    family whose model it is, and whole: a text part leaves out what its class has by default."""
+    inner, outer = config.get(_TEXT), config.get("model_type")
     if not isinstance(inner, Mapping):
-        return config
+        family = families.ALSO.get(outer) if isinstance(outer, str) else None
+        if family is None:
+            return config
+        inner = config  # older files of Qwen2-VL have the text part's settings beside the vision's
     kind = inner.get("model_type")
-    outer = config.get("model_type")
     if not isinstance(kind, str):
-        kind = next((f.model_type for f in families.ALL.values() if f.inside == outer), None)
-    out = {key: config[key] for key in _OUTER if key in config} | dict(inner)
-    return out | ({} if kind is None else {"model_type": kind})
+        kind = next((f.model_type for f in families.ALL.values() if f.inside == outer), outer)
+    family = families.of(kind)
+    own = {family.aliases.get(key, key): value for key, value in inner.items()}
+    usual = {
+        **dict(zip(_ALL_SIZES, family.sizes)),
+        **family.defaults,
+        **family.also.get(str(kind), {}),
+    }
+    out = {key: config[key] for key in _OUTER if key in config} | own
+    back = {common: alias for alias, common in family.aliases.items()}
+    whole = {**usual, **out, "model_type": family.model_type}
+    return {back.get(key, key): value for key, value in whole.items() if key != "vision_config"}
 
 
 def settings_of(config: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
@@ -65,6 +78,11 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
     heads, layers = c["num_attention_heads"], c["num_hidden_layers"]
     check_int("num_hidden_layers", layers, 1, 10_000)
     check_int("config.json: max_position_embeddings", c["max_position_embeddings"], 1, MAX_SIZE)
+    for key in ("bos_token_id", "eos_token_id"):  # a default that a small vocabulary has not
+        usual = family.defaults.get(key)
+        if c.get(key) == usual and isinstance(usual, (int, list)):
+            largest = max(usual) if isinstance(usual, list) else usual
+            c[key] = usual if largest < c["vocab_size"] else None
     eos, head_dim, kv_heads = c.get("eos_token_id"), c.get("head_dim"), c.get("num_key_value_heads")
     fields = {
         "model_type": family.model_type,

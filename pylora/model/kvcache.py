@@ -1,8 +1,8 @@
 """Keys and values of the tokens seen so far, so that a new token costs one row.
 
-One array per layer, [slots * capacity, kv_heads * head_dim], of the dtype of the model's
-activations: half the bytes in bf16. A slot holds one sequence; it can be cleared and given to
-another at any time, and the others do not notice.
+One array per layer, [rows, kv_heads * head_dim], of the dtype of the model's activations: half the
+bytes in bf16. A slot holds one sequence in rows that lie side by side; it can be cleared and given
+to another at any time, and the others do not notice.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from pylora.types import Seqs
 
 
 class KVCache:
-    """Room for `slots` sequences of up to `capacity` tokens each."""
+    """Room for `slots` sequences of up to `capacity` tokens each.
+
+    Slot i has the rows from start[i] on, and room[i] of them.
+    """
 
     def __init__(
         self,
@@ -30,8 +33,13 @@ class KVCache:
         *,
         ops: Backend,
         dtype: Any = np.float32,
+        rows: int | None = None,
     ) -> None:
-        """Raises ConfigError where the capacity is beyond the model's max_position_embeddings."""
+        """`rows`: so many in all, and no slot has one until its owner says which (`start`, `room`);
+        None: each slot has its own `capacity` rows.
+
+        Raises ConfigError where the capacity is beyond the model's max_position_embeddings.
+        """
         expect("model configuration", config, "KVCache(config, slots, capacity)")
         whole = all(hasattr(n, "__index__") for n in (slots, capacity))
         if not whole or slots < 1 or capacity < 1:
@@ -46,7 +54,10 @@ class KVCache:
             )
         self.slots, self.capacity = slots, capacity
         self.length = np.zeros(slots, np.int64)  # tokens stored in each slot
-        shape = (slots * capacity, config.kv_size)
+        each = capacity if rows is None else 0
+        self.start = np.arange(slots, dtype=np.int64) * each
+        self.room = np.full(slots, each, np.int64)
+        shape = (slots * capacity if rows is None else rows, config.kv_size)
         layers = range(config.num_hidden_layers)
         self.k = [ops.empty(shape, dtype) for _ in layers]
         self.v = [ops.empty(shape, dtype) for _ in layers]
@@ -83,14 +94,15 @@ class KVCache:
         if (n < 1).any():
             raise ShapeError(f"each sequence needs at least one new token, got {n.tolist()}")
         total = self.length[slots] + n
-        if (total > self.capacity).any():
-            i = int(np.argmax(total))
+        room = self.room[slots]
+        if (total > room).any():
+            i = int(np.argmax(total - room))
             raise ConfigError(
                 f"slot {int(slots[i])} of the KV cache would hold {int(total[i])} tokens, its "
-                f"capacity is {self.capacity}"
+                f"capacity is {int(room[i])}"
             )
         q_start = np.concatenate([np.zeros(1, np.int64), np.cumsum(n)])
-        k_start = slots * self.capacity
+        k_start = self.start[slots]
         seqs = Seqs(q_start, k_start, total)
         offset = np.repeat(k_start + self.length[slots] - q_start[:-1], n)
         return seqs, np.arange(int(q_start[-1]), dtype=np.int64) + offset

@@ -36,7 +36,7 @@ from pylora.model.weights import (
     random_weights,
     weight_bytes,
 )
-from pylora.numbers.precision import Stored, check_precision, describe
+from pylora.numbers.precision import AUTO, QUANTIZED, Stored, check_precision, describe, fastest
 from pylora.ops.llama import LlamaOp
 from pylora.ops.protocol import Backend
 from pylora.reference import IGNORE
@@ -149,8 +149,12 @@ class Llama:
 
         What the file stores in a way that `precision` can multiply is taken as it is; see
         `pylora.model.weights.FromCheckpoint`. `stored_as` then counts the model's matrices by kind.
+        "auto" is what trains fastest on this machine.
         """
         expect("checkpoint", checkpoint, "Llama.from_checkpoint")
+        if precision == AUTO:
+            ops = backends.get(backend)
+            precision = fastest(ops.name, getattr(ops, "isa", None))
         weights = FromCheckpoint(checkpoint, check_precision(precision))
         model = cls(checkpoint.config, weights, backend=backend, precision=precision)
         model.stored_as = weights.stored_as
@@ -176,7 +180,7 @@ class Llama:
         that is not what the precision's name says."""
         said = describe(self.precision, self.computes)
         kinds = {k: n for k, n in (self.stored_as or {}).items() if k != "f32"}
-        if self.precision not in ("int8", "int4") or not kinds:
+        if self.precision not in QUANTIZED or not kinds:
             return said
         return f"{said} ({', '.join(f'{n} matrices as {k.upper()}' for k, n in kinds.items())})"
 

@@ -113,6 +113,11 @@ class Rope:
         """Whether a sequence's rotation depends on its length."""
         return any(kind.by_length for kind in self.kinds)
 
+    @property
+    def unchanged(self) -> int:
+        """The longest sequence that is rotated as a short one is."""
+        return min((kind.unchanged for kind in self.kinds), default=self.max_positions)
+
     def tables(self, positions: int) -> tuple[Array, Array]:
         """(cos, sin) of the first kind that cover at least this many positions. ConfigError beyond
         the model's."""

@@ -22,7 +22,7 @@ _SHAPE = {
 
 def example(family: Family) -> LlamaConfig:
     """A small model with the family's defaults."""
-    return LlamaConfig.from_hf({"model_type": family.model_type, **_SHAPE})
+    return LlamaConfig.from_hf({"model_type": family.model_type, **_SHAPE, **family.shown})
 
 
 def in_words(c: LlamaConfig) -> list[str]:
@@ -39,7 +39,7 @@ def in_words(c: LlamaConfig) -> list[str]:
         "one gate, up": c.fused_gate_up,
         "stored transposed": c.family.transposed,
         "biases": c.attention_bias or c.mlp_bias,
-        "q and k normed": c.qk_norm or c.qk_norm_whole,
+        "q and k normed": c.qk_norm or bool({"use_qk_norm", "qk_layernorm"} & c.family.knows),
         "windows": c.sliding_window is not None or any(c.windows or ()),
         "two rotary bases": c.ropes is not None and 1 in c.ropes,
         "layers not rotated": c.ropes is not None and -1 in c.ropes and c.rotated,

@@ -94,10 +94,8 @@ def tensors_of(c: LlamaConfig) -> dict[str, Shape]:
         modules = layer_modules(c, i)
         if "input_norm" in norms:
             norm(f"{layer}.{names.input_norm}")
-        if c.qk_norm or c.qk_norm_whole:
-            sizes = (c.q_size, c.kv_size) if c.qk_norm_whole else (c.head_dim, c.head_dim)
-            for role, size in zip(("q_norm", "k_norm"), sizes):
-                out[f"{layer}.{getattr(names, role)}.weight"] = (size,)
+        if c.qk_norm:
+            _head_norms(c, layer, out)
         for role, spec in modules.items():
             if role == c.features.mlp_modules[0]:
                 _between(c, layer, norms, norm)
@@ -114,6 +112,20 @@ def tensors_of(c: LlamaConfig) -> dict[str, Shape]:
     if not c.tie_word_embeddings:
         out[f"{names.head}.weight"] = (c.vocab_size, hidden)
     return out
+
+
+def _head_norms(c: LlamaConfig, layer: str, out: dict[str, Shape]) -> None:
+    """The norms of q's and k's heads."""
+    sides = ("q_norm", c.num_attention_heads), ("k_norm", c.num_key_value_heads)
+    for role, heads in sides:
+        path = f"{layer}.{getattr(c.names, role)}"
+        if c.qk_norm_of != "each":
+            size = heads * c.head_dim if c.qk_norm_of == "whole" else c.head_dim
+            out[f"{path}.weight"] = (size,)
+        elif c.family.listed_norms:
+            out |= {f"{path}.norms.{h}.weight": (c.head_dim,) for h in range(heads)}
+        else:
+            out[f"{path}.weight"] = (heads, c.head_dim)
 
 
 def _between(c: LlamaConfig, layer: str, norms: tuple[str, ...], norm: object) -> None:

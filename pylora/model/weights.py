@@ -9,9 +9,8 @@ import numpy as np
 
 from pylora.errors import ShapeError
 from pylora.model.config import LlamaConfig
-from pylora.numbers.precision import Stored
+from pylora.numbers.precision import Stored, weights_of
 from pylora.numbers.quantize import quantize
-from pylora.numbers.recode import RECODED, recode
 from pylora.ops.protocol import Backend
 from pylora.types import Array, Norm
 
@@ -30,7 +29,7 @@ def weight_bytes(config: LlamaConfig, precision: str) -> int:
     total = 0.0
     for shape in config.tensors().values():
         n = float(np.prod(shape, dtype=np.float64))
-        total += n * (_BYTES[precision] if len(shape) == 2 else 4)
+        total += n * (_BYTES[weights_of(precision)] if len(shape) == 2 else 4)
     return int(total)
 
 
@@ -53,10 +52,10 @@ def checked_weights(config: LlamaConfig, weights: Weights) -> Weights:
 class FromCheckpoint:
     """The tensors of an open checkpoint, as a model of `precision` wants them.
 
-    In int8 and int4, blocks of Q8_0, Q4_0 and Q4_1 are taken as the file has them, and numbers are
-    quantized (Q8_0, Q4_1). Blocks of other kinds become Q8_0, a few rows at a time; in int4 those
-    of Q4_K become Q4_1 with the same codes (numbers/recode.py). In bf16, bfloat16 is taken as it
-    is. `stored_as` counts the matrices by kind, `sources` by what the file had.
+    In int8 and int4, blocks of the kinds in numbers/blocks.py are taken as the file has them, and
+    numbers are quantized (Q8_0, Q4_1). Blocks of other kinds become Q8_0, a few rows at a time. In
+    bf16, bfloat16 is taken as it is. `stored_as` counts the matrices by kind, `sources` by what the
+    file had.
     """
 
     def __init__(self, checkpoint: Any, precision: str) -> None:
@@ -65,7 +64,7 @@ class FromCheckpoint:
         self.sources: dict[tuple[str, str], int] = {}  # (the file's kind, the kind here)
 
     def __call__(self, name: str) -> Any:
-        if len(self.checkpoint.shape(name)) != 2:
+        if len(self.checkpoint.shape(name)) != 2 or is_norm(self.checkpoint.config, name):
             return self.checkpoint.load(name)
         kind, W = self._matrix(name)
         self.stored_as[kind] = self.stored_as.get(kind, 0) + 1
@@ -74,7 +73,9 @@ class FromCheckpoint:
         return W
 
     def _matrix(self, name: str) -> tuple[str, Any]:
-        keeps = {"int8": "q8_0", "int4": "q4_1", "bf16": "bf16"}.get(self.precision, "f32")
+        keeps = {"int8": "q8_0", "int4": "q4_1", "bf16": "bf16"}.get(
+            weights_of(self.precision), "f32"
+        )
         if keeps == "f32":
             return keeps, self.checkpoint.load(name)
         stored: Stored | None = self.checkpoint.stored(name)
@@ -82,16 +83,8 @@ class FromCheckpoint:
             return stored.kind, stored
         if self.checkpoint.dtype(name) in ("f32", "f16", "bf16") or keeps == "bf16":
             return keeps, self.checkpoint.load(name)
-        return self._recoded(name, keeps)
-
-    def _recoded(self, name: str, keeps: str) -> tuple[str, Stored]:
-        """A matrix of blocks that products do not take, in blocks that they do."""
-        (d, k), kind = self.checkpoint.shape(name), self.checkpoint.dtype(name)
-        if RECODED.get(kind) in (keeps, "q8_0"):
-            rows = recode(self.checkpoint.blocks(name), kind)
-            if rows is not None:
-                return RECODED[kind], Stored(RECODED[kind], rows, (d, k))
         parts = [quantize(part, "q8_0").rows for part in self.checkpoint.parts(name)]
+        d, k = self.checkpoint.shape(name)
         return "q8_0", Stored("q8_0", np.concatenate(parts), (d, k))
 
 
@@ -106,6 +99,22 @@ def norm_of(
     bias = kind == "layer" and config.norm_bias
     b = vector(weights, f"{path}.bias", ops) if bias else None
     return Norm(w, config.rms_norm_eps, kind, b)
+
+
+def head_norm(config: LlamaConfig, weights: Weights, path: str, ops: Backend) -> Norm:
+    """The norm of q or k at a path. Those of each head, which are LayerNorms, have their weights
+    one behind the other, whether the file has a matrix or vectors (`Family.listed_norms`)."""
+    if config.qk_norm_of != "each":
+        return norm_of(config, weights, path, ops, "rms")
+    names = [name for name in config.tensors() if name.startswith(f"{path}.")]
+    w = ops.xp.concatenate([ops.asarray(weights(name)).reshape(-1) for name in names])
+    return Norm(w, config.rms_norm_eps, "layer")
+
+
+def is_norm(config: LlamaConfig, name: str) -> bool:
+    """Whether a tensor is the norms of q's or k's heads, which may be a matrix and is no weight."""
+    names = config.names
+    return name.endswith((f".{names.q_norm}.weight", f".{names.k_norm}.weight"))
 
 
 def vector(weights: Weights, name: str, ops: Backend) -> Array:

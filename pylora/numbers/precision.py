@@ -4,8 +4,9 @@
     fp32x3   float32 weights and activations as two bfloat16 halves each: three products for one
     bf16     weights and what feeds a product in bfloat16; sums and the residual stream in float32
     fp16     the same with float16: on GPUs alone
-    int8     weights in ggml's Q8_0 (or as a file stores them); activations in float32
-    int4     weights in ggml's Q4_1 (or as a file stores them); activations in float32
+    int8     weights in ggml's Q8_0, or in the blocks of a GGUF file; activations in float32
+    int4     weights in ggml's Q4_1, or in the blocks of a GGUF file; activations in float32
+    int8a8, int4a8   the same weights; what a product with one takes is rounded to 8 bits, not to 16
 
 A precision says what a frozen weight keeps of its source and what a product rounds (csrc/pylora.h,
 pylora_packed, has the rules). Adapters, their gradients and the optimizer are float32 in each.
@@ -20,13 +21,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from pylora.errors import ConfigError, DtypeError
+from pylora.numbers.blocks import BLOCKS
 from pylora.types import Array, brief
 
-PRECISIONS = ("fp32", "fp32x3", "bf16", "fp16", "int8", "int4")
+PRECISIONS = ("fp32", "fp32x3", "bf16", "fp16", "int8", "int4", "int8a8", "int4a8")
+QUANTIZED = ("int8", "int4", "int8a8", "int4a8")
+AUTO = "auto"  # what trains fastest on the machine: see `fastest`
+
+# What 8-bit activations make the logits of SmolLM2-135M-Instruct be off by (its Q4_1 file, 512
+# tokens of English; relative, root mean square): bench/accuracy.py. With 16 bits it is 1.5e-4.
+A8_ERROR = 0.02
 
 BF16 = np.dtype([("bf16", "<u2")], align=True)
 
-STORED_KINDS = ("q8_0", "q4_0", "q4_1", "bf16")
+STORED_KINDS = (*BLOCKS, "bf16")
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +64,30 @@ def check_precision(precision: str) -> str:
     return precision
 
 
+def check_choice(precision: str) -> str:
+    """As `check_precision`, "auto" allowed, too."""
+    return precision if precision == AUTO else check_precision(precision)
+
+
+def fastest(backend: str, isa: str | None) -> str:
+    """What "auto" stands for: bf16 where the processor multiplies bfloat16 numbers, and on GPUs;
+    else fp32. Without such products bf16 trains no faster than fp32 (docs/performance.md)."""
+    products = backend == "c" and isa in ("amx", "avx512bf16")
+    return "bf16" if products or backend == "cuda" else "fp32"
+
+
+def weights_of(precision: str) -> str:
+    """The precision that stores weights alike, and rounds no activations to 8 bits."""
+    return precision.removesuffix("a8")
+
+
 def describe(precision: str, computes: str) -> str:
     """The precision asked for, and what a backend makes of it where that is another one."""
+    if precision == computes and precision != weights_of(precision):
+        return (
+            f"{precision} (activations in 8 bits: logits off by some {100 * A8_ERROR:.2g} %, "
+            f"{weights_of(precision)} by 0.015 %)"
+        )
     if precision == computes:
         return precision
     return f"{precision}, computed as strict {computes}: this machine has no bfloat16 tiles (AMX)"

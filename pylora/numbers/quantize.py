@@ -1,4 +1,5 @@
-"""Weights in 8 and 4 bits: ggml's Q8_0, Q4_0 and Q4_1 in NumPy: readable, and the core's oracle.
+"""Weights in 8 and 4 bits: ggml's Q8_0, Q4_0 and Q4_1 in NumPy: readable, and the core's oracle;
+and the values of all kinds of blocks that a weight may be stored in (blocks.py).
 
 A row is cut into groups of 32 numbers. A group is stored as one block: a float16 scale d (Q4_1: and
 a float16 minimum m), then 32 codes q; little-endian.
@@ -17,27 +18,13 @@ from __future__ import annotations
 import numpy as np
 
 from pylora.errors import DtypeError, ShapeError
+from pylora.numbers.blocks import BLOCKS, row_bytes
+from pylora.numbers.ggml_decode import DECODERS
 from pylora.numbers.precision import BF16, Stored, from_bf16, to_bf16
 from pylora.types import Array
 
 GROUP = 32
-BLOCK_BYTES = {"q8_0": 34, "q4_0": 18, "q4_1": 20}
-_HEAD = {"q8_0": 2, "q4_0": 2, "q4_1": 4}  # bytes of scale and minimum
-
-
-def row_bytes(kind: str, k: int) -> int:
-    """Bytes of a row of k numbers. ShapeError unless k is a multiple of 32 (bf16: any)."""
-    if kind == "bf16":
-        return 2 * k
-    if kind not in BLOCK_BYTES:
-        raise DtypeError(
-            f"there is no stored kind {kind!r}; choose one of {', '.join(BLOCK_BYTES)}"
-        )
-    if k % GROUP:
-        raise ShapeError(
-            f"{kind} stores weights in groups of {GROUP} inputs, and a row here has {k}"
-        )
-    return k // GROUP * BLOCK_BYTES[kind]
+KINDS = ("q8_0", "q4_0", "q4_1")
 
 
 def quantize(W: Array, kind: str) -> Stored:
@@ -48,6 +35,10 @@ def quantize(W: Array, kind: str) -> Stored:
     if W.ndim != 2 or W.dtype != np.float32:
         raise DtypeError(
             f"a weight to quantize must be float32 [d, k], got {W.dtype} {list(W.shape)}"
+        )
+    if kind not in (*KINDS, "bf16"):
+        raise DtypeError(
+            f"numbers are not made into {kind!r} here; choose one of {', '.join(KINDS)}"
         )
     d, k = W.shape
     width = row_bytes(kind, k)
@@ -107,15 +98,6 @@ def dequantize(stored: Stored) -> np.ndarray:
     rows = np.ascontiguousarray(stored.rows)
     if kind == "bf16":
         return from_bf16(rows.view(BF16)).reshape(d, k)
-    blocks = rows.reshape(-1, BLOCK_BYTES[kind])
-    head = np.ascontiguousarray(blocks[:, : _HEAD[kind]]).view("<f2").astype(np.float32)
-    codes = blocks[:, _HEAD[kind] :]
     with np.errstate(all="ignore"):
-        if kind == "q8_0":
-            values = codes.view(np.int8).astype(np.float32) * head
-        else:
-            q = np.hstack([codes & 15, codes >> 4]).astype(np.float32)
-            values = head[:, :1] * (q - np.float32(8)) if kind == "q4_0" else head[:, :1] * q
-            if kind == "q4_1":
-                values = values + head[:, 1:]
+        values = DECODERS[kind.upper()](rows.reshape(-1, BLOCKS[kind][1]))
     return np.asarray(values, np.float32).reshape(d, k)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from pylora.ops.fused import split_gate_up, split_qkv
+from pylora.ops.heads import norm_heads
 from pylora.ops.llama import (
     EXPERT,
     NARROW,
@@ -122,7 +123,7 @@ class Composed:
         """o [m, heads * D] of the normed x; the new keys and values are stored."""
         ops, w, layer = self.ops, self.weights, self.weights.layers[i]
         first, rows = w.starts[i], ops.xp.asarray(step.rows)
-        attn = replace(w.attn, window=layer.window)
+        attn = replace(w.attn, window=layer.window, scale=layer.scale or w.attn.scale)
         if w.features.fused_qkv:
             (y,) = self._linear(x, step.start, step, (first,))
             q, key, value = split_qkv(y, w.features.fused_qkv, attn)
@@ -139,8 +140,7 @@ class Composed:
         ops, w = self.ops, self.weights
         D = w.attn.head_dim
         if norm is not None:
-            heads = x if layer.qk_norm_whole else ops.xp.ascontiguousarray(x).reshape(-1, D)
-            x = ops.norm_forward(heads, norm)[0].reshape(x.shape)
+            x, _ = norm_heads(ops, x, norm, D, layer.qk_norm_of)
         if layer.rope < 0:
             y: Array = ops.cast(x, w.dtype)
             return y

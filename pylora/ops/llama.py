@@ -43,14 +43,15 @@ class LayerWeights:
     mid_norm: Norm | None  # before mlp; None in a parallel layer: input_norm serves both
     W: tuple[Any, ...]
     bias: tuple[Array | None, ...]
-    q_norm: Norm | None  # of each head; both or neither
+    q_norm: Norm | None  # both or neither
     k_norm: Norm | None
     window: int
     after_attention: Norm | None = None  # of what attention gives, before it is added
     after_mlp: Norm | None = None
     rope: int = 0  # which of the step's rotations; -1: none
-    qk_norm_whole: bool = False  # q_norm and k_norm are of the whole projection
+    qk_norm_of: str = "shared"  # how q_norm and k_norm are meant: heads.HEADS
     experts: Experts | None = None
+    scale: float = 0.0  # of scores; 0: that of `LlamaWeights.attn`
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +130,8 @@ def _plain(layer: LayerWeights, eps: float) -> bool:
         and layer.after_attention is None
         and layer.after_mlp is None
         and layer.rope == 0
-        and not layer.qk_norm_whole
+        and (layer.q_norm is None or layer.qk_norm_of == "shared")
+        and not layer.scale
         and layer.experts is None
     )
 

@@ -103,10 +103,14 @@ static void numbers(void) {
   }
 }
 
+static int in_bytes = Q_BYTES; /* rows of x: as the tables' quantize_row makes them */
+
 /* Quantized weights: rows and a panel of any codes, those at their limits among them. */
 static void quantized(int dtype, int64_t m, int64_t groups, int mode) {
   const size_t row = sizeof(pylora_qrow), stride = (size_t)groups * row + PICK(0, 4, 64) * (m > 1);
-  const size_t panel_bytes = (size_t)(groups * q_bytes(dtype));
+  const int kind = pylora_q_kind(dtype);
+  const int most = kind == dtype ? PYLORA_QROW_MAX : PYLORA_QROW_MAX8;
+  const size_t panel_bytes = (size_t)(groups * q_bytes(kind));
   const int64_t ldc = 32 + PICK(0, 1, 32), size = m ? (m - 1) * ldc + 32 : 0;
   char *rows = bytes_of(m ? (size_t)(m - 1) * stride + (size_t)groups * row : 0);
   uint16_t *panel = bytes_of(panel_bytes);
@@ -118,19 +122,25 @@ static void quantized(int dtype, int64_t m, int64_t groups, int mode) {
       pylora_qrow q = {.scale = (float)(1 + below(100)) * 1e-4f};
       int32_t sum = 0;
       const int limits = below(4) == 0;
+      int16_t code[PYLORA_QGROUP];
       for (int t = 0; t < PYLORA_QGROUP; t++) {
-        q.code[t] = limits ? (int16_t)PICK(PYLORA_QROW_MAX, -PYLORA_QROW_MAX, 127, 128, -128, -129)
-                           : (int16_t)(below(2 * PYLORA_QROW_MAX + 1) - PYLORA_QROW_MAX);
-        sum += q.code[t];
+        code[t] = limits ? (int16_t)PICK(most, -most, 127, PYLORA_A8 & dtype ? 0 : 128, -126,
+                                         PYLORA_A8 & dtype ? 1 : -129)
+                         : (int16_t)(below(2 * most + 1) - most);
+        sum += code[t];
       }
-      if (dtype == PYLORA_Q4_1)
+      if (in_bytes)
+        q_split(kind, code, q.low, q.high);
+      else
+        memcpy(q.code, code, sizeof code);
+      if (kind == PYLORA_Q4_1)
         q.sum = (float)sum;
       else
-        q.start = dtype == PYLORA_Q4_0 ? -8 * sum : 0;
+        q.start = kind == PYLORA_Q4_0 ? -8 * sum : in_bytes ? -128 * sum : 0;
       if (below(40) == 0) q = (pylora_qrow){.scale = NAN};
       memcpy(rows + (size_t)i * stride + (size_t)g * row, &q, row);
     }
-  const size_t codes = (size_t)q_arrays(dtype) * 128, group = (size_t)q_bytes(dtype);
+  const size_t codes = (size_t)q_arrays(kind) * 128, group = (size_t)q_bytes(kind);
   for (size_t i = 0; i < panel_bytes; i += 2) { /* scales are finite, as those of a file are */
     const uint16_t u = (uint16_t)bits64();
     panel[i / 2] =
@@ -148,9 +158,51 @@ static void quantized(int dtype, int64_t m, int64_t groups, int mode) {
   release();
 }
 
+/* The same of K-quants and their kin. */
+static void kin(int dtype, int64_t m, int64_t supers, int mode) {
+  const int type = dtype & ~PYLORA_A8, most = type == dtype ? PYLORA_KROW_MAX : PYLORA_KROW_MAX8;
+  const int64_t groups = supers * k_groups(type);
+  const size_t stride = (size_t)groups * sizeof(pylora_krow) + PICK(0, 4, 64) * (m > 1);
+  const size_t panel_bytes = (size_t)(supers * k_super_bytes(type));
+  const int64_t ldc = 32 + PICK(0, 1, 32), size = m ? (m - 1) * ldc + 32 : 0;
+  char *rows = bytes_of((size_t)m * stride);
+  uint8_t *panel = bytes_of(panel_bytes);
+  float *c = floats(size, 1), *want = bytes_of((size_t)size * sizeof(float)),
+        *x = floats(groups * 32, 1);
+  snprintf(context, sizeof context, "%s, dtype %d, %d rows, %d supers, mode %d", K->name, dtype,
+           (int)m, (int)supers, mode);
+  for (int64_t i = 0; i < m; i++) {
+    for (int64_t t = 0; t < groups * 32; t++) x[t] = below(9) ? uniform() : (float)PICK(1, -1, 0);
+    if (below(20) == 0) x[below(groups * 32)] = NAN;
+    plain->quantize_bytes(most, groups, x, rows + (size_t)i * stride);
+  }
+  for (size_t i = 0; i < panel_bytes; i++) panel[i] = (uint8_t)bits64();
+  for (int64_t s = 0; s < supers; s++) /* float16 scales are finite, and no exponent is 255 */
+    for (int i = 0; i < (type == PYLORA_MXFP4 ? 32 : k_has_minimum(type) ? 128 : 64); i++)
+      panel[s * k_super_bytes(type) + i] &= type == PYLORA_MXFP4 ? 0x7f : i % 2 ? 0xbf : 0xff;
+  if (size) memcpy(want, c, (size_t)size * sizeof(float));
+  plain->gemm_k(dtype, m, supers, rows, stride, panel, want, ldc, mode);
+  K->gemm_k(dtype, m, supers, rows, stride, panel, c, ldc, mode);
+  EXPECT(!amx_configured, "tiles were not released");
+  for (int64_t i = 0; i < size; i++)
+    EXPECT(same(c[i], want[i]), "[%d] %.9g, without tiles %.9g", (int)i, (double)c[i],
+           (double)want[i]);
+  release();
+}
+
+static void kin_sizes(void) {
+  for (int type = PYLORA_Q5_0; type <= PYLORA_MXFP4; type++)
+    for (int a8 = 0; a8 <= PYLORA_A8; a8 += PYLORA_A8) {
+      const int64_t rows[] = {1, 7, 8, 9, 15, 16, 17, 24, 33, 64, 73, 90};
+      for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+        kin(type + a8, rows[i], 1 + below(k_groups(type) == 8 ? 2 : 12), (int)(i % 3));
+    }
+}
+
 static void quantized_sizes(void) {
-  static const int dtypes[] = {PYLORA_Q8_0, PYLORA_Q4_0, PYLORA_Q4_1};
-  for (int d = 0; d < 3; d++) {
+  static const int dtypes[] = {PYLORA_Q8_0,    PYLORA_Q4_0,    PYLORA_Q4_1,
+                               PYLORA_Q8_0_A8, PYLORA_Q4_0_A8, PYLORA_Q4_1_A8};
+  for (size_t d = 0; d < sizeof dtypes / sizeof *dtypes; d++) {
     for (int64_t m = 0; m <= 50; m++) quantized(dtypes[d], m, 1 + below(6), (int)(m % 3));
     for (int64_t groups = 1; groups <= 33; groups++)
       for (int mode = GEMM_SET; mode <= GEMM_ADD; mode++)
@@ -167,6 +219,7 @@ static void self_test(void) {
     EXPECT(!amxq_right(), "wrong tiles of kind %d were taken for right", amx_fault);
   amx_fault = 0;
   EXPECT(amxq_right(), "right tiles of bytes were taken for wrong");
+  EXPECT(amxk_right(), "right tiles of K-quants were taken for wrong");
   EXPECT(amx_right(), "right tiles were taken for wrong");
   EXPECT(pylora_kernels_amx_here.supported(), "the table is not offered");
 }
@@ -183,13 +236,16 @@ int main(int argc, char **argv) {
   sizes();
   numbers();
   quantized_sizes();
+  kin_sizes();
 #if defined(PYLORA_AMX) && !defined(WITHOUT_HARDWARE)
   if (pylora_use_isa("amx") == PYLORA_OK) {
     K = pylora_table();
     plain = &pylora_kernels_avx512vnni;
+    in_bytes = 1;
     sizes();
     numbers();
     quantized_sizes();
+    kin_sizes();
     printf("AMX itself was checked, too\n");
   }
 #endif

@@ -407,6 +407,22 @@ static void long_sequences(void) {
   near("dv", &dv, &dv0, &b.dv);
 }
 
+/* A scale of scores is positive: another one is refused, before anything is written. */
+static void scales(void) {
+  setting t = random_setting(0, 9);
+  const pylora_mat o = matrix(t.m, t.q.cols, 0), lse = matrix(t.m, t.a.heads, 0);
+  const float bad[] = {0, -0.5f, NAN, INFINITY};
+  for (int i = 0; i < 4; i++) {
+    t.a.scale = bad[i];
+    EXPECT(pylora_attention_workspace(&t.s, &t.a) == 0, "no workspace for a scale of %g", bad[i]);
+    EXPECT_STATUS(PYLORA_E_VALUE,
+                  pylora_attention_forward(&t.q, &t.k, &t.v, &t.s, &t.a, &o, &lse, t.ws, t.bytes));
+    EXPECT_STATUS(PYLORA_E_VALUE,
+                  pylora_attention_backward(&t.d_o, &t.q, &t.k, &t.v, &o, &lse, &t.s, &t.a, &t.q,
+                                            &t.k, &t.v, t.ws, t.bytes));
+  }
+}
+
 int main(void) {
   each_setup(cases);
   each_setup(decode_is_prefill);
@@ -415,5 +431,6 @@ int main(void) {
   each_setup(long_sequences);
   each_setup(threads);
   each_setup(shared_keys_and_many_heads);
+  scales();
   return finish("test_attention");
 }

@@ -116,10 +116,12 @@ static void make_layer(world *w, int i, int plain) {
   if (any && !g->parallel)
     l->after_attention = norm_of(kind, HIDDEN), l->after_mlp = norm_of(kind, HIDDEN);
   if (below(2)) {
-    l->norm_whole = any;
-    l->q_norm = norm_of(kind, any ? q : D), l->k_norm = norm_of(kind, any ? kv : D);
+    l->norm_of = plain ? PYLORA_NORM_SHARED : (int32_t)below(3);
+    const int shared = l->norm_of == PYLORA_NORM_SHARED;
+    l->q_norm = norm_of(kind, shared ? D : q), l->k_norm = norm_of(kind, shared ? D : kv);
   }
   l->window = i ? 5 : 0;
+  l->scale = plain || below(2) ? 0 : 0.3f;
   l->rope = plain ? 0 : (int32_t)below(3) - 1;
   if (experts) l->experts = &w->experts;
   int64_t d[MOST], k[MOST];
@@ -200,9 +202,16 @@ static void normed_to(const pylora_norm *n, const pylora_mat *x, const pylora_ma
 
 static void turned(const world *w, const pylora_layer *l, const pylora_norm *n, const pylora_mat *x,
                    const int64_t *position, const pylora_mat *y) {
-  const int64_t width = l->norm_whole ? x->cols : D;
+  const int64_t width = l->norm_of == PYLORA_NORM_WHOLE ? x->cols : D;
   const pylora_mat heads = {x->p, x->rows * x->cols / width, width, width, NULL, NULL};
-  if (n->w) normed_to(n, &heads, &heads);
+  if (n->w && l->norm_of != PYLORA_NORM_EACH) normed_to(n, &heads, &heads);
+  for (int64_t i = 0; n->w && l->norm_of == PYLORA_NORM_EACH && i < heads.rows; i++) {
+    const pylora_mat one = {x->p + i * D, 1, D, D, NULL, NULL};
+    pylora_norm own = *n; /* row by row: head i % heads */
+    own.w += i * D % x->cols;
+    if (own.b) own.b += i * D % x->cols;
+    normed_to(&own, &one, &one);
+  }
   const pylora_rope_table *r = &w->rope[l->rope < 0 ? 0 : l->rope];
   if (l->rope < 0)
     OK(pylora_cast(x, y));
@@ -337,6 +346,7 @@ static pylora_mat by_hand(const world *w, const int64_t *ids, int64_t m, const p
     turned(w, l, &l->k_norm, &raw_k, position, &k);
     pylora_attn attn = g->attn;
     attn.window = l->window;
+    if (l->scale != 0) attn.scale = l->scale;
     const size_t n = pylora_attention_workspace(&seqs, &attn);
     OK(pylora_attention_forward(&q, &k, &v, &seqs, &attn, &o, &lse, bytes_of(n), n));
     one_linear(w, &o, (int)last, a, l->bias[last - l->module], NULL, &out);
@@ -417,7 +427,8 @@ static void chunks(world *w, int unpacked) {
   for (int i = 0; i < SEQUENCES; i++) EXPECT(done[i] == length[i]);
 }
 
-static const int dtypes[] = {PYLORA_F32, PYLORA_BF16, PYLORA_Q8_0, PYLORA_Q4_0, PYLORA_Q4_1};
+static const int dtypes[] = {PYLORA_F32,  PYLORA_BF16,    PYLORA_Q8_0,   PYLORA_Q4_0,
+                             PYLORA_Q4_1, PYLORA_Q8_0_A8, PYLORA_Q4_1_A8};
 
 static void steps(void) {
   for (size_t i = 0; i < sizeof dtypes / sizeof *dtypes; i++)
@@ -522,6 +533,7 @@ static void refused(void) {
   MODEL(PYLORA_E_NULL, rope, NULL);
   MODEL(PYLORA_E_VALUE, ropes, 0);
   MODEL(PYLORA_E_SHAPE, attn.kv_heads, 3);
+  MODEL(PYLORA_E_VALUE, attn.scale, 0);
   MODEL(PYLORA_E_UNSUPPORTED, activations, PYLORA_Q8_0);
   MODEL(PYLORA_E_SHAPE, ungated, 1); /* then `up` stands where `down` should */
   MODEL(PYLORA_E_SHAPE, positions, &w.W[PYLORA_DOWN]);
@@ -529,6 +541,8 @@ static void refused(void) {
   LAYER(PYLORA_E_VALUE, rope, -2);
   LAYER(PYLORA_E_VALUE, module, 6);
   LAYER(PYLORA_E_VALUE, window, -1);
+  LAYER(PYLORA_E_VALUE, norm_of, 3);
+  LAYER(PYLORA_E_VALUE, scale, -1);
   LAYER(PYLORA_E_VALUE, mid_norm.kind, 7);
   LAYER(PYLORA_E_NULL, W, NULL);
   pylora_experts none = {&w.router, 0, 1, 0};

@@ -291,16 +291,16 @@ static void test_safetensors_refused(void) {
 /* Packed out of a file is what pylora_pack makes of the numbers, rows in Hugging Face's order. */
 static void test_pack(void) {
   static bytes b;
-  const uint32_t types[] = {0, 1, 2, 3, 8, 30};
-  const int64_t size[] = {4, 2, 18, 20, 34, 2};
+  const uint32_t types[] = {0, 1, 2, 3, 8, 30, 6, 7, 10, 11, 12, 13, 14, 20, 23, 39};
+  const int64_t size[] = {4, 2, 18, 20, 34, 2, 22, 24, 84, 110, 144, 176, 210, 18, 136, 17};
   const int dtypes[] = {PYLORA_F32,  PYLORA_BF16, PYLORA_F32X3,
                         PYLORA_Q8_0, PYLORA_Q4_0, PYLORA_Q4_1};
-  enum { D = 40, K = 64, HEADS = 4 };
-  for (int t = 0; t < 6; t++) {
+  enum { D = 40, K = 256, HEADS = 4, TYPES = sizeof types / sizeof *types };
+  for (int t = 0; t < TYPES; t++) {
     gguf_begin(&b, 1, 0);
     tensor_entry(&b, "W", D, K, types[t], 0);
     put_zeros(&b, 32);
-    const int64_t n = (size[t] > 4 ? D * K / 32 : D * K) * size[t];
+    const int64_t n = (size[t] > 50 ? D * K / 256 : size[t] > 4 ? D * K / 32 : D * K) * size[t];
     for (int64_t i = 0; i < n; i++) put(&b, &(uint8_t){(uint8_t)below(types[t] == 8 ? 60 : 50)}, 1);
     pylora_file *file;
     OK(open_bytes(&b, b.n, &file));

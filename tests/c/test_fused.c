@@ -3,9 +3,12 @@
 
 enum { N = 3, SEGMENTS = 5 };
 
-static const int dtypes[] = {PYLORA_F32, PYLORA_BF16, PYLORA_Q8_0, PYLORA_Q4_1, PYLORA_F32X3};
+static const int dtypes[] = {PYLORA_F32,  PYLORA_BF16,  PYLORA_Q8_0,
+                             PYLORA_Q4_1, PYLORA_F32X3, PYLORA_Q4_1_A8};
 
-static int quantized(int dtype) { return dtype == PYLORA_Q8_0 || dtype == PYLORA_Q4_1; }
+static int quantized(int dtype) {
+  return dtype == PYLORA_Q8_0 || dtype == PYLORA_Q4_1 || dtype >= PYLORA_A8;
+}
 
 static pylora_packed stored(int dtype, int64_t d, int64_t k) {
   const pylora_mat W = matrix(d, k, 1);

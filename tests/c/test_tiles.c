@@ -68,9 +68,10 @@ static void rows_alone(int dtype, int64_t m, int64_t k, int64_t d) {
 
 /* More rows than a block has, and sums longer than a piece, of a length that no piece divides. */
 static void sizes(void) {
-  static const int dtypes[] = {PYLORA_BF16, PYLORA_F32X3, PYLORA_Q8_0, PYLORA_Q4_1};
+  static const int dtypes[] = {PYLORA_BF16, PYLORA_F32X3,   PYLORA_Q8_0,
+                               PYLORA_Q4_1, PYLORA_Q8_0_A8, PYLORA_Q4_0_A8};
   for (size_t i = 0; i < sizeof dtypes / sizeof *dtypes; i++) {
-    const int quantized = dtypes[i] == PYLORA_Q8_0 || dtypes[i] == PYLORA_Q4_1;
+    const int quantized = dtypes[i] != PYLORA_BF16 && dtypes[i] != PYLORA_F32X3;
 #ifdef EMULATED /* an instruction at a time: the smallest sizes that are cut into pieces */
     rows_alone(dtypes[i], 65, quantized ? 608 : 577, 70);
 #else

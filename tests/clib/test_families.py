@@ -28,6 +28,7 @@ LLAMA3 = {
     "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 FAMILIES: dict[str, list[dict[str, Any]]] = {
     "gemma2": [
         {"sliding_window": 3, "query_pre_attn_scalar": 24},
@@ -54,6 +55,27 @@ FAMILIES: dict[str, list[dict[str, Any]]] = {
         {"no_rope_layer_interval": 2},
     ],
     "olmo2": [{"rope_theta": 5e5}, {"attention_bias": True, "tie_word_embeddings": True}],
+    "olmo3": [
+        {"sliding_window": 3, "rope_scaling": YARN},
+        {"sliding_window": 3, "layer_types": ["full_attention", "sliding_attention"] * 2,
+         "rope_parameters": {"full_attention": {**YARN, "rope_theta": 9e5},
+                             "sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+    ],
+    "gemma": [{"hidden_act": "gelu"}, {"attention_bias": True, "tie_word_embeddings": False}],
+    "ministral": [
+        {"sliding_window": 3, "layer_types": ["full_attention", "sliding_attention"] * 2},
+        {"sliding_window": None}, {"sliding_window": 3},
+    ],
+    "seed_oss": [{}, {"attention_bias": False, "attention_out_bias": True, "mlp_bias": True}],
+    "ernie4_5": [{}, {"use_bias": True, "rope_theta": 1e4, "tie_word_embeddings": False}],
+    "qwen2": [
+        {"rope_scaling": YARN},
+        {"rope_scaling": {**YARN, "beta_fast": 16, "beta_slow": 2, "truncate": False,
+                          "attention_factor": 1.25}},
+        {"rope_scaling": {**YARN, "factor": None, "mscale": 0.7, "mscale_all_dim": 1.5},
+         "original_max_position_embeddings": 16},
+    ],
+    "llama": [{"rope_parameters": {**YARN, "rope_theta": 5e5}}],
 }  # fmt: skip
 CASES = [(name, i) for name, all_of in FAMILIES.items() for i in range(len(all_of))]
 
@@ -86,6 +108,8 @@ def test_a_directory(tmp_path: Path, name: str, case: int, precision: str) -> No
     same(tmp_path / "m", precision)
 
 
+_YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
+         "rope.scaling.original_context_length": 16}  # fmt: skip
 _GGUF: dict[str, dict[str, Any]] = {
     "gemma2": {"attention.sliding_window": 3, "attn_logit_softcapping": 30.0,
                "final_logit_softcapping": 20.0},
@@ -94,6 +118,11 @@ _GGUF: dict[str, dict[str, Any]] = {
                 "logit_scale": 8.0},
     "smollm3": {},
     "olmo2": {},
+    "olmo3": {"attention.sliding_window": 3, **_YARN},
+    "gemma": {},
+    "seed_oss": {},
+    "ernie4_5": {},
+    "qwen2": {**_YARN, "rope.scaling.yarn_beta_fast": 16.0},
 }  # fmt: skip
 _STEMS = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -107,18 +136,19 @@ _STEMS = {
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("arch", list(_GGUF))
 def test_a_gguf_file(tmp_path: Path, arch: str, precision: str) -> None:
-    name = "gemma3_text" if arch == "gemma3" else arch
+    name, arch = "gemma3_text" if arch == "gemma3" else arch, arch.replace("olmo3", "olmo2")
     config = LlamaConfig.from_hf({"model_type": name, "sliding_window": 3} | SIZES)
-    plain = "pre_feedforward_layernorm" in config.names.mid_norm or arch == "olmo2"
+    plain = "pre_feedforward_layernorm" in config.names.mid_norm or arch in ("olmo2", "seed_oss")
     stems = _STEMS | {"post_attention_layernorm": "post_attention_norm" if plain else "ffn_norm"}
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", arch)
     numbers = {
         "context_length": 64, "embedding_length": 64, "block_count": 4, "feed_forward_length": 96,
         "attention.head_count": 4, "attention.head_count_kv": 2, "attention.key_length": 32,
         "attention.value_length": 32, "attention.layer_norm_rms_epsilon": 1e-6,
-    } | _GGUF[arch]  # fmt: skip
+    } | _GGUF[name if name == "olmo3" else arch]  # fmt: skip
     for key, value in numbers.items():
         add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
+        add = writer.add_string if isinstance(value, str) else add
         add(f"{arch}.{key}", value)
     rng = np.random.default_rng(3)
     for tensor, shape in config.tensors().items():
@@ -129,6 +159,7 @@ def test_a_gguf_file(tmp_path: Path, arch: str, precision: str) -> None:
         else:
             named = {"model.embed_tokens": "token_embd", "model.norm": "output_norm",
                      "lm_head": "output"}[stem] + ".weight"  # fmt: skip
+        named = named.removesuffix("weight") + tensor.rsplit(".", 1)[1]
         writer.add_tensor(named, (rng.standard_normal(shape) * 0.3 + 0.5).astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -168,7 +199,11 @@ def refused(path: Path) -> str:
         ({"model_type": "gemma2", "sliding_window": 0}, "sliding_window"),
         ({"model_type": "smollm3", "no_rope_layers": [0, 1, 2, 1]}, "no_rope_layers"),
         ({"model_type": "smollm3", "no_rope_layers": [0]}, "no_rope_layers"),
-        ({"model_type": "olmo2", "rope_scaling": {"rope_type": "yarn", "factor": 2}}, "yarn"),
+        ({"model_type": "olmo2", "rope_scaling": {"rope_type": "dynamic", "factor": 2}}, "dynamic"),
+        ({"model_type": "llama", "rope_scaling": {"rope_type": "yarn"}}, "factor"),
+        ({"model_type": "llama", "rope_scaling": {**YARN, "wavelength": 3}}, "wavelength"),
+        ({"model_type": "llama", "rope_scaling": {**YARN, "beta_fast": 0}}, "beta_fast"),
+        ({"model_type": "gpt_neox"}, "gpt_neox.*ernie4_5"),
     ],
 )
 def test_refused(tmp_path: Path, settings: dict[str, Any], names: str) -> None:

@@ -152,6 +152,24 @@ def test_merge_then_unmerge_gives_the_weights_back(
         assert all(a.load(name).tobytes() == c.load(name).tobytes() for name in a.names())
 
 
+def test_combine_makes_one_adapter_of_several(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_folder, both, cut = trained, tmp_path / "both", tmp_path / "cut"
+    assert "8 modules" in run(capsys, "combine", run_folder, run_folder, both, "--weights", "2,-1")
+    said = run(capsys, "combine", both, cut, "--method", "svd", "--rank", 1)
+    assert "cut to rank 1" in said and "% of the update is lost" in said
+    before = (both / "adapter_model.safetensors").read_bytes()
+    assert "something in it" in sentence(capsys, "combine", cut, both)
+    assert (both / "adapter_model.safetensors").read_bytes() == before
+    new = tmp_path / "new"
+    for weights in ("1", "1,2,3", "one,two", "1,nan", ""):
+        sentence(capsys, "combine", both, cut, new, "--weights", weights)
+    sentence(capsys, "combine", both, cut, new, "--method", "ties", "--density", 2)
+    sentence(capsys, "combine", both, tmp_path / "gone", new)
+    assert not new.exists()
+
+
 def test_plan_shows_each_module_and_its_rules(
     model: Path, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -51,6 +51,7 @@ def base(verb: str, there: dict[str, Path], out: Path) -> list[str]:
         "train": ["train", model, str(there["data"]), str(out / "run")],
         "generate": ["generate", model, "truth"],
         "chat": ["chat", model],
+        "serve": ["serve", model],
         "merge": ["merge", model, run, str(out / "merged")],
         "unmerge": ["unmerge", str(there["model"]), str(out / "base")],
         "plan": ["plan", model],
@@ -76,7 +77,9 @@ VALUES: dict[str, Any] = {
     "adapters_by": "mlx", "form": "gguf", "api_key": "key", "bases": "llama", "tests": "alpha",
     "families": "qwen2",
     "repetition_penalty": "1.5", "fields": "-label", "dropout": "0.25", "top_p": "0.5",
-    "port": "{out}/port", "badge": "{out}/b.json", "markdown": "{out}/t.md",
+    "port": "{out}/port", "adapters": "{out}", "load_from": "{out}", "api_keys": "{data}",
+    "log_level": "error", "host": "0.0.0.0", "log_format": "json",
+    "badge": "{out}/b.json", "markdown": "{out}/t.md",
 }  # fmt: skip
 # What an option needs beside it (and what the least command line then has, too), or takes away.
 BESIDE: dict[tuple[str, str], list[str]] = {
@@ -142,6 +145,8 @@ def handed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     spy("pylora.adapters.plan.resolve")
     spy("pylora.generation.generate.generate", last=True)
     spy("pylora.commands.chat.Chat", last=True)
+    spy("pylora.web.log.configure", result=True)
+    spy("pylora.web.server.Server", last=True)
     spy("pylora.front.load.load")
     spy("pylora.merging.merge.merge_checkpoint", last=True)
     spy("pylora.merging.merge.unmerge_checkpoint", last=True)
@@ -196,9 +201,9 @@ def typed(verb: str, name: str) -> list[str]:
     param = next(p for p in VERBS[verb].params if p.name == name)
     option = next((o for o in param.opts if o.startswith("--")), param.opts[0])
     if param.is_flag:
-        return [option]
+        return [param.secondary_opts[0] if param.default is True else option]
     if name in VALUES:
-        return [option, VALUES[name]]
+        return [option, {("serve", "port"): "9"}.get((verb, name), VALUES[name])]
     return [option, str(type(param.default or 0)((param.default or 0) + 1))]
 
 

@@ -59,6 +59,17 @@ def test_the_c_backend_keeps_every_law_in_every_precision(adapter, precision):
     assert {o.law.id for o in report.of("passed")} >= {"F5", "F7", "Q1", "B1", "X5", "N4", "N6"}
 
 
+@pytest.mark.parametrize("kind", ["Q4K", "Q6K"])
+def test_the_c_backend_keeps_every_law_on_blocks_of_a_file(adapter, kind):
+    if "c" not in backends.available():
+        pytest.skip("the backend c is not built here")
+    # All laws, and Q5_0: .ci/nightly. These are of the products, their gradients and rows.
+    laws = "F1 F2 F3 F5 F7 F8 G1 G2 G3 Q1 B1 B2 B3 E1 E2 E3 X1 X3 X5 N3 N4 D1 D2 O1".split()
+    report = run(adapter("pylora_blocks", kind), laws, examples=2)
+    assert wrong(report) == set() and report.warnings == []
+    assert len(report.of("passed")) > len(laws) - 2
+
+
 def test_plain_numpy_keeps_every_law_that_it_can_be_asked(adapter):
     report = run(adapter("numpy_ten_lines", "Plain"), examples=25)
     assert wrong(report) == set()

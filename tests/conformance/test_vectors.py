@@ -72,6 +72,12 @@ WRONG = {
     "sequences run together": ("attention", lambda c: c.params.update(lengths=[6, 3])),
     "no bias correction": ("adamw", lambda c: c.params.update(step=100000)),
     "another eps": ("rms-norm", lambda c: c.params.update(eps=1.1e-5)),
+    "the other GELU": ("gelu-tanh", lambda c: c.params.update(kind="gelu_erf")),
+    "no cap": ("attention-capped", lambda c: c.params.update(softcap=0.0)),
+    "the usual scale": ("attention-scale", lambda c: c.params.update(scale=0.5)),
+    "weights as they are": ("choose", lambda c: c.params.update(normalize=False)),
+    "the ramp's ends as they are": ("rope-yarn", lambda c: c.params.update(truncate=False)),
+    "long factors too early": ("rope-longrope-short", lambda c: c.params.update(length=17)),
     "decay forgotten": ("training", lambda c: c.params.update(weight_decay=0.0)),
     "another dropout": ("training", lambda c: c.params.update(seed="4")),
 }

@@ -628,7 +628,12 @@ static void test_errors() {
   EXPECT_STATUS(PYLORA_E_UNSUPPORTED, ahead(&F, &s, ws.bytes.size()));
   a.window = -1;
   EXPECT_STATUS(PYLORA_E_VALUE, ahead(&Q, &s, ws.bytes.size()));
-  a.window = 0, a.kv_heads = 3;
+  a.window = 0;
+  for (float scale : {0.0f, -1.0f, NAN, INFINITY}) {
+    a.scale = scale;
+    EXPECT_STATUS(PYLORA_E_VALUE, ahead(&Q, &s, ws.bytes.size()));
+  }
+  a.scale = 1, a.kv_heads = 3;
   EXPECT_STATUS(PYLORA_E_SHAPE, ahead(&Q, &s, ws.bytes.size()));
   a = {1, 1, 264, 0, 1, 0};
   Matrix wide(PYLORA_BF16, 2, 264, 1), more(PYLORA_F32, 2, 1, 1);

@@ -17,10 +17,10 @@ from pylora.errors import FileFormatError, MissingExtraError, UnsupportedError
 from pylora.formats import open_checkpoint
 from pylora.formats.base import widen
 from pylora.formats.ggml import BLOCK_TYPES
-from pylora.formats.ggml_decode import DECODERS
 from pylora.formats.gguf import deinterleave, dequantize
 from pylora.formats.gguf_header import read_header
 from pylora.model.config import LlamaConfig
+from pylora.numbers.ggml_decode import DECODERS
 
 QUANTIZABLE = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"]  # what gguf-py can write
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 from pylora import backends
-from pylora.errors import ConfigError, UnsupportedError
+from pylora.errors import ConfigError, PyloraError, UnsupportedError
+from pylora.model import families
 from pylora.model.config import LlamaConfig, ModuleSpec
 from pylora.model.rope import Rope, inverse_frequencies
 
@@ -194,3 +196,100 @@ def test_the_tables_grow_without_changing() -> None:
     assert rope.tables(1000)[0].shape == (1000, 3)
     with pytest.raises(ConfigError, match=r"1001 tokens.*\(1000\)"):
         rope.tables(1001)
+
+
+def test_ministral_3_is_read_up_to_where_its_queries_grow() -> None:
+    """Behind the original length they are multiplied by their position's logarithm, which is not
+    carried out: a longer sequence is refused."""
+    config = LlamaConfig.from_hf({"text_config": {"model_type": "ministral3"}})
+    assert (config.max_position_embeddings, config.max_positions) == (262144, 16384)
+    assert config.rope_scaling is not None and config.rope_scaling["rope_type"] == "yarn"
+    tiny = {"num_hidden_layers": 1, "num_attention_heads": 8, "head_dim": 8}
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    part = {"model_type": "ministral3", **tiny, "rope_parameters": yarn}
+    assert LlamaConfig.from_hf({"text_config": part}).max_positions == 262144
+    yarn["llama_4_scaling_beta"] = 0.1
+    config = LlamaConfig.from_hf({"text_config": part})
+    with pytest.raises(ConfigError, match="17 tokens.*shorten"):
+        Rope(config, ops=backends.get("numpy")).tables(17)
+    yarn["type"] = "linear"
+    with pytest.raises(UnsupportedError, match="llama_4_scaling_beta without YaRN"):
+        LlamaConfig.from_hf({"text_config": part})
+
+
+# Values that a damaged file, or an odd one, may have: each is read or refused with a sentence.
+ODD: dict[str, list[Any]] = {
+    "rope_scaling": [[], [1], "yarn", {"type": 5}, {"type": "yarn", "factor": ""}],
+    "rope_parameters": [None, [], 7, {"full_attention": 3}, {"full_attention": {"rope_type": "x"}}],
+    "rope_theta": ["x", 0, -1],
+    "layer_types": ["full_attention", [], [None, None], ["full_attention"], [["a"], "b"]],
+    "sliding_window": ["4", 0, -3, 2.5, True],
+    "head_dim": [0, None, 7, "8"],
+    "num_attention_heads": [0, 3],
+    "num_key_value_heads": [None, 3, 0],
+    "hidden_act": [5, None, "swiglu"],
+    "hidden_activation": [[]],
+    "tie_word_embeddings": ["yes", None],
+    "attention_bias": [1],
+    "mlp_bias": ["x"],
+    "eos_token_id": [[1, "a"], True, 1000.0, [], 61],
+    "bos_token_id": [-1],
+    "rms_norm_eps": [0, None, "1e-5"],
+    "layer_norm_eps": [None],
+    "norm_epsilon": [None],
+    "partial_rotary_factor": [0, 1.5, "x", None],
+    "max_position_embeddings": [None, 0, "x"],
+    "num_experts": [0, None, "4"],
+    "num_local_experts": [[]],
+    "num_experts_per_tok": [None, 0],
+    "moe_intermediate_size": [None],
+    "mlp_only_layers": [None, 3, ["a"]],
+    "decoder_sparse_step": [0],
+    "norm_topk_prob": [None],
+    "quantization_config": [{"bits": 4}],
+    "text_config": [None, {}, {"model_type": "qwen3_5_text"}, []],
+    "query_pre_attn_scalar": [None, 0, "x"],
+    "attn_logit_softcapping": [0, -1],
+    "final_logit_softcapping": ["x"],
+    "sliding_window_pattern": [0, None, "LLG", "XY"],
+    "logit_scale": [0, None],
+    "logits_scaling": [0],
+    "embedding_multiplier": [None],
+    "no_rope_layers": [[], [0, 2], None],
+    "no_rope_layer_interval": [0],
+    "n_inner": [None],
+    "n_embd": [None],
+    "use_sliding_window": ["x"],
+    "max_window_layers": [None, -1],
+    "rotary_pct": [None, 2],
+    "rotary_emb_base": [None],
+    "original_max_position_embeddings": ["x", 0],
+    "vocab_size": [None],
+    "hidden_size": [None],
+    "num_hidden_layers": [None, 1000000000, True],
+    "use_parallel_residual": [None],
+    "qk_layernorm": [None],
+    "shared_intermediate_size": [None, "x"],
+    "position_embedding_type": [5],
+    "layers_block_type": [["attention", "attention"]],
+    "use_qk_norm": [None],
+    "scale_attn_by_inverse_layer_idx": [None],
+    "scale_attn_weights": [None],
+    "model_type": [None, ["llama"], {}],
+    "rope_local_base_freq": [None, "x"],
+    "intermediate_size": [None, [20]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [*families.ALL, *families.ALSO])
+def test_no_value_of_a_setting_breaks_the_reader(kind: str) -> None:
+    sizes = {
+        "vocab_size": 61, "hidden_size": 32, "intermediate_size": 20, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    }  # fmt: skip
+    for name, values in ODD.items():
+        for value in values:
+            settings = {**sizes, "model_type": kind, name: value}
+            for config in (settings, {"model_type": "whole", "text_config": settings}):
+                with contextlib.suppress(PyloraError):
+                    LlamaConfig.from_hf(config)

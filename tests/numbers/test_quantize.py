@@ -9,6 +9,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from blocks import magnitudes, qtype, random_blocks, values
 from bounds import gamma
 from small_models import CONFIG, weights, write_gguf
 
@@ -17,56 +18,29 @@ from pylora.errors import BackendError, DtypeError, ShapeError
 from pylora.formats import open_checkpoint
 from pylora.formats.gguf import GGUFCheckpoint
 from pylora.model.llama import Llama
+from pylora.numbers.blocks import BLOCKS, row_bytes
 from pylora.numbers.precision import Stored
-from pylora.numbers.quantize import BLOCK_BYTES, dequantize, quantize, row_bytes
+from pylora.numbers.quantize import KINDS, dequantize, quantize
 from pylora.types import LoRA
 
-KINDS = tuple(BLOCK_BYTES)
-D, K = 70, 1120  # not a multiple of 32 outputs; more than one piece of a sum
+D, K = 70, 1280  # not a multiple of 32 outputs; more than one piece of a sum
 
 
-def qtype(kind: str) -> Any:
-    return gguf.GGMLQuantizationType[kind.upper()]
-
-
-def random_blocks(rng: np.random.Generator, kind: str, d: int = D, k: int = K) -> Stored:
-    """Random codes with scales of many sizes and both signs, among them 0 and subnormal ones."""
-    rows = rng.integers(0, 256, (d, row_bytes(kind, k)), np.uint8)
-    blocks = rows.reshape(-1, BLOCK_BYTES[kind])
-    for at in range(0, 4 if kind == "q4_1" else 2, 2):
-        scales = rng.normal(size=len(blocks)) * 10.0 ** rng.integers(-8, 2, len(blocks))
-        blocks[:, at : at + 2] = scales.astype("<f2").view(np.uint8).reshape(-1, 2)
-    return Stored(kind, rows, (d, k))
-
-
-def values(stored: Stored) -> np.ndarray:
-    with np.errstate(all="ignore"):
-        return np.asarray(gguf.quants.dequantize(stored.rows, qtype(stored.kind)))
-
-
-def magnitudes(stored: Stored) -> np.ndarray:
-    """|scale code| + |minimum| of each weight, float64: what the terms of a sum are made of."""
-    if stored.kind != "q4_1":
-        return np.abs(values(stored), dtype=np.float64)
-    head = stored.rows.reshape(-1, 20)[:, :4].copy().view("<f2").astype(np.float64)
-    low = np.repeat(head[:, 1], 32).reshape(stored.shape)
-    return np.abs(values(stored) - low) + 2 * np.abs(low)
-
-
-def x_error(x: np.ndarray) -> np.ndarray:
-    """|x - scale * code|: half a step, and the rounding of the quotient of up to 32639 steps."""
+def x_error(x: np.ndarray, steps: int) -> np.ndarray:
+    """|x - scale * code|: half a step, and the rounding of the quotient of up to `steps` steps."""
     groups = np.abs(x.astype(np.float64)).reshape(len(x), -1, 32).max(axis=2)
-    step = np.maximum(groups / 32639 * (1 + gamma(1)), 2.0**-126)
-    return np.repeat(step * (0.5 + 32639 * gamma(1)), 32, axis=1)
+    step = np.maximum(groups / steps * (1 + gamma(1)), 2.0**-126)
+    return np.repeat(step * (0.5 + steps * gamma(1)), 32, axis=1)
 
 
-def bound(x: np.ndarray, stored: Stored) -> np.ndarray:
+def bound(x: np.ndarray, stored: Stored, steps: int = 32639) -> np.ndarray:
     """Of x Wᵀ: x is rounded, sums within a group are exact. Then float32: two roundings for each
-    of the 32 groups of a piece (one where it is fused), one for each piece, and 4: the group's sum
-    to float32, times its scale, plus the minimum's part, and the value that the oracle's W has."""
-    size, E = magnitudes(stored), x_error(x)
+    of the 32 groups of a piece (one where it is fused), one for each piece, and 8: the group's sum
+    to float32, times its scale, plus the minimum's part, those of its other half, and the value
+    that the oracle's W has."""
+    size, E = magnitudes(stored), x_error(x, steps)
     pieces = -(-x.shape[1] // 1024)
-    n = 2 * 32 + pieces + 4
+    n = 2 * 32 + pieces + 8
     return E @ size.T + gamma(n) * ((np.abs(x) + E) @ size.T) + 2.0**-126
 
 
@@ -101,35 +75,37 @@ def test_bytes_and_values_are_ggmls(rng: np.random.Generator, core: Any, kind: s
             assert np.array_equal(core.unpack(core.pack(W, precision)), dequantize(stored))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", BLOCKS)
 def test_blocks_of_a_file_have_exactly_their_values(
     rng: np.random.Generator, ops: Any, kind: str
 ) -> None:
     """Scales may be anything that 16 bits can say, infinite and NaN too."""
-    rows = rng.integers(0, 256, (D, row_bytes(kind, 96)), np.uint8)
-    rows[0, :2] = np.frombuffer(np.float16(-np.inf).tobytes(), np.uint8)
-    stored = Stored(kind, rows, (D, 96))
+    k = 3 * BLOCKS[kind][0]
+    stored = Stored(kind, rng.integers(0, 256, (D, row_bytes(kind, k)), np.uint8), (D, k))
     expected = values(stored)
-    assert np.isnan(expected).any() and np.isinf(expected).any()
+    assert kind == "mxfp4" or not np.isfinite(expected).all()
     assert np.array_equal(dequantize(stored), expected, equal_nan=True)
-    for precision in ("int8", "int4"):
+    for precision in ("int8", "int4", "int4a8"):
         P = ops.pack(stored, precision)
         assert np.array_equal(ops.unpack(P), expected, equal_nan=True)
         ids = rng.integers(0, D, 40)
         assert np.array_equal(ops.embedding_forward(ids, P), expected[ids], equal_nan=True)
-        assert ops.lora_forward(np.ones((3, 96), np.float32), P)[0].shape == (3, D)
+        with np.errstate(all="ignore"):
+            y = ops.lora_forward(np.ones((3, k), np.float32), P)[0]
+        assert y.shape == (3, D)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision, steps", [("int8", 32639), ("int8a8", 127)])
+@pytest.mark.parametrize("kind", BLOCKS)
 def test_products_are_within_the_bound_and_rows_depend_on_nothing_else(
-    rng: np.random.Generator, core: Any, kind: str
+    rng: np.random.Generator, core: Any, kind: str, precision: str, steps: int
 ) -> None:
-    stored = random_blocks(rng, kind)
+    stored = random_blocks(rng, kind, D, K)
     x = (rng.normal(size=(50, K)) * 10.0 ** rng.integers(-3, 4, (50, 1))).astype(np.float32)
     x[1], x[2, 32:64] = 0, 0
     x[3, :32] *= np.float32(1e30)
-    exact, allowed = x.astype(np.float64) @ values(stored).astype(np.float64).T, bound(x, stored)
-    P = core.pack(stored, "int8")
+    exact = x.astype(np.float64) @ values(stored).astype(np.float64).T
+    allowed, P = bound(x, stored, steps), core.pack(stored, precision)
     fused = None
     for isa in core.isas():
         core.use_isa(isa)
@@ -146,11 +122,11 @@ def test_products_are_within_the_bound_and_rows_depend_on_nothing_else(
             assert np.array_equal(y, fused), isa
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", BLOCKS)
 def test_forward_and_backward_with_an_adapter(
     rng: np.random.Generator, ops: Any, kind: str
 ) -> None:
-    stored = random_blocks(rng, kind)
+    stored = random_blocks(rng, kind, D, K)
     W = values(stored).astype(np.float64)
     normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
     x, dy, lora = normal(9, K), normal(9, D), LoRA(normal(4, K), normal(D, 4), 0.5)
@@ -244,22 +220,39 @@ def test_a_model_takes_the_blocks_and_says_so(tmp_path: Path, ops: Any) -> None:
         assert np.isfinite(model.forward(ids)[0]).all()
 
 
-def test_other_blocks_are_kept_in_8_bits(tmp_path: Path, rng: np.random.Generator) -> None:
-    """K-quants in a model of 4 bits: decoded, then stored as Q8_0."""
+def with_one(path: Path, rng: np.random.Generator, kind: gguf.GGMLQuantizationType) -> str:
+    """A Q4_1 model with one matrix of another kind, whose name is returned."""
     name = "model.layers.1.mlp.up_proj.weight"
-    kind = gguf.GGMLQuantizationType.Q6_K
-    rows = rng.integers(0, 100, (CONFIG.intermediate_size, 210), np.uint8)
-    rows[:, 208:] = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
+    size = gguf.GGML_QUANT_SIZES[kind][1]
+    rows = rng.integers(0, 100, (CONFIG.intermediate_size, size), np.uint8)
     rest = {n: w for n, w in weights(CONFIG).items() if n != name}
     write_gguf(
-        tmp_path / "m.gguf",
+        path,
         tensors=rest,
         kind="Q4_1",
         more=lambda w: w.add_tensor("blk.1.ffn_up.weight", rows, raw_dtype=kind),
     )
+    return name
+
+
+def test_other_blocks_are_kept_in_8_bits(tmp_path: Path, rng: np.random.Generator) -> None:
+    """TQ2_0 in a model of 4 bits: decoded, then stored as Q8_0."""
+    name = with_one(tmp_path / "m.gguf", rng, gguf.GGMLQuantizationType.TQ2_0)
     checkpoint = open_checkpoint(tmp_path / "m.gguf")
     assert isinstance(checkpoint, GGUFCheckpoint) and checkpoint.stored(name) is None
     model = Llama.from_checkpoint(checkpoint, "numpy", "int4")
     assert model.stored_as == {"q4_1": 7 * CONFIG.num_hidden_layers, "q8_0": 1}
-    kept = model.modules["model.layers.1.mlp.up_proj"].W.values
+    kept = model.modules[name.removesuffix(".weight")].W.values
     assert np.array_equal(kept, dequantize(quantize(checkpoint.load(name), "q8_0")))
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_k_quants_are_kept_as_they_are(
+    tmp_path: Path, rng: np.random.Generator, ops: Any, precision: str
+) -> None:
+    name = with_one(tmp_path / "m.gguf", rng, gguf.GGMLQuantizationType.Q4_K)
+    with open_checkpoint(tmp_path / "m.gguf") as checkpoint:
+        model = Llama.from_checkpoint(checkpoint, ops, precision)
+        assert model.stored_as == {"q4_1": 7 * CONFIG.num_hidden_layers, "q4_k": 1}
+        kept = model.ops.unpack(model.modules[name.removesuffix(".weight")].W)
+        assert np.array_equal(kept, checkpoint.load(name))

@@ -346,3 +346,9 @@ def test_shapes_that_do_not_fit(ops: Any, rng: np.random.Generator) -> None:
             Seqs.of([3]),
             Attn(2, 2, 4, 1.0),
         )
+
+
+@pytest.mark.parametrize("scale", [0, -0.5, math.nan, math.inf])
+def test_attention_has_a_positive_scale(scale: float) -> None:
+    with pytest.raises(PyloraError, match="attention's scale must be a positive finite number"):
+        Attn(2, 1, 4, scale)

@@ -98,15 +98,32 @@ CASES: dict[str, dict[str, Any]] = {
     "gpt2": _GPT2,
     "cohere": {**_SHARED, "logit_scale": 0.25, "tie_word_embeddings": True},
     "stablelm": {**_SHARED, "partial_rotary_factor": 0.5, "use_qkv_bias": True},
+    # Norms of q and k heads llama.cpp reads of a Cohere model with 64 layers or more alone.
+    "cohere2": {**_SHARED, "sliding_window": 5, "tie_word_embeddings": True},
+    "stablelm normed": {**_SHARED, "qk_layernorm": True, "use_parallel_residual": True},
     "stablelm parallel": {**_SHARED, "use_parallel_residual": True},
     "starcoder2": {**_SHARED, "sliding_window": None, "tie_word_embeddings": True},
     "gpt_neox": _NEOX,
     "gpt_neox in turn": {**_NEOX, "use_parallel_residual": False, "rotary_pct": 0.5},
     "exaone4": {**_SHARED, "sliding_window": None, "layer_types": [FULL] * 4},
+    "gemma": {**_MINE, "tie_word_embeddings": True},
+    "nemotron": {**_SHARED, "hidden_act": "relu2"},
+    "arcee": _SHARED,
+    "seed_oss": {**_MINE, "attention_bias": True, "attention_dropout": 0.0,
+                 "residual_dropout": 0.0},
+    "ernie4_5": {**_SHARED, "head_dim": 16, "tie_word_embeddings": True},
+    "glm4": {**_SHARED, "head_dim": 16, "attention_bias": True},
 }  # fmt: skip
 # Its own words for what follows from others, or which a GGUF file does not say.
 _UNSAID = {"bos_token_id", "eos_token_ids", "model_type"}
-_HALF = ("gemma2", "gemma3_text", "gpt2", "starcoder2", "gpt_neox")  # GELU by a table of float16
+_HALF = (
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "starcoder2",
+    "gpt_neox",
+)  # GELU by a table of float16
 
 
 class AsLlamaCpp(Rounded):

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "bench")]
 
 import readme_figures
+import records as bench_records
 import report as bench_report
 
 
@@ -37,6 +38,7 @@ def document(*records: dict[str, Any]) -> dict[str, Any]:
         "versions": {"torch": "9", "python": "3"},
         "ceilings": {"memory read": {"best": 20.0, "unit": "GB/s"}},
         "records": list(records),
+        "cases": {},
     }
 
 
@@ -64,7 +66,44 @@ def test_a_case_without_a_peer_is_left_out_and_memory_is_a_share() -> None:
     assert readme_figures.of_samples(document(record("pylora bf16", 1.0))) == []
 
 
-@pytest.mark.parametrize("path", sorted(bench_report.RESULTS.glob("compared-*.json")), ids=str)
+def test_files_have_every_peer_that_reads_them_and_costs_are_shown_beside_theirs() -> None:
+    def of(case: str, contender: str, part: str, seconds: float, **key: Any) -> dict[str, Any]:
+        label, precision = contender.split(" ")
+        engine = {"pylora": "pylora", "llama.cpp": "llama", "ik_llama.cpp": "ik"}[label]
+        out = record("pylora " + precision, seconds) | {"case": case, "part": part, "key": key}
+        return out | {"contender": contender, "engine": engine}
+
+    key = {"model": "qwen2.5-0.5b", "kind": "Q4_K_M", "prompt": 512, "new": 64}
+    cost = {"ranks": [16], "prompt": 512, "new": 32}
+    doc = document(
+        of("gguf", "pylora int8", "decode", 2.0, **key),
+        of("gguf", "pylora int4", "decode", 1.0, **key),
+        of("gguf", "pylora int4a8", "decode", 0.1, **key),
+        of("gguf", "llama.cpp Q4_K_M", "decode", 1.5, **key),
+        of("gguf", "ik_llama.cpp Q4_K_M", "decode", 0.8, **key),
+        of("adapter-cost", "pylora int4", "0 decode", 1.0, **cost),
+        of("adapter-cost", "pylora int4", "16 decode", 1.5, **cost),
+        of("adapter-cost", "llama.cpp Q4_0", "0 decode", 1.0, **cost, kind="Q4_0"),
+        of("adapter-cost", "llama.cpp Q4_0", "16 decode", 1.25, **cost, kind="Q4_0"),
+    )
+    speed, adds = readme_figures.of_samples(doc)
+    assert speed == (
+        "decode, Qwen2.5-0.5B Q4_K_M file, int4",
+        "64 tokens/s",
+        "80 tokens/s (ik_llama.cpp Q4_K_M)",
+        "**0.80 ×, slower**",
+    )
+    assert adds[1:] == ("+50% (int4)", "+25% (llama.cpp Q4_0)", "**not the least**")
+
+
+COPIED = [
+    path
+    for path in sorted(bench_report.RESULTS.glob("compared-*.json"))
+    if "records" not in json.loads(path.read_text(encoding="utf-8"))
+]
+
+
+@pytest.mark.parametrize("path", COPIED, ids=lambda path: path.stem)
 def test_medians_that_were_copied_say_where_they_are_from(path: Path) -> None:
     doc = json.loads(path.read_text(encoding="utf-8"))
     assert len(doc["source"]) > 40
@@ -79,7 +118,7 @@ def test_the_readme_has_the_tables_of_the_files_that_are_here() -> None:
     newest = bench_report.newest("speed-*.json")
     assert newest is not None
     paths = [newest, *sorted(bench_report.RESULTS.glob("compared-*.json"))]
-    new = readme_figures.speed_tables([json.loads(p.read_text(encoding="utf-8")) for p in paths])
+    new = readme_figures.speed_tables([bench_records.read(p) for p in paths])
     begin, end = readme_figures.SPEED
     assert f"{begin}\n{new}\n{end}" in readme_figures.README.read_text(encoding="utf-8")
 

@@ -23,7 +23,7 @@ PREFIX = Path(os.environ.get("PYLORA_C_PREFIX", ""))
 needs_library = pytest.mark.skipif(
     not os.environ.get("PYLORA_C_PREFIX"), reason="needs PYLORA_C_PREFIX: run `make clib`"
 )
-PRECISIONS = {"fp32": 0, "bf16": 1, "int8": 3, "int4": 5, "fp32x3": 6}
+PRECISIONS = {"fp32": 0, "bf16": 1, "int8": 3, "int4": 5, "fp32x3": 6, "int8a8": 67, "int4a8": 69}
 STATUS = {6: "unsupported", 10: "file", 11: "plan"}
 
 

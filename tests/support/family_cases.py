@@ -195,6 +195,7 @@ def gpt2(draw: Any) -> dict[str, Any]:
         "n_inner": draw(st.sampled_from((None, 30))),
         "activation_function": draw(st.sampled_from(("gelu_new", "gelu", "relu2", "silu"))),
         "scale_attn_weights": draw(st.booleans()),
+        "scale_attn_by_inverse_layer_idx": draw(st.booleans()),
         "tie_word_embeddings": draw(st.booleans()),
         "bos_token_id": 1,
         "eos_token_id": 2,
@@ -239,7 +240,7 @@ def olmoe(draw: Any) -> dict[str, Any]:
 
 @st.composite
 def cohere(draw: Any) -> dict[str, Any]:
-    own = {"logit_scale": draw(st.sampled_from((0.25, 3.0))), "use_qk_norm": False}
+    own = {"logit_scale": draw(st.sampled_from((0.25, 3.0))), "use_qk_norm": draw(st.booleans())}
     bias = {"attention_bias": draw(st.booleans())}
     return layered(draw(sizes())) | own | bias | {"rope_parameters": draw(scalings())}
 
@@ -254,6 +255,7 @@ def stablelm(draw: Any) -> dict[str, Any]:
     return layered(draw(sizes())) | {
         "use_qkv_bias": draw(st.booleans()),
         "use_parallel_residual": draw(st.booleans()),
+        "qk_layernorm": draw(st.booleans()),
         "partial_rotary_factor": draw(st.sampled_from((0.5, 1.0))),
     }
 
@@ -278,18 +280,91 @@ def exaone4(draw: Any) -> dict[str, Any]:
     return draw(windowed(("layer_types",))) | {"rope_parameters": draw(scalings())}
 
 
+@st.composite
+def ministral3(draw: Any) -> dict[str, Any]:
+    """With queries that do not grow: that begins behind the original length, which is the last."""
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "mscale": 1.0}
+    yarn |= {"original_max_position_embeddings": ORIGINAL, "mscale_all_dim": 1.0}
+    yarn["llama_4_scaling_beta"] = 0.0
+    own = {"head_dim": draw(st.sampled_from((4, 10)))}
+    return draw(sizes()) | own | {"rope_parameters": yarn}
+
+
+@st.composite
+def gemma(draw: Any) -> dict[str, Any]:
+    own = {"head_dim": draw(st.sampled_from((4, 10))), "attention_bias": draw(st.booleans())}
+    return draw(sizes()) | own | {"rope_parameters": draw(scalings())}
+
+
+@st.composite
+def granitemoehybrid(draw: Any) -> dict[str, Any]:
+    c = draw(granite())
+    heads = c["num_attention_heads"]
+    return c | {
+        "shared_intermediate_size": draw(st.sampled_from((20, 33))),
+        "num_local_experts": 0,
+        "layer_types": ["full_attention"] * 3,
+        "position_embedding_type": draw(st.sampled_from((None, "rope"))),
+        "mamba_n_heads": heads,  # of layers that it has none of
+        "mamba_d_head": 2 * c["hidden_size"] // heads,
+    }
+
+
+@st.composite
+def cohere2(draw: Any) -> dict[str, Any]:
+    own = {"logit_scale": draw(st.sampled_from((0.25, 3.0))), "attention_bias": draw(st.booleans())}
+    return layered(draw(windowed(("layer_types",)))) | own | {"rope_parameters": draw(scalings())}
+
+
+@st.composite
+def nemotron(draw: Any) -> dict[str, Any]:
+    c = layered(draw(sizes()), "norm_eps") | {"hidden_act": "relu2"}
+    bias = {"attention_bias": draw(st.booleans()), "mlp_bias": draw(st.booleans())}
+    return c | bias | {"partial_rotary_factor": draw(st.sampled_from((0.5, 1.0)))}
+
+
+@st.composite
+def arcee(draw: Any) -> dict[str, Any]:
+    bias = {"attention_bias": draw(st.booleans()), "mlp_bias": draw(st.booleans())}
+    own = {"head_dim": draw(st.sampled_from((4, 10)))}
+    return draw(sizes()) | own | bias | {"rope_parameters": draw(scalings())}
+
+
+@st.composite
+def seed_oss(draw: Any) -> dict[str, Any]:
+    names = ("attention_bias", "attention_out_bias", "mlp_bias")
+    own = {name: draw(st.booleans()) for name in names} | {"head_dim": 10}
+    dropped = dict.fromkeys(("attention_dropout", "residual_dropout"), 0.0)
+    return draw(sizes()) | own | dropped | {"rope_parameters": draw(scalings())}
+
+
+@st.composite
+def ernie4_5(draw: Any) -> dict[str, Any]:
+    own = {"head_dim": draw(st.sampled_from((4, 10))), "use_bias": draw(st.booleans())}
+    return draw(sizes()) | own | {"rope_parameters": draw(scalings())}
+
+
+@st.composite
+def glm(draw: Any) -> dict[str, Any]:
+    own = {"head_dim": draw(st.sampled_from((4, 8))), "attention_bias": draw(st.booleans())}
+    return draw(sizes()) | own | {"partial_rotary_factor": draw(st.sampled_from((0.5, 1.0)))}
+
+
 # By model_type: transformers' class of configurations, and the strategy.
 FAMILIES: dict[str, tuple[str, st.SearchStrategy[dict[str, Any]]]] = {
     "llama": ("LlamaConfig", llama()),
     "mistral": ("MistralConfig", mistral()),
     "ministral": ("MinistralConfig", ministral()),
+    "ministral3": ("Ministral3Config", ministral3()),
     "qwen2": ("Qwen2Config", qwen2()),
     "qwen3": ("Qwen3Config", qwen3()),
+    "gemma": ("GemmaConfig", gemma()),
     "gemma2": ("Gemma2Config", gemma2()),
     "gemma3_text": ("Gemma3TextConfig", gemma3()),
     "phi3": ("Phi3Config", phi3()),
     "smollm3": ("SmolLM3Config", smollm3()),
     "granite": ("GraniteConfig", granite()),
+    "granitemoehybrid": ("GraniteMoeHybridConfig", granitemoehybrid()),
     "olmo2": ("Olmo2Config", olmo2()),
     "olmo3": ("Olmo3Config", olmo3()),
     "gpt2": ("GPT2Config", gpt2()),
@@ -297,10 +372,17 @@ FAMILIES: dict[str, tuple[str, st.SearchStrategy[dict[str, Any]]]] = {
     "qwen3_moe": ("Qwen3MoeConfig", qwen3_moe()),
     "olmoe": ("OlmoeConfig", olmoe()),
     "cohere": ("CohereConfig", cohere()),
+    "cohere2": ("Cohere2Config", cohere2()),
     "stablelm": ("StableLmConfig", stablelm()),
     "starcoder2": ("Starcoder2Config", starcoder2()),
     "gpt_neox": ("GPTNeoXConfig", gpt_neox()),
     "exaone4": ("Exaone4Config", exaone4()),
+    "nemotron": ("NemotronConfig", nemotron()),
+    "arcee": ("ArceeConfig", arcee()),
+    "seed_oss": ("SeedOssConfig", seed_oss()),
+    "ernie4_5": ("Ernie4_5Config", ernie4_5()),
+    "glm": ("GlmConfig", glm()),
+    "glm4": ("Glm4Config", glm()),
 }
 
 

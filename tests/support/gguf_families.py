@@ -25,11 +25,21 @@ ARCHITECTURES = {
     "granite": "granite", "olmo2": "olmo2", "olmo3": "olmo2", "gpt2": "gpt2",
     "qwen3_moe": "qwen3moe", "olmoe": "olmoe", "cohere": "command-r", "stablelm": "stablelm",
     "starcoder2": "starcoder2", "gpt_neox": "gptneox", "exaone4": "exaone4",
+    "gemma": "gemma", "nemotron": "nemotron", "arcee": "arcee", "seed_oss": "seed_oss",
+    "ernie4_5": "ernie4_5", "glm4": "glm4", "cohere2": "cohere2",
 }  # fmt: skip
-_TURNED = ("llama", "mistral", "mixtral", "smollm3", "granite")  # q and k rotate adjacent rows
-_ABOVE_ONE = ("gemma2", "gemma3_text")
+_TURNED = (
+    "llama",
+    "mistral",
+    "mixtral",
+    "smollm3",
+    "granite",
+    "arcee",
+)  # q and k rotate adjacent rows
+_ABOVE_ONE = ("gemma", "gemma2", "gemma3_text", "nemotron")
 _RMS = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3",
-        "smollm3", "granite", "olmo2", "olmo3", "qwen3_moe", "olmoe", "exaone4")  # fmt: skip
+        "smollm3", "granite", "olmo2", "olmo3", "qwen3_moe", "olmoe", "exaone4", "gemma", "arcee",
+        "seed_oss", "ernie4_5", "glm4")  # fmt: skip
 _SCALINGS = {"linear": gguf.RopeScalingType.LINEAR, "yarn": gguf.RopeScalingType.YARN}
 
 
@@ -73,7 +83,7 @@ def _keys(out: Any, c: LlamaConfig) -> None:
         out.add_rope_freq_base(c.rope_theta)
     if c.rotary_dim != c.head_dim or kind in _TURNED:
         out.add_rope_dimension_count(c.rotary_dim)
-    if kind in ("gemma2", "gemma3_text", "olmo3", "exaone4", "phi3"):
+    if kind in ("gemma2", "gemma3_text", "olmo3", "exaone4", "phi3", "cohere2"):
         widths = [c.window(i) for i in range(c.num_hidden_layers)]
         if max(widths) or kind == "phi3":
             out.add_sliding_window(max(widths))
@@ -88,7 +98,7 @@ def _keys(out: Any, c: LlamaConfig) -> None:
         out.add_embedding_scale(c.embedding_multiplier)
         out.add_residual_scale(c.residual_multiplier)
         out.add_logit_scale(1 / c.logit_multiplier)
-    if kind == "cohere":
+    if kind in ("cohere", "cohere2"):
         out.add_logit_scale(c.logit_multiplier)
         out.add_rope_scaling_type(gguf.RopeScalingType.NONE)
     if kind in ("stablelm", "gpt_neox"):
@@ -129,6 +139,7 @@ def _tensors(checkpoint: Any, c: LlamaConfig) -> dict[str, np.ndarray]:
     for name in checkpoint.names():
         array = _as_converted(name, checkpoint.load(name), c)
         whole = re.sub(r"\.experts\.\d+\.", ".experts.", name)
+        whole = re.sub(r"\.norms\.\d+\.", ".", whole)
         there = names.get_name(whole, try_suffixes=(".weight", ".bias"))
         assert there is not None, f"llama.cpp has no name for {name} of {c.model_type}"
         if whole != name:

@@ -338,6 +338,28 @@ def _cap(rng: np.random.Generator, m: int) -> Arrays:
     return {"x": x, "y": y, "dy": normal(rng, *x.shape), "times": times, "cap": cap}
 
 
+def _choose(rng: np.random.Generator, m: int) -> Arrays:
+    """Logits that are apart, so that the choice does not hang on a rounding."""
+    n = int(rng.choice([1, 2, 5, 17, 33]))
+    ranks = np.argsort(rng.random((m, n)), axis=1)
+    logits = (0.5 * ranks + 0.2 * rng.random((m, n))).astype(np.float32)
+    return {"logits": logits, "k": int(rng.integers(1, n + 1)), "normalize": bool(rng.integers(2))}
+
+
+def _choose_run(ops: Any, i: Arrays) -> tuple[Any, ...]:
+    choice = ops.choose(i["logits"], i["k"], i["normalize"])
+    chosen = choice.chosen
+    for e, (rows, places) in enumerate(zip(choice.rows, choice.places, strict=True)):
+        assert (chosen[rows, places] == e).all() and rows.size == (chosen == e).sum()
+    found = ops.to_numpy(choice.probabilities), ops.to_numpy(choice.weights)
+    return *found, chosen.astype(i["logits"].dtype)
+
+
+def _choose_bound(i: Arrays) -> tuple[Any, ...]:
+    weights = Reference().choose(i["logits"], i["k"], i["normalize"]).weights
+    return *bounds.choose(i["logits"], weights, i["normalize"]), 0.0
+
+
 def _embedding(rng: np.random.Generator, m: int) -> Arrays:
     vocab, k = size(rng), size(rng)
     W, dy = normal(rng, vocab, k), normal(rng, m, k)
@@ -531,6 +553,14 @@ TABLE: tuple[Op, ...] = (
         lambda ops, i: (ops.soft_cap_backward(i["dy"], i["y"], i["times"], i["cap"]),),
         lambda i: (bounds.soft_cap_backward(i["dy"], i["y"], i["times"], i["cap"]),),
         rows=("x", "y", "dy"),
+    ),
+    Op(
+        "choose",
+        _choose,
+        _choose_run,
+        _choose_bound,
+        rows=("logits",),
+        row_outputs=(0, 1, 2),
     ),
     Op(
         "embedding_forward",

@@ -15,6 +15,7 @@ from pylora.model.config import LlamaConfig, ModuleSpec
 from pylora.model.embedding import Embedding
 from pylora.model.rope import Rope
 from pylora.numbers import random
+from pylora.ops.mixture import choose_backward, routed
 from pylora.training.config import TrainConfig
 from pylora.training.optimizer import Optimizer
 from pylora.types import AdamW, Attn, Drop, LoRA, Residue, Seqs
@@ -200,17 +201,25 @@ def rope(ops: Any, case: Case) -> Outputs:
 @runner
 def rope_tables(ops: Any, case: Case) -> Outputs:
     p, position = case.params, case.inputs["position"]
+    length, trained = p.get("length", int(position.max()) + 1), p.get("trained", 1 << 18)
+    named = ("head_dim", "theta", "length", "trained")
+    scaling = {name: value for name, value in p.items() if name not in named}
     config = LlamaConfig.tiny(
-        head_dim=p["head_dim"], rope_theta=p["theta"], max_position_embeddings=1 << 18
-    )
-    cos, sin = Rope(config, np.float32, ops=ops).tables(int(position.max()) + 1)
-    return {"cos": cos[position], "sin": sin[position]}
+        head_dim=p["head_dim"], rope_theta=p["theta"], max_position_embeddings=trained,
+        rope_scaling=scaling or None,
+    )  # fmt: skip
+    # The last rows of one sequence, of which those at `position` are shown.
+    seqs = Seqs.of([length])
+    [turn] = Rope(config, np.float32, ops=ops).rotations(seqs, np.arange(length))
+    rows = turn.position[position]
+    return {"cos": turn.cos[rows], "sin": turn.sin[rows]}
 
 
 @runner
 def attention(ops: Any, case: Case) -> Outputs:
     i, p = case.inputs, case.params
-    attn = Attn(p["heads"], p["kv_heads"], p["head_dim"], p["scale"], p["window"])
+    shape = (p["heads"], p["kv_heads"], p["head_dim"])
+    attn = Attn(*shape, p["scale"], p["window"], p.get("softcap", 0.0))
     seqs = Seqs.of(p["lengths"])
     o, lse = ops.attention_forward(i["q"], i["k"], i["v"], seqs, attn)
     grads = ops.attention_backward(i["do"], i["q"], i["k"], i["v"], o, lse, seqs, attn)
@@ -222,6 +231,38 @@ def swiglu(ops: Any, case: Case) -> Outputs:
     i = case.inputs
     dgate, dup = ops.swiglu_backward(i["dy"], i["gate"], i["up"])
     return {"y": ops.swiglu_forward(i["gate"], i["up"]), "dgate": dgate, "dup": dup}
+
+
+@runner
+def layer_norm(ops: Any, case: Case) -> Outputs:
+    i = case.inputs
+    y, rstd = ops.layer_norm_forward(i["x"], i["w"], i.get("b"), case.params["eps"])
+    return {"y": y, "rstd": rstd, "dx": ops.layer_norm_backward(i["dy"], i["x"], i["w"], rstd)}
+
+
+@runner
+def activation(ops: Any, case: Case) -> Outputs:
+    i, kind = case.inputs, case.params["kind"]
+    dx, dup = ops.activation_backward(i["dy"], i["x"], i.get("up"), kind)
+    return {"y": ops.activation_forward(i["x"], i.get("up"), kind), "dx": dx, "dup": dup}
+
+
+@runner
+def soft_cap(ops: Any, case: Case) -> Outputs:
+    settings = case.params["multiplier"], case.params["cap"]
+    y = ops.soft_cap_forward(case.inputs["x"], *settings)
+    return {"y": y, "dx": ops.soft_cap_backward(case.inputs["dy"], y, *settings)}
+
+
+@runner
+def choose(ops: Any, case: Case) -> Outputs:
+    p = case.params
+    found = ops.choose(case.inputs["logits"], p["top_k"], p["normalize"])
+    arrays = (ops.to_numpy(a) for a in (found.probabilities, found.chosen, found.weights))
+    choice = routed(*arrays)
+    d = choose_backward(case.inputs["dw"], choice, p["normalize"], np)
+    out = names("probabilities weights dlogits", choice.probabilities, choice.weights, d)
+    return out | {"chosen": choice.chosen}
 
 
 @runner

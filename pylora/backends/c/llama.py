@@ -31,6 +31,7 @@ from pylora.backends.c.marshal import (
 )
 from pylora.numbers.precision import BF16
 from pylora.ops.features import QKV
+from pylora.ops.heads import HEADS
 from pylora.ops.llama import LayerWeights, LlamaWeights, Step, bias_of, embedding_bias
 from pylora.types import Array, LoRA, Norm
 
@@ -98,10 +99,11 @@ class CLlama:
         self._norm(c.mid_norm, layer.mid_norm, hidden)
         self._norm(c.after_attention, layer.after_attention, hidden)
         self._norm(c.after_mlp, layer.after_mlp, hidden)
-        whole = layer.qk_norm_whole
-        self._norm(c.q_norm, layer.q_norm, a.heads * D if whole else D)
-        self._norm(c.k_norm, layer.k_norm, a.kv_heads * D if whole else D)
-        c.norm_whole, c.window, c.rope, c.module = whole, layer.window, layer.rope, start
+        of = HEADS.index(layer.qk_norm_of)
+        self._norm(c.q_norm, layer.q_norm, a.heads * D if of else D)
+        self._norm(c.k_norm, layer.k_norm, a.kv_heads * D if of else D)
+        c.norm_of, c.window, c.rope, c.module = of, layer.window, layer.rope, start
+        c.scale = layer.scale
         if layer.experts is not None:
             mix = layer.experts
             spec = (mix.router.struct, mix.count, mix.top_k, mix.normalize)

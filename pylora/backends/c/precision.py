@@ -10,7 +10,17 @@ from pylora.backends._core import ffi, lib
 from pylora.backends.c.base import Core
 from pylora.backends.c.marshal import Packed, at, check, mat, read, read_any
 from pylora.errors import BackendError, ShapeError, UnsupportedError
-from pylora.numbers.precision import BF16, PRECISIONS, Stored, check_precision, from_bf16
+from pylora.files.mapped import let_go
+from pylora.numbers.blocks import BLOCKS
+from pylora.numbers.precision import (
+    BF16,
+    PRECISIONS,
+    QUANTIZED,
+    Stored,
+    check_precision,
+    from_bf16,
+    weights_of,
+)
 from pylora.types import Array
 
 _STORES = {  # what a precision makes of a float source
@@ -19,8 +29,12 @@ _STORES = {  # what a precision makes of a float source
     "bf16": lib.PYLORA_BF16,
     "int8": lib.PYLORA_Q8_0,
     "int4": lib.PYLORA_Q4_1,
+    "int8a8": lib.PYLORA_Q8_0_A8,
+    "int4a8": lib.PYLORA_Q4_1_A8,
 }
-_BLOCKS = {"q8_0": lib.PYLORA_Q8_0, "q4_0": lib.PYLORA_Q4_0, "q4_1": lib.PYLORA_Q4_1}
+_BLOCKS = {kind: int(getattr(lib, f"PYLORA_{kind.upper()}")) for kind in BLOCKS}
+_PANEL = int(lib.PYLORA_PANEL)
+_PART = 1 << 22  # bytes of a mapped file's blocks that are packed, and let go of, at a time
 
 
 class Precision(Core):
@@ -47,7 +61,7 @@ class Precision(Core):
         are taken as they are. The copy is the only one the model needs."""
         precision = self.computes(precision)
         if isinstance(W, Stored):
-            if W.kind in _BLOCKS and precision in ("int8", "int4"):
+            if W.kind in _BLOCKS and precision in QUANTIZED:
                 return self._pack_blocks(W, precision)
             W = self._read_stored(W, precision)
         a = (read_any if precision == "bf16" else read)("W", W, None, None)
@@ -57,17 +71,29 @@ class Precision(Core):
         return Packed((d, k), precision, data, struct)
 
     def _pack_blocks(self, W: Stored, precision: str) -> Packed:
+        """Some panels at a time, after which a mapped file's pages are let go of: else loading
+        would take the file's size twice."""
         code, (d, k), rows = _BLOCKS[W.kind], W.shape, np.ascontiguousarray(W.rows)
+        if precision != weights_of(precision):
+            code += lib.PYLORA_A8
         data, struct = self._room(code, d, k, precision)
-        start, to = at(rows, "void *"), at(data, "void *")
-        check(lib.pylora_pack_blocks(code, d, k, start, rows.shape[1], to, struct), "pack")
+        width, panel = rows.shape[1], int(lib.pylora_pack_bytes(code, 1, k))
+        step = max(1, _PART // max(width * _PANEL, 1)) * _PANEL
+        for i in range(0, max(d, 1), step):
+            some, to = rows[i : i + step], data[i // _PANEL * panel :]
+            start, n = at(some, "void *"), len(some)
+            check(
+                lib.pylora_pack_blocks(code, n, k, start, width, at(to, "void *"), struct), "pack"
+            )
+            let_go(some)
+        struct.d, struct.data = d, at(data, "void *")
         return Packed((d, k), precision, data, struct)
 
     def _room(self, code: int, d: int, k: int, precision: str) -> tuple[np.ndarray, Any]:
         """The buffer of a packed weight, 64-byte aligned, and its struct to be filled in."""
         nbytes = lib.pylora_pack_bytes(code, d, k)
         if nbytes == 0 and d and k:
-            if precision in ("int8", "int4") and k % 32:
+            if precision in QUANTIZED and k % 32:
                 raise ShapeError(
                     f"{precision} stores weights in groups of 32 inputs, and a weight here is "
                     f"[{d}, {k}]; use fp32 or bf16 for this model"

@@ -9,7 +9,7 @@ import numpy as np
 from pylora.backends.cuda.base import Device
 from pylora.backends.cuda.marshal import CODES, DTYPES, F16, F32, Packed
 from pylora.errors import UnsupportedError
-from pylora.numbers.precision import BF16, Stored, check_precision
+from pylora.numbers.precision import BF16, QUANTIZED, Stored, check_precision
 from pylora.types import Array
 
 
@@ -17,7 +17,7 @@ class Precision(Device):
     """Weights as the kernels read them."""
 
     def computes(self, precision: str) -> str:
-        if check_precision(precision) in ("int8", "int4"):
+        if check_precision(precision) in QUANTIZED:
             raise UnsupportedError(
                 f"the cuda backend does not compute in {precision}; choose one of "
                 "fp32, bf16, fp16, or --backend c"

@@ -113,3 +113,36 @@ def soft_cap_backward(
     dy: Array, y: Array, multiplier: float, cap: float, dtype: Any = np.float32
 ) -> Array:
     return gamma(10, dtype) * abs(_wide(dy)) * abs(multiplier)
+
+
+def choose(
+    logits: Array, weights: Array, normalize: bool, dtype: Any = np.float32
+) -> tuple[Array, Array]:
+    """Of the probabilities and of the chosen weights: a difference of two logits is off by u, what
+    that does to an exponential is its factor; sums of n and of k positive terms; quotients."""
+    x = _wide(logits)
+    apart = x.max(axis=1, keepdims=True) - x
+    p = np.exp(-apart) / np.exp(-apart).sum(axis=1, keepdims=True)
+    off = gamma(x.shape[1] + 2 * EXP + 3, dtype) + gamma(2, dtype) * apart.max(initial=0.0)
+    w = _wide(weights)
+    more = 2 * off + gamma(w.shape[1] + 2, dtype) if normalize else off
+    return off * p + tiny(dtype), more * w + tiny(dtype)
+
+
+def choose_backward(
+    dw: Array, probabilities: Array, chosen: Array, normalize: bool, dtype: Any = np.float32
+) -> Array:
+    """Of dlogits = p (dp - sum(dp p)), p and the weights being one's own: each is off by its bound
+    relatively, four of them meet in a term; sums of n and k terms, twice."""
+    p, g = _wide(probabilities), abs(_wide(dw))
+    rows = np.arange(p.shape[0])[:, None]
+    if normalize:
+        total = p[rows, chosen].sum(axis=1, keepdims=True)
+        g = (g + (g * p[rows, chosen] / total).sum(axis=1, keepdims=True)) / total
+    dp = np.zeros_like(p)
+    dp[rows, chosen] = g
+    n, k = p.shape[1], g.shape[1]
+    apart = np.log(p.max(axis=1, keepdims=True) / np.maximum(p, 1e-300)).max(initial=0.0)
+    off = gamma(n + 2 * EXP + 3, dtype) + gamma(2, dtype) * apart
+    size = p * (dp + (dp * p).sum(axis=1, keepdims=True))
+    return (4 * off + gamma(2 * n + 2 * k + 12, dtype)) * size + tiny(dtype)

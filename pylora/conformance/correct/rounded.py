@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from pylora.conformance.bounds.moves import GROUP, STEPS
+from pylora.conformance.bounds.moves import BLOCK, GROUP, INTEGERS, STEPS, steps
 from pylora.conformance.correct.plain import Correct, CorrectModule
 from pylora.extras import need
+from pylora.numbers.precision import weights_of
 from pylora.reference import Reference
 from pylora.types import Array, Drop, LoRA
 
@@ -29,20 +30,20 @@ def to_bf16(a: Array) -> Array:
     return wide
 
 
-def in_groups(a: Array, function: Callable[[Array], Array]) -> Array:
-    """`function` of a's columns in groups of 32 [rows, groups, 32], the last filled with zeros."""
-    groups = -(-a.shape[1] // GROUP)
-    filled = np.zeros((a.shape[0], groups * GROUP), F)
+def in_groups(a: Array, function: Callable[[Array], Array], size: int = GROUP) -> Array:
+    """`function` of a's columns in groups [rows, groups, size], the last filled with zeros."""
+    groups = -(-a.shape[1] // size)
+    filled = np.zeros((a.shape[0], groups * size), F)
     filled[:, : a.shape[1]] = a
-    done = function(filled.reshape(a.shape[0], groups, GROUP))
+    done = function(filled.reshape(a.shape[0], groups, size))
     return done.reshape(filled.shape)[:, : a.shape[1]].astype(F)
 
 
-def as_integers(x: Array, steps: int = STEPS) -> Array:
-    """Each element the nearest multiple of max|x| / steps of its group."""
+def as_integers(x: Array, most: int = STEPS) -> Array:
+    """Each element the nearest multiple of max|x| / most of its group."""
 
     def rounded(g: Array) -> Array:
-        step = np.abs(g).max(axis=2, keepdims=True) / F(steps)
+        step = np.abs(g).max(axis=2, keepdims=True) / F(most)
         codes: Array = np.rint(g / np.where(step > 0, step, F(1)))
         return codes * step
 
@@ -70,6 +71,29 @@ def q4_1(W: Array, rint: Rint = np.rint) -> Array:
     return in_groups(W, kept)
 
 
+def q4_k(W: Array, rint: Rint = np.rint) -> Array:
+    """Values of ggml's Q4_K, of blocks of 256: 16 codes of a step from a minimum on for each 32,
+    both of them multiples, up to 63, of a float16 number of the block."""
+
+    def kept(b: Array) -> Array:
+        g = b.reshape(*b.shape[:2], BLOCK // GROUP, GROUP)
+        low = np.maximum(-g.min(axis=3, keepdims=True), 0)
+        step = (g.max(axis=3, keepdims=True) + low) / F(15)
+        step, low = (multiple(a, rint) for a in (step, low))
+        codes = np.clip(rint((g + low) / np.where(step > 0, step, F(1))), 0, 15)
+        values: Array = np.where(step > 0, codes, 0) * step - low
+        return values.reshape(b.shape)
+
+    return in_groups(W, kept, BLOCK)
+
+
+def multiple(a: Array, rint: Rint) -> Array:
+    """The nearest of 64 multiples of a float16 number, for all groups of a block."""
+    unit = half(a.max(axis=2, keepdims=True) / F(63))
+    times: Array = np.clip(rint(a / np.where(unit > 0, unit, F(1))), 0, 63)
+    return np.where(unit > 0, times, 0).astype(F) * unit
+
+
 def half(a: Array) -> Array:
     """float16 and back. NotImplementedError beyond it: these formats do not hold such weights."""
     if (np.abs(a) > 65504).any():
@@ -87,7 +111,8 @@ class Rounds(Reference):
     def stored(self, W: Array) -> Array:
         """The values that the precision keeps of W."""
         by: dict[str, Callable[[Array], Array]] = {"bf16": to_bf16, "int8": q8_0, "int4": q4_1}
-        return by.get(self.precision, np.ascontiguousarray)(W)
+        by["blocks"] = q4_k
+        return by.get(weights_of(self.precision), np.ascontiguousarray)(W)
 
     def low(self, a: Array) -> Array:
         """A factor of a product with the adapter, and in bf16 of any."""
@@ -95,7 +120,9 @@ class Rounds(Reference):
 
     def of_x(self, x: Array) -> Array:
         """x as it is multiplied with W."""
-        return as_integers(x) if self.precision in ("int8", "int4") else self.low(x)
+        if self.precision in INTEGERS:
+            return as_integers(x, steps(self.precision))
+        return self.low(x)
 
     def product(self, x: Array, M: Array) -> Array:
         """x M, in three products of bfloat16 halves where the precision says so."""
@@ -190,3 +217,15 @@ class Int8(Rounded):
 
 class Int4(Rounded):
     name, precision = "pylora reference, int4", "int4"
+
+
+class Int8a8(Rounded):
+    name, precision = "pylora reference, int8a8", "int8a8"
+
+
+class Int4a8(Rounded):
+    name, precision = "pylora reference, int4a8", "int4a8"
+
+
+class Blocks(Rounded):
+    name, precision = "pylora reference, blocks", "blocks"

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pylora.conformance.bounds.moves import INTEGERS
 from pylora.conformance.laws import allowed, oracle
 from pylora.conformance.laws.law import Law
 from pylora.conformance.problems.layers import DTYPES, exact_problems, pick, st
@@ -53,7 +54,7 @@ def ready(p: Problem) -> Problem:
 
 def poison(t: Trial, p: Problem) -> tuple[Problem, int, int]:
     """The problem with the odd number in it, and where: row and column (of a bias, its element)."""
-    if p.name == "W" and t.precision in ("int8", "int4"):
+    if p.name == "W" and t.precision in INTEGERS:
         raise NotTested("a group of such a weight has one scale, which the odd number takes")
     a = getattr(p, p.name).copy()
     i, j = p.at[0] // 4 % a.shape[0], p.at[1] % a.shape[-1]

@@ -87,4 +87,5 @@ def right(implementation: Any) -> Any:
 
     by = {"fp32x3": rounded.Fp32x3, "bf16": rounded.Bf16}
     by |= {"int8": rounded.Int8, "int4": rounded.Int4}
+    by |= {"int8a8": rounded.Int8a8, "int4a8": rounded.Int4a8, "blocks": rounded.Blocks}
     return by.get(precision_of(implementation), wide.Correct)()

@@ -8,6 +8,7 @@ from typing import Any
 from pylora.conformance.vectors import (
     adapterfiles,
     converters,
+    features,
     layers,
     merging,
     model,
@@ -23,7 +24,7 @@ from pylora.conformance.vectors.questions import Question
 
 def all_cases() -> list[Case]:
     """Every case, computed now (seconds)."""
-    files = (ops, layers, merging, streams, parts, steps, model)
+    files = (ops, layers, merging, streams, parts, features, steps, model)
     return [case for file in files for case in file.cases()]
 
 

@@ -133,15 +133,21 @@ def attention_case(
     *,
     window: int = 0,
     large: bool = False,
+    scale: float | None = None,
+    softcap: float = 0.0,
 ) -> Case:
-    """Forward and backward. `large`: scores of about ±750, which only a softmax that subtracts the
-    largest survives, in float64, too: exp(-750) is 0, exp(750) infinity."""
-    attn = Attn(heads, kv_heads, D, D**-0.5, window=window)
+    """Forward and backward. `scale` and `softcap`: what some models have in place of
+    1 / sqrt(D) and of no cap. `large`: scores of about ±750, which only a softmax that subtracts
+    the largest survives, in float64, too: exp(-750) is 0, exp(750) infinity."""
+    attn = Attn(heads, kv_heads, D, D**-0.5 if scale is None else scale, window, softcap)
     seqs, m = Seqs.of(lengths), sum(lengths)
     params: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "head_dim": D}
     params |= {"scale": attn.scale}
     params |= {"window": window, "lengths": lengths}
-    case = Case(name, "attention", ("A-4", "A-5", "A-7"), params)
+    own: tuple[str, ...] = () if scale is None else ("A-10",)
+    if softcap:
+        params["softcap"], own = softcap, (*own, "A-27")
+    case = Case(name, "attention", ("A-4", "A-5", "A-7", *own), params)
     sizes = (("q", heads * D), ("k", kv_heads * D), ("v", kv_heads * D), ("do", heads * D))
     for key, columns in sizes:
         case.inputs[key] = draw(f"{name}/{key}", (m, columns))
@@ -153,7 +159,8 @@ def attention_case(
     q, k, v, do = (wide(a) for a in case.inputs.values())
     o, lse = _ref.attention_forward(q, k, v, seqs, attn)
     o_bound, lse_bound = bounds.attention_forward(q, k, v, seqs, attn)
-    front, back, rule = ("A-4", "A-7"), ("A-5", "A-7"), "bounds.attention_forward"
+    front, back = ("A-4", "A-7", *own), ("A-5", "A-7", *own)
+    rule = "bounds.attention_forward"
     case.expect("o", o, o_bound, rule, spec=front)
     case.expect("lse", lse, lse_bound, rule, spec=front)
     grads = _ref.attention_backward(do, q, k, v, o, lse, seqs, attn)

@@ -29,7 +29,8 @@ def rope(
 
 def one_rope(c: Settings, raw: Mapping[str, Any], theta: Any, partial: float = 1.0) -> Fields:
     """One set of rotary parameters; what it leaves out is in `c`, or the defaults given."""
-    scaling = dict(raw)
+    # What follows belongs to images and video: of text all three positions are one.
+    scaling = {k: v for k, v in raw.items() if k not in ("mrope_section", "mrope_interleaved")}
     theta = scaling.pop("rope_theta", None) or theta
     check_positive("config.json: rope_theta", theta)
     part = scaling.pop("partial_rotary_factor", None) or c.get("partial_rotary_factor") or partial
@@ -38,7 +39,7 @@ def one_rope(c: Settings, raw: Mapping[str, Any], theta: Any, partial: float = 1
     kind = scaling.pop("rope_type", legacy)
     fields: Fields = {"rope_theta": float(theta), "rope_scaling": None}
     fields["partial_rotary"] = float(part)
-    if kind in ("default", None):
+    if kind in ("default", "mrope", None):
         return fields
     derived = kind == "longrope" or (kind == "yarn" and scaling.get("factor", 0) is None)
     scaling = {k: v for k, v in scaling.items() if v is not None}
@@ -67,11 +68,18 @@ def rope_by_layer(c: Settings, types: Sequence[str], theta: float, local_theta: 
     """The rotation of layers that see all keys, and that of layers with a window. `theta` and
     `local_theta` are for files that do not say."""
     nested = c.get("rope_parameters") or {}
+    old = c.get("rope_scaling") or {}
+    if not isinstance(nested, Mapping) or not isinstance(old, Mapping):
+        raise ConfigError("config.json: rope_parameters and rope_scaling must be objects")
     if not all(isinstance(nested.get(kind) or {}, dict) for kind in (SLIDING, FULL)):
         raise UnsupportedError("config.json: rope_parameters must have an object per layer type")
-    given = nested.get(FULL) or c.get("rope_scaling") or {}
-    fields = one_rope(c, given, c.get("rope_theta") or theta)
-    local = one_rope(c, nested.get(SLIDING) or {}, local_theta)
+
+    def of(given: Mapping[str, Any]) -> dict[str, Any]:
+        # transformers looks for `truncate` beside the kinds of layers: inside one it says nothing.
+        return {k: v for k, v in given.items() if k != "truncate"}
+
+    fields = one_rope(c, of(nested.get(FULL) or old), c.get("rope_theta") or theta)
+    local = one_rope(c, of(nested.get(SLIDING) or {}), local_theta)
     if local["partial_rotary"] != fields["partial_rotary"]:
         raise UnsupportedError("config.json: partial_rotary_factor differs between layer types")
     return fields | {

@@ -60,6 +60,7 @@ EXAONE4 = Family(
     "EXAONE 4",
     _read,
     _write,
+    sizes=(102400, 4096, 16384, 32, 32),
     defaults={
         "max_position_embeddings": 2048,
         "num_key_value_heads": 32,

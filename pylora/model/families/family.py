@@ -82,6 +82,12 @@ class Family:
     unit_offset: bool = False  # a norm multiplies by 1 + its weight
     transposed: bool = False  # projections are stored [inputs, outputs] (GPT-2's Conv1D)
     inside: str = ""  # the model_type of a multimodal model whose text part this is
+    # Other model_types whose text part is this, and their defaults where they are others.
+    also: Mapping[str, Settings] = field(default_factory=dict)
+    # What a text part leaves out: vocabulary, hidden and intermediate size, layers, heads.
+    sizes: tuple[int | None, ...] = ()
+    shown: Settings = field(default_factory=dict)  # what an example has beside the defaults
+    listed_norms: bool = False  # norms of each head are tensors "norms.0", "norms.1", ...
     gguf: Gguf | None = None
 
 

@@ -1,6 +1,7 @@
-"""Gemma 2 and 3 (text): norms on both sides of each sublayer that multiply by 1 + their weight, a
-gated GELU, embeddings multiplied by sqrt(hidden), local layers with a window. Gemma 2 caps scores
-and logits; Gemma 3 norms q and k heads and has a rotary base of its own in local layers."""
+"""Gemma (1): Llama with norms that multiply by 1 + their weight, a gated GELU, and embeddings that
+are multiplied by sqrt(hidden). Gemma 2 and 3 (text) have norms on both sides of each sublayer, and
+local layers with a window. Gemma 2 caps scores and logits; Gemma 3 norms q and k heads and has a
+rotary base of its own in local layers."""
 
 import math
 from typing import Any
@@ -10,6 +11,7 @@ from pylora.model.families.common import (
     FULL,
     SLIDING,
     every,
+    full_only,
     layer_types,
     one_window,
     optional_number,
@@ -67,6 +69,16 @@ def _write(f: Settings) -> Fields:
     }
 
 
+def _read1(c: Settings) -> Fields:
+    bias = flag(c, "attention_bias")
+    own = {"attention_bias": bias, "attention_out_bias": bias}
+    return rope(c) | full_only(c) | own | {"embedding_multiplier": math.sqrt(c["hidden_size"])}
+
+
+def _write1(f: Settings) -> Fields:
+    return write_rope(f) | {"attention_bias": f["attention_bias"]}
+
+
 def _read2(c: Settings) -> Fields:
     types = layer_types(c, every(2, c["num_hidden_layers"]), (SLIDING, FULL))
     return rope(c) | _common(c) | {"windows": windows(c, types)}
@@ -119,12 +131,33 @@ def _gguf(meta: Any) -> Settings:
 _GGUF_KNOWS = frozenset(
     {"attn_logit_softcapping", "final_logit_softcapping", "attention.sliding_window"}
 )
+GEMMA = Family(
+    "gemma",
+    "GemmaForCausalLM",
+    "Gemma (1), CodeGemma",
+    _read1,
+    _write1,
+    sizes=(256000, 3072, 24576, 28, 16),
+    defaults={
+        "max_position_embeddings": 8192,
+        "head_dim": 256,
+        "num_key_value_heads": 16,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "tie_word_embeddings": True,
+    },
+    # The first files say "gelu", and mean its approximation.
+    activations={**GELU_TANH, "gelu": "gelu_tanh"},
+    unit_offset=True,
+    gguf=Gguf("gemma"),
+)
 GEMMA2 = Family(
     "gemma2",
     "Gemma2ForCausalLM",
     "Gemma 2",
     _read2,
     _write2,
+    sizes=(256000, 2304, 9216, 26, 8),
     defaults=_DEFAULTS
     | {
         "max_position_embeddings": 8192,
@@ -143,6 +176,7 @@ GEMMA3 = Family(
     "Gemma 3 (text)",
     _read3,
     _write3,
+    sizes=(262208, 2304, 9216, 26, 8),
     defaults=_DEFAULTS | {"max_position_embeddings": 131072},
     names=_NAMES,
     knows=_KNOWS | {"rope_local_base_freq"},

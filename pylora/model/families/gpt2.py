@@ -2,7 +2,7 @@
 and projections that its files store [inputs, outputs] (Conv1D; PEFT's fan_in_fan_out)."""
 
 from pylora.errors import UnsupportedError
-from pylora.model.checks import flag
+from pylora.model.checks import MAX_LAYERS, flag
 from pylora.model.families.family import ALL, GELU_TANH, Family, Fields, Gguf, Names, Settings
 
 _ALIASES = {
@@ -31,9 +31,13 @@ _NAMES = Names(
 def _read(c: Settings) -> Fields:
     if flag(c, "add_cross_attention"):
         raise UnsupportedError("config.json: add_cross_attention is not supported")
-    layers = c["num_hidden_layers"]
+    layers = min(c["num_hidden_layers"], MAX_LAYERS)
+    scaled, scales = flag(c, "scale_attn_weights", True), None
+    if flag(c, "scale_attn_by_inverse_layer_idx"):
+        head = c["hidden_size"] // c["num_attention_heads"]
+        scales = tuple((head**-0.5 if scaled else 1.0) / (i + 1) for i in range(layers))
     return {
-        "ropes": (-1,) * min(layers, 10_000),
+        "ropes": (-1,) * layers,
         "learned_positions": True,
         "norm": "layer",
         "norm_bias": True,
@@ -42,7 +46,8 @@ def _read(c: Settings) -> Fields:
         "attention_bias": True,
         "attention_out_bias": True,
         "mlp_bias": True,
-        "attention_scale": None if flag(c, "scale_attn_weights", True) else 1.0,
+        "attention_scale": None if scaled else 1.0,
+        "attention_scales": scales,
     }
 
 
@@ -53,7 +58,10 @@ def _complete(c: Fields) -> None:
 
 
 def _write(f: Settings) -> Fields:
-    return {"scale_attn_weights": f["attention_scale"] is None}
+    return {
+        "scale_attn_weights": f["attention_scale"] is None,
+        "scale_attn_by_inverse_layer_idx": f["attention_scales"] is not None,
+    }
 
 
 GPT2 = Family(
@@ -62,6 +70,7 @@ GPT2 = Family(
     "GPT-2",
     _read,
     _write,
+    sizes=(50257, 768, None, 12, 12),
     defaults={
         "max_position_embeddings": 1024,
         "rms_norm_eps": 1e-5,
@@ -72,6 +81,7 @@ GPT2 = Family(
     },
     aliases=_ALIASES,
     names=_NAMES,
+    knows=frozenset({"scale_attn_by_inverse_layer_idx"}),
     activations={**GELU_TANH, **ALL},
     transposed=True,
     gguf=Gguf("gpt2"),

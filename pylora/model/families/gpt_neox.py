@@ -53,6 +53,7 @@ GPT_NEOX = Family(
     "GPT-NeoX, Pythia",
     _read,
     _write,
+    sizes=(50432, 6144, 24576, 44, 64),
     defaults={
         "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-5,

@@ -19,6 +19,7 @@ LLAMA = Family(
     "Llama 2, 3, 3.1, 3.2, 3.3; SmolLM2; DeepSeek-R1 distills",
     _read,
     _write,
+    sizes=(32000, 4096, 11008, 32, 32),
     defaults={"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
     gguf=Gguf("llama", permuted=True),
 )

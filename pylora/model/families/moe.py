@@ -91,7 +91,8 @@ def _read_olmoe(c: Settings) -> Fields:
         | {
             "attention_bias": bias,
             "attention_out_bias": bias,
-            "qk_norm_whole": True,
+            "qk_norm": True,
+            "qk_norm_of": "whole",
             "norm_expert_weights": flag(c, "norm_topk_prob"),
         }
     )
@@ -133,6 +134,7 @@ MIXTRAL = Family(
     "Mixtral",
     _read_mixtral,
     _write_mixtral,
+    sizes=(32000, 4096, 14336, 32, 32),
     defaults={
         "max_position_embeddings": 131072,
         "rms_norm_eps": 1e-5,
@@ -152,12 +154,26 @@ MIXTRAL = Family(
     knows=frozenset({"num_local_experts"}),
     gguf=Gguf("llama", permuted=True, settings=_gguf("num_local_experts"), knows=_GGUF_KNOWS),
 )
+_VL = {  # the text part of Qwen3-VL's, with other defaults
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 1408,
+    "max_position_embeddings": 128000,
+    "rope_theta": 5e5,
+    "norm_topk_prob": True,
+    "tie_word_embeddings": True,
+}
 QWEN3_MOE = Family(
     "qwen3_moe",
     "Qwen3MoeForCausalLM",
     "Qwen3 (mixture of experts)",
     _read_qwen3,
     _write_qwen3,
+    sizes=(151936, 2048, 6144, 24, 32),
     defaults={
         "max_position_embeddings": 32768,
         "max_window_layers": 28,
@@ -167,6 +183,7 @@ QWEN3_MOE = Family(
         "moe_intermediate_size": 768,
     },
     complete=_complete,
+    also=dict.fromkeys(("qwen3_vl_moe", "qwen3_vl_moe_text"), _VL),
     knows=frozenset({"num_experts", "moe_intermediate_size", "mlp_only_layers"}),
     gguf=Gguf(
         "qwen3moe",
@@ -180,6 +197,7 @@ OLMOE = Family(
     "OLMoE",
     _read_olmoe,
     _write_olmoe,
+    sizes=(50304, 2048, 2048, 16, 16),
     defaults={
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,

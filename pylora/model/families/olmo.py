@@ -29,7 +29,8 @@ def _common(c: Settings) -> Fields:
         "attention_bias": bias,
         "attention_out_bias": bias,
         "norm_places": "after",
-        "qk_norm_whole": True,
+        "qk_norm": True,
+        "qk_norm_of": "whole",
     }
 
 
@@ -68,6 +69,7 @@ OLMO2 = Family(
     "OLMo 2",
     _read2,
     _write2,
+    sizes=(50304, 4096, 11008, 32, 32),
     defaults=_DEFAULTS,
     gguf=Gguf("olmo2"),
 )
@@ -77,6 +79,7 @@ OLMO3 = Family(
     "OLMo 3",
     _read3,
     _write3,
+    sizes=(50304, 4096, 11008, 32, 32),
     defaults=_DEFAULTS | {"sliding_window": 4096},
     gguf=Gguf("olmo2", settings=_gguf3, knows=frozenset({"attention.sliding_window"})),
 )

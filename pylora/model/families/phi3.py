@@ -56,6 +56,7 @@ PHI3 = Family(
     "Phi-3, Phi-3.5, Phi-4-mini",
     _read,
     _write,
+    sizes=(32064, 3072, 8192, 32, 32),
     defaults={
         "max_position_embeddings": 4096,
         "original_max_position_embeddings": 4096,

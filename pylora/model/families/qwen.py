@@ -50,12 +50,29 @@ def _write3(f: Settings) -> Fields:
     return write_rope(f) | write_window(f) | {"attention_bias": f["attention_bias"]}
 
 
+# The text parts of Qwen2-VL, Qwen2.5-VL and Qwen3-VL: the same models with other defaults.
+_VL2 = {
+    "vocab_size": 152064,
+    "hidden_size": 8192,
+    "intermediate_size": 29568,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "max_window_layers": 80,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+}
+_VL3 = {"max_position_embeddings": 128000, "rope_theta": 5e5}
 QWEN2 = Family(
     "qwen2",
     "Qwen2ForCausalLM",
     "Qwen2, Qwen2.5; DeepSeek-R1 distills",
     _read2,
     _write2,
+    sizes=(151936, 4096, 22016, 32, 32),
+    also=dict.fromkeys(("qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text"), _VL2),
     defaults=_DEFAULTS,
     gguf=Gguf("qwen2"),
 )
@@ -65,6 +82,8 @@ QWEN3 = Family(
     "Qwen3 (dense)",
     _read3,
     _write3,
+    sizes=(151936, 4096, 22016, 32, 32),
+    also=dict.fromkeys(("qwen3_vl", "qwen3_vl_text"), _VL3),
     defaults=_DEFAULTS | {"head_dim": 128},
     gguf=Gguf("qwen3"),
 )

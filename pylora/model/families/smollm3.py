@@ -49,6 +49,7 @@ SMOLLM3 = Family(
     "SmolLM3",
     _read,
     _write,
+    sizes=(128256, 2048, 11008, 36, 16),
     defaults={
         "max_position_embeddings": 32768,
         "num_key_value_heads": 4,

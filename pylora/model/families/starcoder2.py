@@ -37,6 +37,7 @@ STARCODER2 = Family(
     "StarCoder2",
     _read,
     _write,
+    sizes=(49152, 3072, 12288, 30, 24),
     defaults={
         "max_position_embeddings": 4096,
         "num_key_value_heads": 2,

@@ -13,7 +13,7 @@ from pylora import backends
 from pylora.ops.composed import Composed
 
 c = pytest.importorskip("pylora.backends.c")
-PRECISIONS = ("fp32", "bf16", "int8", "int4")
+PRECISIONS = ("fp32", "bf16", "int8", "int4", "int4a8")
 
 
 def same(a: list[np.ndarray], b: list[np.ndarray]) -> bool:

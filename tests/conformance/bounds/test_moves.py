@@ -11,13 +11,24 @@ pytest.importorskip("ml_dtypes")
 
 from pylora.conformance import run
 from pylora.conformance.bounds.moves import PRECISIONS
-from pylora.conformance.correct.rounded import Bf16, Fp32x3, Int4, Int8, Rounded, q4_1, q8_0
+from pylora.conformance.correct.rounded import (
+    Bf16,
+    Blocks,
+    Fp32x3,
+    Int4,
+    Int4a8,
+    Int8,
+    Int8a8,
+    Rounded,
+    q4_1,
+    q8_0,
+)
 from pylora.conformance.protocol import problems_of
 from pylora.conformance.running.report import text
 
 # Laws that compare with the oracle within a bound; others compare two results that err alike.
 BOUNDED = "F1 F3 B1 B6 O1 X1 X3 P4 P5 A1 A2".split()
-ALL = (Fp32x3, Bf16, Int8, Int4)
+ALL = (Fp32x3, Bf16, Int8, Int4, Int8a8, Int4a8, Blocks)
 LAWS = (
     "F1 F2 F3 F6 F7 F11 F8 F9 F10 G1 G2 G3 E2 Q1 B1 B2 B3 B6 B9 B10 B11 B13 O1 D1 D2 D3 D7 X1 X2 "
     "X3 X4 X5 X6 X7 X8 N3 N4 N7 P1 P4 P5 I4 A1 A2 A4"

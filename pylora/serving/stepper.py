@@ -1,0 +1,244 @@
+"""One step: which tokens of which requests, through the model, and what comes next in each.
+
+Requests that wait for their next token are all in every step. Prompts come in pieces beside them,
+as large as `Pace` allows, shared out evenly so that a short prompt is not behind a long one. The
+bits are those of `generate` for each alone: rows do not depend on their neighbours, nor a prompt's
+on the pieces that it comes in.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pylora.errors import PyloraError
+from pylora.generation.choosing import likeliest
+from pylora.generation.logprobs import Logprobs
+from pylora.model.decoder import Batch
+from pylora.model.llama import Llama
+from pylora.serving.pace import Pace
+from pylora.serving.request import Echo, Token
+from pylora.serving.run import Run
+from pylora.serving.scheduler import Scheduler
+
+_ECHO_LOGITS = 1 << 24  # numbers that an echo's step may have
+
+
+@dataclass(frozen=True)
+class Part:
+    """The next n tokens of a request."""
+
+    run: Run
+    n: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step has come to."""
+
+    decoding: int
+    prompt_tokens: int
+    seconds: float
+    ended: list[tuple[Run, str]]  # by the reason of `Done`
+    failed: list[tuple[Run, PyloraError]]
+
+
+class Stepper:
+    """Steps of one model. The engine's thread alone uses it."""
+
+    def __init__(self, model: Llama, scheduler: Scheduler, pace: Pace) -> None:
+        self.model, self.scheduler, self.pace = model, scheduler, pace
+        vocab = model.config.vocab_size
+        self._echo_rows = max(1, min(pace.most, _ECHO_LOGITS // vocab))
+        self._by_length = model.rope.by_length
+        self._vocab = vocab
+        self._batch: Batch | None = None  # of the last step, where it can go on
+        self._runs: list[Run] = []  # whose it is
+
+    def step(self) -> Outcome:
+        """Computes, chooses, and says each token."""
+        parts = self._parts()
+        decoding = sum(part.run.pending == 1 for part in parts)
+        prompt = sum(part.n for part in parts if part.run.pending > 1)
+        begun = time.perf_counter()
+        logits = self._forward(parts)
+        outcome = Outcome(decoding, prompt, time.perf_counter() - begun, [], [])
+        self._continue(parts, logits, outcome)
+        self.pace.note(decoding, prompt, time.perf_counter() - begun)
+        return outcome
+
+    def forget(self) -> None:
+        """The next step begins anew."""
+        self._batch, self._runs = None, []
+
+    # ---- which tokens -------------------------------------------------------------------------
+
+    def _parts(self) -> list[Part]:
+        running = self.scheduler.running
+        decoding = [Part(run, 1) for run in running if run.pending == 1]
+        prompts = sorted((r for r in running if r.pending > 1), key=lambda r: r.pending)
+        left = self.pace.piece(len(decoding)) if prompts else 0
+        parts = decoding
+        for i, run in enumerate(prompts):
+            n = min(run.pending, max(left // (len(prompts) - i), 1), left)
+            if run.echo is not None:
+                n = min(n, self._echo_rows)
+            if n > 0:
+                parts.append(Part(run, n))
+                left -= n
+        # Those of one adapter side by side.
+        return sorted(parts, key=lambda part: part.run.lease.number)
+
+    # ---- through the model --------------------------------------------------------------------
+
+    def _forward(self, parts: Sequence[Part]) -> Any:
+        """Logits of what is wanted, one part behind the other: all rows of a part that is echoed,
+        else the last one."""
+        runs = [part.run for part in parts]
+        single = all(part.n == 1 for part in parts)
+        if single and self._batch is not None and runs == self._runs and self._in_place(runs):
+            batch = self._batch
+            batch.advance()
+        else:
+            batch = self._new_batch(parts)
+        whole = all(run.pending == 1 for run in runs)
+        self._batch, self._runs = (batch, runs) if whole else (None, [])
+        ids: list[int] = []
+        for part in parts:
+            ids.extend(part.run.ids(part.run.length, part.n))
+        return batch.forward(ids)
+
+    def _in_place(self, runs: Sequence[Run]) -> bool:
+        """Whether the rows of the last batch's requests still are where they were."""
+        assert self._batch is not None
+        seqs = self._batch.seqs
+        for i, run in enumerate(runs):
+            assert run.extent is not None
+            if run.extent.start != seqs.k_start[i] or run.length != seqs.k_len[i]:
+                return False
+        return True
+
+    def _new_batch(self, parts: Sequence[Part]) -> Batch:
+        runs = [part.run for part in parts]
+        spans = None
+        if self._by_length:
+            spans = np.concatenate([p.run.spans(p.run.length, p.n) for p in parts])
+        batch = Batch(
+            self.model,
+            self.scheduler.arena.kv,
+            [part.n for part in parts],
+            np.array([run.slot for run in runs], np.int64),
+            [run.lease.packed for run in runs],
+            spans,
+        )
+        q, wanted = batch.seqs.q_start, [_wanted(part) for part in parts]
+        if wanted != [1] * len(parts):
+            rows = [np.arange(end - n, end) for end, n in zip(q[1:].tolist(), wanted, strict=True)]
+            batch.step.output = np.concatenate(rows)
+            if not batch.step.output.size:  # a step has an output, whoever wants it
+                batch.step.output = q[-1:] - 1
+        return batch
+
+    # ---- what comes next ----------------------------------------------------------------------
+
+    def _continue(self, parts: Sequence[Part], logits: Any, outcome: Outcome) -> None:
+        """Moves each request on by its rows of the logits."""
+        at, ready = 0, []
+        rows: Any = None
+        for part in parts:
+            run, n = part.run, _wanted(part)
+            if run.echo is not None:
+                rows = self.model.ops.to_numpy(logits) if rows is None else rows
+                self._echo(run, rows[at : at + n])
+            at += n
+            run.length += part.n
+            if run.pending == 0:
+                ready.append((run, at - 1))
+        if not ready:
+            return
+        if rows is None and all(run.plain for run, _ in ready):
+            some = logits if len(ready) == at else logits[[row for _, row in ready]]
+            found = likeliest(some)
+            for (run, _), token in zip(ready, found, strict=True):
+                self._settle(run, token, outcome)
+            return
+        rows = self.model.ops.to_numpy(logits) if rows is None else rows
+        for run, row in ready:
+            self._settle(run, self._choose(run, rows[row]), outcome)
+
+    def _choose(self, run: Run, row: np.ndarray) -> int | Token | PyloraError | None:
+        """The next token by its logits [vocab]; None: the mask lets nothing come."""
+        try:
+            allowed = None
+            if run.request.mask is not None:
+                allowed = allowed_ids(run.request.mask.allowed(run.answer), self._vocab)
+                if not allowed.size:
+                    return None
+            token = run.chooser.choose(row, allowed)
+            if run.request.logprobs is None:
+                return token
+            found = Logprobs(row)
+            return Token(token, found.of(token), found.top(run.request.logprobs))
+        except PyloraError as error:
+            return error
+        except Exception as error:  # of a mask, which is not ours
+            said = PyloraError(f"the mask of allowed tokens failed: {error}")
+            said.__cause__ = error
+            return said
+
+    def _settle(self, run: Run, found: int | Token | PyloraError | None, outcome: Outcome) -> None:
+        """The answer goes on by a token, or ends."""
+        if isinstance(found, PyloraError):
+            outcome.failed.append((run, found))
+            return
+        if run.request.max_new_tokens == 0:  # asked for its echo alone
+            outcome.ended.append((run, "length"))
+            return
+        token = found if isinstance(found, Token) or found is None else Token(found)
+        if token is None or token.id in run.ends:
+            outcome.ended.append((run, "stop"))
+            return
+        run.take(token)
+        if len(run.answer) >= run.request.max_new_tokens:
+            outcome.ended.append((run, "length"))
+
+    def _echo(self, run: Run, rows: np.ndarray) -> None:
+        """Logprobs of the prompt's tokens by the logits [n, vocab] of the n tokens from run.length
+        on."""
+        assert run.echo is not None
+        top, size = run.request.logprobs or 0, run.prompt.size
+        if run.length == 0:
+            run.echo.append(Token(int(run.prompt[0])))
+        for i, row in enumerate(rows, run.length + 1):
+            if i < size:
+                found, token = Logprobs(row), int(run.prompt[i])
+                run.echo.append(Token(token, found.of(token), found.top(top)))
+        if run.length + len(rows) >= size:
+            echo, run.echo = Echo(tuple(run.echo)), None
+            run.say(echo)
+
+
+def _wanted(part: Part) -> int:
+    """How many of a part's rows, its last ones, have logits that somebody wants."""
+    if part.run.echo is not None:
+        return part.n
+    return int(part.n == part.run.pending)
+
+
+def allowed_ids(mask: np.ndarray, vocab: int) -> np.ndarray:
+    """The tokens that a mask allows (see `Mask`), int64, ascending. PyloraError for another kind of
+    array."""
+    mask = np.asarray(mask)
+    if mask.ndim != 1 or mask.dtype not in (np.bool_, np.uint32, np.int32):
+        raise PyloraError(
+            "a mask must be a bool array [vocab] or 32-bit words of its bits, got "
+            f"{mask.dtype} {list(mask.shape)}"
+        )
+    if mask.dtype != np.bool_:
+        words = np.ascontiguousarray(mask).astype("<u4", copy=False)
+        mask = np.unpackbits(words.view(np.uint8), bitorder="little")
+    return np.flatnonzero(mask[:vocab])

@@ -1,0 +1,1 @@
+"""The HTTP door of `pylora serve`: OpenAI's interface, adapters at run time, a page, operation."""
