@@ -202,6 +202,20 @@ int pylora_pack(int dtype, const pylora_mat *W, void *buffer, pylora_packed *out
  * are taken as they are.  dtype is one of the quantized ones. */
 int pylora_pack_blocks(int dtype, int64_t d, int64_t k, const void *rows, int64_t row_bytes,
                        void *buffer, pylora_packed *out);
+/* Types of weights in files, by ggml's numbers. */
+#define PYLORA_BLOCK_Q4_0 2
+#define PYLORA_BLOCK_Q4_1 3
+#define PYLORA_BLOCK_Q5_0 6
+#define PYLORA_BLOCK_Q5_1 7
+#define PYLORA_BLOCK_Q8_0 8
+#define PYLORA_BLOCK_Q4_K 12
+#define PYLORA_BLOCK_Q5_K 13
+#define PYLORA_BLOCK_Q6_K 14
+/* Bytes of a row of k numbers; -1: not such a type, or k is no multiple of its block's numbers. */
+int64_t pylora_blocks_bytes(int type, int64_t k);
+/* x [rows,k] -> out [rows][pylora_blocks_bytes], the bytes of ggml's own quantizer (without an importance
+ * matrix).  Numbers must be finite: what becomes of others is no error and means nothing. */
+int pylora_encode_blocks(int type, int64_t rows, int64_t k, const float *x, void *out);
 /* Row-major W [d,k] again, float32: the value of every stored element, exactly (F32: bit for bit). */
 int pylora_unpack(const pylora_packed *P, const pylora_mat *W);
 

@@ -123,7 +123,7 @@ static int table(pylora_file *file, const pylora_json *j, int64_t data, pylora_m
   if (top->type != JSON_OBJECT)
     return pylora_fail(why, PYLORA_E_FILE, "%.300s: the safetensors header is not a JSON object",
                        file->name);
-  if (meta) {
+  if (meta && meta->type != JSON_NULL) { /* mlx writes null where there is none */
     int texts = meta->type == JSON_OBJECT;
     if (texts) JSON_EACH(item, j, meta) texts &= item->type == JSON_TEXT;
     if (!texts)

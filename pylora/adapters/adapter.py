@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from pylora.adapters import peft
+from pylora.adapters import gguf, mlx, peft
+from pylora.adapters.locate import GGUF, PEFT, SPOKEN, find_adapter, form_of
 from pylora.adapters.loraconfig import LoraConfig
 from pylora.adapters.peft import Array, Load
 from pylora.adapters.plan import Plan, PlanEntry, named_targets, resolve
 from pylora.errors import ConfigError, PlanError, UnsupportedError, expect, wrong_type
-from pylora.model.config import ModuleSpec
+from pylora.model.config import LlamaConfig, ModuleSpec
 from pylora.numbers import random
 from pylora.types import LoRA
 
@@ -93,19 +94,31 @@ class Adapter(Mapping[str, LoRA]):
     def load(
         cls,
         directory: str | os.PathLike[str],
-        modules: Mapping[str, ModuleSpec],
+        modules: Mapping[str, ModuleSpec] | LlamaConfig,
         *,
         base: Load | None = None,
     ) -> Adapter:
-        """The adapter in a PEFT directory, for a model with `modules` (`LlamaConfig.modules()`).
+        """The adapter in a PEFT directory, a GGUF file or a folder of mlx-lm's, for a model of this
+        LlamaConfig. Its modules alone (`LlamaConfig.modules()`) are enough for PEFT's form.
 
         `base` (Checkpoint.load) is needed where the file carries copies of base weights, as PEFT
-        writes for adapted embeddings. Errors: see `pylora.adapters.peft.read`.
+        writes for adapted embeddings. Errors: see `read` of `pylora.adapters.peft`, `gguf`, `mlx`.
         """
+        config = modules if isinstance(modules, LlamaConfig) else None
+        modules = modules.modules() if isinstance(modules, LlamaConfig) else modules
         expect("modules", modules, "Adapter.load(directory, modules)")
         if base is not None and not callable(base):
             wrong_type("Adapter.load(base=...)", "checkpoint.load", base)
-        return cls(*peft.read(directory, modules, base))
+        place = find_adapter(directory)
+        form = form_of(place)
+        if form == PEFT:
+            return cls(*peft.read(place, modules, base))
+        if config is None:
+            raise UnsupportedError(
+                f"{place} is {SPOKEN[form]}, whose names and order depend on the base model: give "
+                "its LlamaConfig (on the command line: --model), or convert the adapter first"
+            )
+        return cls(*(gguf.read if form == GGUF else mlx.read)(place, config))
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes a PEFT directory, float32; loading it gives the same bits. The word "all-linear"

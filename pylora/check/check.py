@@ -48,7 +48,7 @@ def check_model(
             name, loaded = "random, on q, k, v and o", default_adapter(config, seed % 2**64)
         else:
             name = os.fspath(adapter)
-            loaded = Adapter.load(adapter, config.modules(), base=checkpoint.load)
+            loaded = Adapter.load(adapter, config, base=checkpoint.load)
         tokenizer = checkpoint.tokenizer() if data is not None else None
         batch = sample(config, tokens, seed, data, tokenizer)
         return check(checkpoint, loaded, batch, name, seed=seed, backend=backend, memory=memory)

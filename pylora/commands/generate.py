@@ -116,9 +116,9 @@ def generate(
     with open_checkpoint(model) as checkpoint:
         tokenizer = tokenizer_of(checkpoint, list(folders.values()))
         use_template(tokenizer, template_arg)
-        modules = checkpoint.config.modules()
+        config = checkpoint.config
         loaded = {
-            name: Adapter.load(folder, modules, base=checkpoint.load)
+            name: Adapter.load(folder, config, base=checkpoint.load)
             for name, folder in folders.items()
         }
         llama = Llama.from_checkpoint(checkpoint, precision=precision)

@@ -55,8 +55,10 @@ def plan(
 
     with open_checkpoint(model) as checkpoint:
         modules = checkpoint.config.modules()
-        if adapter is not None and not adapter.is_file():  # its tensors must be what it says, too
-            resolved = Adapter.load(adapter, modules, base=checkpoint.load).plan
+        if adapter is not None and not (
+            adapter.is_file() and adapter.suffix == ".json"
+        ):  # its tensors must be what it says, too
+            resolved = Adapter.load(adapter, checkpoint.config, base=checkpoint.load).plan
         else:
             config = lora_config(adapter, rank, alpha, targets, rslora, 0.0, checkpoint.path)
             resolved = resolve(config, modules)
@@ -164,7 +166,7 @@ def _inspect_adapter(
         adapter = Adapter.load(directory, modules_of(directory))
     else:
         with open_checkpoint(model) as checkpoint:
-            adapter = Adapter.load(directory, checkpoint.config.modules(), base=checkpoint.load)
+            adapter = Adapter.load(directory, checkpoint.config, base=checkpoint.load)
     stats = measure(adapter)
     numbers = ("d × k", "r", "scale", "norm", "stable rank")
     if every:

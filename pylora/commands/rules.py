@@ -101,7 +101,7 @@ def _warm(temperature: float) -> bool:
 RULES: dict[str, tuple[Rule, ...]] = {
     ROOT: tuple(
         Excludes("backend", "verb", f"{_BACKEND}", partial(eq, verb))
-        for verb in ("plan", "inspect", "suite", "vectors", "conformance")
+        for verb in ("plan", "convert", "inspect", "suite", "vectors", "conformance")
     ),
     "train": (
         *(Excludes(o, "config", _FILE.format("--config")) for o in (*_SHAPE, "dropout")),
@@ -126,6 +126,13 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Needs("system", "chat", "it is a message of a conversation"),
         Needs("template_arg", "chat", "it is for the chat template"),
         *(Needs(o, "temperature", _DRAWN, _warm) for o in _DRAWS),
+    ),
+    "merge": (
+        Excludes("dtype", "to", "--type says what a GGUF file holds"),
+        Needs("type_", "to", "it is the type of a GGUF file"),
+        Needs("dry", "to", "it says what a GGUF file's type leaves of the adapter"),
+        Needs("every", "to", "the report of a GGUF file has a line for each module"),
+        OneOf(("out", "to"), "a folder for a Hugging Face model, or one GGUF file"),
     ),
     "chat": tuple(Needs(o, "temperature", _DRAWN, _warm) for o in _DRAWS),
     "plan": (

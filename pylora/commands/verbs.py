@@ -10,6 +10,7 @@ from pylora.commands import chat  # isort: skip
 from pylora.commands import serve  # isort: skip
 from pylora.commands import merge  # isort: skip
 from pylora.commands import combine  # isort: skip
+from pylora.commands import convert  # isort: skip
 from pylora.commands import plan  # isort: skip
 from pylora.commands import families, look
 from pylora.commands.app import app
@@ -18,6 +19,7 @@ __all__ = [
     "app",
     "chat",
     "combine",
+    "convert",
     "families",
     "generate",
     "look",

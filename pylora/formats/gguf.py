@@ -35,13 +35,13 @@ if TYPE_CHECKING:
 _CHUNK = 1 << 22  # bytes of float32 dequantized at a time, so that temporaries stay small
 
 # GGUF's stems -> roles (families.family.Names).
-_TOP = {
+TOP_ROLES = {
     "token_embd": "embedding",
     "position_embd": "positions",
     "output_norm": "norm",
     "output": "head",
 }
-_BLOCK = {
+BLOCK_ROLES = {
     "attn_norm": "input_norm",
     "attn_qkv": "qkv",
     "attn_q": "q",
@@ -58,7 +58,7 @@ _BLOCK = {
     "ffn_gate_inp": "router",
     "post_ffw_norm": "after_mlp",
 }
-_EXPERTS = {
+EXPERT_ROLES = {
     "ffn_gate_exps": "expert_gate",
     "ffn_up_exps": "expert_up",
     "ffn_down_exps": "expert_down",
@@ -99,7 +99,7 @@ class GGUFCheckpoint(Checkpoint):
     def _add_experts(self, name: str) -> bool:
         """Takes a tensor that is the stack of a layer's experts apart."""
         match = re.fullmatch(r"blk\.(0|[1-9]\d{0,4})\.(ffn_[a-z]+_exps)\.weight", name)
-        if match is None or match[2] not in _EXPERTS:
+        if match is None or match[2] not in EXPERT_ROLES:
             return False
         shape, names, count = (
             self._open().tensors[name].shape,
@@ -118,7 +118,7 @@ class GGUFCheckpoint(Checkpoint):
             )
         at = f"{names.layer}.{match[1]}.{names.experts}"
         for e in range(count):
-            self._stored[f"{at}.{e}.{getattr(names, _EXPERTS[match[2]])}.weight"] = name, e
+            self._stored[f"{at}.{e}.{getattr(names, EXPERT_ROLES[match[2]])}.weight"] = name, e
         return True
 
     def _add_norms(self, name: str) -> bool:
@@ -136,6 +136,15 @@ class GGUFCheckpoint(Checkpoint):
         if self._header is None:
             raise FileFormatError(f"{self.path}: the checkpoint is closed")
         return self._header
+
+    @property
+    def header(self) -> GGUFHeader:
+        """The file's metadata and the places of its tensors, by the names that it has for them."""
+        return self._open()
+
+    def places(self) -> dict[str, tuple[str, int | None]]:
+        """Hugging Face's name -> the file's, and which of the stacked experts it is."""
+        return dict(self._stored)
 
     def names(self) -> tuple[str, ...]:
         return self._names
@@ -284,7 +293,7 @@ def hf_name(name: str, config: LlamaConfig | None = None) -> str | None:
     layer, stem, ending = match.groups()
     family = families.of("llama") if config is None else config.family
     own = family.gguf.stems if family.gguf is not None else {}
-    role = own.get(stem) or (_TOP if layer is None else _BLOCK).get(stem)
+    role = own.get(stem) or (TOP_ROLES if layer is None else BLOCK_ROLES).get(stem)
     if role == "up" and config is not None and config.fused_gate_up:
         role = "gate_up"
     if role is None or not (path := getattr(family.names, role)):

@@ -8,7 +8,8 @@ Nothing is allocated that is not already in the file, and no loop is longer than
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,12 @@ class GGUFHeader:
     metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor]
     more: tuple[Array, ...] = ()  # the further files of a split model
+    places: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # of metadata: type, value
+
+    def value(self, key: str) -> bytes:
+        """A metadata value as it is stored: its type, then its bytes."""
+        begin, end = self.places[key]
+        return self.data[begin:end].tobytes()
 
     def rows(self, name: str) -> Array:
         """The stored bytes of a tensor, uint8 [rows, bytes per row], a read-only view."""
@@ -82,13 +89,16 @@ def read_header(path: Path) -> GGUFHeader:
     tensor_count = walk.count("the number of tensors", least=8 + 4 + 8 + 4 + 8)
     pair_count = walk.count("the number of metadata entries", least=8 + 4 + 1)
     metadata: dict[str, Any] = {}
+    places: dict[str, tuple[int, int]] = {}
     for _ in range(pair_count):
         key = walk.string("a metadata key")
         if key in metadata:
             raise FileFormatError(f"{path}: the metadata key {key[:200]!r} occurs twice")
+        begin = walk.at
         metadata[key] = walk.value(f"metadata {key[:200]!r}")
+        places[key] = begin, walk.at
     tensors = _tensors(walk, tensor_count, _alignment(path, metadata))
-    return GGUFHeader(path, data, metadata, tensors)
+    return GGUFHeader(path, data, metadata, tensors, places=places)
 
 
 class _Walk:

@@ -66,5 +66,10 @@ def read_gguf(path: Path) -> GGUFHeader:
             f"{len(tensors)}; they belong to different models"
         )
     return GGUFHeader(
-        path, parts[0].data, parts[0].metadata, tensors, tuple(p.data for p in parts[1:])
+        path,
+        parts[0].data,
+        parts[0].metadata,
+        tensors,
+        tuple(p.data for p in parts[1:]),
+        parts[0].places,
     )

@@ -163,7 +163,8 @@ def _parse(path: Path, header: bytes, size: int) -> tuple[dict[str, TensorInfo],
         raise FileFormatError(f"{path}: the safetensors header is not JSON ({error})") from error
     if not isinstance(table, dict):
         raise FileFormatError(f"{path}: the safetensors header is not a JSON object")
-    metadata = table.pop("__metadata__", {})
+    metadata = table.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # mlx writes null where there is none
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FileFormatError(f"{path}: __metadata__ must map strings to strings")
     tensors = {name: _tensor(path, name, entry) for name, entry in table.items()}

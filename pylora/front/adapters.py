@@ -252,7 +252,7 @@ def read_adapter(
     """The adapter in a PEFT directory for this model, and the tokenizer that lies beside it, if
     that is another than the model's (pylora.adapters.own_tokenizer); its `notes` then say so."""
     folder = find_adapter(path)
-    adapter = Adapter.load(folder, checkpoint.config.modules(), base=checkpoint.load)
+    adapter = Adapter.load(folder, checkpoint.config, base=checkpoint.load)
     tokenizer, note = tokenizer_for(checkpoint, folder) if has_own(folder) else (None, None)
     if tokenizer is None or note is None:
         return adapter, None

@@ -240,7 +240,8 @@ def _shares(scores: np.ndarray, temperature: float) -> np.ndarray:
     with np.errstate(over="ignore"):  # a difference that is too large: no share at all
         p: np.ndarray = scores - scores.max()
         p /= temperature
-    return np.exp(p, out=p)
+    np.exp(p, out=p)
+    return p
 
 
 def _ranked(scores: np.ndarray, some: np.ndarray) -> np.ndarray:

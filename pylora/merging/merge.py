@@ -102,7 +102,7 @@ def merge_checkpoint(
     """
     expect("path", out_dir, "merge_checkpoint(model, adapter, out)")
     with open_checkpoint(model_path) as checkpoint:
-        adapter = Adapter.load(adapter_dir, checkpoint.config.modules(), base=checkpoint.load)
+        adapter = Adapter.load(adapter_dir, checkpoint.config, base=checkpoint.load)
         folder = find_adapter(adapter_dir)
         own = folder if has_own(folder) else None
         if own is not None:

@@ -25,7 +25,7 @@ def merge_weight(
 
     `dtype` is "f32", "f16" or "bf16" (given as uint16 bits).
     """
-    merged, residue = ops.merge(W, _oriented(lora, kind), dtype)
+    merged, residue = ops.merge(W, oriented(lora, kind), dtype)
     return merged, residue
 
 
@@ -39,11 +39,11 @@ def unmerge_weight(
     kind: str = "linear",
 ) -> Array:
     """The W that `merge_weight` was given, bit for bit."""
-    W: Array = ops.unmerge(merged, _oriented(lora, kind), residue, dtype)
+    W: Array = ops.unmerge(merged, oriented(lora, kind), residue, dtype)
     return W
 
 
-def _oriented(lora: LoRA, kind: str) -> LoRA:
+def oriented(lora: LoRA, kind: str) -> LoRA:
     """The adapter whose B A is the delta of the weight as it is stored."""
     A, B = (lora.A, lora.B) if kind == "linear" else (lora.B.T, lora.A.T)
     return LoRA(np.ascontiguousarray(A), np.ascontiguousarray(B), lora.scale)
@@ -51,7 +51,7 @@ def _oriented(lora: LoRA, kind: str) -> LoRA:
 
 def max_delta(lora: LoRA, kind: str = "linear") -> float:
     """The largest |scale * B A|, in float32."""
-    o = _oriented(lora, kind)
+    o = oriented(lora, kind)
     parts = (o.B[i : i + _ROWS] @ o.A for i in range(0, o.B.shape[0], _ROWS))
     return abs(float(o.scale)) * max((float(abs(p).max()) for p in parts if p.size), default=0.0)
 

@@ -50,5 +50,6 @@ def _apart(ops: Any, norm: Norm, head_dim: int, x: Array) -> list[tuple[Array, N
     out = []
     for first in range(0, x.shape[1], head_dim):
         one = slice(first, first + head_dim)
-        out.append((ops.xp.ascontiguousarray(x[:, one]), replace(norm, w=norm.w[one])))
+        own = replace(norm, w=norm.w[one], b=None if norm.b is None else norm.b[one])
+        out.append((ops.xp.ascontiguousarray(x[:, one]), own))
     return out

@@ -9,7 +9,7 @@ here changes what is computed, only when.
 from __future__ import annotations
 
 STALL = 1.6  # so that the slowest steps stay below twice the usual ones, noise included
-SMALLEST = 8  # tokens
+SMALLEST = 16  # tokens: fewer take hardly less time
 _WEIGHT = 0.2  # of the newest measurement
 _WORSE = 0.5  # of one that is slower than was believed
 _GUESS = 1.5  # what a size that was not tried yet may cost, of half of it

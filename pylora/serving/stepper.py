@@ -1,9 +1,9 @@
 """One step: which tokens of which requests, through the model, and what comes next in each.
 
 Requests that wait for their next token are all in every step. Prompts come in pieces beside them,
-as large as `Pace` allows, shared out evenly so that a short prompt is not behind a long one. The
-bits are those of `generate` for each alone: rows do not depend on their neighbours, nor a prompt's
-on the pieces that it comes in.
+as large as `Pace` allows: half of it for the prompt that came first, so that it ends, the rest for
+the shortest, so that it is not behind a long one. The bits are those of `generate` for each alone:
+rows do not depend on their neighbours, nor a prompt's on the pieces that it comes in.
 """
 
 from __future__ import annotations
@@ -83,13 +83,16 @@ class Stepper:
         prompts = sorted((r for r in running if r.pending > 1), key=lambda r: r.pending)
         left = self.pace.piece(len(decoding)) if prompts else 0
         parts = decoding
-        for i, run in enumerate(prompts):
-            n = min(run.pending, max(left // (len(prompts) - i), 1), left)
+        # Half for the one that joined first, the rest for the shortest, then the next.
+        share = {min(prompts, key=running.index): -(-left // 2)} if len(prompts) > 1 else {}
+        left -= sum(share.values())
+        for run in prompts:
+            n = min(run.pending, share.get(run, 0) + left)
             if run.echo is not None:
                 n = min(n, self._echo_rows)
+            left -= max(0, n - share.get(run, 0))
             if n > 0:
                 parts.append(Part(run, n))
-                left -= n
         # Those of one adapter side by side.
         return sorted(parts, key=lambda part: part.run.lease.number)
 

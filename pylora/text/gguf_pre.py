@@ -204,6 +204,7 @@ _ALIASES: dict[str, str] = {
     for alias in aliases.split()
 }
 NAMES = tuple(sorted([*_PRES, *_ALIASES]))
+RULES = tuple(_PRES)  # one name for each rule
 
 
 def find(name: str) -> Pre | None:

@@ -18,6 +18,7 @@ from tiny_model import write_tiny_model
 from pylora.check.report import Report
 from pylora.commands import cli, foreign, rules
 from pylora.commands.verbs import app
+from pylora.merging.to_gguf import GGUFReport, Rounded
 
 COMMAND: Any = typer.main.get_command(app)
 VERBS: dict[str, Any] = dict(COMMAND.commands)
@@ -53,6 +54,7 @@ def base(verb: str, there: dict[str, Path], out: Path) -> list[str]:
         "chat": ["chat", model],
         "serve": ["serve", model],
         "merge": ["merge", model, run, str(out / "merged")],
+        "convert": ["convert", run, str(out / "a.gguf"), "--base", model],
         "unmerge": ["unmerge", str(there["model"]), str(out / "base")],
         "plan": ["plan", model],
         "inspect": ["inspect", run],
@@ -71,6 +73,7 @@ VALUES: dict[str, Any] = {
     "precision": "bf16", "max_tokens": "64", "max_length": "64", "steps": "2", "eval_every": "1",
     "save_every": "1", "floor": "0.5", "adapter": "{run}", "prompts": "{prompts}", "system": "s",
     "model": "{model}", "picture": "{out}/p.png", "data": "{data}", "as_json": "{out}/r.json",
+    "base": "{run}", "to": "{out}/other.gguf", "type_": "q8_0",
     "out": "{out}/other", "dtype": "bf16", "profile": "nightly", "law": "A1", "examples": "3",
     "backend": "numpy", "template_arg": "a=1", "max_new_tokens": "3", "min_p": "0.2",
     "suite": "{data}", "engine": "http://127.0.0.1:9/v1", "restart": "serve", "convert": "convert",
@@ -89,10 +92,13 @@ BESIDE: dict[tuple[str, str], list[str]] = {
     ("train", "keep"): ["--save-every", "1"],
     ("generate", "system"): ["--chat"],
     ("generate", "template_arg"): ["--chat"],
+    **{("merge", o): ["--to", "{out}/m.gguf"] for o in ("type_", "dry", "every")},
     **{(v, o): ["--temperature", "1"] for v in ("generate", "chat") for o in rules._DRAWS},
 }
 INSTEAD: dict[tuple[str, str], list[str]] = {
     ("generate", "prompts"): ["generate", "{model}"],
+    **{("merge", o): ["merge", "{model}", "{run}"] for o in ("to", "type_", "dry", "every")},
+    ("convert", "base"): ["convert", "{run}", "{out}/a.gguf"],
     ("conformance", "as_list"): ["conformance"],
     ("conformance", "mutants"): ["conformance"],
     ("conformance", "suite"): ["conformance"],
@@ -150,6 +156,13 @@ def handed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     spy("pylora.front.load.load")
     spy("pylora.merging.merge.merge_checkpoint", last=True)
     spy("pylora.merging.merge.unmerge_checkpoint", last=True)
+    spy(
+        "pylora.merging.to_gguf.merge_to_gguf",
+        result=GGUFReport(
+            Path("m.gguf"), "q8_0", {}, 0, (Rounded("a.b", "Q8_0", 0.1, 0.2, 0.3),), "none"
+        ),
+    )
+    spy("pylora.adapters.convert.convert", last=True)
     spy("pylora.check.check.check_model", result=Report("m", "a", "c", 1, 0, "all of it"))
     spy("pylora.demo.demo.run", last=True)
     spy("pylora.conformance.vectors.all.all_cases", result=[])
@@ -268,7 +281,7 @@ def test_the_table_names_what_there_is() -> None:
 def test_each_rule_refuses_by_name_and_before_anything_is_read(
     verb: str, rule: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    needed = {"train": 3, "generate": 1, "plan": 1, "chat": 1}.get(verb, 0)
+    needed = {"train": 3, "merge": 2, "generate": 1, "plan": 1, "chat": 1}.get(verb, 0)
     args = [verb, *["/none"] * needed]
     if isinstance(rule, rules.OneOf):
         if not rule.at_least:
@@ -381,7 +394,7 @@ def test_no_hint_stands_for_an_option_that_exists_everywhere() -> None:
         (["train", "m", "d", "o", "--bf16"], "--precision bf16"),
         (["train", "m", "d", "o", "--output_dir", "x"], "argument"),
         (["train"], "MODEL, DATA and OUT are missing"),
-        (["merge", "m", "a"], "OUT is missing"),
+        (["merge", "m", "a"], "give either OUT or --to"),
         (["train", "m", "d", "o", "--steps"], "--steps needs a value"),
         (["train", "m", "d", "o", "--steps", "many"], "--steps: "),
         (["info", "extra"], "extra is one argument too many"),
@@ -426,7 +439,7 @@ def test_without_arguments_help_goes_to_stderr_and_the_code_is_2(
     assert cli.main([]) == 2
     said = capsys.readouterr()
     assert said.out == "" and "train" in said.err and "usage: pylora" in said.err
-    assert cli.main(["help", "merge"]) == 0 and "MODEL ADAPTER OUT" in capsys.readouterr().out
+    assert cli.main(["help", "merge"]) == 0 and "MODEL ADAPTER [OUT]" in capsys.readouterr().out
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,9 +2,9 @@
 
     python tests/fuzz/readers.py TARGET [--seconds 60]      (needs the package atheris)
 
-Targets: records, gguf, safetensors, adapter, tokenizer, template, pattern. Each begins from small
-valid files, made here. What atheris finds is written to the current directory as crash-...; give it
-as an argument to run it again.
+Targets: records, gguf, safetensors, adapter, gguf_adapter, mlx, tokenizer, template, pattern. Each
+begins from small valid files, made here. What atheris finds is written to the current directory as
+crash-...; give it as an argument to run it again.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import atheris
 
 with atheris.instrument_imports(include=["pylora"]):
     from pylora.adapters.adapter import Adapter
+    from pylora.adapters.convert import write_adapter
     from pylora.adapters.loraconfig import LoraConfig
     from pylora.adapters.plan import resolve
     from pylora.errors import PyloraError
@@ -72,6 +73,22 @@ def adapter(data: bytes) -> None:
     Adapter.load(folder, MODULES)
 
 
+def gguf_adapter(data: bytes) -> None:
+    file = FOLDER / "adapter.gguf"
+    file.write_bytes(data)
+    Adapter.load(file, CONFIG)
+
+
+def mlx(data: bytes) -> None:
+    """The settings up to the first line break, then the tensors."""
+    folder = FOLDER / "mlx"
+    folder.mkdir(exist_ok=True)
+    settings, _, tensors = data.partition(b"\n")
+    (folder / "adapter_config.json").write_bytes(settings)
+    (folder / "adapters.safetensors").write_bytes(tensors)
+    Adapter.load(folder, CONFIG)
+
+
 def tokenizer(data: bytes) -> None:
     """tokenizer.json up to the first line break, then tokenizer_config.json."""
     folder = FOLDER / "tokenizer"
@@ -93,7 +110,18 @@ def pattern(data: bytes) -> None:
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    f.__name__: f for f in (records, gguf, safetensors, adapter, tokenizer, template, pattern)
+    f.__name__: f
+    for f in (
+        records,
+        gguf,
+        safetensors,
+        adapter,
+        gguf_adapter,
+        mlx,
+        tokenizer,
+        template,
+        pattern,
+    )
 }
 
 
@@ -124,6 +152,23 @@ def seeds(name: str) -> Iterator[bytes]:
         config = (FOLDER / "seed" / "adapter_config.json").read_text()
         line = json.dumps(json.loads(config)).encode()
         yield tensors if name == "safetensors" else line + b"\n" + tensors
+    elif name in ("gguf_adapter", "mlx"):
+        for alpha in (2, 3):  # of which one is folded by a factor that rounds
+            lora = LoraConfig(
+                r=1, target_modules=["q_proj", "v_proj"], alpha_pattern={"v_proj": alpha}
+            )
+            made = Adapter.init(resolve(lora, MODULES), lora)
+            if name == "mlx":
+                write_adapter(FOLDER / "mlx-seed", made, CONFIG, "mlx")
+                line = json.loads((FOLDER / "mlx-seed" / "adapter_config.json").read_text())
+                yield (
+                    json.dumps(line).encode()
+                    + b"\n"
+                    + (FOLDER / "mlx-seed" / "adapters.safetensors").read_bytes()
+                )
+            else:
+                write_adapter(FOLDER / "seed-adapter.gguf", made, CONFIG, "gguf")
+                yield (FOLDER / "seed-adapter.gguf").read_bytes()
     elif name == "tokenizer":
         from tokenizers import Tokenizer
         from tokenizers.models import BPE

@@ -111,6 +111,9 @@ def test_the_settings_mean_what_they_mean_in_transformers(rng: np.random.Generat
         {"repetition_penalty": 0},
         {"repetition_penalty": -1.0},
         {"repetition_penalty": float("nan")},
+        {"presence_penalty": float("nan")},
+        {"frequency_penalty": 1001},
+        {"logit_bias": 3},
     ],
     ids=str,
 )

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from pylora.numbers.precision import BF16
 from pylora.ops.features import ACTIVATIONS, QKV, Features
+from pylora.ops.heads import HEADS
 from pylora.ops.llama import EXPERT, Experts, LayerWeights, LlamaWeights, Step
 from pylora.types import Attn, LoRA, Norm, Rotation, Seqs
 
@@ -49,7 +50,8 @@ def structures(draw: st.DrawFn) -> dict[str, Any]:
         "norm": draw(st.sampled_from(("rms", "layer", "layer+b"))),
         "before": draw(st.booleans()),
         "after": draw(st.booleans()),
-        "heads": draw(st.sampled_from(("", "head", "whole"))),
+        "heads": draw(st.sampled_from(("", *HEADS))),
+        "scales": [draw(st.sampled_from((0.0, 0.0, 0.45))) for _ in range(2)],
         "ropes": [draw(st.sampled_from((-1, 0, 1))) for _ in range(2)],
         "windows": [draw(st.sampled_from((0, 3))) for _ in range(2)],
         "layout": draw(st.sampled_from(("half", "interleaved"))),
@@ -90,7 +92,7 @@ def weights_of(s: dict[str, Any], precision: str, ops: Any) -> LlamaWeights:
         W = tuple(packed(*shapes[role]) for role in roles)
         bias = tuple(ops.place(normal(rng, w.shape[0])) if s["bias"] else None for w in W)
         D = a.head_dim
-        heads = {"": (0, 0), "head": (D, D), "whole": (q, kv)}[s["heads"]]
+        heads = {"": (0, 0), "shared": (D, D)}.get(s["heads"], (q, kv))
         q_norm, k_norm = (norm(n) if n else None for n in heads)
         before = s["before"] or f.parallel
         layers.append(
@@ -100,7 +102,7 @@ def weights_of(s: dict[str, Any], precision: str, ops: Any) -> LlamaWeights:
                 W, bias, q_norm, k_norm, s["windows"][i],
                 norm(hidden) if s["after"] and not f.parallel else None,
                 norm(hidden) if s["after"] and not f.parallel else None,
-                s["ropes"][i], s["heads"] == "whole", mix,
+                s["ropes"][i], s["heads"] or "shared", mix, s["scales"][i],
             )
         )  # fmt: skip
     embedding = packed(VOCAB, hidden)
