@@ -25,16 +25,18 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pylora.conformance.perturb import judge as judging
-from pylora.conformance.perturb import python, triggers
+from pylora.conformance.perturb import others, python, triggers
 from pylora.conformance.perturb.python import Mutant
 
-KINDS = ("source", "native", *triggers.KINDS)
+KINDS = ("source", "native", "others", *triggers.KINDS)
 
 
 def every(kind: str) -> list[Mutant]:
     """All mutants of a kind."""
     if kind == "source":
         return python.mutants()
+    if kind == "others":
+        return list(others.mutants())
     if kind == "native":
         from pylora.conformance.perturb import native
 

@@ -21,6 +21,15 @@ except ImportError as error:
 logging.getLogger("peft").setLevel(logging.ERROR)
 
 
+MANY = 64  # adapters: PEFT goes through all that it has for each that is added
+
+
+def few_enough(adapters: int) -> None:
+    """What would take minutes is said not to be there, and is then not tested."""
+    if adapters > MANY:
+        raise NotImplementedError(f"PEFT takes minutes to add {adapters} adapters")
+
+
 def base_layer(W: Any, bias: Any = None) -> Any:
     layer = torch.nn.Linear(W.shape[1], W.shape[0], bias=bias is not None)
     layer.weight = torch.nn.Parameter(tensor(W), requires_grad=False)
@@ -40,6 +49,7 @@ class Peft:
 
     def _layer(self, W: Any, adapters: Any, bias: Any = None, p: float = 0.0) -> Any:
         """A layer with the adapters "0", "1", ..., all active."""
+        few_enough(len(adapters))
         layer = None
         for i, (A, _, scale) in enumerate(adapters):
             r = A.shape[0]
@@ -115,16 +125,18 @@ class Peft:
                 raise IndexError("there is no adapter")
             return self.base(x, W, bias)
         names = ["__base__" if row < 0 else str(row) for row in rows]
+        used = {0, *(int(row) for row in rows if 0 <= row < len(adapters))}
+        few_enough(len(used))
         model: Any = OneLinear(base_layer(W, bias))
-        for i, (A, _, scale) in enumerate(adapters):
+        for i in sorted(used):
+            A, B, scale = adapters[i]
             r = A.shape[0]
             config = peft.LoraConfig(r=r, lora_alpha=scale * r, target_modules=["linear"])
             if i == 0:
                 model = peft.get_peft_model(model, config, adapter_name="0")
             else:
                 model.add_adapter(str(i), config)
-        layer = model.base_model.model.linear
-        for i, (A, B, _) in enumerate(adapters):
+            layer = model.base_model.model.linear
             layer.lora_A[str(i)].weight = torch.nn.Parameter(tensor(A))
             layer.lora_B[str(i)].weight = torch.nn.Parameter(tensor(B))
         return array(model.eval()(x=tensor(x), adapter_names=names))

@@ -27,8 +27,14 @@ def _product(a: tuple[Any, ...]) -> Form:
     return Form((a[0].shape[0], a[1].shape[0]), a[0].dtype)
 
 
+def _bias_of(a: tuple[Any, ...]) -> Form | None:
+    return Form((a[2],), None) if a[7] else None
+
+
 _FORMS: dict[str, Callable[[tuple[Any, ...]], Any]] = {
     "block": lambda a: _like(a[0]),
+    "layer": lambda a: _like(a[0]),
+    "initial": lambda a: (Form((a[4], a[3]), None), Form((a[2], a[4]), None), _bias_of(a)),
     "backward_mixed": lambda a: (_like(a[1]), [(_like(A), _like(B)) for A, B, _ in a[3]]),
     "bias_forward": _product,
     "bias_mixed": _product,
@@ -39,6 +45,8 @@ _FORMS: dict[str, Callable[[tuple[Any, ...]], Any]] = {
     "embedding_backward": lambda a: (_like(a[3]), _like(a[4])),
     "embedding_merge": lambda a: _like(a[0]),
     "embedding_init": lambda a: (Form((a[2], a[0]), None), Form((a[1], a[2]), None)),
+    "embedding_dropout": lambda a: Form((len(a[0]), a[1].shape[1]), a[1].dtype),
+    "embed": lambda a: Form((len(a[0]), a[1].shape[1]), a[1].dtype),
     "dropout_mask": lambda a: Form(tuple(a[0]), bool),
     "rms_norm": lambda a: _like(a[0]),
     "swiglu": lambda a: _like(a[0]),

@@ -29,6 +29,8 @@ converts. Letters: m tokens, k inputs, d outputs, r rank; a size may be 0 but fo
     scaling(alpha, r, use_rslora) -> float
     init(d, k, r, seed, method) -> (A, B)                    method "kaiming" or "gaussian", and
                      "false" (B random too, for tests) if the attribute init_methods names it
+    initial(kind, path, d, k, r, seed, method, lora_bias) -> (A, B, bias of B, or None)    of the
+                     module at this path; kind "linear" or "embedding" (d is hidden, k vocab)
     merge(W, A, B, scale) -> W'  or  (W', state)             state: whatever unmerge needs
     unmerge(W', A, B, scale, state=None) -> W
     forward_stacked(x, W, adapters, bias=None) -> y          adapters: list of (A, B, scale), all on
@@ -41,6 +43,10 @@ converts. Letters: m tokens, k inputs, d outputs, r rank; a size may be 0 but fo
                      lora_alpha, target_modules, use_rslora, rank_pattern, alpha_pattern)
     load(directory, modules) -> {path: (A, B, scale)}        modules: {path: (d, k)}; raises where
                      the files and the modules do not fit each other
+    save_biases(directory, adapters, biases, config)         config has bias "all" or "lora_only",
+                     biases: {path: [d]} of adapted modules and, with "all", of others
+    load_biases(directory, modules) -> {path: [d]}           the biases that the file replaces;
+                     every module has one of its own
     plan(config, modules) -> {path: (r, alpha, scale)}       raises for what matches nothing;
                      modules[path] is None of a module that cannot take LoRA
     attention(x [m,hidden], weights, adapters, shape) -> y [m,hidden]
@@ -52,6 +58,7 @@ converts. Letters: m tokens, k inputs, d outputs, r rank; a size may be 0 but fo
                      new rows lie one behind the other in x; a sequence is an int, new or continued;
                      a run may have 0 rows. adapters: one {name: (A, B, scale)} for each run
         .drop(sequence), .truncate(sequence, length)     optional: forgets all, all but the first
+    layer(x, weights, adapters, shape, eps, order) -> y      a block of another LayerOrder
     block(x, weights, adapters, shape, eps) -> y             spec A-1; weights also has gate_proj,
                      up_proj, down_proj, norm1 [hidden] and norm2, adapters any of the seven
     backward_mixed(dy, x, W, adapters, rows) -> (dx, [(dA, dB), ...])     of forward_mixed; one pair
@@ -65,6 +72,9 @@ converts. Letters: m tokens, k inputs, d outputs, r rank; a size may be 0 but fo
     embedding_backward(dy, ids, W, A, B, scale) -> (dA, dB)
     embedding_merge(W, A, B, scale) -> W'
     embedding_init(vocab, hidden, r, seed, random) -> (A, B) random: init_lora_weights=False
+    embedding_dropout(ids, W, A, B, scale, p, seed) -> y [m,hidden]       while it trains
+    embed(ids, W, A, B, scale, multiplier, position [m], P) -> y          with P [n,hidden], where
+                     there is one, the positions' rows are added
     dropout_mask(shape, p, seed, path, step, row0=0) -> kept [m,k] bool   of a module, from 1 on
                      counted step, and where the rows start in the whole batch
     rms_norm(x, w, eps) -> y
@@ -123,6 +133,21 @@ class AttentionShape:
     scale: float | None = None  # of the scores, > 0; None: 1 / sqrt(head_dim)
 
 
+@dataclass(frozen=True)
+class LayerOrder:
+    """What families of models do otherwise than A-1 says: spec A-21, A-22, A-26, A-28.
+
+    Weights beside the seven projections: norm1, and what of norm2, norm3 (behind attention), norm4
+    (behind the feed-forward part), q_norm and k_norm the order has.
+    """
+
+    norms: str = "before"  # the sublayers; "behind" them (norm3, norm4), or "both"
+    parallel: bool = False  # both sublayers read x; without norm2 both read norm1's
+    qk_norm: str = ""  # "head": RMSNorm of each head of q and k, w [head_dim]; "whole": of the row
+    multiplier: float = 1.0  # of what a sublayer adds
+    plus_one: bool = False  # norms multiply by 1 + w
+
+
 class Implementation(Protocol):
     """The one method that an implementation must have; the file's header lists the others."""
 
@@ -150,6 +175,7 @@ METHODS = (
     "loss_gradients",
     "scaling",
     "init",
+    "initial",
     "merge",
     "unmerge",
     "forward_stacked",
@@ -159,11 +185,14 @@ METHODS = (
     "module",
     "save",
     "load",
+    "save_biases",
+    "load_biases",
     "plan",
     "attention",
     "attention_backward",
     "decoder",
     "block",
+    "layer",
     "backward_mixed",
     "bias_forward",
     "bias_backward",
@@ -174,6 +203,8 @@ METHODS = (
     "embedding_backward",
     "embedding_merge",
     "embedding_init",
+    "embedding_dropout",
+    "embed",
     "dropout_mask",
     "rms_norm",
     "swiglu",

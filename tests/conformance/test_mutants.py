@@ -17,17 +17,17 @@ from pylora.conformance.running.counterexample import fails, right
 from pylora.conformance.running.runner import PASSED, run_law
 
 ALL = mutants()
-# A night's work is every one of them; a run of the tests takes those whose ids fall into a third.
+# A night's work is every one of them; a run of the tests takes those whose ids fall into a twelfth.
 ASKED = (
     ALL
     if os.environ.get("PYLORA_ALL_MUTANTS")
-    else [m for m in ALL if crc32(m.id.encode()) % 3 == 0]
+    else [m for m in ALL if crc32(m.id.encode()) % 12 == 0]
 )
 
 
 @pytest.mark.parametrize("law", LAWS.values(), ids=list(LAWS))
 def test_the_correct_one_lives(law):
-    outcome = run_law(Correct(), law, examples=15, seed=1)
+    outcome = run_law(Correct(), law, examples=8, seed=1)
     assert outcome.status == PASSED, outcome.reason
 
 

@@ -27,6 +27,7 @@ class Running:
     def __init__(self, value: Any, error: Any = 0.0, dtype: Any = np.float32) -> None:
         self.value = np.asarray(value, np.float64)
         error = np.asarray(error, np.float64)
+        self.known = error.ndim == 0 and not error  # exactly: products with it are fewer
         same = error.shape == self.value.shape
         self.error = error if same else np.broadcast_to(error, self.value.shape)
         self.dtype = dtype
@@ -51,15 +52,24 @@ class Running:
 
     def __mul__(self, other: Any) -> Running:
         o = self._other(other)
-        a, b = np.abs(self.value), np.abs(o.value)
-        return self._of(self.value * o.value, a * o.error + self.error * b + self.error * o.error)
+        if o.known:
+            error = 0.0 if self.known else self.error * np.abs(o.value)
+        elif self.known:
+            error = np.abs(self.value) * o.error
+        else:
+            error = np.abs(self.value) * o.error + self.error * (np.abs(o.value) + o.error)
+        return self._of(self.value * o.value, np.asarray(error))
 
     def __matmul__(self, other: Any) -> Running:
         o = self._other(other)
         a, b, n = np.abs(self.value), np.abs(o.value), self.value.shape[-1]
-        error = a @ o.error + self.error @ (b + o.error)
-        size = (a + self.error) @ (b + o.error)
-        error = error + gamma(max(n, 1), self.sums) * size + 2 * n * self.tiny
+        size: Any = a @ b
+        error: Any = 0.0  # (a + their error) (b + theirs) - a b
+        if not o.known:
+            error = a @ o.error
+        if not self.known:
+            error = error + self.error @ (b if o.known else b + o.error)
+        error = error + gamma(max(n, 1), self.sums) * (size + error) + 2 * n * self.tiny
         return self._stored(self.value @ o.value, error)
 
     def exp(self) -> Running:
@@ -98,17 +108,17 @@ class Running:
         return Running(self.value, self.error + other.error, self.dtype)
 
     def __getitem__(self, at: Any) -> Running:
-        return Running(self.value[at], self.error[at], self.dtype)
+        return Running(self.value[at], 0.0 if self.known else self.error[at], self.dtype)
 
     @property
     def T(self) -> Running:
-        return Running(self.value.T, self.error.T, self.dtype)
+        return Running(self.value.T, 0.0 if self.known else self.error.T, self.dtype)
 
     @property
     def mT(self) -> Running:
         """The last two axes exchanged."""
-        value, error = np.swapaxes(self.value, -1, -2), np.swapaxes(self.error, -1, -2)
-        return Running(value, error, self.dtype)
+        error = 0.0 if self.known else np.swapaxes(self.error, -1, -2)
+        return Running(np.swapaxes(self.value, -1, -2), error, self.dtype)
 
 
 @cache

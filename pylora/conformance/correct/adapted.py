@@ -158,6 +158,30 @@ class Adapted(Base):
             A = random.normal((r, vocab), 1.0, seed=seed, stream=streams[0])
         return A, random.normal((hidden, r), 1.0, seed=seed, stream=streams[1])
 
+    def embedding_dropout(
+        self, ids: Array, W: Array, A: Array, B: Array, scale: float, p: float, seed: int
+    ) -> Array:
+        """A token is no number that could be dropped."""
+        return self.embedding_forward(ids, W, A, B, scale)
+
+    def embed(
+        self,
+        ids: Array,
+        W: Array,
+        A: Array,
+        B: Array,
+        scale: float,
+        multiplier: float,
+        position: Array,
+        P: Array | None,
+    ) -> Array:
+        """The multiplier is of base and adapter; positions are added behind it."""
+        y = self.widen(self.embedding_forward(ids, W, A, B, scale))
+        y = y * y.dtype.type(multiplier)
+        if P is not None:
+            y = y + self.widen(P)[position]
+        return np.asarray(y).astype(W.dtype)
+
     # ---- the mask of a module -----------------------------------------------------------------
 
     def dropout_mask(

@@ -175,7 +175,7 @@ class Rounded(Correct):
     """Every capability but merging. Subclass it with another `precision`, or other `rounds`."""
 
     dtypes = ("float32",)
-    merge = unmerge = None  # type: ignore[assignment]
+    merge = unmerge = bias_merge = embedding_merge = None  # type: ignore[assignment]
     name = "pylora reference, rounded"
     precision = "bf16"
     rounds = Rounds

@@ -52,6 +52,8 @@ class Block:
 
     def moved(self, a: Running, move: Callable[[Array, str], Array]) -> Running:
         """`a` as the precision rounds it for a product."""
+        if self.precision == "fp32":
+            return a
         off = move(np.abs(a.value) + a.error, self.precision)
         return Running(a.value, a.error + off, self.dtype)
 

@@ -50,6 +50,13 @@ def _fresh(t: Trial, p: Problem) -> None:
         t.expect(f"y with {name} = 0", y, W[p.ids], signs=t.bitwise)
 
 
+def _undropped(t: Trial, p: Problem) -> None:
+    """Whatever p and seed are, the rows are those without."""
+    for rate, seed in ((0.5, p.seed), (0.9, p.seed + 1), (0.0, p.seed)):
+        y = t.embedding_dropout(p.ids, p.W, p.A, p.B, p.scale, rate, seed)
+        t.expect(f"y with p = {rate}", y, _rows(p, t.weight(p.W)))
+
+
 def _gradients(p: Problem) -> tuple[Array, Array]:
     D, A, B, s = layer.wide(p.dy), layer.wide(p.A), layer.wide(p.B), float(p.scale)
     columns = np.zeros((p.A.shape[1], p.A.shape[0]), D.dtype)
@@ -180,12 +187,24 @@ LAWS = (
         "A fresh adapter of an embedding changes nothing.",
         "A = 0, or B = 0, implies y[i] = W[ids[i]], where bits are promised bit for bit",
         "zeros are added (-0 becomes +0)",
-        ("F-2", "I-1"),
+        ("F-2", "V-6", "I-1"),
         ("embedding_forward",),
         embeddings,
         _fresh,
         ("W",),
         dtypes=ALL_DTYPES,
+    ),
+    Law(
+        "E10",
+        "While an embedding trains nothing is dropped.",
+        "y(p, seed) = W[ids] + s A[:, ids]ᵀ Bᵀ for any p and seed, exact on small integers",
+        "tokens, ranks or outputs of the adapter are dropped, or what is kept is scaled up",
+        ("D-6", "F-5"),
+        ("embedding_dropout",),
+        exact_embeddings,
+        _undropped,
+        ("W", "A", "B"),
+        dtypes=EXACT,
     ),
     Law(
         "E6",

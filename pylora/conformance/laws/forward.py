@@ -257,7 +257,7 @@ LAWS = (
         "A fresh adapter gives the base's bits, signs of zeros included, where bits are promised.",
         "B = 0 implies that y has the bits of base(x); without the promise, twice F1's bound",
         "zeros are added (-0 becomes +0), or the base is computed another way beside an adapter",
-        ("F-2",),
+        ("F-2", "V-6"),
         ("forward", "base"),
         lambda dtype: lora_problems(dtype, zero_B=True),
         _zero_init_bits,

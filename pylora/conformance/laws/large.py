@@ -1,4 +1,4 @@
-"""Laws of results near and beyond the largest number of a dtype."""
+"""Laws of results near and beyond the largest number of a dtype, and of very small ones."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from pylora.conformance.laws import allowed, oracle
 from pylora.conformance.laws.law import Law
-from pylora.conformance.problems.layers import DTYPES, np_dtype, st
+from pylora.conformance.problems.layers import DTYPES, exact_problems, np_dtype, st
 from pylora.conformance.testcase import NotTested, Problem, Trial
+from pylora.types import Array
 
 
 @st.composite  # type: ignore[untyped-decorator]
@@ -83,7 +85,65 @@ def _large_merge(t: Trial, p: Problem) -> None:
     t.expect("W' of one product", merged, want)
 
 
+# float16 has no room below 1: its normal numbers end at 2⁻¹⁴.
+TINY = {"float64": -900, "float32": -100, "bfloat16": -100}
+
+
+def _scaled(a: Array, power: int) -> Array:
+    return (a.astype(np.float64) * 2.0**power).astype(a.dtype)
+
+
+def _power(t: Trial, p: Problem) -> int:
+    if not t.exact:
+        raise NotTested("integers with one scale for a group are not exact")
+    return TINY[str(p.x.dtype)]
+
+
+def _tiny_merge(t: Trial, p: Problem) -> None:
+    """W and s B A both by the same power of two: W' too."""
+    power = _power(t, p)
+    W, A, B = _scaled(p.W, power), _scaled(p.A, power // 2), _scaled(p.B, power - power // 2)
+    result = t.merge(W, A, B, p.scale)
+    merged = result[0] if isinstance(result, tuple) else result
+    want = oracle.merged(p.W, p.A, p.B, p.scale) * 2.0**power
+    off = allowed.merged(p.W, p.A, p.B, p.scale) * 2.0**power
+    t.expect(f"W' of numbers about 2**{power}", merged, want, off)
+
+
+def _tiny_gradients(t: Trial, p: Problem) -> None:
+    """dy by a power of two: every gradient too."""
+    power = _power(t, p)
+    got = t.backward(_scaled(p.dy, power), p.x, p.W, p.A, p.B, p.scale)
+    wants = oracle.backward(p.dy, p.x, t.weight(p.W), p.A, p.B, p.scale)
+    for name, g, want, off in zip(("dx", "dA", "dB"), got, wants, allowed.backward(t, p)):
+        t.expect(f"{name} of dy about 2**{power}", g, want * 2.0**power, off * 2.0**power)
+
+
 LAWS = (
+    Law(
+        "V21",
+        "A merge of tiny numbers is exact.",
+        "W'(2ⁿ W, 2ⁿ s B A) = 2ⁿ W'(W, s B A), n = -100, in float64 -900",
+        "an update below some size is skipped, or passes through a dtype that it is lost in",
+        ("M-1", "N-6", "V-4"),
+        ("merge",),
+        exact_problems,
+        _tiny_merge,
+        ("W", "A", "B"),
+        dtypes=tuple(TINY),
+    ),
+    Law(
+        "V22",
+        "Gradients of a tiny dy are exact.",
+        "dx, dA and dB of 2ⁿ dy are 2ⁿ times those of dy, n = -100, in float64 -900",
+        "a gradient below some size is taken for none, or passes through float16",
+        ("B-1", "N-6"),
+        ("backward",),
+        exact_problems,
+        _tiny_gradients,
+        ("dy", "x", "A", "B"),
+        dtypes=tuple(TINY),
+    ),
     Law(
         "V9",
         "Large numbers are exact up to the largest, and infinite beyond.",

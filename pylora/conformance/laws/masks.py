@@ -9,7 +9,7 @@ import numpy as np
 from pylora.conformance.laws.dropout import UNLIKELY
 from pylora.conformance.laws.law import Law
 from pylora.conformance.problems.layers import pick, st
-from pylora.conformance.testcase import Problem, Trial
+from pylora.conformance.testcase import NotTested, Problem, Trial
 from pylora.numbers import random
 from pylora.numbers.philox import philox
 from pylora.types import Array
@@ -123,6 +123,39 @@ def _bits(t: Trial, p: Problem) -> None:
     t.expect("kept", _mask(t, p), want)
 
 
+# Elements (seed, number) of the stream dropout/q_proj/1 whose words are 0, 1, 1 and 2. They
+# were found by a search through the first 2³²; one word in 2³² is 0.
+_RARE = ((7, 2679380839), (7, 3446331816), (0, 884366182), (0, 99479647))
+
+
+def _edges(t: Trial, p: Problem) -> None:
+    """p = word / 2³² of one element, and half a step and a step beyond: it is kept, kept, dropped.
+    The words near it are what a threshold that is rounded otherwise lets through."""
+    m, k = p.shape
+    words = philox(p.seed, random.stream("dropout", p.path, str(p.step)), p.row0 * k, m * k)
+    exact = words[words < 2**23].astype(np.float64)  # these and their halves are float32 / 2³²
+    if not exact.size:
+        raise NotTested("no word of the window is small enough for p to be exact")
+    least = float(exact.min())
+    for more in (-1.0, 0.0, 0.5, 1.0, 1.5):
+        chance = max(least + more, 0.0) * 2.0**-32
+        want = words.reshape(m, k) >= math.floor(chance * 2**32)
+        got = t.dropout_mask((m, k), chance, p.seed, p.path, p.step, p.row0)
+        t.expect(f"kept, with p = {chance!r} and {int(least)} the smallest word", got, want)
+
+
+def _tiny(t: Trial, p: Problem) -> None:
+    """Below 2⁻³² nothing is dropped, not even where a word is 0; from 2⁻²⁴ on something is."""
+    seed, at = p.rare
+    k = 64
+    window = p.replaced(shape=(2, k), seed=seed, path="q_proj", step=1, row0=at // k)
+    words = philox(seed, random.stream("dropout", "q_proj", "1"), at // k * k, 2 * k).reshape(2, k)
+    for chance in (2.0**-24, 2.0**-25, 2.0**-32, 2.0**-33, 2.0**-60, 2.0**-149):
+        want = words >= math.floor(chance * 2**32)
+        got = _mask(t, window.replaced(p=chance))
+        t.expect(f"kept, with p = 2**{int(math.log2(chance))}", got, want)
+
+
 NEEDS = ("dropout_mask",)
 LAWS = (
     Law(
@@ -201,6 +234,30 @@ LAWS = (
         (*NEEDS, "bits"),
         lambda: st.one_of(masks(large=False), masks()),
         _bits,
+        (),
+    ),
+    Law(
+        "D37",
+        "The threshold is exact where words lie at it.",
+        "p = w / 2³² for the smallest word w: its element is kept, and so it is with half a step "
+        "more; a whole step more drops it",
+        "p 2³² is rounded in place of cut off, > stands for >=, or fewer bits are compared",
+        ("D-7", "D-10"),
+        (*NEEDS, "bits"),
+        masks,
+        _edges,
+        (),
+    ),
+    Law(
+        "D38",
+        "A p below 2⁻³² drops nothing, one of 2⁻²⁴ drops what lies below it.",
+        "kept iff word >= floor(p 2³²), p from 2⁻²⁴ to the smallest number, at elements "
+        "whose words are 0 or nearly so",
+        "a small p is taken for none, or a threshold of 0 is made 1",
+        ("D-7", "D-10"),
+        (*NEEDS, "bits"),
+        lambda: st.sampled_from(_RARE).map(lambda rare: Problem(rare=rare)),
+        _tiny,
         (),
     ),
 )

@@ -294,7 +294,7 @@ LAWS = (
         "Where the implementation promises it, unmerging gives back every bit.",
         "unmerge(merge(W)) has the bits of W",
         "what rounding lost is not put back: the file that comes out is not the one that went in",
-        ("M-3",),
+        ("M-3", "V-6"),
         ("merge", "unmerge", "exact_unmerge"),
         lora_problems,
         _promised_bits,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -150,10 +150,17 @@ def _again(t: Trial, p: Problem) -> None:
         t.expect(f"array {i} of {f}, once more after {g},", a, want, signs=True)
 
 
+def _plainly(of: Any, method: str, given: Any) -> Any:
+    return getattr(of, method)(*given)
+
+
 def _together(t: Trial, p: Problem) -> None:
-    """Threads that call two methods at once, and each what it gives alone."""
-    pair = _chosen(t, p)
-    alone = [[a.copy() for a in leaves(getattr(t, f)(*given))] for f, given in pair]
+    together(t, _chosen(t, p), _plainly)
+
+
+def together(t: Trial, pair: Any, invoke: Callable[[Any, str, Any], Any]) -> None:
+    """Threads that make two calls (method, arguments) at once, and each what it gives alone."""
+    alone = [[a.copy() for a in leaves(invoke(t, f, given))] for f, given in pair]
     calls = [(i, *pair[i]) for i in (0, 1, 0)]
     got: list[list[Array]] = [[] for _ in calls]
     errors: list[BaseException] = []
@@ -164,7 +171,7 @@ def _together(t: Trial, p: Problem) -> None:
         try:
             start.wait(timeout=10)
             for _ in range(TIMES):
-                got[n] += [a.copy() for a in leaves(getattr(t.implementation, method)(*given))]
+                got[n] += [a.copy() for a in leaves(invoke(t.implementation, method, given))]
         except Exception as error:  # reported below, in the caller's thread
             errors.append(error)
             start.abort()

@@ -159,8 +159,8 @@ class Block(Projections):
         X = x if isinstance(x, Running) else run(x, self.dtype)
         s = self.s
         position = np.concatenate([np.arange(n) for n in (0, *s.lengths)])
-        self.q = turn(self.project("q_proj", X), position, s)
-        self.k = turn(self.project("k_proj", X), position, s)
+        self.q = self.turned("q_proj", self.project("q_proj", X), position)
+        self.k = self.turned("k_proj", self.project("k_proj", X), position)
         self.v = self.project("v_proj", X)
         self.position = position
         self.P: list[list[Running]] = []
@@ -175,6 +175,10 @@ class Block(Projections):
             self.P.append(P)
         self.o = join(rows, axis=0)
         return self.project("o_proj", self.o)
+
+    def turned(self, name: str, a: Running, position: Array) -> Running:
+        """q or k as it goes into the scores."""
+        return turn(a, position, self.s)
 
     def _sequences(self) -> list[tuple[slice, int]]:
         """The rows of each, and how many."""

@@ -46,6 +46,9 @@ def _plan(t: Trial, p: Problem) -> None:
         said = f"the plan differs in {len(odd)} of {len(p.want)} modules, among them {odd[0]}"
         t.fail(said, got, f"len(RESULT) == {len(p.want)}")
     for path, (r, alpha, scale) in p.want.items():
+        found = got[path]
+        if found[:2] == (r, alpha) and abs(float(found[2]) - scale) <= 1e-6 * abs(scale):
+            continue  # thousands of entries: what is right is not put down one by one
         for what, i, w in (("rank", 0, r), ("alpha", 1, alpha), ("scale", 2, scale)):
             t.expect(f"{what} of {path}", got, w, 1e-6 * abs(w) * (i == 2), item=(path, i))
 

@@ -42,14 +42,23 @@ def poisoned(*names: str) -> Any:
 
 def ready(p: Problem) -> Problem:
     """With a bias, and with a B that is not zero, so that nothing may be left out; where B itself
-    is to have the odd number, it is zero but for that at times."""
-    B = p.B.copy()
+    is to have the odd number, it is zero but for that at times, and where a row of A is to have it
+    the column of B that this row is multiplied by."""
+    B, r, rank = p.B.copy(), p.B.shape[1], p.at[1]
+    if p.name == "A" and p.at[1] % 3 == 0 and r > 1:
+        B[:, _row(p, r)] = 0
+        rank = _row(p, r) + 1
     if p.name == "B" and p.at[0] % 4 == 0:
         B[...] = 0
     elif not B.any():
-        B[p.at[0] % B.shape[0], p.at[1] % B.shape[1]] = 1
+        B[p.at[0] % B.shape[0], rank % r] = 1
     bias = p.bias if p.bias is not None else np.zeros(p.W.shape[0], p.x.dtype)
     return p.replaced(B=B, bias=bias)
+
+
+def _row(p: Problem, rows: int) -> int:
+    """The row of the array that gets the odd number."""
+    return int(p.at[0] // 4 % rows)
 
 
 def poison(t: Trial, p: Problem) -> tuple[Problem, int, int]:
@@ -57,7 +66,7 @@ def poison(t: Trial, p: Problem) -> tuple[Problem, int, int]:
     if p.name == "W" and t.precision in INTEGERS:
         raise NotTested("a group of such a weight has one scale, which the odd number takes")
     a = getattr(p, p.name).copy()
-    i, j = p.at[0] // 4 % a.shape[0], p.at[1] % a.shape[-1]
+    i, j = _row(p, a.shape[0]), p.at[1] % a.shape[-1]
     a[(i, j) if a.ndim == 2 else j] = p.odd
     return p.replaced(**{p.name: a}), i, j
 
@@ -326,7 +335,7 @@ LAWS = (
         "A B of negative zeros is zero.",
         "B = ±0 implies that y has the bits of base(x), NaN or ±inf in A or not",
         "bits are compared where numbers should be: -0.0 is added up and changes signs of zeros",
-        ("V-4", "F-2"),
+        ("V-4", "V-6", "F-2"),
         ("forward", "base", "bitwise"),
         poisoned("x"),
         _signed_zeros,

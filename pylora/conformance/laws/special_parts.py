@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from pylora.conformance.bounds.moves import GROUP
 from pylora.conformance.laws import allowed, oracle
 from pylora.conformance.laws.block import Block
 from pylora.conformance.laws.law import Law
 from pylora.conformance.laws.special import ALL, ODD, poisoned, reaches
+from pylora.conformance.problems import sizes
 from pylora.conformance.problems.layers import (
     DTYPES,
     attention_problems,
@@ -41,6 +43,34 @@ def several(dtype: str = "float32") -> Any:
 
     drawn = several_adapters(dtype, exact=True).filter(lambda p: p.adapters and len(p.rows))
     return _odd(drawn.map(ready))
+
+
+def _grouped_weights(dtype: str) -> Any:
+    """Weights of three rows and three groups of 32, and an odd number at any place in them."""
+    kinds = st.integers(0, 99).map(lambda seed: sizes.layer(dtype, seed, m=2, k=70, d=3, r=2))
+    return _odd(kinds)
+
+
+def _in_its_group(t: Trial, p: Problem) -> None:
+    """NaN in W reaches its column of y; what is stored of other groups, and other columns, stay."""
+    i, j = p.at[0] % p.W.shape[0], p.at[1] % p.W.shape[1]
+    W = p.W.copy()
+    W[i, j] = p.odd
+    kept, before = t.weight(W), t.weight(p.W)
+    elsewhere = np.ones(W.shape, bool)
+    elsewhere[i, j // GROUP * GROUP : (j // GROUP + 1) * GROUP] = False
+    if t.precision in ("int8", "int4"):
+        said = f"what is stored of other groups than that of W[{i},{j}] = {p.odd}"
+        t.expect(said, kept[elsewhere], before[elsewhere])
+    others = [n for n in range(W.shape[0]) if n != i]
+    y = t.forward(p.x, W, p.A, p.B, p.scale, p.bias)
+    want = oracle.forward(p.x, before, [(p.A, p.B, p.scale)], p.bias)
+    off = np.broadcast_to(np.asarray(allowed.forward(t, p), np.float64), want.shape)
+    at = (slice(None), np.array(others))
+    t.expect(f"y of other outputs than that of W[{i},{j}] = {p.odd}", y, want[at], off[at], at=at)
+    shown = np.zeros(want.shape, bool)
+    shown[:, i] = True
+    _shown(t, f"y with W[{i},{j}] = {p.odd}", y, np.inf, shown)
 
 
 def _with(p: Problem, which: int) -> list[Any]:
@@ -198,6 +228,20 @@ def _law(id: str, needs: tuple[str, ...], problems: Any, check: Any, *said: str)
 
 
 LAWS = (
+    Law(
+        "V19",
+        "NaN in a weight that shares a scale takes its group at most, and shows.",
+        "W[i,j] = NaN or ±inf: column i of y is not finite, other columns as without; in "
+        "8 and 4 bits "
+        "what is stored of other groups of 32 has the same bits",
+        "one scale for a whole matrix or for several rows, or NaN stored as a code like others",
+        ("V-11", "V-1", "N-7"),
+        ("forward", "stored"),
+        _grouped_weights,
+        _in_its_group,
+        ("x",),
+        dtypes=DTYPES,
+    ),
     _law(
         "V11", ("forward_mixed",), several, _mixed,
         "In a mixed batch NaN in an adapter shows in the rows that use it, and in no others.",

@@ -11,6 +11,7 @@ from __future__ import annotations
 from pylora.conformance.mutants import (
     attention,
     batches,
+    beginnings,
     biases,
     caches,
     containers,
@@ -33,6 +34,8 @@ from pylora.conformance.mutants import (
     modules,
     numerics,
     operations,
+    orders,
+    others,
     paths,
     plans,
     precisions,
@@ -87,6 +90,9 @@ GROUPS = (
     halves,
     operations,
     families,
+    orders,
+    beginnings,
+    others,
     limits,
     paths,
 )

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from pylora.conformance.bounds import layer as bounds
+from pylora.conformance.perturb import corpus_ops
 from pylora.conformance.problems.layers import KINDS, SCALES, elements
 from pylora.conformance.problems.layouts import LAYOUTS, laid_out
 from pylora.conformance.protocol import AttentionShape
@@ -96,6 +97,8 @@ def calls_of(method: str) -> bool:
 
 
 def _arguments(method: str, draw: Draw) -> tuple[Any, ...]:
+    if method in corpus_ops.METHODS:
+        return corpus_ops.arguments(method, draw)
     p = draw.layer()
     x, W, A, B, dy, bias, s = (p[n] for n in ("x", "W", "A", "B", "dy", "bias", "scale"))
     rate, seed = draw.pick((0.0, 0.5, 0.1, 0.9)), int(draw.rng.integers(2**31))

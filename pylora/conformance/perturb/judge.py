@@ -26,6 +26,7 @@ from pylora.conformance.perturb.corpus import differs
 from pylora.conformance.perturb.python import Mutant
 from pylora.conformance.protocol import METHODS
 from pylora.conformance.running.runner import BROKEN, FAILED, run_law
+from pylora.ops.formulas import Formulas
 from pylora.reference import Reference
 
 KILLED, EQUIVALENT, WITHIN, ALIVE = "killed", "equivalent", "within the bounds", "alive"
@@ -56,7 +57,12 @@ class Reach:
     seconds: float
 
 
-_NESTED = {"back": "attention_backward", "project": "_attend"}  # functions inside of others
+_NESTED = {
+    "back": "attention_backward",
+    "project": "_attend",
+    "attention": "layer",
+    "forward": "layer",
+}  # functions inside of others
 
 
 @contextmanager
@@ -64,7 +70,7 @@ def _watched(seen: set[str]) -> Iterator[None]:
     """While it lasts, each function of the correct implementation that is called is put down."""
     kept: list[tuple[type, str, Any]] = []
     classes = [c for c in Correct.__mro__ if c is not object]
-    for cls in (*classes, CorrectModule, CorrectDecoder, Reference):
+    for cls in (*classes, CorrectModule, CorrectDecoder, Reference, Formulas):
         for name, function in list(vars(cls).items()):
             if isinstance(function, types.FunctionType) and not name.startswith("__"):
                 kept.append((cls, name, function))

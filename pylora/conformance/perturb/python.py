@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pylora import reference
-from pylora.conformance.correct import adapted, attending, plain
+from pylora.conformance.correct import adapted, attending, families, layers, plain, training
 from pylora.conformance.perturb.operators import changed, changes
+from pylora.ops import formulas
 
 # Functions that only hand over, or that the kit does not ask for, are left alone.
 _OF_PLAIN = frozenset(
@@ -21,7 +22,8 @@ _OF_PLAIN = frozenset(
 _OF_REFERENCE = frozenset(
     "_rows lora_forward lora_backward _delta merge unmerge _moved _wide _narrow _bits rope _spans "
     "_heads attention_forward attention_backward dropout rms_norm_forward swiglu_forward "
-    "swiglu_backward _sigmoid cross_entropy_forward cross_entropy_backward".split()
+    "swiglu_backward cross_entropy_forward cross_entropy_backward cross_entropy adamw_step "
+    "sum_squares embedding_forward embedding_backward".split()
 )
 _OF_ATTENDING = frozenset(
     "attention attention_backward back _attend project _project _positions _attn _turned decoder "
@@ -30,15 +32,38 @@ _OF_ATTENDING = frozenset(
 _OF_ADAPTED = frozenset(
     "backward_mixed _gradients _update bias_forward _bias bias_backward bias_merge bias_mixed "
     "bias_stacked embedding_forward embedding_backward embedding_merge embedding_init "
-    "dropout_mask".split()
+    "dropout_mask embed".split()
 )
+_OF_FORMULAS = frozenset(
+    "layer_norm_forward layer_norm_backward activation_forward activation_backward _activation "
+    "_normal soft_cap_forward soft_cap_backward capped _sigmoid".split()
+)
+_OF_TRAINING = frozenset(
+    "rms_norm swiglu swiglu_backward rope cross_entropy adamw clip scaled rates "
+    "adapter_step".split()
+)
+_OF_FAMILIES = frozenset(
+    "layer_norm layer_norm_backward activation activation_backward soft_cap soft_cap_backward "
+    "rope_part experts".split()
+)
+_OF_LAYERS = frozenset("layer attention forward added normed ordered_attention of_heads".split())
 _SOURCES: dict[str, tuple[Any, frozenset[str]]] = {
     "plain": (plain, _OF_PLAIN),
     "attending": (attending, _OF_ATTENDING),
     "adapted": (adapted, _OF_ADAPTED),
+    "families": (families, _OF_FAMILIES),
+    "training": (training, _OF_TRAINING),
+    "layers": (layers, _OF_LAYERS),
+    "formulas": (formulas, _OF_FORMULAS),
     "reference": (reference, _OF_REFERENCE),
 }
-_MIXINS = {"attending": "Attending", "adapted": "Adapted"}
+_MIXINS = {
+    "attending": "Attending",
+    "adapted": "Adapted",
+    "families": "Families",
+    "training": "Training",
+    "layers": "Layers",
+}
 
 
 @dataclass(frozen=True)
@@ -78,7 +103,10 @@ def _maker(name: str, source: str, inside: frozenset[str], number: int) -> Calla
             mixin = module.__dict__[_MIXINS[name]]
             return type("Correct", (mixin, plain.Correct), {})()
         made = plain.Correct()
-        made.ops = module.__dict__["Reference"]()
+        if name == "formulas":
+            made.ops = type("Reference", (module.__dict__["Formulas"], reference.Reference), {})()
+        else:
+            made.ops = module.__dict__["Reference"]()
         return made
 
     return make

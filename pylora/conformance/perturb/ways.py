@@ -20,11 +20,13 @@ def in_array(result: Any, change: Callable[[Any], Any], which: int) -> Any:
         if not keys:
             return result
         return {**result, keys[-1]: in_array(result[keys[-1]], change, which)}
-    if isinstance(result, tuple):
+    if isinstance(result, (tuple, list)) and result:
         parts = list(result)
         at = which % len(parts)
+        while parts[at] is None:  # as the gradient of what is not there
+            at -= 1
         parts[at] = in_array(parts[at], change, which)
-        return tuple(parts)
+        return type(result)(parts)
     if isinstance(result, (int, float)) and not isinstance(result, bool):
         return result * 2 + 1
     return result

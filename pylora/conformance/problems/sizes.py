@@ -23,6 +23,7 @@ from pylora.types import Array
 
 LIMITS = (8, 16, 32, 64, 128, 256, 512, 1024, 4096, 65536)
 PASSED = (8, 32, 256)  # of them, in other dtypes than float32
+BEYOND = 131  # by so much the last limit is passed, where there is little time
 TINY = {"m": 3, "k": 5, "d": 4, "r": 2}
 SQUARE = 257  # of two dimensions at once: more than 2¹⁶ elements
 THOROUGH = 1000  # examples from which on the rarer problems are walked too
@@ -34,16 +35,19 @@ def walk(examples: int, top: int, most: int = LIMITS[-1], dtype: str = "float32"
     """The sizes of one dimension: around each limit up to `top`, or up to `most` where there is
     time for it, with the largest first, since what is wrong beyond a limit is wrong there too.
 
-    Of dtypes but float32, where there is little time, only what is past a few of them: the largest
-    is past all."""
+    Where there is little time nothing is right at a limit of tens of thousands, the last is passed
+    by less, and of dtypes but float32 it is only a few that are passed."""
     top = most if examples >= THOROUGH else min(top, 1024) if examples < FEW else top
     limits = [n for n in LIMITS if n <= top]
-    past = top + top // 2 + 3
+    past = top + (top // 2 + 3 if examples >= THOROUGH else min(top // 2 + 3, BEYOND))
     if examples < FEW:
         return [past]
     if dtype != "float32" and examples < THOROUGH:
         return [past, *(n + 1 for n in reversed(limits) if n in PASSED)]
-    return [past, *(n + i for n in reversed(limits) for i in (1, 0, -1))]
+    if examples < THOROUGH:
+        limits = [n for n in limits if n < top or n <= 4096]
+    around = (1, 0, -1) if examples >= THOROUGH else (1, 0)
+    return [past, *(n + i for n in reversed(limits) for i in around)]
 
 
 def sized(make: Make, size: int) -> Problem:
@@ -182,16 +186,22 @@ def _mixed_by(dtype: str, name: str, thin: bool) -> Make:
     return make
 
 
+def _most_adapters(dtype: str, examples: int) -> int:
+    """Each adapter is a call: many of them are walked in one dtype, and where there is time."""
+    return 4096 if examples >= (FEW if dtype == "float32" else THOROUGH) else 256
+
+
 def mixed(dtype: str, examples: int) -> Iterator[Problem]:
     """A mixed batch: its rows, their runs, the adapters, their ranks, k and d."""
     narrow = np_dtype(dtype).itemsize == 2
     tops = {"rank": 65536, "segments": 65536, "rows": 65536, "k": 65536, "d": 65536}
-    for name, top in {**tops, "adapters": 4096, "adapters used": 4096}.items():
+    many = _most_adapters(dtype, examples)
+    for name, top in {**tops, "adapters": many, "adapters used": many}.items():
         for size in walk(examples, top, dtype=dtype):
             yield sized(_mixed_by(dtype, name, False), size)
             if narrow and name in ("rank", "k"):
                 yield sized(_mixed_by(dtype, name, True), size)
-    if dtype == "float32":
+    if dtype == "float32" and examples >= FEW:
         yield sized(_mixed_by(dtype, "adapters", False), 65537)
 
 
@@ -209,7 +219,8 @@ def stacked(dtype: str, examples: int) -> Iterator[Problem]:
             return several(dtype, [2, 1], np.zeros(n))
         return several(dtype, [2, 1], np.zeros(3), thin=thinner, **{name: n})
 
-    for name, top in {"rank": 65536, "m": 65536, "k": 65536, "d": 65536, "adapters": 4096}.items():
+    many = _most_adapters(dtype, examples)
+    for name, top in {"rank": 65536, "m": 65536, "k": 65536, "d": 65536, "adapters": many}.items():
         for size in walk(examples, top, dtype=dtype):
             if not narrow or name != "adapters":
                 yield sized(partial(make, name), size)
