@@ -77,7 +77,8 @@ def test_the_default_falls_back_only_where_the_core_is_not_built(clean: Any) -> 
 
 def test_every_backend_has_every_operation_with_the_same_parameters(ops: Any) -> None:
     members = [n for n in vars(Backend) if not n.startswith("_")]
-    operations = [n for n in vars(Reference) if not n.startswith("_")]
+    # What is no function of its own, such as to_numpy, each backend has in its own way.
+    operations = [n for n, f in vars(Reference).items() if n[0] != "_" and inspect.isfunction(f)]
     assert set(operations) <= set(members)
     for name in (*members, "name", "xp"):
         assert hasattr(ops, name), f"{ops.name} lacks {name}"
@@ -239,8 +240,8 @@ def test_precisions(name: str, rng: np.random.Generator) -> None:
         ConfigError, match="'half'; choose one of fp32, fp32x3, bf16, fp16, int8, int4"
     ):
         ops.pack(W, "half")
-    with pytest.raises(DtypeError, match="'q5_k'"):
-        Stored("q5_k", np.zeros((1, 1), np.uint8), (1, 32))
+    with pytest.raises(DtypeError, match="'iq1_s'"):
+        Stored("iq1_s", np.zeros((1, 1), np.uint8), (1, 32))
 
 
 @pytest.mark.parametrize("name", ["numpy", "c"])

@@ -42,7 +42,11 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     prompts.write_text('{"prompt": "truth exists:"}\n', encoding="utf-8")
     config = where / "config.json"
     config.write_text('{"r": 3, "target_modules": ["q_proj"]}', encoding="utf-8")
-    return {"model": model, "data": data, "run": where / "run", "prompts": prompts, "c": config}
+    run = where / "run"
+    return {
+        "model": model, "data": data, "run": run, "other": run / "adapter", "prompts": prompts,
+        "c": config,
+    }  # fmt: skip
 
 
 def base(verb: str, there: dict[str, Path], out: Path) -> list[str]:
@@ -54,6 +58,7 @@ def base(verb: str, there: dict[str, Path], out: Path) -> list[str]:
         "chat": ["chat", model],
         "serve": ["serve", model],
         "merge": ["merge", model, run, str(out / "merged")],
+        "combine": ["combine", run, str(there["other"]), str(out / "both")],
         "convert": ["convert", run, str(out / "a.gguf"), "--base", model],
         "unmerge": ["unmerge", str(there["model"]), str(out / "base")],
         "plan": ["plan", model],
@@ -69,7 +74,8 @@ def base(verb: str, there: dict[str, Path], out: Path) -> list[str]:
 # Where another value is not simply the next number: what to give.
 VALUES: dict[str, Any] = {
     "alpha": "3.5", "targets": "q_proj", "config": "{c}", "eval_data": "{data}",
-    "schedule": "linear",
+    "schedule": "linear", "weights": "0.5,2", "method": "linear", "density": "0.5", "rank": "1",
+    "majority_sign": "frequency",
     "precision": "bf16", "max_tokens": "64", "max_length": "64", "steps": "2", "eval_every": "1",
     "save_every": "1", "floor": "0.5", "adapter": "{run}", "prompts": "{prompts}", "system": "s",
     "model": "{model}", "picture": "{out}/p.png", "data": "{data}", "as_json": "{out}/r.json",
@@ -163,6 +169,7 @@ def handed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         ),
     )
     spy("pylora.adapters.convert.convert", last=True)
+    spy("pylora.adapters.combine.combine", last=True)
     spy("pylora.check.check.check_model", result=Report("m", "a", "c", 1, 0, "all of it"))
     spy("pylora.demo.demo.run", last=True)
     spy("pylora.conformance.vectors.all.all_cases", result=[])
@@ -384,7 +391,7 @@ def test_no_hint_stands_for_an_option_that_exists_everywhere() -> None:
         (["trian"], "did you mean train?"),
         (["finetune"], "did you mean train?"),
         (["fuse"], "did you mean merge?"),
-        (["xyzzy"], "the verbs: chat"),
+        (["xyzzy"], "no verb 'xyzzy' (the verbs: "),
         (["train", "m", "d", "o", "--rankk", "3"], "did you mean --rank?"),
         (["train", "m", "d", "o", "--epoch", "3"], "did you mean --epochs?"),
         (["train", "m", "d", "o", "--lrr=3"], "did you mean --lr?"),

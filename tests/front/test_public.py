@@ -165,7 +165,11 @@ def _rows() -> list[tuple[str, Any, dict[str, str]]]:
         ("Adapter.init(X)", lambda k, x: p.Adapter.init(x, k.lora_config), plan),
         ("Adapter.init(, X)", lambda k, x: p.Adapter.init(k.plan, x), settings),
         ("Adapter.load(X)", lambda k, x: p.Adapter.load(x, k.modules), location),
-        ("Adapter.load(, X)", lambda k, x: p.Adapter.load(k.adapter_path, x), modules),
+        (
+            "Adapter.load(, X)",
+            lambda k, x: p.Adapter.load(k.adapter_path, x),
+            {kind: said for kind, said in modules.items() if kind != "model_config"},
+        ),
         (
             "Adapter.load(base=X)",
             lambda k, x: p.Adapter.load(k.adapter_path, k.modules, base=x),
@@ -173,6 +177,9 @@ def _rows() -> list[tuple[str, Any, dict[str, str]]]:
         ),
         ("Adapter.save(X)", lambda k, x: k.adapter.save(x), out),
         ("Adapter.stack(X)", lambda k, x: p.Adapter.stack(x), {"adapter": "[(", "path": ""}),
+        ("combine(X)", lambda k, x: p.combine(x), {"adapter": "[(", "path": ""}),
+        ("combine([(X, 1)])", lambda k, x: p.combine([(x, 1.0)], "svd"), whole),
+        ("Server(X)", lambda k, x: p.Server(x), {"number": "", "nothing": ""}),
         ("Adapter.stack([X])", lambda k, x: p.Adapter.stack([x]), {"adapter": "(adapter, 1.0)"}),
         ("Adapter.stack([(X, 1)])", lambda k, x: p.Adapter.stack([(x, 1.0)]), whole),
         (
