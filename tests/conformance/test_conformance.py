@@ -217,7 +217,7 @@ def test_every_bound_is_within_a_thousandth_of_being_reached():
     asked = [law.id for law in LAWS.values() if not bits(law.maths)]
     with_bound = [o for o in run(Correct, asked, examples=25, seed=5).outcomes if o.tightness > 0]
     assert len(with_bound) >= 20
-    # The analysis of a whole layer takes each norm's divisor at its worst, and A40 has four of them.
+    # The analysis of a whole layer takes each norm's divisor at its worst; A40 has four of them.
     least = {"A40": 2e-4}
     loose = {o.law.id: o.tightness for o in with_bound if o.tightness < least.get(o.law.id, 1e-3)}
     assert loose == {}
