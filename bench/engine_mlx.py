@@ -1,6 +1,6 @@
 """mlx-lm's side of travel.py, in the interpreter that has it.
 
-    python engine_mlx.py run MODEL ADAPTER IDS.npy LOGITS.npy
+    python engine_mlx.py run MODEL ADAPTER|none IDS.npy LOGITS.npy
     python engine_mlx.py train MODEL ADAPTER IDS.npy
 
 `train` makes an adapter by mlx-lm's own functions and saves it as its command line does.
@@ -26,7 +26,8 @@ KEYS = ["self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"]
 
 def run(model: str, adapter: str, ids: str, logits: str) -> None:
     net, _ = load_model(Path(model))
-    net = load_adapters(net, adapter)
+    if adapter != "none":
+        net = load_adapters(net, adapter)
     net.eval()
     out = net(mx.array(np.load(ids))[None])[0]
     np.save(logits, np.array(out.astype(mx.float32)))
