@@ -228,7 +228,7 @@ def set_u32(key: str, value: int) -> Any:
 @pytest.mark.parametrize(
     ("change", "names"),
     [
-        ({"arch": "gemma"}, "gemma"),
+        ({"arch": "mamba"}, "mamba"),
         ({"skip": ("block_count",)}, "llama.block_count"),
         ({"more": lambda w: w.add_float32("llama.attn_logit_softcapping", 30.0)}, "softcapping"),
         ({"more": set_u32("llama.expert_count", 8)}, "llama.expert_count"),

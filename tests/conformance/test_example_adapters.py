@@ -18,7 +18,9 @@ from pylora.conformance.running.report import text
 EXAMPLES = Path(__file__).parents[2] / "examples" / "conformance"
 
 # What fails in PEFT 0.21 and loralib 0.1.2; docs/conformance.md tells each.
-TORCH = {"E6"}  # its embedding adds up gradients of 16 bits in 16 bits
+# Plain PyTorch: an embedding and a step's micro-batches add up gradients of 16 bits in 16 bits; the
+# loss multiplies the gradient of an uncounted row by 0, which leaves NaN where logits have it.
+TORCH = {"E6", "B18", "V20"}
 PEFT = {"E6", "E9", "M3", "M17", "K5", "K6", "K11", "K12", "T7", "T8", "T9", "T12"}
 PEFT |= {"K20", "K21", "K24", "K26", "K27", "K30", "K33", "T21", "T22", "T23"}
 LORALIB = {"M3", "M17"}  # the same rounding

@@ -74,10 +74,11 @@ def _near(t: Trial, method: str, args: Args, want: Array) -> Array | float:
     narrow = kind(floats[0]) in NARROW
     if KINDS[method].exact and not narrow and t.exact:
         return 0.0
+    narrow |= t.precision != "fp32"  # what it keeps between products may have 8 bits
     longest = max(max(a.shape, default=1) for a in floats)
     wide = floats[0].dtype == np.float64
     share = 2.0**-9 + (0.0 if wide else 2 * longest * 2.0**-24)
-    if narrow or t.precision != "fp32":
+    if narrow:
         share = 2.0**-4
     size = np.abs(np.where(np.isfinite(want), want, 0.0))
     return share * (size + size.max(initial=0.0) * (1.0 if narrow else 2.0**-3)) + 1e-30
