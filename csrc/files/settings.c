@@ -4,19 +4,19 @@
 #include "files/model.h"
 
 const pylora_family_facts pylora_families[FAMILIES] = {
-    [LLAMA] = {"llama", "llama", 1, 0, 0, BEFORE, NO_NORM},
-    [MISTRAL] = {"mistral", NULL, 1, 0, 0, BEFORE, NO_NORM},
-    [QWEN2] = {"qwen2", "qwen2", 0, 0, 0, BEFORE, NO_NORM},
-    [QWEN3] = {"qwen3", "qwen3", 0, 0, 0, BEFORE, OF_HEADS},
-    [GEMMA2] = {"gemma2", "gemma2", 0, 1, 1, BOTH, NO_NORM},
-    [GEMMA3] = {"gemma3_text", "gemma3", 0, 1, 1, BOTH, OF_HEADS},
-    [GRANITE] = {"granite", "granite", 1, 0, 0, BEFORE, NO_NORM},
-    [SMOLLM3] = {"smollm3", "smollm3", 1, 0, 0, BEFORE, NO_NORM},
-    [OLMO2] = {"olmo2", "olmo2", 0, 0, 0, AFTER, OF_ALL},
-    [OLMO3] = {"olmo3", NULL, 0, 0, 0, AFTER, OF_ALL},
-    [GEMMA] = {"gemma", "gemma", 0, 1, 1, BEFORE, NO_NORM},
-    [MINISTRAL] = {"ministral", NULL, 1, 0, 0, BEFORE, NO_NORM},
-    [SEED_OSS] = {"seed_oss", "seed_oss", 0, 0, 0, BEFORE, NO_NORM},
+    [LLAMA] = {"llama", "llama", 1, 0, 0, BEFORE, NO_NORM, PYLORA_ROPE_HALF},
+    [MISTRAL] = {"mistral", NULL, 1, 0, 0, BEFORE, NO_NORM, PYLORA_ROPE_HALF},
+    [QWEN2] = {"qwen2", "qwen2", 0, 0, 0, BEFORE, NO_NORM, PYLORA_ROPE_HALF},
+    [QWEN3] = {"qwen3", "qwen3", 0, 0, 0, BEFORE, OF_HEADS, PYLORA_ROPE_HALF},
+    [GEMMA2] = {"gemma2", "gemma2", 0, 1, 1, BOTH, NO_NORM, PYLORA_ROPE_HALF},
+    [GEMMA3] = {"gemma3_text", "gemma3", 0, 1, 1, BOTH, OF_HEADS, PYLORA_ROPE_HALF},
+    [GRANITE] = {"granite", "granite", 1, 0, 0, BEFORE, NO_NORM, PYLORA_ROPE_HALF},
+    [SMOLLM3] = {"smollm3", "smollm3", 1, 0, 0, BEFORE, NO_NORM, PYLORA_ROPE_HALF},
+    [OLMO2] = {"olmo2", "olmo2", 0, 0, 0, AFTER, OF_ALL, PYLORA_ROPE_HALF},
+    [OLMO3] = {"olmo3", NULL, 0, 0, 0, AFTER, OF_ALL, PYLORA_ROPE_HALF},
+    [GEMMA] = {"gemma", "gemma", 0, 1, 1, BEFORE, NO_NORM, PYLORA_ROPE_HALF},
+    [MINISTRAL] = {"ministral", NULL, 1, 0, 0, BEFORE, NO_NORM, PYLORA_ROPE_HALF},
+    [SEED_OSS] = {"seed_oss", "seed_oss", 0, 0, 0, BEFORE, NO_NORM, PYLORA_ROPE_HALF},
     [ERNIE45] = {"ernie4_5", "ernie4_5", 0, 0, 0, BEFORE, NO_NORM, PYLORA_ROPE_INTERLEAVED},
 };
 
