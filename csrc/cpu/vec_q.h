@@ -7,6 +7,7 @@
 
 #include "vec.h"
 #include "formats/format_q.h"
+#include "formats/half.h"
 
 #if defined(VEC_AVX512)
 typedef __m512i vint;
@@ -173,17 +174,7 @@ INLINE vint n_bits(vf x) {
 INLINE void n_store16(int16_t *p, vint x) {
   for (int i = 0; i < 4; i++) p[i] = (int16_t)x.l[i];
 }
-INLINE float half_of(uint16_t h) {
-  uint32_t u = (uint32_t)(h & 0x7fff) << 13, sign = (uint32_t)(h & 0x8000) << 16;
-  float v;
-  memcpy(&v, &u, 4);
-  v *= 0x1p112f; /* float16's exponents are 112 less; subnormal numbers come right, too */
-  memcpy(&u, &v, 4);
-  u |= sign | ((h & 0x7fff) > 0x7bff ? 0x7f800000u : 0);
-  memcpy(&v, &u, 4);
-  return v;
-}
-INLINE vf n_half(const uint16_t *p) { V_EACH(half_of(p[i])); }
+INLINE vf n_half(const uint16_t *p) { V_EACH(from_half(p[i])); }
 #endif
 
 #if !defined(Q_BYTES)

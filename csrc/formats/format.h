@@ -87,6 +87,13 @@ static inline void pylora_prefetch(const void *p, size_t bytes) {
 #endif
 }
 
+/* From one row to the next of prepared x, of so many bytes each.  Rows a multiple of 2048 bytes apart fall into
+ * the same few sets of an L1 cache. */
+static inline size_t pylora_row_stride(size_t bytes) {
+  const size_t n = round_up(bytes);
+  return n % 2048 ? n : n + PYLORA_ALIGN;
+}
+
 /* Elements from the upper to the lower halves of a row. */
 static inline int64_t pylora_x3_low(int64_t k) {
   return (int64_t)(round_up((size_t)k * sizeof(uint16_t)) / sizeof(uint16_t));

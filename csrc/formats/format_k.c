@@ -268,10 +268,8 @@ static void unpack(int type, const char *super, int64_t k, int row, float *out) 
   }
 }
 
-/* Rows a multiple of 2048 bytes apart fall into the same few sets of an L1 cache. */
 static size_t row_bytes(int64_t k) {
-  const size_t n = round_up((size_t)(k / GROUP) * sizeof(pylora_krow));
-  return n % 2048 ? n : n + PYLORA_ALIGN;
+  return pylora_row_stride((size_t)(k / GROUP) * sizeof(pylora_krow));
 }
 
 static void prepare(int most, const pylora_kernels *K, const pylora_mat *x, int64_t first,
