@@ -14,14 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
-from pylora.adapters.carry import carry, fold
+from pylora.adapters.carry import carry
 from pylora.adapters.fit import misfit
 from pylora.adapters.loraconfig import LoraConfig
 from pylora.adapters.plan import resolve
 from pylora.adapters.restore import Read, check_modules, restored
 from pylora.adapters.settings import settings_of
+from pylora.adapters.stacks import joined
 from pylora.errors import FileFormatError, PlanError, PyloraError, UnsupportedError
-from pylora.formats.base import Array, widen
+from pylora.formats.base import Array, check_finite, widen
 from pylora.formats.gguf import dequantize
 from pylora.formats.gguf_header import GGUFHeader, read_header
 from pylora.formats.gguf_names import architecture, as_hf, places
@@ -169,12 +170,7 @@ def _numbers(header: GGUFHeader, name: str) -> Array:
         raise PlanError(f"{where} is {tensor.kind}; expected F32, F16, BF16 or a quantized type")
     else:
         flat = dequantize(header.rows(name), tensor.kind.lower(), where).reshape(tensor.shape)
-    if not np.isfinite(flat).all():
-        raise FileFormatError(
-            f"{where} contains NaN or infinity; the training that wrote it diverged, or the file "
-            "is damaged"
-        )
-    return flat
+    return check_finite(flat, where)
 
 
 def _together(
@@ -220,9 +216,7 @@ def _experts(
     parts: list[tuple[Array, Array] | None],
     alpha: float,
 ) -> tuple[Array, Array]:
-    """Stacks of experts as PEFT's one parameter: gate's rows of B above up's. Where their A differ,
-    or one is missing, the parts get ranks of their own, beside each other; what alpha is divided by
-    is then the sum, and B makes up for it (by 2, which is exact, where the two are equal)."""
+    """The parts of a parameter of experts, checked and joined (stacks.py)."""
     n, d = spec.experts, spec.d // len(parts)
     for part in parts:
         if part is None:
@@ -234,20 +228,7 @@ def _experts(
                 f"{path}: {module}: lora_a has the shape {A.shape} and lora_b {B.shape}; the "
                 f"model has {n} experts of {spec.k} inputs and {d} outputs"
             )
-    there = [part for part in parts if part is not None]
-    if len(there) == len(parts) and all(np.array_equal(there[0][0], A) for A, _ in there):
-        A, B = there[0][0], np.concatenate([B for _, B in there], axis=1)  # [n, d, r]
-    else:
-        A = np.concatenate([A for A, _ in there], axis=1)
-        B = np.zeros((n, spec.d, A.shape[1]), np.float32)
-        column = 0
-        for i, part in enumerate(parts):
-            if part is not None:
-                r = part[1].shape[-1]
-                factor = A.shape[1] / r if alpha else 1.0
-                B[:, i * d : (i + 1) * d, column : column + r] = fold(part[1], factor, module)
-                column += r
-    return _own(A.reshape(-1, spec.k)), _own(B.transpose(1, 2, 0).reshape(spec.d, -1))
+    return joined(module, spec, parts, over_rank=bool(alpha))
 
 
 def _as_it_was(

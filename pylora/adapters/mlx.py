@@ -22,9 +22,10 @@ from pylora.adapters.mlx_names import homes, in_layer, layer_prefix, name_of
 from pylora.adapters.plan import Plan, resolve
 from pylora.adapters.restore import Read, restored
 from pylora.adapters.settings import settings_of
+from pylora.adapters.stacks import joined
 from pylora.errors import FileFormatError, PlanError, PyloraError, UnsupportedError
 from pylora.files.bounded import read_json
-from pylora.formats.base import Array
+from pylora.formats.base import Array, check_finite
 from pylora.formats.safetensors import SafeTensors
 from pylora.model.config import LlamaConfig, ModuleSpec
 from pylora.types import LoRA
@@ -209,12 +210,7 @@ def _numbers(file: SafeTensors, name: str) -> Array:
             f"{file.path}: tensor {key!r} is {file.dtype(key).upper()}, expected F32, F16 or BF16"
         )
     array = np.array(file.load(key), np.float32, order="C")
-    if not np.isfinite(array).all():
-        raise FileFormatError(
-            f"{file.path}: tensor {key!r} contains NaN or infinity; the training that wrote it "
-            "diverged, or the file is damaged"
-        )
-    return array
+    return check_finite(array, f"{file.path}: tensor {key!r}")
 
 
 def _together(
@@ -244,28 +240,8 @@ def _together(
             a, b = found[0]
             out[path] = np.ascontiguousarray(a.T), np.ascontiguousarray(b.T)
         else:
-            out[path] = _experts(path, halves, n, spec, rank)
+            out[path] = joined(path, spec, [halves.get((path, part)) for part in range(n)])
     return out
-
-
-def _experts(
-    path: str,
-    halves: Mapping[tuple[str, int], tuple[Array, Array]],
-    n: int,
-    spec: ModuleSpec,
-    rank: int,
-) -> tuple[Array, Array]:
-    """Stacks of experts as PEFT's one parameter: see pylora/adapters/gguf.py."""
-    there = {part: halves[path, part] for part in range(n) if (path, part) in halves}
-    same = len(there) == n and all(np.array_equal(there[0][0], a) for a, _ in there.values())
-    d, r = spec.d // n, rank if same else rank * len(there)
-    A = there[0][0] if same else np.concatenate([a for a, _ in there.values()], axis=1)
-    B = np.zeros((spec.experts, spec.d, r), np.float32)
-    for i, (part, (_, b)) in enumerate(there.items()):
-        column = 0 if same else i * rank
-        B[:, part * d : (part + 1) * d, column : column + rank] = b
-    rows = np.ascontiguousarray(B.transpose(1, 2, 0)).reshape(spec.d, -1)
-    return np.ascontiguousarray(A).reshape(-1, spec.k), rows
 
 
 def _own_plan(

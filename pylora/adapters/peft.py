@@ -25,7 +25,7 @@ from pylora.adapters.plan import Plan, PlanEntry, resolve
 from pylora.errors import FileFormatError, PlanError, UnsupportedError
 from pylora.files.bounded import read_text
 from pylora.files.whole import atomic_dir, atomic_write
-from pylora.formats.base import narrow, widen
+from pylora.formats.base import check_finite, narrow, widen
 from pylora.formats.safetensors import SafeTensors, save
 from pylora.model import families
 from pylora.model.config import ModuleSpec
@@ -293,13 +293,7 @@ def _load(file: SafeTensors, key: str, shape: tuple[int, ...], rule: str) -> Arr
         raise PlanError(
             f"{file.path}: tensor {key!r} is {dtype.upper()}, expected F32, F16, BF16 or F64"
         )
-    array = _float32(file, key)
-    if not np.isfinite(array).all():
-        raise FileFormatError(
-            f"{file.path}: tensor {key!r} contains NaN or infinity; the training that wrote it "
-            "diverged, or the file is damaged"
-        )
-    return array
+    return check_finite(_float32(file, key), f"{file.path}: tensor {key!r}")
 
 
 def _float32(file: SafeTensors, key: str) -> Array:

@@ -107,6 +107,16 @@ def widen(stored: Array, dtype: str) -> Array:
     return np.require(stored, np.float32, ["C", "A"])
 
 
+def check_finite(tensor: Array, where: str) -> Array:
+    """The tensor of an adapter itself; FileFormatError where a number of it is not finite."""
+    if not np.isfinite(tensor).all():
+        raise FileFormatError(
+            f"{where} contains NaN or infinity; the training that wrote it diverged, or the file "
+            "is damaged"
+        )
+    return tensor
+
+
 def narrow(x: Array, dtype: str) -> Array:
     """float32 `x` rounded to nearest, ties to even, as "f32", "f16" or "bf16" (uint16 bits).
 
