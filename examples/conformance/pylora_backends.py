@@ -88,7 +88,7 @@ class _Backend(Parts, Correct):
             self.merge = self.unmerge = self.bias_merge = self.embedding_merge = None
 
     def _pack(self, W: Any) -> Any:
-        if self.precision in QUANTIZED and np.abs(W).max(initial=0) > 65504:
+        if self.precision in (*QUANTIZED, "blocks") and np.abs(W).max(initial=0) > 65504:
             raise NotImplementedError("ggml's scales are float16, which this weight is beyond")
         return self.ops.pack(self.widen(W))
 

@@ -117,11 +117,6 @@ class _InBlocks(C):
         self.ops = Blocks(backends.get("c"), self.kind)
         self.name = f"pylora, backend c, {self.kind}"
 
-    def _pack(self, W: Any) -> Any:
-        if np.abs(W).max(initial=0) > 65504:
-            raise NotImplementedError("ggml's scales are float16, which this weight is beyond")
-        return self.ops.pack(self.widen(W))
-
     def _embedding(self, W: Any, A: Any, B: Any, scale: float) -> Any:
         self._pack(W)  # says what its scales cannot hold
         stored = self.ops.stored(self.widen(W))

@@ -7,41 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from adapters_made import MODULES, delta, filled, make
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pylora.adapters.adapter import Adapter, parameters
-from pylora.adapters.loraconfig import LoraConfig
-from pylora.adapters.plan import resolve
 from pylora.errors import ConfigError, PlanError, UnsupportedError
 from pylora.model.config import LlamaConfig
 from pylora.numbers import random
 from pylora.types import LoRA
 
 CONFIG = LlamaConfig.tiny()
-MODULES = CONFIG.modules()
 Q0 = "model.layers.0.self_attn.q_proj"
 EMBED = "model.embed_tokens"
-
-
-def make(seed: int = 0, base: Any = None, modules: Any = MODULES, **fields: Any) -> Adapter:
-    fields.setdefault("target_modules", ["q_proj", "down_proj"])
-    config = LoraConfig(**fields)
-    return Adapter.init(resolve(config, modules), config, seed, base=base)
-
-
-def filled(seed: int, **fields: Any) -> Adapter:
-    """An adapter whose every array is random, so that it does something."""
-    adapter = make(seed, **fields)
-    rng = np.random.default_rng(seed)
-    for array in parameters(adapter).values():
-        array[...] = rng.standard_normal(array.shape)
-    return adapter
-
-
-def delta(adapter: Adapter, path: str) -> np.ndarray:
-    lora = adapter[path]
-    return lora.scale * (lora.B.astype(np.float64) @ lora.A.astype(np.float64))
 
 
 def test_a_fresh_adapter_has_b_zero_and_a_within_the_kaiming_bound() -> None:

@@ -7,33 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from adapters_made import MODULES, delta, filled
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pylora.adapters.adapter import Adapter, parameters
+from pylora.adapters.adapter import Adapter
 from pylora.adapters.combine import METHODS, combine, truncate
-from pylora.adapters.loraconfig import LoraConfig
-from pylora.adapters.plan import resolve
 from pylora.errors import ConfigError, PlanError, PyloraError, UnsupportedError
-from pylora.model.config import LlamaConfig
 
-MODULES = LlamaConfig.tiny().modules()
 UNIT = 2.0**-24  # a float32's rounding, relative
-
-
-def filled(seed: int, **fields: Any) -> Adapter:
-    fields.setdefault("target_modules", ["q_proj", "down_proj"])
-    config = LoraConfig(**fields)
-    adapter = Adapter.init(resolve(config, MODULES), config, seed)
-    rng = np.random.default_rng(seed)
-    for array in parameters(adapter).values():
-        array[...] = rng.standard_normal(array.shape)
-    return adapter
-
-
-def delta(adapter: Adapter, path: str) -> np.ndarray:
-    lora = adapter[path]
-    return lora.scale * (lora.B.astype(np.float64) @ lora.A.astype(np.float64))
 
 
 def size(adapter: Adapter, path: str) -> float:
