@@ -18,6 +18,7 @@ pytest.importorskip("typer")
 pytest.importorskip("tokenizers")
 pytest.importorskip("mpi4py")
 
+import hosts
 from tiny_model import DATA, write_tiny_model
 
 import pylora
@@ -167,3 +168,28 @@ def test_a_dead_rank_ends_the_run_and_leaves_a_whole_checkpoint(
     with SafeTensors(newest / "adapter_model.safetensors") as stored:
         assert all(np.isfinite(stored.load(name)).all() for name in stored.tensors)
     assert isinstance(Adapter.load(newest, pylora.LlamaConfig.tiny().modules()), Adapter)
+
+
+@pytest.mark.skipif(not hosts.possible(), reason="no right to make network namespaces")
+def test_between_two_hosts(model: Path, data: Path, tmp_path: Path) -> None:
+    """Two network namespaces with a cable between them: another MPI path, the same bits."""
+    version = subprocess.run([MPIEXEC, "--version"], capture_output=True, text=True).stdout
+    if "HYDRA" not in version:
+        pytest.skip("the launcher's options are MPICH's")
+    how = ["--accumulation", "2", "--epochs", "2"]
+    here = run(2, "train", model, data, tmp_path / "here", *how)
+    assert here.returncode == 0, here.stderr
+    with hosts.two_hosts(tmp_path) as two:
+        words = [*PYLORA, "train", model, data, tmp_path / "apart", *how]
+        done = subprocess.run(
+            [*two.launch(MPIEXEC), "-n", "2", *map(str, words)],
+            capture_output=True, text=True, env=ENV, timeout=120,
+        )  # fmt: skip
+        sent = two.sent()
+    assert done.returncode == 0, done.stderr
+    assert weights(tmp_path / "apart") == weights(tmp_path / "here")
+    # What must cross: in each of 10 steps about the gradients' bytes, half there and half back.
+    size = sum(a.A.nbytes + a.B.nbytes for a in Adapter.load(
+        tmp_path / "here" / "adapter", pylora.open_checkpoint(model).config.modules()
+    ).values())  # fmt: skip
+    assert sent > 5 * size
