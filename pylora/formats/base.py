@@ -63,6 +63,10 @@ class Checkpoint(ABC):
         """What the file holds: as `dtype`, but for weights that are dequantized, such as "nf4"."""
         return self.dtype(name)
 
+    def dequantizes(self, name: str) -> bool:
+        """Whether the tensor's numbers, of `dtype`, are worked out from codes and scales."""
+        return self.form(name) != self.dtype(name)
+
     @abstractmethod
     def load(self, name: str) -> Array:
         """The tensor as C-contiguous float32; a read-only view where the file allows it."""

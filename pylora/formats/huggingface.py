@@ -79,9 +79,11 @@ class HuggingFaceCheckpoint(Checkpoint):
         self._names = check_tensors(path, self.config, shapes)
         for name in self._names:
             if (dtype := self.dtype(name)) not in _FLOATS:
+                needs = "only F32, F16 and BF16 weights are supported"
+                if self.scheme is not None:
+                    needs = f"nothing that {self.scheme.method} dequantizes it with is there"
                 raise UnsupportedError(
-                    f"{self._files[name].path}: tensor {name!r} is {dtype.upper()}; "
-                    "only F32, F16 and BF16 weights are supported"
+                    f"{self._files[name].path}: tensor {name!r} is {dtype.upper()}; {needs}"
                 )
 
     def _said(self) -> str:

@@ -68,7 +68,7 @@ class FromCheckpoint:
             return self.checkpoint.load(name)
         kind, W = self._matrix(name)
         self.stored_as[kind] = self.stored_as.get(kind, 0) + 1
-        way = self.checkpoint.dtype(name), kind
+        way = self.checkpoint.form(name), kind
         self.sources[way] = self.sources.get(way, 0) + 1
         return W
 

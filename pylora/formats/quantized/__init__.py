@@ -13,7 +13,7 @@ from typing import Any
 
 from pylora.errors import FileFormatError, UnsupportedError
 from pylora.formats.quantized import awq, bitsandbytes, compressed, fp8, gptq
-from pylora.formats.quantized.parts import FLOATS, Parts, Quantized, Spec, whole_number
+from pylora.formats.quantized.parts import Parts, Quantized, Spec, whole_number
 from pylora.formats.safetensors import SafeTensors
 
 __all__ = ["READ", "Quantized", "Scheme", "Source", "plain_settings", "scheme"]
@@ -122,7 +122,7 @@ class Scheme:
         """By the names that they would have in plain files: each tensor's file, or what puts a
         quantized weight together.
 
-        FileFormatError for parts of a weight without the others, and where nothing is quantized.
+        FileFormatError where nothing is quantized, or what is said not to be.
         """
         out: dict[str, Source] = {}
         found: dict[str, Parts] = {}
@@ -144,12 +144,6 @@ class Scheme:
                 parts.add("weight", stored[weight], weight)
             self._check_kept(parts)
             out[weight] = Quantized(parts, self._way.read)
-        for name, source in out.items():
-            if not isinstance(source, Quantized) and source.dtype(name) not in FLOATS:
-                raise FileFormatError(
-                    f"{source.path}: tensor {name[:200]!r} is {source.dtype(name).upper()}, and "
-                    f"nothing that {self.method} needs to dequantize it is there"
-                )
         if not found:
             raise FileFormatError(
                 f"{self.where}: quantization_config says {self.method}, but no weight is stored "
