@@ -98,8 +98,9 @@ def merge_checkpoint(
     the merge; a tokenizer or chat template that lies beside the adapter goes with it. `dtype`
     ("f32", "f16", "bf16") converts the base first; by default weights keep the dtype they are
     stored in, those of a GGUF file become f32, and quantized ones are written plain, in 16 bits.
-    Where the adapter targets one of two tied embeddings, they are untied. Nothing is left behind if it fails. ConfigError for an `out_dir`
-    that holds anything else than an earlier merge: no model is overwritten by mistake.
+    Where the adapter targets one of two tied embeddings, they are untied. Nothing is left behind if
+    it fails. ConfigError for an `out_dir` that holds anything else than an earlier merge: no model
+    is overwritten by mistake.
     """
     expect("path", out_dir, "merge_checkpoint(model, adapter, out)")
     with open_checkpoint(model_path) as checkpoint:

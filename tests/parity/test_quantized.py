@@ -27,8 +27,10 @@ peft = pytest.importorskip("peft")
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
+# Rows of whole blocks of 64, or no multiple of 32: bitsandbytes' AVX-512 kernel takes a neighbour's
+# scale where a row ends in the middle of a block.
 SIZES: dict[str, Any] = {
-    "vocab_size": 67, "hidden_size": 96, "intermediate_size": 136, "num_hidden_layers": 1,
+    "vocab_size": 67, "hidden_size": 128, "intermediate_size": 136, "num_hidden_layers": 1,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
 }  # fmt: skip
 # Whole blocks of 64: transformers reads no others.
@@ -38,7 +40,10 @@ EVEN = dataclasses.replace(
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "phi3": ("Phi3", {"pad_token_id": 0}),  # q, k and v in one, gate and up in one
-    "gpt2": ("GPT2", {"n_embd": 96, "n_head": 4, "n_layer": 1, "n_positions": 64}),  # [in, out]
+    "gpt2": (
+        "GPT2",
+        {"n_embd": 128, "n_head": 4, "n_layer": 1, "n_positions": 64, "vocab_size": 67},
+    ),  # [in, out]
 }
 bnb = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
@@ -54,7 +59,7 @@ def quantize(kind: str, where: Path, dtype: str = "bfloat16", **how: Any) -> Any
     """Quantizes a random model with bitsandbytes, writes it, and gives what transformers loads."""
     name, more = FAMILIES[kind]
     torch.manual_seed(3)
-    config = getattr(transformers, f"{name}Config")(**{**SIZES, **more})
+    config = getattr(transformers, f"{name}Config")(**({} if kind == "gpt2" else SIZES), **more)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     model.save_pretrained(where / "plain")
     settings = transformers.BitsAndBytesConfig(**how)
@@ -82,7 +87,7 @@ DOUBLE = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_doub
         (
             "llama",
             "bfloat16",
-            {**DOUBLE, "llm_int8_skip_modules": ["lm_head", "self_attn", "0.mlp.up_proj"]},
+            {**DOUBLE, "llm_int8_skip_modules": ["model.layers.0.self_attn", "up_proj"]},
         ),
         ("llama", "float16", {"load_in_8bit": True}),
         ("phi3", "bfloat16", DOUBLE),
@@ -111,9 +116,9 @@ def test_bitsandbytes_through_transformers(
                 want = want.T if want.ndim == 2 else want
             want = want.detach().float().numpy()
             assert np.array_equal(bits(ours.load(name)), bits(want)), name
-        kept = [m for m in how.get("llm_int8_skip_modules", []) if m != "lm_head"]
         each = {"llama": 7, "phi3": 4, "gpt2": 4}[kind]
-        assert seen == (each if not kept else each - 5)
+        # Without a word on it the head stays as it is; a list without it has it quantized, too.
+        assert seen == (each if "llm_int8_skip_modules" not in how else each - 5 + 1)
 
 
 @bnb
@@ -135,7 +140,7 @@ def test_an_adapter_on_nf4_computes_what_pefts_does(tmp_path: Path, ops: Any) ->
         for n, p in model.named_parameters()
         if p.grad is not None and p.requires_grad
     }
-    limit = 6 * bounds.chain_random(3 * 96 + 96 + 4 * 96 + 136 + 2 * 96)
+    limit = 6 * bounds.chain_random(10 * 128 + 136)
     with open_checkpoint(tmp_path / "quantized") as checkpoint:
         adapter = Adapter.load(tmp_path / "adapter", checkpoint.config)
         mine = Llama.from_checkpoint(checkpoint, backend=ops)
