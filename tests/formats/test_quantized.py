@@ -20,6 +20,8 @@ from pylora.adapters.loraconfig import LoraConfig
 from pylora.adapters.plan import resolve
 from pylora.errors import FileFormatError, PyloraError, UnsupportedError
 from pylora.formats import open_checkpoint
+from pylora.formats.quantized import bitsandbytes
+from pylora.formats.quantized.parts import Parts
 from pylora.formats.safetensors import SafeTensors
 from pylora.merging.merge import merge_checkpoint, unmerge_checkpoint
 
@@ -348,6 +350,26 @@ def test_stacked_experts_in_fp8_are_read_one_at_a_time(tmp_path: Path) -> None:
             assert np.array_equal(
                 model.load(f"{at}.down_proj.weight"), expected["down_proj"][e].T
             )  # fmt: skip
+
+
+def test_no_more_than_the_result_and_a_few_rows_is_there_at_once(tmp_path: Path) -> None:
+    import tracemalloc
+
+    rng, d, k = np.random.default_rng(0), 4096, 512
+    codes = rng.integers(-127, 128, (d, k)).astype(np.int8)
+    scales = np.ones(d, np.float32)
+    tensors: dict[str, Tensor] = {"m.weight": ("I8", codes), "m.SCB": ("F32", scales)}
+    write_safetensors(tmp_path / "a.safetensors", tensors)
+    with SafeTensors(tmp_path / "a.safetensors") as file:
+        parts = Parts("m", "m.weight")
+        for ending in ("weight", "SCB"):
+            parts.add(ending, file, f"m.{ending}")
+        spec = bitsandbytes.read(parts)
+        tracemalloc.start()
+        result = spec.numbers()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert result.nbytes == 4 * d * k and peak < result.nbytes + (4 << 20)
 
 
 # ---- anything at all -----------------------------------------------------------------------------
