@@ -208,6 +208,8 @@ int pylora_pack_blocks(int dtype, int64_t d, int64_t k, const void *rows, int64_
 #define PYLORA_BLOCK_Q5_0 6
 #define PYLORA_BLOCK_Q5_1 7
 #define PYLORA_BLOCK_Q8_0 8
+#define PYLORA_BLOCK_Q2_K 10
+#define PYLORA_BLOCK_Q3_K 11
 #define PYLORA_BLOCK_Q4_K 12
 #define PYLORA_BLOCK_Q5_K 13
 #define PYLORA_BLOCK_Q6_K 14

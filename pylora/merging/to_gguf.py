@@ -96,11 +96,11 @@ def merge_to_gguf(
 ) -> GGUFReport:
     """Merges an adapter into a GGUF or Hugging Face model and writes one GGUF file.
 
-    type_: "f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k_m", "q4_k_s",
-    "q5_k_m", "q5_k_s", "q6_k"; by default each tensor keeps the type that the base stores it in.
-    `look` gets the report before the file is there, and may raise to leave it unwritten; with `dry`
-    nothing is written. Raises ConfigError for an `out` that is the base, UnsupportedError for what
-    a GGUF file cannot hold, and what reading the two raises.
+    type_: "f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k_s",
+    "q3_k_m", "q3_k_l", "q4_k_m", "q4_k_s", "q5_k_m", "q5_k_s", "q6_k"; by default each tensor keeps
+    the type that the base stores it in. `look` gets the report before the file is there, and may
+    raise to leave it unwritten; with `dry` nothing is written. Raises ConfigError for an `out` that
+    is the base, UnsupportedError for what a GGUF file cannot hold, and what reading the two raises.
     """
     expect("path", out, "merge_to_gguf(model, adapter, out)")
     target = Path(out)
