@@ -31,6 +31,8 @@ import numpy as np
 from pylora.errors import BackendError, RangeError
 from pylora.numbers.philox import philox
 from pylora.numbers.precision import as_dtype
+from pylora.ops.decomposed import Decomposed
+from pylora.ops.dora import factor
 from pylora.ops.formulas import Formulas
 from pylora.ops.plain import Plain
 from pylora.types import (
@@ -46,7 +48,7 @@ from pylora.types import (
 IGNORE = -100  # a label with this value is not counted in the loss
 
 
-class Reference(Formulas, Plain):
+class Reference(Formulas, Decomposed, Plain):
     """The operations over the array namespace `xp`. Inputs are never written to."""
 
     to_numpy: Any = staticmethod(np.asarray)  # a backend whose arrays are elsewhere has its own
@@ -73,7 +75,10 @@ class Reference(Formulas, Plain):
         """h = drop(x) Aᵀ [m,r]; y = residual + x Wᵀ + bias + s h Bᵀ [m,d]. Returns y, h.
 
         Where B is all zeros the low-rank term is left out: zero-init is the base, bit for bit.
+        An adapter with a magnitude goes by `dora_forward` (pylora.ops.decomposed).
         """
+        if lora is not None and lora.magnitude is not None:
+            return self.dora_forward(x, W, bias, lora, drop, residual, dtype)[:2]
         y, h = self._rows(x, values_of(W).T), None
         if bias is not None:
             y = y + bias
@@ -134,11 +139,11 @@ class Reference(Formulas, Plain):
     def merge(self, W: Array, lora: LoRA, dtype: str = "f32") -> tuple[Array, Residue]:
         """W' = round(W + s B A), rounded once. Also the residue that makes unmerge exact.
 
-        `dtype` is "f32", "f16" or "bf16"; a bf16 array is given as its uint16 bits.
+        `dtype` is "f32", "f16" or "bf16"; a bf16 array is given as its uint16 bits. With a
+        magnitude it is round(f (W + s B A)) for f = m / n, n being `lora.norm`.
         """
-        t = self._delta(lora)
-        merged = self._narrow(self._moved(self._wide(W, dtype), t), dtype)
-        back = self._narrow(self._moved(self._wide(merged, dtype), -t), dtype)
+        merged = self._narrow(self._toward(self._wide(W, dtype), lora), dtype)
+        back = self._narrow(self._away(self._wide(merged, dtype), lora), dtype)
         bits = self._bits(W)
         position = self.xp.flatnonzero(self._bits(back) != bits)
         return merged, Residue(
@@ -147,11 +152,25 @@ class Reference(Formulas, Plain):
 
     def unmerge(self, merged: Array, lora: LoRA, residue: Residue, dtype: str = "f32") -> Array:
         """The W that merge was given, bit for bit (same adapter, same residue)."""
-        W = self._narrow(self._moved(self._wide(merged, dtype), -self._delta(lora)), dtype)
+        W = self._narrow(self._away(self._wide(merged, dtype), lora), dtype)
         flat = self._bits(W).reshape(-1)
         _in_range("residue position", residue.position, flat.size)
         flat[residue.position] = residue.bits.astype(flat.dtype)
         return flat.view(W.dtype).reshape(W.shape)
+
+    def _toward(self, x: Array, lora: LoRA) -> Array:
+        x = self._moved(x, self._delta(lora))
+        return x if lora.magnitude is None else x * self._factors(lora)
+
+    def _away(self, x: Array, lora: LoRA) -> Array:
+        if lora.magnitude is not None:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                x = x / self._factors(lora)
+        return self._moved(x, -self._delta(lora))
+
+    def _factors(self, lora: LoRA) -> Array:
+        """f as a column in float64: of float32 numbers m and n, rounded to float32 once."""
+        return factor(lora, self.xp).astype(np.float64)[:, None]
 
     def _moved(self, x: Array, t: Array) -> Array:
         """x + t, but a NaN stays itself: which of two NaN a sum has differs between machines."""

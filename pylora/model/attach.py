@@ -19,7 +19,7 @@ from pylora.ops.protocol import Backend
 from pylora.types import LoRA
 
 Module = LoRALinear | Embedding | ExpertParameter  # what an adapter may sit on
-ARRAYS = ("A", "B", "bias", "base_bias")  # of a LoRA
+ARRAYS = ("A", "B", "bias", "base_bias", "magnitude")  # of a LoRA
 
 
 def check_fits(adapter: Mapping[str, LoRA], modules: Mapping[str, Module], dtype: np.dtype) -> None:

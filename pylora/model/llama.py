@@ -316,10 +316,10 @@ class Llama:
 
     def _repeats(self, n: int, drop: DropKey | None, recompute: bool) -> Hashable:
         """What a step's gradients depend on besides the numbers in its arrays; None where they
-        depend on more, or where layers look at numbers: at biases, at an embedding's adapter."""
+        depend on more, or where layers look at numbers: at biases, at lengths, at an embedding's."""
         loras = tuple(module.lora for module in self.modules.values())
         some = [lora for lora in loras if lora is not None]
-        plain = all(lora.bias is None and lora.base_bias is None for lora in some)
+        plain = all(lora.bias is lora.base_bias is lora.magnitude is None for lora in some)
         dropped = drop is not None and any(lora.dropout for lora in some)
         # In chunks of rows the head's gradient is added up by the array library.
         added = self.lm_head.lora is not None and n > self.ops.head_rows
