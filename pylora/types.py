@@ -208,3 +208,4 @@ class Residue:
 
     position: np.ndarray  # int64 [n]
     bits: np.ndarray  # uint32 [n]
+    norm: np.ndarray | None = None  # [d], with a magnitude: the lengths that it was divided by

@@ -2,6 +2,7 @@
 
 Tensors, for each merged module:
     <path>.lora_A.weight, <path>.lora_B.weight    the adapter, as PEFT shapes it (float32)
+    <path>.lora_magnitude_vector, <path>.norm     with DoRA, and the lengths that it was divided by
     <path>.rows       u32 [rows of W]             how many residue elements each row of W has
     <path>.columns    u16 or u32 [n]              their columns, ascending within a row
     <path>.bits       u16 or u32 [n]              the original bits there
@@ -69,6 +70,9 @@ class Record:
             f"{path}.columns": (lost.position % columns).astype(width),
             f"{path}.bits": lost.bits.astype(_BITS[dtype]),
         }
+        if lora.magnitude is not None and lost.norm is not None:
+            new[f"{path}.lora_magnitude_vector"] = np.asarray(lora.magnitude, np.float32)
+            new[f"{path}.norm"] = np.asarray(lost.norm, np.float32)
         self.tensors |= new
         return sum(a.nbytes for a in new.values())
 
@@ -142,7 +146,11 @@ class Reader:
         r = self._file.shape(f"{path}.lora_A.weight")[:1]
         A = self._tensor(f"{path}.lora_A.weight", (*r, k), ("f32",))
         B = self._tensor(f"{path}.lora_B.weight", (d, *r), ("f32",))
-        return LoRA(A, B, float(self.record.scales[path]))
+        return LoRA(A, B, float(self.record.scales[path]), magnitude=self._magnitude(path, d))
+
+    def _magnitude(self, path: str, d: int) -> Array | None:
+        name = f"{path}.lora_magnitude_vector"
+        return self._tensor(name, (d,), ("f32",)) if name in self._file.tensors else None
 
     def residue(self, path: str, shape: tuple[int, int]) -> Residue:
         """What the merge of a weight of `shape` rounded away."""
@@ -155,7 +163,11 @@ class Reader:
         position = np.repeat(np.arange(rows, dtype=np.int64) * columns, counts) + column
         if n and (int(column.max()) >= columns or bool((np.diff(position) <= 0).any())):
             raise FileFormatError(f"{self.path}: the residue positions of {path} are not in order")
-        return Residue(position, bits)
+        norm = None
+        if f"{path}.lora_magnitude_vector" in self._file.tensors:
+            d = self._file.shape(f"{path}.lora_magnitude_vector")
+            norm = self._tensor(f"{path}.norm", d, ("f32",))
+        return Residue(position, bits, norm)
 
     def close(self) -> None:
         """Lets go of the file."""

@@ -49,6 +49,18 @@ def place(lora: LoRA, ops: Backend) -> LoRA:
     return lora if all(moved[n] is arrays[n] for n in arrays) else replace(lora, **moved)
 
 
+def computed(modules: Mapping[str, Module], name: str, ops: Backend) -> np.ndarray:
+    """A module's weight or bias, by its tensor's name, as the model computes with it: float32 on
+    the host, a copy. KeyError for what is no such tensor."""
+    path, _, part = name.rpartition(".")
+    module = modules.get(path)
+    if part == "weight" and isinstance(module, (LoRALinear, Embedding)):
+        return np.array(ops.to_numpy(ops.unpack(module.W)), np.float32)
+    if part == "bias" and isinstance(module, LoRALinear) and module.bias is not None:
+        return np.array(ops.to_numpy(module.bias), np.float32)
+    raise KeyError(name)
+
+
 def bring_back(placed: LoRA, own: LoRA, ops: Backend) -> None:
     """Writes the numbers of `place`'s copies into the arrays that they are copies of."""
     for name in ARRAYS:

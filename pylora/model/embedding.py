@@ -79,8 +79,8 @@ class Embedding:
 
     def measured(self, lora: LoRA) -> LoRA:
         """The adapter with `norm`, the lengths of the columns of W + scale (B A)ᵀ as they are now;
-        itself where it has no magnitude."""
-        if lora.magnitude is None:
+        itself where it has no magnitude, or was given lengths to go by."""
+        if lora.magnitude is None or lora.norm is not None:
             return lora
         if self._squares is None:
             self._squares = self.ops.row_squares(self.W, columns=True)

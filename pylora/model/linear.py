@@ -81,6 +81,7 @@ def check_lora(path: str, lora: LoRA, d: int, k: int) -> None:
         ("bias", lora.bias, (d,)),
         ("base_bias", lora.base_bias, (d,)),
         ("magnitude", lora.magnitude, (d,)),
+        ("norm", lora.norm, (d,)),
     ):
         if array is not None and tuple(array.shape) != shape:
             raise PlanError(
@@ -163,8 +164,8 @@ class LoRALinear:
 
     def measured(self, lora: LoRA) -> LoRA:
         """The adapter with `norm`, the lengths of the rows of W + scale B A as they are now; itself
-        where it has no magnitude."""
-        if lora.magnitude is None:
+        where it has no magnitude, or was given lengths to go by."""
+        if lora.magnitude is None or lora.norm is not None:
             return lora
         if self._squares is None:
             self._squares = self.ops.row_squares(self.W)

@@ -46,9 +46,7 @@ class Composed:
         bias: dict[int, Array] = {}
         for number, low in modules.items():
             low = self._copy(low)
-            lora[number] = LoRA(
-                low.A, low.B, low.scale, magnitude=low.magnitude, norm=low.norm
-            )
+            lora[number] = LoRA(low.A, low.B, low.scale, magnitude=low.magnitude, norm=low.norm)
             own = bias_of(low, self.weights.module(number)[1])
             nbytes += int(low.A.nbytes + low.B.nbytes)
             if own is not None:

@@ -1,7 +1,7 @@
 """DoRA in array notation, a part of `pylora.reference.Reference`: what every other way is held to.
 
-Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", eq. 5, with the lengths detached from
-the gradient (§4.3), as in PEFT. Letters as there; m is the magnitude [d], n the lengths [d].
+Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", eq. 5, with the lengths detached
+from the gradient (§4.3), as in PEFT. Letters as there; m is the magnitude [d], n the lengths [d].
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ _TRUSTED = 16.0  # n² is taken from its three terms where it is at least S² / 
 
 
 def factor(lora: LoRA, xp: Any) -> Array:
-    """f = m / n [d], rounded once; 1 where both are 0: such a row has no direction and needs none."""
+    """f = m / n [d], rounded once; 1 where both are 0: such a row has nothing to rescale."""
     m, n = lora.magnitude, lora.norm
     with np.errstate(divide="ignore", invalid="ignore"):
         f = m / n
@@ -57,7 +57,7 @@ def _wide(ops: Backend, x: Array) -> Array:
     return ops.cast(x, np.float32) if x.dtype.itemsize == 2 else x
 
 
-def _scaled(
+def rescale(
     ops: Backend, v: Array, f: Array, more: Array | None, residual: Array | None, dtype: Any
 ) -> Array:
     """residual + (f v + more), each operation rounded once, and to `dtype` at the end."""
@@ -146,7 +146,7 @@ class Dora:
         low, f = low_rank(lora), factor(measured(self, W, lora), self.xp)
         if drop is None or drop.p == 0:
             v, h = self.lora_forward(x, W, None, low)
-            return _scaled(self, v, f, bias, residual, dtype), h, v
+            return rescale(self, v, f, bias, residual, dtype), h, v
         wide = _wide(self, x)
         dropped = self.dropout(wide, drop)
         v, h = self.lora_forward(dropped, W, None, low)
@@ -155,7 +155,7 @@ class Dora:
             return y, h, v
         rest, _ = self.lora_forward(wide - dropped, W)
         more = rest if bias is None else rest + bias
-        return _scaled(self, v, f, more, residual, dtype), h, v
+        return rescale(self, v, f, more, residual, dtype), h, v
 
     def dora_backward(
         self: Backend,
@@ -178,17 +178,13 @@ class Dora:
         dm = magnitude_grad(dy, v, lora, self.xp)
         dv = dy * f
         if drop is None or drop.p == 0:
-            dx, dA, dB = self.lora_backward(
-                dv, x, h, W, low, add=add, need_dx=need_dx, dtype=dtype
-            )
+            dx, dA, dB = self.lora_backward(dv, x, h, W, low, add=add, need_dx=need_dx, dtype=dtype)
             return dx, dA, dB, dm
         dropped = self.dropout(_wide(self, x), drop)
         _, dA, dB = self.lora_backward(dv, dropped, h, None, low, need_dx=False)
         if not need_dx:
             return None, dA, dB, dm
         straight, _, _ = self.lora_backward(dy, None, None, W)
-        through, _, _ = self.lora_backward(
-            dv, None, h, W, low, need_dA=False, need_dB=False
-        )
+        through, _, _ = self.lora_backward(dv, None, h, W, low, need_dA=False, need_dB=False)
         dx = straight + self.dropout(through - straight, drop)
         return (self.cast(dx, dtype) if add is None else add + dx), dA, dB, dm

@@ -67,9 +67,7 @@ class Linear(Core, Dora):
     ) -> tuple[np.ndarray, np.ndarray | None]:
         # `_together` for one, in half the time: the structs are made on the stack (see `fields`).
         if lora is not None and lora.magnitude is not None:
-            return self.linear_forward(
-                x, [Projection(W, bias, lora, drop, residual, dtype)]
-            )[0]
+            return self.linear_forward(x, [Projection(W, bias, lora, drop, residual, dtype)])[0]
         d, k = shape_of(W)
         x = read_any("x", x, None, k)
         m, rank, empty = x.shape[0], 0, self._pool.empty

@@ -146,7 +146,9 @@ class CLlama:
                 c.r, c.s, c.packed = lora.rank, lora.scale, to
                 loras[number] = ffi.addressof(c)
             if lora.magnitude is not None:
-                f = np.array(read("magnitude", factor(measured(self._ops, W, lora), np), W.shape[0]))
+                f = np.array(
+                    read("magnitude", factor(measured(self._ops, W, lora), np), W.shape[0])
+                )
                 keep.append(f)
                 factors[number] = at(f)
                 nbytes += int(f.nbytes)

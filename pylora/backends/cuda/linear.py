@@ -10,10 +10,11 @@ from typing import Any
 from pylora.backends.cuda.marshal import F32, Packed, packed
 from pylora.backends.cuda.precision import Precision
 from pylora.errors import ShapeError
+from pylora.ops.dora import Dora, rescaled
 from pylora.types import Array, Drop, LoRA, Projection, ProjectionGrad
 
 
-class Linear(Precision):
+class Linear(Precision, Dora):
     """`lora_*`, `linear_*` and `segmented`."""
 
     def lora_forward(
@@ -31,6 +32,8 @@ class Linear(Precision):
     def linear_forward(
         self, x: Array, projections: Sequence[Projection]
     ) -> list[tuple[Array, Array | None]]:
+        if rescaled(projections):
+            return [self._alone(x, p) for p in projections]
         kinds = {packed(p.W).precision for p in projections}
         if len(kinds) > 1:
             return [self.linear_forward(x, [p])[0] for p in projections]
@@ -44,6 +47,12 @@ class Linear(Precision):
         ys = self.segmented(x, [(p, lows, h) for p, lows, h, _ in structs], None)
         results = [(y, h) for y, (_, _, h, _) in zip(ys, structs)]
         return results
+
+    def _alone(self, x: Array, p: Projection) -> tuple[Array, Array | None]:
+        """One projection, which may have a magnitude."""
+        if p.lora is None or p.lora.magnitude is None:
+            return self.linear_forward(x, [p])[0]
+        return self.dora_forward(x, p.W, p.bias, p.lora, p.drop, p.residual, p.dtype)[:2]
 
     def segmented(
         self,
