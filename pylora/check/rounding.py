@@ -143,9 +143,7 @@ class Rounded(Exact):
         need_dx: bool = True,
         dtype: Any = None,
     ) -> tuple[Array | None, Array, Array, Array]:
-        dx, dA, dB, dm = super().dora_backward(
-            dy, x, h, v, W, lora, drop, add=add, need_dx=need_dx
-        )
+        dx, dA, dB, dm = super().dora_backward(dy, x, h, v, W, lora, drop, add=add, need_dx=need_dx)
         squares = ((dy * v) ** 2).sum(axis=0) / np.where(lora.norm == 0, 1, lora.norm) ** 2
         return dx, dA, dB, self._sum(dm, squares, dy.shape[0])
 

@@ -228,7 +228,7 @@ class _Merge:
             kind = self.kinds[path]
             merged, lost = merge_weight(self.ops, W, lora, dtype, kind=kind)
             self._check_finite(name, widen(W, dtype), merged, dtype)
-            used = self.record.add(path, kind, lora, dtype, W.shape, lost)
+            used = self.record.add(path, kind, lora, dtype, W, lost)
             delta = max_delta(lora, kind)
             if lora.magnitude is not None:
                 moved = widen(merged, dtype).astype(np.float64) - widen(W, dtype)

@@ -1,7 +1,8 @@
 """Merging one weight, undoing it, and the digest that proves it: thin over a backend's operations.
 
 An embedding is stored [vocab, hidden], so its delta is scale * Aᵀ Bᵀ; of every other module it is
-scale * B A. A magnitude (DoRA) goes along; its lengths go with the residue. Biases are not looked at here.
+scale * B A. A magnitude (DoRA) goes along; its lengths go with the residue. Biases are not looked
+at here.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def unmerge_weight(
 
 
 def _by_columns(lora: LoRA, kind: str) -> bool:
-    """Whether magnitudes are of the stored weight's columns: it is then merged lying on its side."""
+    """Whether magnitudes are of the columns of what is stored: it is then merged transposed."""
     return kind == "embedding" and lora.magnitude is not None
 
 

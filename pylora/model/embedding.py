@@ -3,8 +3,9 @@
     y[i] = W[ids[i]] + scale (A[:, ids[i]] Bᵀ + bias_B)          A [r, vocab], B [hidden, r]
 
 With a magnitude (DoRA, [hidden]) each column of W + scale (B A)ᵀ is brought to that length, which
-multiplies y by magnitude / norm. So x Aᵀ is a gather and nothing of size [m, vocab] exists. As in PEFT there is no dropout here. The
-packed W may be shared with lm_head (tied embeddings); an adapter of one never touches the other.
+multiplies y by magnitude / norm. So x Aᵀ is a gather and nothing of size [m, vocab] exists. As in
+PEFT there is no dropout here. The packed W may be shared with lm_head (tied embeddings); an adapter
+of one never touches the other.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
 
 An adapter with a magnitude (DoRA) rescales each output: see pylora.ops.dora. The lengths of the
 rows of W + scale B A are computed at each forward, since training changes A and B in place; of W
-alone they are computed once. W is packed once and never written. The adapter is plain data that may be set, swapped or taken
-away at any time; that copies nothing. Also here: the gradients of an adapter and the key that
-dropout is drawn from.
+alone they are computed once. W is packed once and never written. The adapter is plain data that may
+be set, swapped or taken away at any time; that copies nothing. Also here: the gradients of an
+adapter and the key that dropout is drawn from.
 """
 
 from __future__ import annotations
