@@ -1,10 +1,11 @@
 """LoRA adapters of mlx-lm: `adapters.safetensors` beside an `adapter_config.json` of its own.
 
 y += scale (x lora_a) lora_b, with lora_a [k, r] and lora_b [r, d], and with DoRA m [d]: one rank
-and one scale for all modules, given as they are. Lower ranks are filled up with zeros; what a module's scale is beyond
-the common one is multiplied into its B (carry.py). PEFT's settings are kept in a key of pylora's
-own, which mlx-lm passes over, and what rounding took in a file beside; an adapter that was made
-here is read back as it was, bit for bit. What mlx-lm cannot say is refused by name.
+and one scale for all modules, given as they are. Lower ranks are filled up with zeros; what a
+module's scale is beyond the common one is multiplied into its B (carry.py). PEFT's settings are
+kept in a key of pylora's own, which mlx-lm passes over, and what rounding took in a file beside; an
+adapter that was made here is read back as it was, bit for bit. What mlx-lm cannot say is refused by
+name.
 """
 
 from __future__ import annotations
