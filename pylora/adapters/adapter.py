@@ -208,8 +208,8 @@ def _lengths(e: PlanEntry, arrays: Mapping[str, Array], head: str, base: Load | 
     if W.shape != (e.d, e.k):
         raise PlanError(f"{e.path}: the base's weight has shape {W.shape}, expected {(e.d, e.k)}")
     A, B = (arrays[head + name] for name in names)
-    moved = (A, B) if A.any() and B.any() else (None, None)
-    squares = row_squares(W, *moved, float(np.float32(e.scale)))
+    some = A.any() and B.any()
+    squares = row_squares(W, A if some else None, B if some else None, float(np.float32(e.scale)))
     return np.sqrt(squares).astype(np.float32)
 
 

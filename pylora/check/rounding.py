@@ -144,7 +144,8 @@ class Rounded(Exact):
         dtype: Any = None,
     ) -> tuple[Array | None, Array, Array, Array]:
         dx, dA, dB, dm = super().dora_backward(dy, x, h, v, W, lora, drop, add=add, need_dx=need_dx)
-        squares = ((dy * v) ** 2).sum(axis=0) / np.where(lora.norm == 0, 1, lora.norm) ** 2
+        n = np.asarray(lora.norm)
+        squares = ((dy * v) ** 2).sum(axis=0) / np.where(n == 0, 1, n) ** 2
         return dx, dA, dB, self._sum(dm, squares, dy.shape[0])
 
     def lora_backward(

@@ -33,7 +33,8 @@ _TRUSTED = 16.0  # n² is taken from its three terms where it is at least S² / 
 
 def factor(lora: LoRA, xp: Any) -> Array:
     """f = m / n [d], rounded once; 1 where both are 0: such a row has nothing to rescale."""
-    m, n = lora.magnitude, lora.norm
+    m: Any = lora.magnitude
+    n: Any = lora.norm
     with np.errstate(divide="ignore", invalid="ignore"):
         f = m / n
     return xp.where((n == 0) & (m == 0), f.dtype.type(1), f)
@@ -41,7 +42,7 @@ def factor(lora: LoRA, xp: Any) -> Array:
 
 def magnitude_grad(dy: Array, v: Array | None, lora: LoRA, xp: Any) -> Array:
     """dm = Σ_i dy v / n [d]; 0 where n is, since v is zero there, too."""
-    n = lora.norm
+    n: Any = lora.norm
     with np.errstate(divide="ignore", invalid="ignore"):
         dm = (dy * v).sum(axis=0) / n
     return xp.where(n == 0, dm.dtype.type(0), dm)
@@ -77,11 +78,13 @@ def _across(ops: Backend, A: Array, W: Any, columns: bool) -> tuple[Array, Array
         return A, ops.lora_forward(A, W)[0].astype(np.float64)
     # An embedding takes A's columns as they are: where `dy W` rounds, it is given A in two parts.
     high = A if narrow is None else ops.cast(ops.cast(A, narrow), A.dtype)
-    parts = [high] if narrow is None else [high, A - high]
-    return A, sum(ops.lora_backward(part, None, None, W)[0].astype(np.float64) for part in parts)
+    cross = ops.xp.zeros((A.shape[0], W.shape[1]), np.float64)
+    for part in [high] if narrow is None else [high, A - high]:
+        cross += ops.lora_backward(part, None, None, W)[0]
+    return A, cross
 
 
-def measured(ops: Backend, W: Any, lora: LoRA) -> LoRA:
+def measured(ops: Any, W: Any, lora: LoRA) -> LoRA:
     """The adapter with its norm, which is computed where it has none."""
     return lora if lora.norm is not None else replace(lora, norm=ops.row_norms(W, lora))
 
@@ -184,7 +187,8 @@ class Dora:
         _, dA, dB = self.lora_backward(dv, dropped, h, None, low, need_dx=False)
         if not need_dx:
             return None, dA, dB, dm
-        straight, _, _ = self.lora_backward(dy, None, None, W)
+        straight: Any = self.lora_backward(dy, None, None, W)[0]
+        through: Any
         through, _, _ = self.lora_backward(dv, None, h, W, low, need_dA=False, need_dB=False)
         dx = straight + self.dropout(through - straight, drop)
         return (self.cast(dx, dtype) if add is None else add + dx), dA, dB, dm

@@ -132,7 +132,7 @@ def test_forward_is_the_formula(ops: Any, drop: Drop | None) -> None:
 
 @ANY_DROP
 def test_gradients_are_those_of_finite_differences_with_the_lengths_held(drop: Drop | None) -> None:
-    """In float64 on the reference: y is linear in x, A, B and m each, so that a step of 1 will do."""
+    """In float64: y is linear in x, A, B and m each, so that a step of 1 will do."""
     W, lora = made(30, 6, 9, 3)
     W, lora, x = W.astype(np.float64), wide(lora), some(31, 5, 9).astype(np.float64)
     lora = replace(lora, norm=plain_norms(W, lora))

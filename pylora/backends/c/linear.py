@@ -34,7 +34,7 @@ from pylora.backends.c.marshal import (
 )
 from pylora.errors import ShapeError
 from pylora.numbers.precision import BF16, as_dtype
-from pylora.ops.dora import Dora, factor, low_rank, measured, rescaled
+from pylora.ops.dora import factor, low_rank, measured, rescaled
 from pylora.ops.plain import Plain
 from pylora.ops.protocol import Backend
 from pylora.types import Array, Drop, LoRA, Norm, Projection, ProjectionGrad, Rotation
@@ -52,7 +52,7 @@ def _mixed(projections: Sequence[Projection]) -> bool:
     return len({shape_of(p.W) and p.W.struct.dtype for p in projections}) > 1
 
 
-class Linear(Core, Dora):
+class Linear(Core):
     """`lora_*`, `linear_*`, `qkv_forward` and `gate_up_forward`."""
 
     def lora_forward(
@@ -108,16 +108,16 @@ class Linear(Core, Dora):
         self, x: Array, projections: Sequence[Projection]
     ) -> list[tuple[np.ndarray, np.ndarray | None]]:
         """`linear_forward` with magnitudes: in one pass where nothing is dropped."""
-        results = []
+        ops, results = cast(Backend, self), []
         for p in projections:
             lora = p.lora
             if lora is None or lora.magnitude is None:
                 results += self.linear_forward(x, [p])
             elif p.drop is not None and p.drop.p:
-                both = self.dora_forward(x, p.W, p.bias, lora, p.drop, p.residual, p.dtype)
+                both = ops.dora_forward(x, p.W, p.bias, lora, p.drop, p.residual, p.dtype)
                 results.append(both[:2])
             else:
-                f = factor(measured(cast(Backend, self), p.W, lora), np)
+                f = factor(measured(ops, p.W, lora), np)
                 f = np.ascontiguousarray(read("magnitude", f, shape_of(p.W)[0]))
                 one = Projection(p.W, p.bias, low_rank(lora), None, p.residual, p.dtype)
                 results += self._together("linear_forward", x, [one], [p.dtype], factor=f)[0]

@@ -56,7 +56,8 @@ class Merging(Core):
         code, merged = stored("merged", merged, dtype)
         d, k = merged.shape
         if lora.magnitude is not None:
-            return HOST.unmerge(merged, lora, residue, dtype)
+            back: np.ndarray = HOST.unmerge(merged, lora, residue, dtype)
+            return back
         low, A, B, _ = lora_struct(lora, None, d, k)
         position = ints("residue.position", residue.position)
         bits = np.ascontiguousarray(residue.bits, np.uint32)

@@ -5,16 +5,17 @@ with an adapter each, forward and backward.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from pylora.backends.cuda.marshal import F32, Packed, packed
 from pylora.backends.cuda.precision import Precision
 from pylora.errors import ShapeError
-from pylora.ops.dora import Dora, rescaled
+from pylora.ops.dora import rescaled
+from pylora.ops.protocol import Backend
 from pylora.types import Array, Drop, LoRA, Projection, ProjectionGrad
 
 
-class Linear(Precision, Dora):
+class Linear(Precision):
     """`lora_*`, `linear_*` and `segmented`."""
 
     def lora_forward(
@@ -52,7 +53,8 @@ class Linear(Precision, Dora):
         """One projection, which may have a magnitude."""
         if p.lora is None or p.lora.magnitude is None:
             return self.linear_forward(x, [p])[0]
-        return self.dora_forward(x, p.W, p.bias, p.lora, p.drop, p.residual, p.dtype)[:2]
+        ops = cast(Backend, self)
+        return ops.dora_forward(x, p.W, p.bias, p.lora, p.drop, p.residual, p.dtype)[:2]
 
     def segmented(
         self,

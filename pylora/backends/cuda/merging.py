@@ -83,9 +83,10 @@ class Merging(Device):
 
     def _host(self, lora: LoRA) -> LoRA:
         arrays = {name: getattr(lora, name) for name in ("A", "B", "magnitude", "norm")}
-        return replace(
-            lora, **{n: None if a is None else self.to_numpy(a) for n, a in arrays.items()}
-        )
+        host: dict[str, Any] = {
+            name: None if a is None else self.to_numpy(a) for name, a in arrays.items()
+        }
+        return replace(lora, **host)
 
     def _back(self, like: Array) -> Callable[[Any], Any]:
         """What brings results of the host to where `like` is."""

@@ -323,9 +323,10 @@ class CupyBackend(DeviceArrays, Reference):
 
     def _on_host(self, lora: LoRA) -> LoRA:
         arrays: dict[str, Any] = {n: getattr(lora, n) for n in ("A", "B", "magnitude", "norm")}
-        return replace(
-            lora, **{n: None if a is None else self.to_numpy(a) for n, a in arrays.items()}
-        )
+        host: dict[str, Any] = {
+            n: None if a is None else self.to_numpy(a) for n, a in arrays.items()
+        }
+        return replace(lora, **host)
 
 
 def _merging() -> Any:
