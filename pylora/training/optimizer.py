@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 
 from pylora.errors import DtypeError, PlanError
+from pylora.model.attach import ARRAYS
 from pylora.training.config import TrainConfig
 from pylora.types import AdamW, Array, LoRA
-
-_FIELDS = ("A", "B", "bias", "base_bias", "magnitude")
 
 
 def trainable(adapter: Mapping[str, LoRA]) -> dict[str, Array]:
@@ -27,7 +26,7 @@ def trainable(adapter: Mapping[str, LoRA]) -> dict[str, Array]:
     found = {
         f"{path}.{field}": getattr(lora, field)
         for path, lora in adapter.items()
-        for field in _FIELDS
+        for field in ARRAYS
         if getattr(lora, field) is not None and getattr(lora, field).size
     }
     if not found:
