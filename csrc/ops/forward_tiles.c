@@ -57,8 +57,7 @@ static void finish_segments(const forward *f, const projection *p, int with, int
   for (int64_t s = segment_of(f, i); s < f->segments && f->start[s] < i + n; s++) {
     const int64_t a = max64(i, f->start[s]), b = min64(i + n, f->start[s + 1]);
     const float *factor = factor_in(p, s);
-    if (a < b && with == (factor != NULL))
-      finish_sums(p->l, factor, n, a - i, b - i, q, w, tiles);
+    if (a < b && with == (factor != NULL)) finish_sums(p->l, factor, n, a - i, b - i, q, w, tiles);
   }
 }
 
