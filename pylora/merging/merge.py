@@ -1,6 +1,7 @@
 """Merging an adapter into its base model, so that it can be undone bit for bit.
 
-W' = round(W + scale B A), the delta in float64, rounded once. Rounding loses information, so
+W' = round(W + scale B A), the delta in float64, rounded once; with DoRA each row is brought to its
+magnitude before. Rounding loses information, so
 subtracting the delta does not always give W back; the merge keeps the few original elements where
 it would not (residue.py), and unmerging (unmerge.py) verifies a SHA-256 of every tensor. The base
 checkpoint and the adapter are only read. Merging into a quantized format is not done.
@@ -249,8 +250,11 @@ class _Merge:
             kind = self.kinds[path]
             merged, lost = merge_weight(self.ops, W, lora, dtype, kind=kind)
             self._check_finite(name, widen(W, dtype), merged, dtype)
-            used = self.record.add(path, kind, lora, dtype, W.shape, lost)
+            used = self.record.add(path, kind, lora, dtype, W, lost)
             delta = max_delta(lora, kind)
+            if lora.magnitude is not None:
+                moved = widen(merged, dtype).astype(np.float64) - widen(W, dtype)
+                delta = float(np.abs(moved).max(initial=0.0))
             self.modules.append(MergedModule(path, W.shape, dtype, lost.position.size, used, delta))
         before = digest(W)
         self.record.digests[name] = Digests(before, before if merged is W else digest(merged))
