@@ -28,7 +28,6 @@ _REFUSED = {
     "use_dora": "weight-decomposed LoRA (DoRA) rescales the merged weight",
     "alora_invocation_tokens": "activated LoRA (aLoRA) switches the adapter on inside a sequence",
     "layer_replication": "the model's layers are repeated",
-    "trainable_token_indices": "single rows of the embedding are trained",
     "megatron_config": "the layers are Megatron's parallel layers",
     "use_qalora": "QA-LoRA pools the input before A",
     "use_bdlora": "block-diagonal LoRA constrains A or B",
@@ -36,7 +35,6 @@ _REFUSED = {
     "kasa_config": "KaSA truncates the base weight and puts a diagonal between A and B",
     "velora_config": "VeLoRA changes the gradient of A",
     "monteclora_config": "Monte Carlo LoRA samples the adapter's weights",
-    "ensure_weight_tying": "the adapters of tied layers share their tensors",
 }
 # Initialisations that leave the base weights alone: an adapter made so can be read and used.
 _READABLE_INITS = ("eva", "orthogonal", "mica")
@@ -44,6 +42,8 @@ _READABLE_INITS = ("eva", "orthogonal", "mica")
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 FRESH_TARGETS: str | tuple[str, ...] = "all-linear"  # as the literature recommends
 _FOREIGN = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "use_rslora"}
+# PEFT of some age does not know these names: they are written where they say something.
+_NEWER = ("target_parameters", "trainable_token_indices", "ensure_weight_tying")
 _MAX_PATTERN = 4096  # characters of one regular expression
 
 
@@ -82,6 +82,9 @@ class LoraConfig:
     base_model_name_or_path: str | None = None
     peft_type: str = "LORA"
     target_parameters: Sequence[str] | None = None  # parameters of experts, by PEFT's names
+    # Rows of the embedding that are trained as they are: token ids, or {module name: token ids}.
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
+    ensure_weight_tying: bool = False  # a whole embedding is a tied head's, too
 
     def __post_init__(self) -> None:
         for name in (
@@ -94,6 +97,7 @@ class LoraConfig:
             if not isinstance(value, str):
                 value = _names(name, value)
             object.__setattr__(self, name, value)
+        object.__setattr__(self, "trainable_token_indices", _tokens(self.trainable_token_indices))
         layers: Any = self.layers_to_transform
         if layers is not None:
             layers = (layers,) if isinstance(layers, int) else layers
@@ -169,12 +173,10 @@ class LoraConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as PEFT reads them: lists for tuples."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        if not self.target_parameters:  # PEFT before 0.17 does not know the name
-            del values["target_parameters"]
-        return {
-            name: list(v) if isinstance(v, tuple) else dict(v) if isinstance(v, Mapping) else v
-            for name, v in values.items()
-        }
+        for name in _NEWER:
+            if not values[name]:
+                del values[name]
+        return {name: _plain(value) for name, value in values.items()}
 
     def to_json(self) -> str:
         """The text of an adapter_config.json. The order of pattern keys matters and is kept."""
@@ -229,6 +231,38 @@ def _indices(value: Any) -> tuple[int, ...] | None:
     return tuple(value) or None  # PEFT takes an empty list as "every layer"
 
 
+def _tokens(value: Any) -> tuple[int, ...] | dict[str, tuple[int, ...]] | None:
+    """trainable_token_indices, checked: ids, or ids by the name of a table."""
+    if not value and not isinstance(value, (str, bool, int)):
+        return None
+    if isinstance(value, Mapping):
+        names = _names("trainable_token_indices", tuple(value))
+        return {name: _ids(ids) for name, ids in zip(names or (), value.values(), strict=True)}
+    return _ids(value)
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    whole = isinstance(value, (list, tuple)) and value
+    if not whole or any(
+        isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < 2**31 for i in value
+    ):
+        raise ConfigError(
+            f"trainable_token_indices = {value!r:.100}: expected token ids, or an object of module "
+            "names and token ids"
+        )
+    if len(set(value)) != len(value):
+        twice = next(i for i in value if value.count(i) > 1)
+        raise ConfigError(f"trainable_token_indices names the token {twice} twice")
+    return tuple(value)
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it."""
+    if isinstance(value, Mapping):
+        return {key: _plain(v) for key, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
 def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -250,7 +284,7 @@ def _check_scalars(c: LoraConfig) -> None:
     check_alpha("lora_alpha", c.lora_alpha)
     if not _number(c.lora_dropout) or not 0 <= c.lora_dropout < 1:
         raise ConfigError(f"lora_dropout = {c.lora_dropout!r}: expected a number in [0, 1)")
-    for name in ("use_rslora", "lora_bias", "fan_in_fan_out"):
+    for name in ("use_rslora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying"):
         if not isinstance(getattr(c, name), bool):
             raise ConfigError(f"{name} = {getattr(c, name)!r}: expected true or false")
     for name in ("task_type", "base_model_name_or_path"):

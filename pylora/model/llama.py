@@ -26,6 +26,7 @@ from pylora.model.head import Head, HeadCache
 from pylora.model.inputs import row_numbers, row_weights, token_ids, whole_seqs
 from pylora.model.kvcache import KVCache
 from pylora.model.linear import DropKey, Grads, LoRAGrad, LoRALinear, is_packed
+from pylora.model.mixed import Mixed
 from pylora.model.rope import Rope
 from pylora.model.trunk import Trunk, TrunkCache
 from pylora.model.weights import (
@@ -34,8 +35,10 @@ from pylora.model.weights import (
     checked_weights,
     norm_of,
     random_weights,
+    remembering,
     weight_bytes,
 )
+from pylora.model.whole import Shared, Whole, check_whole, whole_of
 from pylora.numbers.precision import AUTO, QUANTIZED, Stored, check_precision, describe, fastest
 from pylora.ops.llama import LlamaOp
 from pylora.ops.protocol import Backend
@@ -43,6 +46,12 @@ from pylora.reference import IGNORE
 from pylora.types import Array, LoRA, Seqs, brief
 
 __all__ = ["IGNORE", "DropKey", "Grads", "Llama", "LoRAGrad", "ModelCache", "random_weights"]
+
+# What of a Llama is of its weights, and is another's where an adapter brings weights of its own.
+_PARTS = (
+    "config", "vectors", "rope", "embed_tokens", "blocks", "norm", "lm_head", "trunk", "head",
+    "modules", "whole",
+)  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -66,6 +75,7 @@ class Llama:
         *,
         backend: str | Backend | None = None,
         precision: str = "fp32",
+        like: Llama | None = None,
     ) -> None:
         """`weights(name)` gives each tensor of `config.tensors()` in Hugging Face layout; a matrix
         may be one that the backend has packed already.
@@ -73,6 +83,7 @@ class Llama:
         It is called once for each tensor, which is packed as `precision` says (precision.py) and
         let go before the next is asked for, so memory peaks near one copy.
         ShapeError names a tensor that does not fit, ConfigError a precision that does not exist.
+        `like`: the model whose packed weights most of these are; it is then of the same dtype.
         """
         expect("model configuration", config, "Llama(config, weights)")
         if not callable(weights):
@@ -84,12 +95,16 @@ class Llama:
             )
         self.config, self.ops = config, backends.get(backend)
         self.precision = check_precision(precision)
-        self.ops.check_room(weight_bytes(config, self.computes))
-        checked = checked_weights(config, weights)
+        if like is None:
+            self.ops.check_room(weight_bytes(config, self.computes))
+        self.vectors: dict[str, np.ndarray] = {}  # the tensors that are not packed
+        checked = remembering(config, checked_weights(config, weights), self.vectors)
         names = config.names
         embedding = checked(f"{names.embedding}.weight")
-        if is_packed(embedding) or isinstance(embedding, Stored):
-            self.dtype: np.dtype = np.dtype(np.float32)
+        if like is not None:
+            self.dtype: np.dtype = like.dtype
+        elif is_packed(embedding) or isinstance(embedding, Stored):
+            self.dtype = np.dtype(np.float32)
         else:
             embedding = self.ops.asarray(embedding)
             self.dtype = embedding.dtype
@@ -97,7 +112,8 @@ class Llama:
         del embedding
         positions = None
         if config.learned_positions:
-            positions = self.ops.pack(checked(f"{names.positions}.weight"))
+            positions = checked(f"{names.positions}.weight")
+            positions = positions if is_packed(positions) else self.ops.pack(positions)
         self.rope = Rope(config, np.empty(0, self.dtype).real.dtype, ops=self.ops)
         self.blocks = [
             Block(config, i, checked, self.rope, ops=self.ops, precision=precision)
@@ -118,6 +134,8 @@ class Llama:
         self.modules: dict[str, Module] = {names.embedding: self.embed_tokens}
         self.modules |= {p.path: p for block in self.blocks for p in block.linears}
         self.modules[names.head] = self.lm_head
+        self.whole: Whole | None = None  # the weights here that are an adapter's; see `with_whole`
+        self._home: dict[str, Any] | None = None  # the parts of the base while others are here
         self._adapter: Mapping[str, LoRA] | None = None
         self._steps = self.ops.repeated()
         self.placed: dict[str, LoRA] = {}  # its arrays, where the backend computes
@@ -197,10 +215,15 @@ class Llama:
         Where the backend has a memory of its own (a GPU) it gets copies of the host's arrays, in
         `placed`: training changes those, and `collect` brings them back.
 
+        An adapter that brings weights whole (`Adapter.whole`) makes this the model that has them,
+        its `config` and `modules` included, until another is attached. They are packed in the
+        model's precision now; `refresh` does that again.
+
         Raises PlanError naming a module that the model does not have or an array that does not
         fit, DtypeError for arrays of another dtype than the model's; then nothing has changed.
         """
         self.check(adapter)
+        self._become(whole_of(adapter))
         placed = {path: place(lora, self.ops) for path, lora in adapter.items()}
         for path, module in self.modules.items():
             module.lora = placed.get(path)
@@ -215,7 +238,51 @@ class Llama:
     def check(self, adapter: Mapping[str, LoRA]) -> None:
         """Raises what `attach` would for an adapter that does not fit; changes nothing."""
         expect("adapter", adapter, "attach(adapter)")
-        check_fits(adapter, self.modules, self.dtype)
+        whole, config = whole_of(adapter), self._at_home("config")
+        if whole is None or whole is self.whole:
+            check_fits(adapter, self.modules, self.dtype)
+            return
+        if self._at_home("whole") is not None:
+            raise UnsupportedError(
+                "this model has the whole weights of an adapter already; load the base model again "
+                "for another one"
+            )
+        sizes = check_whole(config, whole).modules()
+        check_fits(adapter, self._at_home("modules"), self.dtype, sizes)
+
+    def with_whole(self, whole: Whole) -> Llama:
+        """The model that has these weights in place of its own; it shares all the others.
+
+        What is attached here is not attached there. PlanError for a tensor that does not fit.
+        """
+        if whole is self.whole:
+            return self
+        if self.whole is not None:
+            raise UnsupportedError("this model has the whole weights of an adapter already")
+        config = check_whole(self.config, whole)
+        made = type(self)(
+            config, Shared(self, whole), backend=self.ops, precision=self.precision, like=self
+        )
+        made.whole, made.stored_as = whole, self.stored_as
+        return made
+
+    def _at_home(self, name: str) -> Any:
+        """A part as it is without the attached adapter's whole weights."""
+        return getattr(self, name) if self._home is None else self._home[name]
+
+    def _become(self, whole: Whole | None) -> None:
+        """Has these weights in place of the base's from now on; None: the base's."""
+        if whole is self.whole or (whole is None and self._home is None):
+            return
+        if self._home is not None:
+            vars(self).update(self._home)
+            self._home = None
+        if whole is not None:
+            made = self.with_whole(whole)
+            self._home = {name: getattr(self, name) for name in _PARTS}
+            vars(self).update({name: getattr(made, name) for name in _PARTS})
+        for name in ("op", "mixed", "numbers"):
+            vars(self).pop(name, None)
 
     def detach(self) -> None:
         """Takes the adapter away; the model is the base again, bit for bit."""
@@ -394,6 +461,11 @@ class Llama:
     def op(self) -> LlamaOp:
         """The model as its backend's whole-model operation, which decoding runs on."""
         return self.ops.llama(operation_weights(self))
+
+    @cached_property
+    def mixed(self) -> Mixed:
+        """The operation of steps in which adapters bring weights of their own."""
+        return Mixed(self.op, self.ops)
 
     @cached_property
     def numbers(self) -> dict[str, int]:

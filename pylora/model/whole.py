@@ -1,0 +1,117 @@
+"""Weights that an adapter brings along whole, and the model that has them in place of its own.
+
+PEFT's modules_to_save, its trainable_token_indices and the tables of a resized vocabulary all come
+to the same: some tensors of the base model are others. `Llama.with_whole` makes the model that has
+them; it shares every other weight. Reading them from files is in adapters/whole.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pylora.errors import PlanError, UnsupportedError
+from pylora.model.config import LlamaConfig
+from pylora.ops.protocol import Packed
+from pylora.types import Array, brief
+
+
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """Tensors of the model by name, shaped as `LlamaConfig.tensors()` says, float32."""
+
+    __repr__ = brief
+
+    tensors: Mapping[str, Array]
+    # Of tables of which single rows were trained (trainable_token_indices): which rows.
+    rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    vocab: int | None = None  # rows of embedding and head, where they are not the base's
+    tied: bool = True  # whether a head that is the base's embedding is the new one, too
+    twin: tuple[str, str] | None = None  # (embedding, tied head): files have the first twice
+    turned: frozenset[str] = frozenset()  # tensors that files have [inputs, outputs]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(int(a.nbytes) for a in self.tensors.values())
+
+
+def whole_of(adapter: Any) -> Whole | None:
+    """What an adapter brings along whole; None where it is A and B alone."""
+    found: Whole | None = getattr(adapter, "whole", None)
+    return found
+
+
+def grown(config: LlamaConfig, whole: Whole | None) -> LlamaConfig:
+    """The configuration of the model that has these weights."""
+    if whole is None:
+        return config
+    return dataclasses.replace(
+        config,
+        vocab_size=config.vocab_size if whole.vocab is None else whole.vocab,
+        tie_word_embeddings=config.tie_word_embeddings and whole.tied,
+    )
+
+
+def check_whole(config: LlamaConfig, whole: Whole) -> LlamaConfig:
+    """`grown`, where each tensor is one of the model's, in its shape; else PlanError names it."""
+    new = grown(config, whole)
+    shapes = new.tensors()
+    for name, array in whole.tensors.items():
+        if name not in shapes:
+            raise PlanError(f"the adapter has the tensor {name!r} whole, which the model has not")
+        if tuple(array.shape) != tuple(shapes[name]):
+            raise PlanError(
+                f"{name}: the adapter's tensor has shape {list(array.shape)}, the model's "
+                f"{list(shapes[name])}"
+            )
+    for name in _tables(new):
+        if whole.vocab not in (None, config.vocab_size) and name not in whole.tensors:
+            raise PlanError(
+                f"the adapter has a vocabulary of {whole.vocab} tokens, but no {name!r} of it"
+            )
+    return new
+
+
+def _tables(config: LlamaConfig) -> tuple[str, ...]:
+    """The names of the tensors that have a row for each token."""
+    names = config.names
+    embedding, head = f"{names.embedding}.weight", f"{names.head}.weight"
+    return (embedding,) if config.tie_word_embeddings else (embedding, head)
+
+
+class Shared:
+    """The tensors of a model that is loaded, some of them replaced: what `Llama(...)` is given.
+
+    Matrices are the packed ones of the other model, not copies of them.
+    """
+
+    def __init__(self, model: Any, whole: Whole) -> None:
+        self._whole, self._vectors = whole.tensors, model.vectors
+        self._packed: dict[str, Packed] = {f"{model.embed_tokens.path}.weight": model.embed_tokens.W}
+        names = model.config.names
+        for block in model.blocks:
+            self._packed |= {f"{p.path}.weight": p.W for p in block.numbered}
+            if block.router is not None:
+                self._packed[f"{block.path}.{names.router}.weight"] = block.router
+        if model.trunk.positions is not None:
+            self._packed[f"{names.positions}.weight"] = model.trunk.positions
+        self._packed[f"{names.head}.weight"] = model.lm_head.W
+
+    def __call__(self, name: str) -> Any:
+        if name in self._whole:
+            return self._whole[name]
+        return self._packed[name] if name in self._packed else self._vectors[name]
+
+
+def refuse_other_vocabulary(here: LlamaConfig, there: LlamaConfig) -> None:
+    """UnsupportedError for an adapter that cannot run beside others: its tokens are not theirs."""
+    if here.vocab_size != there.vocab_size:
+        raise UnsupportedError(
+            f"the adapter has a vocabulary of its own, {there.vocab_size} tokens where the base "
+            f"model has {here.vocab_size}, so it cannot run beside the base or other adapters: "
+            "give it alone (pylora generate or chat --adapter DIR, pylora.load(model, DIR)), or "
+            "merge it (pylora merge) and use the merged model"
+        )
