@@ -247,7 +247,8 @@ class Tables:
         self._check_tables(file, out, vocab, tied)
         twin = had_head and self.head not in out and self.head not in found.deltas
         turned = frozenset(name for name in out if transposed(self.model, name))
-        return Whole(out, dict(self.rows), resized, tied, (self.embedding, self.head) if twin else None, turned)
+        was = self.model.tie_word_embeddings
+        return Whole(out, dict(self.rows), resized, tied, was, (self.embedding, self.head) if twin else None, turned)
 
     def _drop_copies(self, out: dict[str, Array], base: Load) -> None:
         """Tables that PEFT wrote although they are the base's (save_embedding_layers=True)."""

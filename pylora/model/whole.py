@@ -29,6 +29,7 @@ class Whole:
     rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     vocab: int | None = None  # rows of embedding and head, where they are not the base's
     tied: bool = True  # whether a head that is the base's embedding is the new one, too
+    was_tied: bool = False  # whether the base's head is its embedding
     twin: tuple[str, str] | None = None  # (embedding, tied head): files have the first twice
     turned: frozenset[str] = frozenset()  # tensors that files have [inputs, outputs]
 
@@ -80,6 +81,18 @@ def _tables(config: LlamaConfig) -> tuple[str, ...]:
     names = config.names
     embedding, head = f"{names.embedding}.weight", f"{names.head}.weight"
     return (embedding,) if config.tie_word_embeddings else (embedding, head)
+
+
+def replaced(config: LlamaConfig, whole: Whole | None) -> dict[str, Array]:
+    """The tensors of a model of `config`, which is `grown` and may be untied, that are not the
+    base's: a head that is untied now has the embedding's new numbers, too."""
+    if whole is None:
+        return {}
+    names, out = config.names, dict(whole.tensors)
+    embedding, head = f"{names.embedding}.weight", f"{names.head}.weight"
+    if not config.tie_word_embeddings and whole.tied and embedding in out and whole.was_tied:
+        out.setdefault(head, out[embedding])
+    return out
 
 
 class Shared:
