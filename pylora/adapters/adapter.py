@@ -5,6 +5,7 @@ An adapter does not know a model: attaching is `Llama.attach(adapter)`, merging 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import os
@@ -133,6 +134,22 @@ class Adapter(Mapping[str, LoRA]):
                 "its LlamaConfig (on the command line: --model), or convert the adapter first"
             )
         return cls(*(gguf.read if form == GGUF else mlx.read)(place, config))
+
+    def without_whole(self) -> Adapter:
+        """A and B alone, on a base that has the whole weights already; the arrays are shared."""
+        if self.whole is None:
+            return self
+        config = dataclasses.replace(
+            self.config,
+            modules_to_save=None,
+            trainable_token_indices=None,
+            ensure_weight_tying=False,
+            target_modules=tuple(e.path for e in self.plan if e.kind != "experts") or None,
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+        )
+        return Adapter(config, self.plan, self._modules)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes a PEFT directory, float32; loading it gives the same bits. The word "all-linear"

@@ -119,6 +119,21 @@ def read(
     return config, plan, modules_read
 
 
+def read_shown(
+    directory: str | os.PathLike[str], modules: Mapping[str, ModuleSpec]
+) -> tuple[LoraConfig, Plan, dict[str, LoRA], dict[str, tuple[int, ...]]]:
+    """A and B alone of an adapter that may have whole weights, and the shapes of those by key: for
+    who looks at an adapter without its model. It is not what the adapter computes."""
+    config, plan, modules_read, _ = _read(find_adapter(directory), modules, None, None, True)
+    with SafeTensors(find_adapter(directory) / WEIGHTS) as file:
+        return config, plan, modules_read, {key: file.shape(key) for key in _others(file)}
+
+
+def _others(file: SafeTensors) -> set[str]:
+    """The keys that are neither A nor B nor a bias."""
+    return {key for key in file.tensors if ".lora_" not in key and not key.endswith(".bias")}
+
+
 def read_all(
     directory: str | os.PathLike[str], model: LlamaConfig, base: Load | None = None
 ) -> tuple[LoraConfig, Plan, dict[str, LoRA], Whole | None]:
@@ -135,12 +150,18 @@ def read_all(
 
 
 def _read(
-    directory: Path, modules: Mapping[str, ModuleSpec], model: LlamaConfig | None, base: Load | None
+    directory: Path,
+    modules: Mapping[str, ModuleSpec],
+    model: LlamaConfig | None,
+    base: Load | None,
+    shown: bool = False,
 ) -> tuple[LoraConfig, Plan, dict[str, LoRA], Whole | None]:
     config = read_config(directory)
     with SafeTensors(_weights_file(directory)) as file, _saying_why(file, config, modules):
         whole, claimed = None, set[str]()
-        if model is None:
+        if shown:
+            claimed = _others(file)
+        elif model is None:
             _refuse_whole(file, config)
         else:
             tables = Tables(config, model)

@@ -177,9 +177,7 @@ class Tables:
 
     def _put(self, file: SafeTensors, into: dict[str, str], tensor: str, key: str) -> None:
         if tensor in into:
-            raise PlanError(
-                f"{file.path}: {into[tensor]!r} and {key!r} are the same tensor, twice"
-            )
+            raise PlanError(f"{file.path}: {into[tensor]!r} and {key!r} are the same tensor, twice")
         into[tensor] = key
 
     def _check_missing(self, file: SafeTensors, found: Found) -> None:
@@ -248,7 +246,15 @@ class Tables:
         twin = had_head and self.head not in out and self.head not in found.deltas
         turned = frozenset(name for name in out if transposed(self.model, name))
         was = self.model.tie_word_embeddings
-        return Whole(out, dict(self.rows), resized, tied, was, (self.embedding, self.head) if twin else None, turned)
+        return Whole(
+            out,
+            dict(self.rows),
+            resized,
+            tied,
+            was,
+            (self.embedding, self.head) if twin else None,
+            turned,
+        )
 
     def _drop_copies(self, out: dict[str, Array], base: Load) -> None:
         """Tables that PEFT wrote although they are the base's (save_embedding_layers=True)."""

@@ -159,14 +159,20 @@ def _inspect_adapter(
     from pylora.adapters.adapter import Adapter
     from pylora.adapters.inspect import inspect as measure
     from pylora.adapters.inspect import modules_of
+    from pylora.adapters.peft import read_shown
+    from pylora.adapters.whole import PREFIX
     from pylora.display.plots import adapter_picture
     from pylora.formats import open_checkpoint
 
+    whole: dict[str, tuple[int, ...]] = {}
     if model is None:
-        adapter = Adapter.load(directory, modules_of(directory))
+        config, plan, loras, whole = read_shown(directory, modules_of(directory))
+        adapter = Adapter(config, plan, loras)
     else:
         with open_checkpoint(model) as checkpoint:
             adapter = Adapter.load(directory, checkpoint.config, base=checkpoint.load)
+        if adapter.whole is not None:
+            whole = {name: array.shape for name, array in adapter.whole.tensors.items()}
     stats = measure(adapter)
     numbers = ("d × k", "r", "scale", "norm", "stable rank")
     if every:
@@ -185,11 +191,14 @@ def _inspect_adapter(
         columns = ("modules", "module", *numbers, "largest singular value")
         screen.table(columns, _ranges(stats), right=("modules", *numbers, columns[-1]))
     full = sum(s.d * s.k for s in stats)
+    held = adapter.without_whole().num_parameters
     screen.say(
-        f"{adapter.num_parameters:,} parameters ({megabytes(4 * adapter.num_parameters)} in "
-        f"float32) in {len(stats)} modules whose weights have {full:,}: "
-        f"{100 * adapter.num_parameters / full:.2f} %"
+        f"{held:,} parameters ({megabytes(4 * held)} in float32) in {len(stats)} modules whose "
+        f"weights have {full:,}: {100 * held / full:.2f} %"
     )
+    for name, shape in whole.items():
+        size = " × ".join(map(str, shape))
+        screen.say(f"in place of the base's: {name.removeprefix(PREFIX)}, {size}")
     if picture is not None:
         adapter_picture(picture, stats, title=f"Adapter {directory.name}: {len(stats)} modules")
         screen.say(f"picture: {picture}")

@@ -62,9 +62,7 @@ def unmerge_checkpoint(
     with open_checkpoint(merged_dir) as checkpoint:
         tied = checkpoint.config.tie_word_embeddings or reader.record.tied
         vocab = reader.record.vocab or checkpoint.config.vocab_size
-        config = dataclasses.replace(
-            checkpoint.config, tie_word_embeddings=tied, vocab_size=vocab
-        )
+        config = dataclasses.replace(checkpoint.config, tie_word_embeddings=tied, vocab_size=vocab)
         specs: dict[str, Spec] = {
             name: (shape, checkpoint.dtype(name)) for name, shape in config.tensors().items()
         }

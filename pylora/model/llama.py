@@ -38,7 +38,7 @@ from pylora.model.weights import (
     remembering,
     weight_bytes,
 )
-from pylora.model.whole import Shared, Whole, check_whole, whole_of
+from pylora.model.whole import HasWhole, check_whole, whole_of
 from pylora.numbers.precision import AUTO, QUANTIZED, Stored, check_precision, describe, fastest
 from pylora.ops.llama import LlamaOp
 from pylora.ops.protocol import Backend
@@ -46,12 +46,6 @@ from pylora.reference import IGNORE
 from pylora.types import Array, LoRA, Seqs, brief
 
 __all__ = ["IGNORE", "DropKey", "Grads", "Llama", "LoRAGrad", "ModelCache", "random_weights"]
-
-# What of a Llama is of its weights, and is another's where an adapter brings weights of its own.
-_PARTS = (
-    "config", "vectors", "rope", "embed_tokens", "blocks", "norm", "lm_head", "trunk", "head",
-    "modules", "whole",
-)  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -65,7 +59,7 @@ class ModelCache:
     rows: Array | None  # those that the head saw; None: all
 
 
-class Llama:
+class Llama(HasWhole):
     """A Llama-type causal language model (see `LlamaConfig`) with frozen weights."""
 
     def __init__(
@@ -134,8 +128,7 @@ class Llama:
         self.modules: dict[str, Module] = {names.embedding: self.embed_tokens}
         self.modules |= {p.path: p for block in self.blocks for p in block.linears}
         self.modules[names.head] = self.lm_head
-        self.whole: Whole | None = None  # the weights here that are an adapter's; see `with_whole`
-        self._home: dict[str, Any] | None = None  # the parts of the base while others are here
+        self.whole, self._home = None, None
         self._adapter: Mapping[str, LoRA] | None = None
         self._steps = self.ops.repeated()
         self.placed: dict[str, LoRA] = {}  # its arrays, where the backend computes
@@ -242,47 +235,9 @@ class Llama:
         if whole is None or whole is self.whole:
             check_fits(adapter, self.modules, self.dtype)
             return
-        if self._at_home("whole") is not None:
-            raise UnsupportedError(
-                "this model has the whole weights of an adapter already; load the base model again "
-                "for another one"
-            )
+        self._refuse_second()
         sizes = check_whole(config, whole).modules()
         check_fits(adapter, self._at_home("modules"), self.dtype, sizes)
-
-    def with_whole(self, whole: Whole) -> Llama:
-        """The model that has these weights in place of its own; it shares all the others.
-
-        What is attached here is not attached there. PlanError for a tensor that does not fit.
-        """
-        if whole is self.whole:
-            return self
-        if self.whole is not None:
-            raise UnsupportedError("this model has the whole weights of an adapter already")
-        config = check_whole(self.config, whole)
-        made = type(self)(
-            config, Shared(self, whole), backend=self.ops, precision=self.precision, like=self
-        )
-        made.whole, made.stored_as = whole, self.stored_as
-        return made
-
-    def _at_home(self, name: str) -> Any:
-        """A part as it is without the attached adapter's whole weights."""
-        return getattr(self, name) if self._home is None else self._home[name]
-
-    def _become(self, whole: Whole | None) -> None:
-        """Has these weights in place of the base's from now on; None: the base's."""
-        if whole is self.whole or (whole is None and self._home is None):
-            return
-        if self._home is not None:
-            vars(self).update(self._home)
-            self._home = None
-        if whole is not None:
-            made = self.with_whole(whole)
-            self._home = {name: getattr(self, name) for name in _PARTS}
-            vars(self).update({name: getattr(made, name) for name in _PARTS})
-        for name in ("op", "mixed", "numbers"):
-            vars(self).pop(name, None)
 
     def detach(self) -> None:
         """Takes the adapter away; the model is the base again, bit for bit."""

@@ -8,7 +8,7 @@ them; it shares every other weight. Reading them from files is in adapters/whole
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,7 +103,9 @@ class Shared:
 
     def __init__(self, model: Any, whole: Whole) -> None:
         self._whole, self._vectors = whole.tensors, model.vectors
-        self._packed: dict[str, Packed] = {f"{model.embed_tokens.path}.weight": model.embed_tokens.W}
+        self._packed: dict[str, Packed] = {
+            f"{model.embed_tokens.path}.weight": model.embed_tokens.W
+        }
         names = model.config.names
         for block in model.blocks:
             self._packed |= {f"{p.path}.weight": p.W for p in block.numbered}
@@ -117,6 +119,70 @@ class Shared:
         if name in self._whole:
             return self._whole[name]
         return self._packed[name] if name in self._packed else self._vectors[name]
+
+
+# What of a model is of its weights, and is another's where an adapter brings weights of its own.
+_PARTS = (
+    "config", "vectors", "rope", "embed_tokens", "blocks", "norm", "lm_head", "trunk", "head",
+    "modules", "whole",
+)  # fmt: skip
+
+
+class HasWhole:
+    """A model (`Llama`) whose weights may be an adapter's in part."""
+
+    config: LlamaConfig
+    whole: Whole | None  # the weights here that are an adapter's
+    _home: dict[str, Any] | None  # the parts of the base while others are here
+
+    def with_whole(self, whole: Whole) -> Any:
+        """The model that has these weights in place of its own; it shares all the others.
+
+        What is attached here is not attached there. PlanError for a tensor that does not fit.
+        """
+        if whole is self.whole:
+            return self
+        self._refuse_second()
+        model: Any = self
+        config = check_whole(self.config, whole)
+        made = type(model)(
+            config, Shared(self, whole), backend=model.ops, precision=model.precision, like=self
+        )
+        made.whole, made.stored_as = whole, model.stored_as
+        return made
+
+    def _refuse_second(self) -> None:
+        if self._at_home("whole") is not None:
+            raise UnsupportedError(
+                "this model has the whole weights of an adapter already; load the base model again "
+                "for another one"
+            )
+
+    def _at_home(self, name: str) -> Any:
+        """A part as it is without the attached adapter's whole weights."""
+        return getattr(self, name) if self._home is None else self._home[name]
+
+    def _become(self, whole: Whole | None) -> None:
+        """Has these weights in place of the base's from now on; None: the base's."""
+        if whole is self.whole or (whole is None and self._home is None):
+            return
+        if self._home is not None:
+            vars(self).update(self._home)
+            self._home = None
+        if whole is not None:
+            made = self.with_whole(whole)
+            self._home = {name: getattr(self, name) for name in _PARTS}
+            vars(self).update({name: getattr(made, name) for name in _PARTS})
+        for name in ("op", "mixed", "numbers"):
+            vars(self).pop(name, None)
+
+
+def alone(model: Any, adapters: Sequence[Any]) -> Any:
+    """The model to run these adapters on: one whose vocabulary is of another size, and that is
+    the only one, gets a model that has its tables; it is the base from then on."""
+    if len(adapters) != 1 or (whole := whole_of(adapters[0])) is None or whole.vocab is None:
+        return model
+    return model.with_whole(whole)
 
 
 def refuse_other_vocabulary(here: LlamaConfig, there: LlamaConfig) -> None:

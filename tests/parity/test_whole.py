@@ -23,7 +23,6 @@ from pylora.formats.safetensors import SafeTensors
 from pylora.merging.merge import merge_checkpoint, unmerge_checkpoint
 from pylora.model.decoder import Batch
 from pylora.model.llama import Llama
-from pylora.types import Seqs
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -236,12 +235,14 @@ def test_saved_again_it_has_pefts_tensors_and_peft_loads_it(case: Case, tmp_path
                 want = {k for k in want if "lm_head" not in k}
             assert set(b.tensors) == want
             for key in want:
-                assert np.array_equal(a.load(key), b.load(key)), key
+                here, there = a.load(key), b.load(key)
+                if key.endswith("token_adapter.base_layer.weight"):  # under the trained rows
+                    trained = CASES[case.name][3]["trainable_token_indices"]
+                    here, there = (np.delete(x, trained, axis=0) for x in (here, there))
+                assert np.array_equal(here, there), key
     again = Adapter.load(tmp_path / "again", model.config, base=open_checkpoint(case.base).load)
     assert again.digest() == adapter.digest()
-    base = transformers.AutoModelForCausalLM.from_pretrained(
-        case.base, attn_implementation="eager"
-    )
+    base = transformers.AutoModelForCausalLM.from_pretrained(case.base, attn_implementation="eager")
     if case.resized:
         base.resize_token_embeddings(CASES[case.name][2])
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "again").eval()
