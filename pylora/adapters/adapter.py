@@ -51,6 +51,8 @@ class Adapter(Mapping[str, LoRA]):
         expect("adapter", modules, "Adapter(config, plan, modules)")
         self.config, self.plan, self.whole = config, plan, whole
         self._modules = dict(modules)
+        # Of modules whose adapter stays as it is in part, how many rows of A are trained.
+        self.held: dict[str, int] = {}
         paths = [e.path for e in plan.entries] + [path for path, _ in plan.bias_only]
         if sorted(paths) != sorted(self._modules):
             odd = sorted(set(paths) ^ set(self._modules))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,8 +39,14 @@ _REFUSED = {
 }
 # Initialisations that leave the base weights alone: an adapter made so can be read and used.
 _READABLE_INITS = ("eva", "orthogonal", "mica")
-# Those that change the base weights as well: the adapter is relative to a base that nobody has.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# What these take from the base can be computed of its weights: see inits.py.
+FROM_BASE = re.compile(r"pissa(_niter_[0-9]{1,6})?|[oO][lL][oO][rR][aA]")
+# Those that change the base by what is not in the adapter: it is relative to a base nobody has.
+_CHANGES_BASE = {
+    "corda": "by the covariance of its data, which PEFT itself needs again to load it",
+    "loftq": "to its quantization by bitsandbytes",
+    "lora_ga": "by its first gradients, and PEFT would load it as if it had not",
+}
 FRESH_TARGETS: str | tuple[str, ...] = "all-linear"  # as the literature recommends
 _FOREIGN = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "use_rslora"}
 # PEFT of some age does not know these names: they are written where they say something.
@@ -295,17 +302,20 @@ def _check_scalars(c: LoraConfig) -> None:
     if c.peft_type != "LORA":
         raise UnsupportedError(f"peft_type = {c.peft_type!r} is not supported, only 'LORA' is")
     init = c.init_lora_weights
+    if isinstance(init, str) and FROM_BASE.fullmatch(init):
+        return
     if not isinstance(init, bool) and str(init).lower() not in ("gaussian", *_READABLE_INITS):
-        if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
+        if isinstance(init, str) and init.lower() in _CHANGES_BASE:
             raise UnsupportedError(
-                f"init_lora_weights = {init!r} changed the base weights before training, so this "
-                "adapter does not fit the base model that it names; in PEFT, save it as an "
-                "ordinary one (save_pretrained(..., path_initial_model_for_weight_conversion=...), "
-                "which keeps the first values to subtract), or merge it there"
+                f"init_lora_weights = {init!r} changed the base weights before training, "
+                f"{_CHANGES_BASE[init.lower()]}, so this adapter does not fit the base model that "
+                "it names; in PEFT, save it as an ordinary one (save_pretrained(..., "
+                "path_initial_model_for_weight_conversion=...), which keeps the first values to "
+                "subtract), or merge it there"
             )
         raise UnsupportedError(
             f"init_lora_weights = {init!r} is not known; expected true, false, "
-            f"'gaussian', {', '.join(_READABLE_INITS)}"
+            f"'gaussian', 'pissa', 'olora', {', '.join(_READABLE_INITS)}"
         )
 
 

@@ -33,14 +33,13 @@ def tokenizer_for(
     checkpoint: Checkpoint,
     adapter_dir: str | os.PathLike[str] | None,
     base: Tokenizer | None = None,
-    vocab_size: int | None = None,
 ) -> tuple[Tokenizer, str | None]:
     """The tokenizer to use with an adapter, and a sentence where it is not the base model's.
 
-    `base` is that one, where it was made already; it is not changed. `vocab_size`: of the model with
-    the adapter, where that resizes the vocabulary; else read from its file. Raises PlanError where the
+    `base` is that one, where it was made already; it is not changed. Raises PlanError where the
     adapter's tokenizer gives a token another id than the base model's, or one beyond the model's
-    vocabulary: such an adapter was trained on another model.
+    vocabulary: such an adapter was trained on another model. An adapter may bring a vocabulary of
+    another size: then that counts.
     """
     base = checkpoint.tokenizer() if base is None else base
     if adapter_dir is None or not has_own(adapter_dir):
@@ -56,9 +55,7 @@ def tokenizer_for(
         file = next((file for file in files if file.is_file()), folder)
         return used, f"the adapter's own chat template is used ({file})"
     own = tokenizer_from_directory(folder)
-    if vocab_size is None:
-        vocab_size = vocabulary_of(folder, checkpoint.config)
-    _compare(base, own, vocab_size, folder)
+    _compare(base, own, vocabulary_of(folder, checkpoint.config), folder)
     if own.chat_template is None:
         own.chat_template = base.chat_template
     same = own.chat_template == base.chat_template and own.eos_ids == base.eos_ids

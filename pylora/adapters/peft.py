@@ -8,6 +8,7 @@ repeated, misshapen or non-finite tensor is an error that names it. Pickle files
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from pylora.adapters.fit import misfit
+from pylora.adapters.inits import on_unchanged_base, takes_from_base
 from pylora.adapters.locate import find_adapter
 from pylora.adapters.loraconfig import LoraConfig
 from pylora.adapters.older import fold_experts, text_part, under_names, with_experts
@@ -156,7 +158,9 @@ def _read(
     base: Load | None,
     shown: bool = False,
 ) -> tuple[LoraConfig, Plan, dict[str, LoRA], Whole | None]:
-    config = read_config(directory)
+    said = read_config(directory)
+    began = takes_from_base(said)
+    config = dataclasses.replace(said, init_lora_weights=True) if began else said
     with SafeTensors(_weights_file(directory)) as file, _saying_why(file, config, modules):
         whole, claimed = None, set[str]()
         if shown:
@@ -191,7 +195,20 @@ def _read(
             config, plan, each = fold_experts(config, plan, each, modules)
             keys = {(path, field): key for key, (path, field, _) in tensor_names(plan).items()}
             arrays = {key: each[which] for which, key in keys.items()}
-    return config, plan, assemble(config, plan, arrays), whole
+    loras = assemble(config, plan, arrays)
+    if began and not shown:
+        if base is None:
+            raise PlanError(
+                f"{directory / CONFIG}: init_lora_weights = {said.init_lora_weights!r} took a part "
+                "of the base's weights into the adapter; give the base model's tensors "
+                "(base=checkpoint.load; on the command line: --model), so that it is known which"
+            )
+        if any(e.kind == "experts" for e in plan.entries):
+            raise UnsupportedError(f"{directory / CONFIG}: {began} of experts is not supported")
+        weight = partial(base_weight, base)
+        config = dataclasses.replace(config, init_lora_weights=said.init_lora_weights)
+        config, plan, loras = on_unchanged_base(config, plan, loras, weight, model, modules)
+    return config, plan, loras, whole
 
 
 def _refuse_both(plan: Plan, whole: Whole | None, directory: Path) -> None:

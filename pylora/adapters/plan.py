@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from pylora.adapters.loraconfig import LoraConfig
+from pylora.adapters.loraconfig import FROM_BASE, LoraConfig
 from pylora.adapters.patterns import compiled
 from pylora.errors import PlanError, UnsupportedError, expect
 from pylora.model import families
@@ -95,13 +95,21 @@ def resolve(config: LoraConfig, modules: Mapping[str, ModuleSpec]) -> Plan:
     """The plan of `config` for a model with these modules (`LlamaConfig.modules()`).
 
     A module of modules_to_save is saved whole and gets no A and B, as in PEFT. Raises PlanError,
-    naming it, for whatever matches no module, and UnsupportedError for lora_bias on an embedding,
+    naming it, for whatever matches no module, and UnsupportedError for an init_lora_weights that
+    takes from the base's weights ("pissa", "olora": see inits.py), for lora_bias on an embedding,
     for adapters of tied layers that are to be one (ensure_weight_tying), and for fan_in_fan_out on
     a module that is not stored transposed. Where one is, the flag is PEFT's business: it says how
     PEFT merges.
     """
     expect("LoRA settings", config, "resolve(config, modules)")
     expect("modules", modules, "resolve(config, modules)")
+    init = config.init_lora_weights
+    if isinstance(init, str) and FROM_BASE.fullmatch(init):
+        raise UnsupportedError(
+            f"init_lora_weights = {init!r} changed the base weights before training, so A and "
+            "B are an adapter of another base; reading it takes the base model's weights, to know "
+            "what was taken from them: Adapter.load(directory, model, base=checkpoint.load)"
+        )
     whole = modules
     held = {path: spec for path, spec in modules.items() if spec.kind == "experts"}
     modules = {path: spec for path, spec in modules.items() if path not in held}

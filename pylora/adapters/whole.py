@@ -367,7 +367,7 @@ def _inside(tensor: str, name: str) -> bool:
 
 
 def tensors_of(whole: Whole, adapted: set[str]) -> dict[str, Array]:
-    """Key -> array of whole weights, as PEFT writes them beside A and B of the modules `adapted`."""
+    """Key -> array of whole weights, as PEFT writes them beside A and B of modules `adapted`."""
     out: dict[str, Array] = {}
     for tensor, array in whole.tensors.items():
         path = tensor.rpartition(".")[0]

@@ -8,8 +8,9 @@ Tensors, for each merged module:
     <path>.bias       the original bias, where the merge changed it
     <path>.weight     the original weight, where the adapter has another whole
 Metadata: one JSON text, `pylora_unmerge`: version, whether the base ties its embeddings, the size
-of its vocabulary where that is another (`vocab`), and the SHA-256 of every tensor of the base and of the merged model. So 6 bytes per residue element of a
-float32 weight (4 of bf16 and f16) while a row has at most 65536 columns.
+of its vocabulary where that is another (`vocab`), and the SHA-256 of every tensor of the base and
+of the merged model. So 6 bytes per residue element of a float32 weight (4 of bf16 and f16) while a
+row has at most 65536 columns.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from pylora.training.checkpoint import Progress
 from pylora.training.config import TrainConfig
 from pylora.training.evaluate import Evaluation, evaluate
 from pylora.training.examples import Example, check_examples, digest
+from pylora.training.held import Held
 from pylora.training.log import Interrupts, Log
 from pylora.training.optimizer import Optimizer, gradients, trainable
 from pylora.training.schedule import learning_rate
@@ -168,6 +169,7 @@ class _Run:
         self.model, self.adapter, self.examples = model, adapter, examples
         self.config, self.out_dir = config, out_dir
         self.optimizer = Optimizer(model.ops, trainable(model.placed), config)
+        self.held = Held(getattr(adapter, "held", {}), self.optimizer.parameters)
         self.progress = Progress()
         self.saved = 0  # step of the newest checkpoint
         self.log: Log | None = None
@@ -310,6 +312,7 @@ class _Run:
             recompute=c.recompute,
         )
         named = gradients(grads, self.optimizer.parameters)
+        self.held.clear(named)
         norm = self.optimizer.norm(named)
         rate = learning_rate(
             number,
@@ -322,6 +325,7 @@ class _Run:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(self._diverged(number, loss, norm, rate))
         self.optimizer.update(named, norm, number, rate)
+        self.held.restore(self.optimizer.parameters)
         seconds = time.perf_counter() - began
         p.step, p.position, p.tokens = number, p.position + 1, p.tokens + rows
         p.seconds += seconds
