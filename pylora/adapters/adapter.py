@@ -95,6 +95,13 @@ class Adapter(Mapping[str, LoRA]):
         """
         expect("plan", plan, "Adapter.init(plan, config)")
         expect("LoRA settings", config, "Adapter.init(plan, config)")
+        for name in ("modules_to_save", "trainable_token_indices"):
+            if getattr(config, name):
+                raise UnsupportedError(
+                    f"{name} = {getattr(config, name)!r:.100}: whole weights are read, run and "
+                    "merged, but not trained here; target the modules with LoRA instead, or train "
+                    "them with PEFT"
+                )
         arrays: dict[str, Array] = {}
         entries = {e.path: e for e in plan.entries}
         for key, (path, field, shape) in peft.tensor_names(plan).items():

@@ -151,6 +151,12 @@ class HasWhole:
         made.whole, made.stored_as = whole, model.stored_as
         return made
 
+    @property
+    def home_config(self) -> LlamaConfig:
+        """The base's configuration, whatever is attached."""
+        config: LlamaConfig = self._at_home("config")
+        return config
+
     def _refuse_second(self) -> None:
         if self._at_home("whole") is not None:
             raise UnsupportedError(

@@ -22,6 +22,7 @@ import numpy as np
 
 from pylora.errors import ConfigError, TrainingError, expect, wrong_type
 from pylora.model.linear import DropKey
+from pylora.model.whole import whole_of
 from pylora.training import checkpoint
 from pylora.training.batching import Step, epoch_steps
 from pylora.training.checkpoint import Progress
@@ -237,7 +238,9 @@ class _Run:
     def _restore(self, path: Path) -> None:
         progress, identity = checkpoint.read(path)
         checkpoint.refuse_another_run(path, identity, self.identity)
-        stored = type(self.adapter).load(path, self.model.config.modules())  # type: ignore[attr-defined]
+        whole, config = whole_of(self.adapter), self.model.home_config
+        rows = None if whole is None else whole.tensors.__getitem__
+        stored = type(self.adapter).load(path, config, base=rows)  # type: ignore[attr-defined]
         checkpoint.restore_arrays(str(path), trainable(stored), trainable(self.adapter))
         self.model.attach(self.adapter)
         self.optimizer.parameters = trainable(self.model.placed)
