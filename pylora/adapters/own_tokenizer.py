@@ -91,7 +91,8 @@ def vocabulary_of(folder: Path, config: LlamaConfig) -> int:
     if not file.is_file():
         return config.vocab_size
     with SafeTensors(file) as tensors:
-        sizes = [tensors.shape(key)[0] for key in tensors.tensors if _is_table(key, config)]
+        shapes = [tensors.shape(key) for key in tensors.tensors if _is_table(key, config)]
+    sizes = [shape[0] for shape in shapes if len(shape) == 2 and shape[0]]
     return sizes[0] if len(set(sizes)) == 1 else config.vocab_size
 
 

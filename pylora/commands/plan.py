@@ -52,13 +52,15 @@ def plan(
     from pylora.adapters.adapter import Adapter
     from pylora.adapters.plan import resolve
     from pylora.formats import open_checkpoint
+    from pylora.model.whole import whole_of
 
     with open_checkpoint(model) as checkpoint:
-        modules = checkpoint.config.modules()
+        modules, whole = checkpoint.config.modules(), None
         if adapter is not None and not (
             adapter.is_file() and adapter.suffix == ".json"
         ):  # its tensors must be what it says, too
-            resolved = Adapter.load(adapter, checkpoint.config, base=checkpoint.load).plan
+            loaded = Adapter.load(adapter, checkpoint.config, base=checkpoint.load)
+            resolved, whole = loaded.plan, whole_of(loaded)
         else:
             config = lora_config(adapter, rank, alpha, targets, rslora, 0.0, checkpoint.path)
             resolved = resolve(config, modules)
@@ -78,6 +80,8 @@ def plan(
         screen.table(("modules", *columns), _folded(resolved), right=("modules", *numbers))
     if resolved.bias_only:
         screen.say(f"and the biases of {len(resolved.bias_only)} modules without LoRA")
+    for name in () if whole is None else whole.tensors:
+        screen.say(f"and, in place of the base's: {name}")
     screen.say(
         f"{len(resolved.entries)} modules, {resolved.num_parameters:,} trainable parameters, "
         f"{100 * resolved.num_parameters / total:.3f} % of {total:,}"
