@@ -166,6 +166,10 @@ def test_read_converted_and_made_it_is_what_peft_computes(name: str, tmp_path: P
             close(made[path].B[:, :r] @ made[path].A[:r], B @ A, off)
         llama.attach(made)
         close(llama.forward(IDS)[0], before)
+        made.save(tmp_path / "made")
+        close(
+            logits(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "made")), before
+        )
         _, found = llama.loss(IDS, np.append(IDS[1:], -100))
         assert found is not None
         for path, (A, B) in begun.items():  # B Bᵀ dA and dB Aᵀ A do not depend on signs
