@@ -79,6 +79,13 @@ def train(
     dropout: Annotated[
         float, _option("--dropout", "--lora-dropout", part=ADAPTER, help="lora_dropout")
     ] = 0.0,
+    init: Annotated[
+        str,
+        _option(
+            "--init", "--init-lora-weights", part=ADAPTER, metavar="NAME",
+            help="how A and B begin: kaiming, gaussian, pissa, olora, eva, loftq",
+        ),
+    ] = "kaiming",
     config: Annotated[
         Path | None,
         _option("--config", part=ADAPTER, help="adapter_config.json, in place of the above"),
@@ -208,11 +215,11 @@ def train(
     the same (docs/training.md).
     """
     from pylora import backends
-    from pylora.adapters.adapter import Adapter
     from pylora.adapters.own_tokenizer import tokenizer_of
     from pylora.adapters.plan import resolve
     from pylora.formats import open_checkpoint
     from pylora.model.llama import Llama
+    from pylora.training.beginnings import begin, check_init, of_config
     from pylora.training.examples import load_examples
     from pylora.training.mpi import world
     from pylora.training.train import TrainConfig, check_out_dir
@@ -248,6 +255,8 @@ def train(
         use_template(tokenizer, template_arg)
         refuse_unused_arguments = refuse_unused(template_arg, tokenizer)
         lora = lora_config(config, rank, alpha, targets, rslora, dropout, checkpoint.path, dora)
+        lora, init = of_config(lora, init)
+        check_init(init, lora, precision)
         plan = resolve(lora, checkpoint.config.modules())
         warn_about_size(plan, checkpoint.config.num_parameters)
         refuse_too_large(plan, backends.get().name)
@@ -258,8 +267,7 @@ def train(
         evals = load_examples(eval_data, tokenizer, **limit) if eval_data else None
         refuse_unused_arguments()
         llama = Llama.from_checkpoint(checkpoint, precision=precision)
-        base = llama.load if lora.use_dora else checkpoint.load
-        adapter = Adapter.init(plan, lora, seed, base=base)
+        adapter = begin(init, lora, llama, checkpoint.load, examples, seed)
     screen.say(
         f"{len(examples):,} examples; {adapter.num_parameters:,} trainable parameters "
         f"({100 * adapter.num_parameters / llama.config.num_parameters:.2f} %); "

@@ -22,12 +22,14 @@ import numpy as np
 
 from pylora.errors import ConfigError, TrainingError, expect, wrong_type
 from pylora.model.linear import DropKey
+from pylora.model.whole import whole_of
 from pylora.training import checkpoint
 from pylora.training.batching import Step, epoch_steps
 from pylora.training.checkpoint import Progress
 from pylora.training.config import TrainConfig
 from pylora.training.evaluate import Evaluation, evaluate
 from pylora.training.examples import Example, check_examples, digest
+from pylora.training.held import Held
 from pylora.training.log import Interrupts, Log
 from pylora.training.optimizer import Optimizer, gradients, trainable
 from pylora.training.ranks import ALONE, Ranks, check_share, same_everywhere
@@ -178,6 +180,7 @@ class _Run:
         self.model, self.adapter, self.examples = model, adapter, examples
         self.config, self.out_dir = config, out_dir
         self.optimizer = Optimizer(model.ops, trainable(model.placed), config)
+        self.held = Held(getattr(adapter, "held", {}), self.optimizer.parameters)
         self.progress = Progress()
         self.saved = 0  # step of the newest checkpoint
         self.log: Log | None = None
@@ -269,7 +272,9 @@ class _Run:
     def _restore(self, path: Path) -> None:
         progress, identity = checkpoint.read(path)
         checkpoint.refuse_another_run(path, identity, self.identity)
-        stored = type(self.adapter).load(path, self.model.config.modules())  # type: ignore[attr-defined]
+        whole, config = whole_of(self.adapter), self.model.home_config
+        rows = None if whole is None else whole.tensors.__getitem__
+        stored = type(self.adapter).load(path, config, base=rows)  # type: ignore[attr-defined]
         checkpoint.restore_arrays(str(path), trainable(stored), trainable(self.adapter))
         self.model.attach(self.adapter)
         self.optimizer.parameters = trainable(self.model.placed)
@@ -364,6 +369,7 @@ class _Run:
             ranks=self.ranks,
         )
         named = gradients(grads, self.optimizer.parameters)
+        self.held.clear(named)
         norm = self.optimizer.norm(named)
         rate = learning_rate(
             number,
@@ -376,6 +382,7 @@ class _Run:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(self._diverged(number, loss, norm, rate))
         self.optimizer.update(named, norm, number, rate)
+        self.held.restore(self.optimizer.parameters)
         seconds = time.perf_counter() - began
         p.step, p.position, p.tokens = number, p.position + 1, p.tokens + rows
         p.seconds += seconds

@@ -73,7 +73,7 @@ def base(verb: str, there: dict[str, Path], out: Path) -> list[str]:
 
 # Where another value is not simply the next number: what to give.
 VALUES: dict[str, Any] = {
-    "alpha": "3.5", "targets": "q_proj", "config": "{c}", "eval_data": "{data}",
+    "alpha": "3.5", "init": "pissa", "targets": "q_proj", "config": "{c}", "eval_data": "{data}",
     "schedule": "linear", "weights": "0.5,2", "method": "linear", "density": "0.5", "rank": "1",
     "majority_sign": "frequency",
     "precision": "bf16", "max_tokens": "64", "max_length": "64", "steps": "2", "eval_every": "1",
