@@ -40,6 +40,7 @@ class Verb(TyperCommand):
         typed = {n for n in ctx.params if _source(ctx, n) in ("COMMANDLINE", "ENVIRONMENT")}
         _refuse_empty(ctx, self, args, typed)
         given = {name for name in typed if ctx.params[name] is not False}
+        given |= {n for n in ctx.params if _source(ctx, n) == "DEFAULT_MAP" and _asks(self, ctx, n)}
         values = ctx.params | {"verb": self.name}
         if wrong := rules.check(self.name or "", given, values, lambda n: called(self, n)):
             raise UsageError(wrong, ctx)
@@ -202,6 +203,12 @@ def called(command: Any, name: str) -> str:
                 return str(layout.argument(param))
             return str(next((o for o in param.opts if o.startswith("--")), param.opts[0]))
     return name
+
+
+def _asks(command: Any, ctx: Any, name: str) -> bool:
+    """Whether what a file of settings says of a parameter is anything but its default."""
+    param = next(p for p in command.params if p.name == name)
+    return ctx.params[name] is not False and ctx.params[name] != param.default
 
 
 def _source(ctx: Any, name: str) -> str:

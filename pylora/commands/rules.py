@@ -104,7 +104,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         for verb in ("plan", "convert", "inspect", "suite", "vectors", "conformance")
     ),
     "train": (
-        *(Excludes(o, "config", _FILE.format("--config")) for o in (*_SHAPE, "dropout")),
+        *(Excludes(o, "adapter_config", _FILE.format("the file")) for o in (*_SHAPE, "dropout")),
         Excludes("steps", "epochs", "each says how long to train"),
         Excludes("resume", "overwrite", "continue the run in OUT, or replace it"),
         Excludes(
@@ -116,7 +116,6 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Needs("packing", "max_tokens", "the number of tokens to fill up to"),
         Needs("truncate", "max_length", "the number of tokens to cut to"),
         Needs("eval_every", "eval_data", "a file to evaluate on"),
-        Needs("keep", "save_every", "without it there is one checkpoint, at the end"),
         Excludes(
             "floor", "schedule", "a constant rate has no lower end", lambda v: v == "constant"
         ),

@@ -60,10 +60,10 @@ def evaluations(path: Path) -> list[tuple[int, float]]:
 
 
 class Interrupts:
-    """While active, the first signal that would raise something (SIGINT's KeyboardInterrupt, or
-    what a program has SIGTERM and SIGHUP do) is only noted, for `check` to raise between two steps;
-    the second one is raised at once. Signals that Python does not handle, or that are ignored, are
-    left alone, and so are all of them in a thread other than the main one."""
+    """While active, the first signal that would end the run (SIGINT's KeyboardInterrupt, what a
+    program has SIGTERM and SIGHUP do, or the end of the process that they are by default) is only
+    noted, for `check` to raise between two steps; the second one is raised at once. Signals that
+    are ignored are left alone, and so are all of them in a thread other than the main one."""
 
     def __enter__(self) -> Interrupts:
         self._noted = 0
@@ -71,22 +71,32 @@ class Interrupts:
         if threading.current_thread() is threading.main_thread():
             for name in ("SIGINT", "SIGTERM", "SIGHUP"):
                 number = getattr(signal, name, None)  # Windows has no SIGHUP
-                if number is not None and callable(before := signal.getsignal(number)):
+                if number is None:
+                    continue
+                before = signal.getsignal(number)
+                if callable(before) or before == signal.SIG_DFL:
                     self._before[number] = before
                     signal.signal(number, self._note)
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._noted:
-            self._before[number](number, frame)
+            self._do(number, frame)
         self._noted = number
 
+    def _do(self, number: int, frame: FrameType | None = None) -> None:
+        """What the signal would have done: raises KeyboardInterrupt, as a rule, or SystemExit with
+        the code that a shell reports for a process that the signal ended."""
+        before = self._before[number]
+        if not callable(before):
+            raise SystemExit(128 + number)
+        before(number, frame)
+
     def check(self) -> None:
-        """Does what the signal that has come would have done: raises KeyboardInterrupt, as a
-        rule."""
+        """Does what the signal that has come would have done."""
         if self._noted:
             number, self._noted = self._noted, 0
-            self._before[number](number, None)
+            self._do(number)
 
     def __exit__(self, *exc: object) -> None:
         for number, before in self._before.items():

@@ -73,7 +73,8 @@ def base(verb: str, there: dict[str, Path], out: Path) -> list[str]:
 
 # Where another value is not simply the next number: what to give.
 VALUES: dict[str, Any] = {
-    "alpha": "3.5", "targets": "q_proj", "config": "{c}", "eval_data": "{data}",
+    "alpha": "3.5", "targets": "q_proj", "config": "{c}", "adapter_config": "{c}",
+    "learning_rate": "0.01", "epochs": "3", "eval_data": "{data}",
     "schedule": "linear", "weights": "0.5,2", "method": "linear", "density": "0.5", "rank": "1",
     "majority_sign": "frequency",
     "precision": "bf16", "max_tokens": "64", "max_length": "64", "steps": "2", "eval_every": "1",
@@ -95,7 +96,6 @@ BESIDE: dict[tuple[str, str], list[str]] = {
     ("train", "truncate"): ["--max-length", "64"],
     ("train", "packing"): ["--max-tokens", "64"],
     ("train", "eval_every"): ["--eval", "{data}"],
-    ("train", "keep"): ["--save-every", "1"],
     ("generate", "system"): ["--chat"],
     ("generate", "template_arg"): ["--chat"],
     **{("merge", o): ["--to", "{out}/m.gguf"] for o in ("type_", "dry", "every")},
