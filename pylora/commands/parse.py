@@ -97,7 +97,7 @@ _SYNONYMS = {
     "finetune": ("train",), "fine-tune": ("train",), "lora": ("train",), "sft": ("train",),
     "run": ("generate", "chat"), "infer": ("generate",), "complete": ("generate",),
     "fuse": ("merge",), "export": ("merge",), "show": ("inspect", "plan"), "test": ("check",),
-    "eval": ("train … --eval",), "version": ("--version",), "gpu": ("doctor",),
+    "evaluate": ("eval",), "version": ("--version",), "gpu": ("doctor",),
 }  # fmt: skip
 
 

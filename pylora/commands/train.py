@@ -25,6 +25,7 @@ from pylora.commands.app import (
     Targets,
     command,
 )
+from pylora.commands.evaluate import Metrics
 from pylora.commands.guard import unfinished, warn
 from pylora.commands.inputs import file_or_stdin
 from pylora.commands.outputs import check_folder
@@ -177,6 +178,28 @@ def train(
             "one at its end in any case",
         ),
     ] = None,
+    metric: Metrics = None,
+    sample: Annotated[
+        list[str] | None,
+        _option(
+            "--sample", part=RUN, metavar="PROMPT",
+            help="prompt to answer at each evaluation; may be repeated",
+        ),
+    ] = None,
+    best_by: Annotated[
+        str,
+        _option(
+            "--best-by", part=RUN, metavar="NAME",
+            help="whose best evaluation's adapter is kept: loss or a metric's name; last: the last",
+        ),
+    ] = "loss",
+    patience: Annotated[
+        int | None,
+        _option(
+            "--patience", "--early-stopping-patience",
+            part=RUN, help="evaluations without a better one, after which the run ends",
+        ),
+    ] = None,
     save_every: Annotated[
         int | None,
         _option(
@@ -237,6 +260,7 @@ def train(
     from pylora.adapters.own_tokenizer import tokenizer_of
     from pylora.adapters.plan import resolve
     from pylora.formats import open_checkpoint
+    from pylora.generation.metrics import Judge, metrics
     from pylora.model.llama import Llama
     from pylora.training.enough import settled, total_steps, undertrained
     from pylora.training.examples import load_examples
@@ -266,8 +290,11 @@ def train(
             save_every=save_every,
             save_minutes=save_minutes or None,
             keep=keep,
+            best_by=None if eval_data is None or best_by == "last" else best_by,
+            patience=patience,
         )
         check_choice(precision)
+        asked = metrics(metric or ())
     except ConfigError as error:
         raise ConfigError(arranging.place_of(context, str(error))) from None
     check_folder(out)
@@ -289,6 +316,9 @@ def train(
         refuse_unused_arguments()
         llama = Llama.from_checkpoint(checkpoint, precision=precision)
         adapter = Adapter.init(plan, lora, seed, base=checkpoint.load)
+        judge = None
+        if evals is not None and (asked or sample):
+            judge = Judge(llama, tokenizer, evals, asked, sample or ())
     screen.say(
         f"{len(examples):,} examples; {adapter.num_parameters:,} trainable parameters "
         f"({100 * adapter.num_parameters / llama.config.num_parameters:.2f} %); "
@@ -328,6 +358,7 @@ def train(
             on_step,
             resume=resume,
             overwrite=overwrite,
+            measure=judge,
             on_evaluation=show.evaluated,
         )
     after_training(screen, result, out)

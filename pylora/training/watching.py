@@ -79,6 +79,8 @@ class Watch:
     def look(self, step: int) -> Evaluation:
         """Evaluates, and logs it."""
         evaluation = self.now()
+        if self.config.best_by is not None:
+            value_of(evaluation, self.config.best_by)  # known from the first one on
         self.seen.append((step, evaluation))
         if self.log is not None:
             self.log.add(evaluation_line(step, evaluation))
