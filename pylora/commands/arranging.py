@@ -129,8 +129,10 @@ def _nothing_to_resume(out: Path) -> None:
 
 
 def place_of(ctx: Any, message: str) -> str:
-    """The message of an error about a setting, with the file's line where it came from a file."""
-    name = message.split(" ", 1)[0].rstrip(":").lstrip("-").replace("-", "_")
+    """The message of an error about a setting, with the file's line where it came from a file. It
+    begins with the setting's name, or with "there is no" and it."""
+    name = message.removeprefix("there is no ")
+    name = name.split(" ", 1)[0].rstrip(":").lstrip("-").replace("-", "_")
     places = ctx.meta.get(_PLACES, {})
     place = places.get(_FIELDS.get(name, name))
     return f"{place}: {message}" if place else message

@@ -138,7 +138,7 @@ def message_of(error: Any, ctx: Any) -> str:
     if kind == "NoSuchOption":
         return unknown_option(str(error.option_name), ctx)
     if kind == "MissingParameter":
-        lacking = [p for p in command.params if p.required and ctx.params.get(p.name) is None]
+        lacking = [p for p in command.params if p.required and _lacks(ctx, p.name)]
         names = [called(command, p.name) for p in lacking] or [error.format_message()]
         listed = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
         return f"{listed} {'is' if len(names) == 1 else 'are'} missing"
@@ -156,6 +156,11 @@ def message_of(error: Any, ctx: Any) -> str:
     if kind == "BadOptionUsage" and text.endswith("requires an argument"):
         return f"{error.option_name} needs a value"
     return text[:1].lower() + text[1:] if text[:1].isupper() and text[1:2].islower() else text
+
+
+def _lacks(ctx: Any, name: str) -> bool:
+    """Whether neither the command line nor a file of settings says it."""
+    return ctx.params.get(name) is None and ctx.lookup_default(name) is None
 
 
 _PLAINER = (  # the words of typer's and click's checks

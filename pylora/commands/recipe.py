@@ -194,7 +194,7 @@ def _yaml_value(node: Any, place: str, depth: int = 0) -> Any:
     if node.id == "sequence":
         return [_yaml_value(one, place, depth + 1) for one in node.value]
     if node.id == "mapping":
-        pairs = ((_yaml_value(k, place, 2), v) for k, v in node.value if k.id == "scalar")
+        pairs = ((_yaml_scalar(k), v) for k, v in node.value if k.id == "scalar")
         return {str(k): _yaml_value(v, place, depth + 1) for k, v in pairs}
     return _yaml_scalar(node)
 

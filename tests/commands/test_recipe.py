@@ -102,7 +102,7 @@ def test_json_is_the_same_and_needs_no_package(
         ("rank: [[[1]]]", 1, "a list of these"),
         ("- a\n- b", 1, "settings are expected"),
         ("just words", 1, "settings are expected"),
-        ("rank: [1", 2, "not YAML"),
+        ("rank: [1", 1, "not YAML"),
         ("a: b: c", 1, "not YAML"),
         ("? [a]\n: 3", 1, "is a word"),
         ("rank: *nobody", 1, "not YAML"),
