@@ -105,6 +105,10 @@ RULES: dict[str, tuple[Rule, ...]] = {
     ),
     "train": (
         *(Excludes(o, "adapter_config", _FILE.format("the file")) for o in (*_SHAPE, "dropout")),
+        *(
+            Excludes(o, "start", "the adapter that it starts from says so")
+            for o in (*_SHAPE, "dropout", "adapter_config")
+        ),
         Excludes("steps", "epochs", "each says how long to train"),
         Excludes("resume", "overwrite", "continue the run in OUT, or replace it"),
         Excludes(

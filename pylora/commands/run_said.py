@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,3 +85,25 @@ def how_long(config: TrainConfig, steps: int) -> str:
         return f"{steps:,} steps; {rate}"
     passes = "1 epoch" if config.epochs == 1 else f"{config.epochs} epochs"
     return f"{steps:,} steps, {passes}; {rate}"
+
+
+def write_model_card(
+    out: Path, base: str, data: str, llama: Any, examples: Any, settings: str, result: TrainResult
+) -> None:
+    """README.md in the run's folder and the adapter's; `settings` is the text of run.json."""
+    from pylora.training.card import Source, card, write
+    from pylora.training.checkpoint import fingerprint
+    from pylora.training.examples import digest
+    from pylora.training.log import evaluation_records
+
+    source = Source(
+        base=base,
+        base_digest=fingerprint(llama),
+        data=data,
+        data_digest=digest(examples),
+        records=len(examples),
+        tokens=sum(map(len, examples)),
+        notes=examples.notes,
+        settings=json.loads(settings),
+    )
+    write(out, card(source, result, evaluation_records(out / "log.jsonl")))

@@ -29,7 +29,7 @@ from pylora.commands.evaluate import Metrics
 from pylora.commands.guard import unfinished, warn
 from pylora.commands.inputs import file_or_stdin
 from pylora.commands.outputs import check_folder
-from pylora.commands.run_said import after_training, how_long, saying_where
+from pylora.commands.run_said import after_training, how_long, saying_where, write_model_card
 from pylora.commands.template import TemplateArgs, refuse_unused, use_template
 from pylora.display.console import Console
 from pylora.errors import ConfigError
@@ -76,6 +76,13 @@ def train(
         Path | None,
         _option(
             "--adapter-config", part=ADAPTER, help="adapter_config.json, in place of the above"
+        ),
+    ] = None,
+    start: Annotated[
+        Path | None,
+        _option(
+            "--from", part=ADAPTER, metavar="DIR",
+            help="adapter to start from, in place of the above: a PEFT folder or a run's",
         ),
     ] = None,
     eval_data: Annotated[
@@ -304,8 +311,14 @@ def train(
         tokenizer = tokenizer_of(checkpoint, ())
         use_template(tokenizer, template_arg)
         refuse_unused_arguments = refuse_unused(template_arg, tokenizer)
-        lora = lora_config(adapter_config, rank, alpha, targets, rslora, dropout, checkpoint.path)
-        plan = resolve(lora, checkpoint.config.modules())
+        if start is not None:
+            adapter = Adapter.load(start, checkpoint.config, base=checkpoint.load)
+            plan = adapter.plan
+        else:
+            lora = lora_config(
+                adapter_config, rank, alpha, targets, rslora, dropout, checkpoint.path
+            )
+            plan = resolve(lora, checkpoint.config.modules())
         warn_about_size(plan, checkpoint.config.num_parameters)
         refuse_too_large(plan, backends.get().name)
         limit: dict[str, Any] = {"max_length": max_length, "fields": fields}
@@ -315,7 +328,8 @@ def train(
         evals = load_examples(eval_data, tokenizer, **limit) if eval_data else None
         refuse_unused_arguments()
         llama = Llama.from_checkpoint(checkpoint, precision=precision)
-        adapter = Adapter.init(plan, lora, seed, base=checkpoint.load)
+        if start is None:
+            adapter = Adapter.init(plan, lora, seed, base=checkpoint.load)
         judge = None
         if evals is not None and (asked or sample):
             judge = Judge(llama, tokenizer, evals, asked, sample or ())
@@ -362,6 +376,7 @@ def train(
             on_evaluation=show.evaluated,
         )
     after_training(screen, result, out)
+    write_model_card(out, str(model), str(data), llama, examples, record, result)
 
 
 def _files(data: Path, evals: Path | None) -> tuple[Path, Path | None]:

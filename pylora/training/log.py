@@ -59,6 +59,21 @@ def evaluations(path: Path) -> list[tuple[int, float]]:
     return found
 
 
+def evaluation_records(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """(step, the figures "eval_…") of each evaluation in a run's log.jsonl, in order."""
+    found = []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    for line in lines:
+        try:
+            record = json.loads(line)
+            figures = {name: v for name, v in record.items() if name.startswith("eval_")}
+            if figures:
+                found.append((int(record["step"]), figures))
+        except (ValueError, TypeError, KeyError, AttributeError):  # half written
+            continue
+    return found
+
+
 class Interrupts:
     """While active, the first signal that would end the run (SIGINT's KeyboardInterrupt, what a
     program has SIGTERM and SIGHUP do, or the end of the process that they are by default) is only

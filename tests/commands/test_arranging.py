@@ -219,3 +219,23 @@ def test_evaluations_are_shown_and_the_best_is_kept(
     assert done == 12 or "the evaluation got no better" in shown
     kept = [out / f"{name}/adapter_model.safetensors" for name in ("adapter", f"best-{best:06d}")]
     assert kept[0].read_bytes() == kept[1].read_bytes()
+
+
+def test_a_run_starts_from_an_adapter_and_has_a_card(
+    there: dict[str, str], tmp_path: Path, run: Any
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    start = ("train", there["model"], there["data"])
+    run(*start, first, "--steps", 30, "--lr", 0.02, "--rank", 3)
+    shown, _ = run(*start, second, "--steps", 2, "--lr", 1e-3, "--from", first)
+    losses = [
+        [json.loads(line)["loss"] for line in (out / "log.jsonl").open()] for out in (first, second)
+    ]
+    assert losses[1][0] < losses[0][0] - 0.5, "it goes on where the first one ended"
+    assert json.loads((second / "adapter/adapter_config.json").read_text())["r"] == 3
+    _, err = run(*start, tmp_path / "x", "--from", first, "--rank", 2, code=2)
+    assert "--rank cannot be used with --from" in err
+    run("train", "--resume", second, "--steps", 3)
+    for folder in (second, second / "adapter"):
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        assert "library_name: peft" in text and "16 records" in text and "3 steps" in text

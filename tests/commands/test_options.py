@@ -76,7 +76,7 @@ def base(verb: str, there: dict[str, Path], out: Path) -> list[str]:
 VALUES: dict[str, Any] = {
     "alpha": "3.5", "targets": "q_proj", "config": "{c}", "adapter_config": "{c}",
     "learning_rate": "0.01", "epochs": "3", "metric": "token-accuracy", "sample": "truth",
-    "best_by": "last", "patience": "2", "eval_data": "{data}",
+    "best_by": "last", "start": "{run}", "patience": "2", "eval_data": "{data}",
     "schedule": "linear", "weights": "0.5,2", "method": "linear", "density": "0.5", "rank": "1",
     "majority_sign": "frequency",
     "precision": "bf16", "max_tokens": "64", "max_length": "64", "steps": "2", "eval_every": "1",
