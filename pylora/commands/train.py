@@ -26,7 +26,7 @@ from pylora.commands.app import (
     command,
 )
 from pylora.commands.evaluate import Metrics
-from pylora.commands.guard import unfinished, warn
+from pylora.commands.guard import unfinished
 from pylora.commands.inputs import file_or_stdin
 from pylora.commands.outputs import check_folder
 from pylora.commands.run_said import after_training, how_long, saying_where, write_model_card
@@ -351,7 +351,7 @@ def train(
         settings = replace(settings, eval_every=every)
     screen.say(how_long(settings, total))
     if short := undertrained(total):
-        warn(short)
+        screen.say(f"note: {short}")
     chosen = {n: getattr(settings, n) for n in ("learning_rate", "epochs")}
     record = arranging.record(context.command, context.params | chosen)
     with saying_where(out, context.find_root().obj) as seen, screen.training() as show:

@@ -191,9 +191,9 @@ def test_the_example_is_what_it_says(tmp_path: Path, run: Any) -> None:
 def test_a_short_run_is_said_to_be_one(there: dict[str, str], tmp_path: Path, run: Any) -> None:
     args = ("train", there["model"], there["data"], tmp_path / "run")
     out, err = run(*args, "--epochs", 1)
-    assert "2 steps: likely undertrained" in err
+    assert "note: 2 steps: likely undertrained" in out
     out, err = run(*args, "--overwrite")
-    assert "60 steps, 30 epochs; rate 0.002" in out and "undertrained" not in err
+    assert "60 steps, 30 epochs; rate 0.002" in out and "undertrained" not in out
 
 
 def test_evaluations_are_shown_and_the_best_is_kept(
