@@ -119,12 +119,12 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ),
         Needs("packing", "max_tokens", "the number of tokens to fill up to"),
         Needs("truncate", "max_length", "the number of tokens to cut to"),
+        Excludes(
+            "patience", "best_by", "what gets no better is not looked at", lambda v: v == "last"
+        ),
         *(
             Needs(o, "eval_data", "a file to evaluate on")
             for o in ("eval_every", "metric", "sample", "best_by", "patience")
-        ),
-        Excludes(
-            "patience", "best_by", "what gets no better is not looked at", lambda v: v == "last"
         ),
         Excludes(
             "floor", "schedule", "a constant rate has no lower end", lambda v: v == "constant"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pylora.commands.guard import sentence
+from pylora.commands.together import again
 from pylora.display.console import Console
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def _again(args: Any, out: Path) -> str:
     backend = [
         a for i, a in enumerate(args) if a.startswith("--backend") or args[i - 1] == "--backend"
     ]
-    return shlex.join(["pylora", *backend, "train", "--resume", str(out)])
+    return shlex.join(again(["pylora", *backend, "train", "--resume", str(out)]))
 
 
 def after_training(screen: Console, result: TrainResult, out: Path) -> None:

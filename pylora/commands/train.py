@@ -31,9 +31,11 @@ from pylora.commands.inputs import file_or_stdin
 from pylora.commands.outputs import check_folder
 from pylora.commands.run_said import after_training, how_long, saying_where, write_model_card
 from pylora.commands.template import TemplateArgs, refuse_unused, use_template
+from pylora.commands.together import together
 from pylora.display.console import Console
 from pylora.errors import ConfigError
 from pylora.numbers.precision import check_choice
+from pylora.training.launched import launched
 
 if TYPE_CHECKING:
     from pylora.training.train import StepInfo
@@ -50,6 +52,7 @@ def _option(*names: str, part: str, help: str, metavar: str | None = None) -> An
     "pylora train --config run.yaml",
     cls=arranging.TrainVerb,
 )
+@together
 def train(
     context: typer.Context,
     model: Model,
@@ -271,6 +274,7 @@ def train(
     from pylora.model.llama import Llama
     from pylora.training.enough import settled, total_steps, undertrained
     from pylora.training.examples import load_examples
+    from pylora.training.mpi import world
     from pylora.training.train import TrainConfig, check_out_dir
     from pylora.training.train import train as run
     from pylora.training.watching import interval
@@ -357,7 +361,7 @@ def train(
     with saying_where(out, context.find_root().obj) as seen, screen.training() as show:
 
         def on_step(info: StepInfo) -> None:
-            if not seen:  # the run is what its folder says now
+            if not seen and world().rank == 0:  # the run is what its folder says now
                 arranging.write_record(out, record)
             seen.append((info.step, info.steps))
             show(info)
@@ -374,13 +378,17 @@ def train(
             overwrite=overwrite,
             measure=judge,
             on_evaluation=show.evaluated,
+            ranks=world(),
         )
-    after_training(screen, result, out)
-    write_model_card(out, str(model), str(data), llama, examples, record, result)
+    if world().rank == 0:
+        after_training(screen, result, out)
+        write_model_card(out, str(model), str(data), llama, examples, record, result)
 
 
 def _files(data: Path, evals: Path | None) -> tuple[Path, Path | None]:
     """The two files of records; one of them may be standard input."""
     if str(data) == "-" and evals is not None and str(evals) == "-":
         raise ConfigError("DATA and --eval cannot both be standard input")
+    if launched() > 1 and "-" in (str(data), str(evals)):
+        raise ConfigError("several processes cannot read standard input; give a file")
     return file_or_stdin(data) or data, file_or_stdin(evals)

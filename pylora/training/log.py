@@ -10,6 +10,8 @@ from types import FrameType
 from typing import Any
 
 from pylora.files.whole import atomic_write
+from pylora.training.info import StepInfo
+from pylora.training.memory import peak_rss_bytes
 
 
 class Log:
@@ -40,6 +42,23 @@ class Log:
                 continue
         with atomic_write(self.path) as beside:
             beside.write_text("".join(kept), encoding="utf-8")
+
+
+def step_line(info: StepInfo, precision: str) -> dict[str, Any]:
+    """What is logged of a step."""
+    return {
+        "step": info.step,
+        "epoch": info.epoch,
+        "loss": info.loss,
+        "learning_rate": info.learning_rate,
+        "grad_norm": info.grad_norm,
+        "tokens": info.tokens_seen,
+        "tokens_per_second": info.tokens_per_second,
+        "seconds": info.seconds,
+        "eta_seconds": info.seconds / info.step * (info.steps - info.step),
+        "memory_bytes": peak_rss_bytes(),
+        "precision": precision,
+    }
 
 
 def evaluations(path: Path) -> list[tuple[int, float]]:

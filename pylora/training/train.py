@@ -5,7 +5,7 @@ place. Everything that happens is a function of the model, the adapter, the exam
 TrainConfig, so a run that was interrupted continues bit for bit from its last checkpoint.
 
 `out_dir` gets log.jsonl, checkpoint-NNNNNN/ (checkpoint.py) and, at the end, adapter/, a PEFT
- directory. Work is not distributed over machines.
+ directory. Several processes (ranks.py) share the micro-batches of each step; the first one writes.
 """
 
 from __future__ import annotations
@@ -31,17 +31,18 @@ from pylora.training.enough import settled, total_steps
 from pylora.training.evaluate import Evaluation
 from pylora.training.examples import Example, check_examples, digest
 from pylora.training.info import StepInfo, TrainResult
-from pylora.training.log import Interrupts, Log
-from pylora.training.memory import peak_rss_bytes
+from pylora.training.log import Interrupts, Log, step_line
 from pylora.training.optimizer import Optimizer, gradients, trainable
+from pylora.training.places import ADAPTER, LOG, check_out_dir
+from pylora.training.ranks import ALONE, Ranks, check_share, same_everywhere
 from pylora.training.schedule import learning_rate
 from pylora.training.step import step_gradients
 from pylora.training.watching import Measure, Watch, bests, remove_bests
 from pylora.types import LoRA
 
-_LOG, _ADAPTER = "log.jsonl", "adapter"
-
-__all__ = ["StepInfo", "TrainConfig", "TrainResult", "step_gradients", "train"]
+__all__ = [
+    "StepInfo", "TrainConfig", "TrainResult", "check_out_dir", "step_gradients", "train",
+]  # fmt: skip
 
 
 def train(
@@ -57,6 +58,7 @@ def train(
     overwrite: bool = False,
     measure: Measure | None = None,
     on_evaluation: Callable[[int, Evaluation], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> TrainResult:
     """Trains `adapter` in place (and leaves it attached to `model`).
 
@@ -70,6 +72,11 @@ def train(
     `measure` is called then, too, and its figures and samples stand in the Evaluation, which
     on_evaluation gets with the number of steps done. With `best_by` the adapter ends as it was at
     the best evaluation; that needs out_dir.
+
+    With `ranks` several processes that all call this train together (pylora.training.mpi.world()):
+    the adapter has the same bits as with one process that was given the same `accumulation`, which
+    must be at least their number. Rank 0 writes out_dir, and measures; on_step and on_evaluation
+    are called where they are given.
 
     SIGINT (Ctrl-C), SIGTERM, SIGHUP and a KeyboardInterrupt from on_step end the run after the
     step, with a checkpoint, and are raised again. A loss or gradient that is not finite is a
@@ -95,41 +102,14 @@ def train(
         raise ConfigError(f"best_by needs {lacking}, to find the best adapter, and to keep it in")
     config = settled(config, [len(e) for e in examples], model.config.hidden_size)
     model.attach(adapter)
-    run = _Run(model, adapter, examples, config, None if out_dir is None else Path(out_dir))
-    run.watch = Watch(model, eval_examples, config, measure)
+    where = None if out_dir is None else Path(out_dir)
+    run = _Run(model, adapter, examples, config, where, ranks)
+    run.watch = Watch(model, eval_examples, config, measure, ranks)
     run.open(resume, overwrite)
     try:
         return run.finish(on_step, on_evaluation)
     finally:
         model.collect()  # however it ends, the adapter's own arrays are as far as it came
-
-
-def check_out_dir(
-    out_dir: str | os.PathLike[str], *, resume: bool = False, overwrite: bool = False
-) -> None:
-    """ConfigError unless a run can be begun (or, with `resume`, continued) in this directory.
-
-    What `train` asks itself; to be asked before a model is loaded. Nothing is read or written.
-    """
-    where = Path(out_dir)
-    if resume and overwrite:
-        raise ConfigError("resume continues the run in out_dir, overwrite removes it: choose one")
-    found = checkpoint.checkpoints(where)
-    if resume and not found:
-        there = "there is no such directory" if not where.exists() else "it has no checkpoint"
-        raise ConfigError(f"{where}: {there} to resume from; start the run without resume")
-    if resume or overwrite:
-        return
-    if found or (where / _LOG).exists():
-        raise ConfigError(
-            f"{where} already holds a training run; resume it, overwrite it, or give another "
-            "directory"
-        )
-    if (where / _ADAPTER).exists():
-        raise ConfigError(
-            f"{where / _ADAPTER} is there already, and would be replaced; overwrite it, or give "
-            "another directory"
-        )
 
 
 class _Run:
@@ -142,7 +122,10 @@ class _Run:
         examples: Sequence[Example],
         config: TrainConfig,
         out_dir: Path | None,
+        ranks: Ranks = ALONE,
     ) -> None:
+        check_share(ranks, config.accumulation)
+        self.ranks = ranks
         self.model, self.adapter, self.examples = model, adapter, examples
         self.config, self.out_dir = config, out_dir
         self.optimizer = Optimizer(model.ops, trainable(model.placed), config)
@@ -177,13 +160,23 @@ class _Run:
         if self.out_dir is None:
             if resume:
                 raise ConfigError("resume needs out_dir, the directory of the run to continue")
+            if self.ranks.size > 1:
+                same_everywhere(self.ranks, self._identity())
             return
         if not hasattr(self.adapter, "save"):
             raise ConfigError(
                 "out_dir needs a pylora.Adapter, which can be written as a PEFT directory; a "
                 f"{type(self.adapter).__name__} can be trained without out_dir"
             )
-        self.identity = {
+        self.identity = self._identity()
+        same_everywhere(self.ranks, self.identity)
+        self.ranks.first(lambda: self._open_files(resume, overwrite))
+        if resume and self.ranks.size > 1:
+            self._follow()
+
+    def _identity(self) -> dict[str, Any]:
+        """What the run is a run of: equal in all its processes, and where it is resumed."""
+        return {
             **self.config.identity(),
             "backend": self.model.ops.name,
             "precision": self.model.precision_report,
@@ -195,9 +188,13 @@ class _Run:
                 for path, lora in self.adapter.items()
             },
         }
+
+    def _open_files(self, resume: bool, overwrite: bool) -> None:
+        """What rank 0 does in out_dir before the first step."""
+        assert self.out_dir is not None
         check_out_dir(self.out_dir, resume=resume, overwrite=overwrite)
         self.out_dir.mkdir(parents=True, exist_ok=True)
-        self.log = Log(self.out_dir / _LOG)
+        self.log = Log(self.out_dir / LOG)
         self.watch.log, self.watch.out_dir = self.log, self.out_dir
         found = checkpoint.checkpoints(self.out_dir)
         if resume:
@@ -207,6 +204,16 @@ class _Run:
             checkpoint.remove(found)
             remove_bests(self.out_dir)
             self.log.cut(-1)
+
+    def _follow(self) -> None:
+        """Brings every rank to where rank 0 is: its arrays, its moments, its progress."""
+        self.progress = self.ranks.gather(self.progress)[0]
+        self.saved = self.progress.step
+        arrays, state = trainable(self.adapter), self.optimizer.state()
+        self.ranks.copy([*arrays.values(), *state.values()])
+        self.model.attach(self.adapter)
+        self.optimizer.parameters = trainable(self.model.placed)
+        self.optimizer.restore(state)
 
     def _restore(self, path: Path) -> None:
         progress, identity = checkpoint.read(path)
@@ -228,11 +235,15 @@ class _Run:
     def save(self) -> None:
         """Writes a checkpoint of the present step, unless that is on disk already."""
         if self.out_dir is not None and self.saved != self.progress.step:
-            self.model.collect()
-            state, keep = self.optimizer.state(), self.config.keep
-            checkpoint.write(self.out_dir, self.adapter, state, self.progress, self.identity, keep)
+            self.ranks.first(self._write)
             self.saved, self.saved_at = self.progress.step, time.monotonic()
-            self.watch.tidy()
+
+    def _write(self) -> None:
+        assert self.out_dir is not None
+        self.model.collect()
+        state, keep = self.optimizer.state(), self.config.keep
+        checkpoint.write(self.out_dir, self.adapter, state, self.progress, self.identity, keep)
+        self.watch.tidy()
 
     # ---- the loop -----------------------------------------------------------------------------
 
@@ -252,50 +263,42 @@ class _Run:
         with Interrupts() as interrupts:
             if p.step == 0 and watch.due(0, last=True):
                 look()
-            interrupts.check()
             for step in self._remaining():
                 info = self._step(step)
-                self._record(info)
                 last = p.step == self.steps
+                self._record(info)
                 if watch.due(p.step, last):
                     evaluation = look()
                     self.model.collect()
                     watch.judge(evaluation, p, self.adapter)
                     info = replace(info, evaluation=evaluation)
-                try:
-                    if on_step is not None:
-                        on_step(info)
-                    interrupts.check()
-                except (KeyboardInterrupt, SystemExit):
-                    self.save()
-                    raise
+                self._between(info, on_step, interrupts)
                 if last or watch.exhausted(p) or self._due():
                     self.save()
         return self._end(evaluation)
 
     def _due(self) -> bool:
-        """Whether a checkpoint is, by steps or by time."""
+        """Whether a checkpoint is, by steps or by time; the clock is rank 0's."""
         every, minutes = self.config.save_every, self.config.save_minutes
-        by_steps = every is not None and self.progress.step % every == 0
-        waited = time.monotonic() - self.saved_at
-        return by_steps or (minutes is not None and waited >= 60 * minutes)
+        if every is not None and self.progress.step % every == 0:
+            return True
+        if minutes is None:
+            return False
+        return self.ranks.first(lambda: time.monotonic() - self.saved_at >= 60 * minutes)
 
     def _end(self, evaluation: Evaluation | None) -> TrainResult:
         """Writes the result: the last adapter, or the best one, which the model then has."""
         p = self.progress
         self.model.collect()
-        best = self.watch.best_folder(p)
-        if best is not None:
-            kept = type(self.adapter).load(best, self.model.config.modules())  # type: ignore[attr-defined]
-            checkpoint.restore_arrays(str(best), trainable(kept), trainable(self.adapter))
+        best = self.ranks.first(self._take_best)
+        if best:
+            self.ranks.copy(trainable(self.adapter).values())
             self.model.attach(self.adapter)
             evaluation = dict(self.watch.seen).get(p.best_step)
         if evaluation is None and self.watch.examples:  # a finished run was resumed
             evaluation = self.watch.now()
         if self.out_dir is not None:
-            self.adapter.save(self.out_dir / _ADAPTER)  # type: ignore[attr-defined]
-            for step in bests(self.out_dir)[:-1]:
-                shutil.rmtree(self.out_dir / f"best-{step:06d}")
+            self.ranks.first(self._write_result)
         return TrainResult(
             losses=list(p.losses),
             steps=p.step,
@@ -305,9 +308,39 @@ class _Run:
             adapter=self.adapter,
             evaluation=evaluation,
             evaluations=self.watch.seen,
-            best_step=p.best_step if best is not None else None,
+            best_step=p.best_step if best else None,
             stopped_early=p.step < self.steps,
         )
+
+    def _take_best(self) -> bool:
+        """Whether the best adapter is another than the last one, whose place it then takes."""
+        best = self.watch.best_folder(self.progress)
+        if best is not None:
+            kept = type(self.adapter).load(best, self.model.config.modules())  # type: ignore[attr-defined]
+            checkpoint.restore_arrays(str(best), trainable(kept), trainable(self.adapter))
+        return best is not None
+
+    def _write_result(self) -> None:
+        assert self.out_dir is not None
+        self.adapter.save(self.out_dir / ADAPTER)  # type: ignore[attr-defined]
+        for step in bests(self.out_dir)[:-1]:
+            shutil.rmtree(self.out_dir / f"best-{step:06d}")
+
+    def _between(
+        self, info: StepInfo, on_step: Callable[[StepInfo], None] | None, interrupts: Interrupts
+    ) -> None:
+        """Shows a step, and ends the run if a process was asked to: on every rank then."""
+        stop: KeyboardInterrupt | SystemExit | None = None
+        try:
+            if on_step is not None:
+                on_step(info)
+            interrupts.check()
+        except (KeyboardInterrupt, SystemExit) as asked:
+            stop = asked
+        asked_of = [i for i, one in enumerate(self.ranks.gather(stop is not None)) if one]
+        if asked_of:
+            self.save()
+            raise stop or KeyboardInterrupt(f"rank {asked_of[0]} was interrupted")
 
     def _remaining(self) -> Iterator[Step]:
         """The steps still to do; progress is moved on after each."""
@@ -331,6 +364,7 @@ class _Run:
             step,
             drop=DropKey(c.seed, number),
             recompute=c.recompute,
+            ranks=self.ranks,
         )
         named = gradients(grads, self.optimizer.parameters)
         norm = self.optimizer.norm(named)
@@ -382,10 +416,4 @@ class _Run:
         if self.log is None:
             return
         if info.step % self.config.log_every == 0 or info.step == self.steps:
-            line = {"step": info.step, "epoch": info.epoch, "loss": info.loss}
-            line |= {"learning_rate": info.learning_rate, "grad_norm": info.grad_norm}
-            line |= {"tokens": info.tokens_seen, "tokens_per_second": info.tokens_per_second}
-            eta = info.seconds / info.step * (self.steps - info.step)
-            precision = self.model.precision_report
-            line |= {"seconds": info.seconds, "eta_seconds": eta}
-            self.log.add({**line, "memory_bytes": peak_rss_bytes(), "precision": precision})
+            self.log.add(step_line(info, self.model.precision_report))

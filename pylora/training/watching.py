@@ -21,6 +21,7 @@ from pylora.training.config import TrainConfig
 from pylora.training.evaluate import Evaluation, Measured, evaluate
 from pylora.training.examples import Example
 from pylora.training.log import Log
+from pylora.training.ranks import ALONE, Ranks
 
 LOSS = "loss"
 Measure = Callable[[], Measured]
@@ -57,7 +58,9 @@ class Watch:
         examples: Sequence[Example] | None,
         config: TrainConfig,
         measure: Measure | None,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self.model, self.examples, self.config, self.measure = model, examples, config, measure
         self.seen: list[tuple[int, Evaluation]] = []
         self.log: Log | None = None
@@ -70,9 +73,10 @@ class Watch:
 
     def now(self) -> Evaluation:
         """The evaluation of the adapter as it is."""
-        evaluation = evaluate(self.model, self.examples or (), batch_size=self.config.batch_size)
+        size = self.config.batch_size
+        evaluation = evaluate(self.model, self.examples or (), batch_size=size, ranks=self.ranks)
         if self.measure is not None:
-            found = self.measure()
+            found = self.ranks.first(self.measure)  # one answer, whatever machines the others are
             evaluation = replace(evaluation, metrics=dict(found.metrics), samples=found.samples)
         return evaluation
 
