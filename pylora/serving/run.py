@@ -34,6 +34,7 @@ class Run:
         self._on_event = on_event
         self.prompt = np.asarray(request.ids, np.int64)
         self.answer: list[int] = []
+        self.counted = 0  # tokens of it that the engine's numbers have
         self.chooser = Chooser(self.prompt.tolist(), request.sampling, request.seed, request.row)
         # Whether the token that comes is the likeliest, with nothing else to look at or to say.
         self.plain = self.chooser.plain and request.mask is None and request.logprobs is None

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from pylora.errors import PyloraError
-from pylora.generation.choosing import likeliest
-from pylora.generation.logprobs import Logprobs
+from pylora.generation.choosing import Picked, Words, likeliest, pick
+from pylora.generation.logprobs import logprobs
 from pylora.model.decoder import Batch
 from pylora.model.llama import Llama
 from pylora.serving.pace import Pace
@@ -43,6 +43,7 @@ class Outcome:
     decoding: int
     prompt_tokens: int
     seconds: float
+    said: list[Run]  # that have another token
     ended: list[tuple[Run, str]]  # by the reason of `Done`
     failed: list[tuple[Run, PyloraError]]
 
@@ -55,7 +56,6 @@ class Stepper:
         vocab = model.config.vocab_size
         self._echo_rows = max(1, min(pace.most, _ECHO_LOGITS // vocab))
         self._by_length = model.rope.by_length
-        self._vocab = vocab
         self._batch: Batch | None = None  # of the last step, where it can go on
         self._runs: list[Run] = []  # whose it is
 
@@ -66,7 +66,7 @@ class Stepper:
         prompt = sum(part.n for part in parts if part.run.pending > 1)
         begun = time.perf_counter()
         logits = self._forward(parts)
-        outcome = Outcome(decoding, prompt, time.perf_counter() - begun, [], [])
+        outcome = Outcome(decoding, prompt, time.perf_counter() - begun, [], [], [])
         self._continue(parts, logits, outcome)
         self.pace.note(decoding, prompt, time.perf_counter() - begun)
         return outcome
@@ -170,22 +170,34 @@ class Stepper:
                 self._settle(run, token, outcome)
             return
         rows = self.model.ops.to_numpy(logits) if rows is None else rows
-        for run, row in ready:
-            self._settle(run, self._choose(run, rows[row]), outcome)
+        if len(ready) < len(rows):
+            rows = rows[[row for _, row in ready]]
+        runs = [run for run, _ in ready]
+        for run, said in zip(runs, self._choose(runs, rows), strict=True):
+            self._settle(run, said, outcome)
 
-    def _choose(self, run: Run, row: np.ndarray) -> int | Token | PyloraError | None:
-        """The next token by its logits [vocab]; None: the mask lets nothing come."""
+    def _choose(self, runs: Sequence[Run], rows: np.ndarray) -> list[Token | Picked]:
+        """The next token of each by its row [vocab]; None: the mask lets nothing come."""
+        masks = [self._mask(run) for run in runs]
+        allowed = [None if isinstance(mask, PyloraError) else mask for mask in masks]
+        found: list[Token | Picked] = list(pick(rows, [run.chooser for run in runs], allowed))
+        for i, mask in enumerate(masks):
+            if isinstance(mask, PyloraError):
+                found[i] = mask
+        wanted = [run.request.logprobs for run in runs]
+        if any(k is not None for k in wanted):
+            for i, logs in enumerate(logprobs(rows, wanted)):
+                token = found[i]
+                if logs is not None and isinstance(token, int):
+                    found[i] = Token(token, logs.of(token), logs.top(wanted[i] or 0))
+        return found
+
+    def _mask(self, run: Run) -> Words | PyloraError | None:
+        """The tokens that may come, or what went wrong there."""
+        if run.request.mask is None:
+            return None
         try:
-            allowed = None
-            if run.request.mask is not None:
-                allowed = allowed_ids(run.request.mask.allowed(run.answer), self._vocab)
-                if not allowed.size:
-                    return None
-            token = run.chooser.choose(row, allowed)
-            if run.request.logprobs is None:
-                return token
-            found = Logprobs(row)
-            return Token(token, found.of(token), found.top(run.request.logprobs))
+            return allowed_words(run.request.mask.allowed(run.answer))
         except PyloraError as error:
             return error
         except Exception as error:  # of a mask, which is not ours
@@ -193,7 +205,7 @@ class Stepper:
             said.__cause__ = error
             return said
 
-    def _settle(self, run: Run, found: int | Token | PyloraError | None, outcome: Outcome) -> None:
+    def _settle(self, run: Run, found: Token | Picked, outcome: Outcome) -> None:
         """The answer goes on by a token, or ends."""
         if isinstance(found, PyloraError):
             outcome.failed.append((run, found))
@@ -206,6 +218,7 @@ class Stepper:
             outcome.ended.append((run, "stop"))
             return
         run.take(token)
+        outcome.said.append(run)
         if len(run.answer) >= run.request.max_new_tokens:
             outcome.ended.append((run, "length"))
 
@@ -216,9 +229,9 @@ class Stepper:
         top, size = run.request.logprobs or 0, run.prompt.size
         if run.length == 0:
             run.echo.append(Token(int(run.prompt[0])))
-        for i, row in enumerate(rows, run.length + 1):
-            if i < size:
-                found, token = Logprobs(row), int(run.prompt[i])
+        for i, found in enumerate(logprobs(rows, [top] * len(rows)), run.length + 1):
+            if i < size and found is not None:
+                token = int(run.prompt[i])
                 run.echo.append(Token(token, found.of(token), found.top(top)))
         if run.length + len(rows) >= size:
             echo, run.echo = Echo(tuple(run.echo)), None
@@ -232,8 +245,8 @@ def _wanted(part: Part) -> int:
     return int(part.n == part.run.pending)
 
 
-def allowed_ids(mask: np.ndarray, vocab: int) -> np.ndarray:
-    """The tokens that a mask allows (see `Mask`), int64, ascending. PyloraError for another kind of
+def allowed_words(mask: np.ndarray) -> Words:
+    """The tokens that a mask allows (see `Mask`), as bits, a copy. PyloraError for another kind of
     array."""
     mask = np.asarray(mask)
     if mask.ndim != 1 or mask.dtype not in (np.bool_, np.uint32, np.int32):
@@ -242,6 +255,8 @@ def allowed_ids(mask: np.ndarray, vocab: int) -> np.ndarray:
             f"{mask.dtype} {list(mask.shape)}"
         )
     if mask.dtype != np.bool_:
-        words = np.ascontiguousarray(mask).astype("<u4", copy=False)
-        mask = np.unpackbits(words.view(np.uint8), bitorder="little")
-    return np.flatnonzero(mask[:vocab])
+        return np.array(mask).view(np.uint32)
+    bits = np.zeros(-(-mask.size // 32) * 32, np.bool_)
+    bits[: mask.size] = mask
+    words: Words = np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32, copy=False)
+    return words
