@@ -545,6 +545,8 @@ typedef struct pylora_step {
   const pylora_adapter *const *adapter; /* [segments]; NULL, also inside: the base */
   int64_t outputs;
   const int64_t *output; /* [outputs], the tokens whose logits are wanted, ascending */
+  /* Where their rows behind the last norm go [outputs,hidden], of which logits are made, or NULL. */
+  const pylora_mat *normed;
 } pylora_step;
 
 /* Bytes of workspace for a step (its sizes, sequences and adapters; not its ids), with the present

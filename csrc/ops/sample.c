@@ -252,6 +252,7 @@ size_t pylora_sample_workspace(int64_t m, int64_t n) {
 static int run(job *f, pylora_task task, void *ws, size_t ws_bytes) {
   const int64_t m = f->logits->rows, n = f->logits->cols;
   const int threads = (int)min64(m, pylora_num_threads());
+  if (m == 0) return PYLORA_OK;
   f->K = pylora_table();
   f->each = bytes_of(n) + PYLORA_ALIGN;
   if (!ws || ws_bytes < (size_t)threads * f->each) return PYLORA_E_WORKSPACE;

@@ -21,7 +21,7 @@ from pylora.generation.logprobs import logprobs
 from pylora.model.decoder import Batch
 from pylora.model.llama import Llama
 from pylora.serving.pace import Pace
-from pylora.serving.request import Echo, Token
+from pylora.serving.request import Echo, Pooled, Token
 from pylora.serving.run import Run
 from pylora.serving.scheduler import Scheduler
 
@@ -58,6 +58,7 @@ class Stepper:
         self._by_length = model.rope.by_length
         self._batch: Batch | None = None  # of the last step, where it can go on
         self._runs: list[Run] = []  # whose it is
+        self._normed: Any = None  # rows behind the last norm, where the last step had to give them
 
     def step(self) -> Outcome:
         """Computes, chooses, and says each token."""
@@ -88,7 +89,7 @@ class Stepper:
         left -= sum(share.values())
         for run in prompts:
             n = min(run.pending, share.get(run, 0) + left)
-            if run.echo is not None:
+            if run.every:
                 n = min(n, self._echo_rows)
             left -= max(0, n - share.get(run, 0))
             if n > 0:
@@ -108,12 +109,15 @@ class Stepper:
             batch.advance()
         else:
             batch = self._new_batch(parts)
+        batch.step.want_normed = any(p.run.request.pooling and _wanted(p) for p in parts)
         whole = all(run.pending == 1 for run in runs)
         self._batch, self._runs = (batch, runs) if whole else (None, [])
         ids: list[int] = []
         for part in parts:
             ids.extend(part.run.ids(part.run.length, part.n))
-        return batch.forward(ids)
+        logits = batch.forward(ids)
+        self._normed = batch.step.normed
+        return logits
 
     def _in_place(self, runs: Sequence[Run]) -> bool:
         """Whether the rows of the last batch's requests still are where they were."""
@@ -157,6 +161,8 @@ class Stepper:
             if run.echo is not None:
                 rows = self.model.ops.to_numpy(logits) if rows is None else rows
                 self._echo(run, rows[at : at + n])
+            if run.request.pooling is not None and n:
+                self._pool(run, self.model.ops.to_numpy(self._normed[at : at + n]))
             at += n
             run.length += part.n
             if run.pending == 0:
@@ -210,7 +216,7 @@ class Stepper:
         if isinstance(found, PyloraError):
             outcome.failed.append((run, found))
             return
-        if run.request.max_new_tokens == 0:  # asked for its echo alone
+        if run.request.max_new_tokens == 0:  # asked for its echo or its pooled row alone
             outcome.ended.append((run, "length"))
             return
         token = found if isinstance(found, Token) or found is None else Token(found)
@@ -237,10 +243,21 @@ class Stepper:
             echo, run.echo = Echo(tuple(run.echo)), None
             run.say(echo)
 
+    def _pool(self, run: Run, rows: np.ndarray) -> None:
+        """Takes in the prompt's rows behind the last norm, one by one: the bits of their sum do not
+        depend on the pieces that a prompt comes in."""
+        total = np.zeros(rows.shape[1]) if run.pooled is None else run.pooled
+        for row in rows:
+            total += row
+        run.pooled = total
+        if run.length + len(rows) >= run.prompt.size or run.request.pooling == "last":
+            n = run.prompt.size if run.request.pooling == "mean" else 1
+            run.say(Pooled(total / n))
+
 
 def _wanted(part: Part) -> int:
     """How many of a part's rows, its last ones, have logits that somebody wants."""
-    if part.run.echo is not None:
+    if part.run.every:
         return part.n
     return int(part.n == part.run.pending)
 
