@@ -24,8 +24,12 @@ class Logprobs:
         """`known`: (log sum exp, the largest ones, largest first) if that was computed already."""
         self._logits = logits
         self._best = np.empty(0, np.int64)
+        core = core_for(logits)
         if known is not None:
             self._all, self._best = known
+            return
+        if core is not None:
+            self._all = float(core.likeliest(logits[None], np.zeros(1, np.int64))[0][0])
             return
         most = logits.max()
         total = np.exp(logits - most).sum(dtype=np.float64)

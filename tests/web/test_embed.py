@@ -118,13 +118,13 @@ def test_openais_client_has_the_same_numbers(server: Server) -> None:
 )
 def test_what_is_refused(server: Server, more: dict[str, Any], said: str) -> None:
     status, body = Client(server.url).post(PATH, {"input": "a", **more})
-    assert status == 400 and said in error_of(body)["message"]
+    assert status == 400 and said in error_of(status, body)["message"]
 
 
 def test_without_a_pooling_there_are_none(house: Path) -> None:
     with serving(house) as plain:
         status, body = Client(plain.url).post(PATH, {"input": "a"})
-        assert status == 400 and "--pooling" in error_of(body)["message"]
+        assert status == 400 and "--pooling" in error_of(status, body)["message"]
         status, _ = Client(plain.url).post(PATH, {"input": "a", "model": "stranger"})
         assert status == 404
     with pytest.raises(ConfigError, match="pooling must be last or mean"):
