@@ -1,15 +1,18 @@
 /* sample.c - the next token of each row of logits, and its likeliest ones: row by row, on all threads.
  *
- * Only what can decide is put in order.  The likely tokens of a row are few: they stand in a heap, whose
- * best one is taken again and again until the running sum is reached.  The others are one sum, and
- * are listed only where the likely ones do not decide. */
+ * Only what can decide is put in order.  The likely tokens of a row are few; the others are one sum, and
+ * are listed and ordered only where the likely ones do not decide. */
 #include <float.h>
 #include <math.h>
 
 #include "runtime/internal.h"
 
 #define UNLIKELY 1e-5 /* of the likeliest one's probability */
-enum { BLOCK = 2048 /* float32 terms of a sum, of which the sums are added in double */ };
+enum {
+  BLOCK = 2048, /* float32 terms of a sum, of which the sums are added in double */
+  BUCKETS = 4096,
+  SMALL = 24 /* tokens that are ordered one by one */
+};
 
 typedef struct one {
   double p;
@@ -30,15 +33,15 @@ typedef struct job {
 
 /* What a thread needs for a row. */
 typedef struct room {
-  one *list;   /* [n] */
-  float *x;    /* [n] */
-  int32_t *at; /* [n] */
+  one *list, *ordered; /* [n] each */
+  float *x;            /* [n] */
+  int32_t *at;         /* [n] */
 } room;
 
-/* A row's tokens by rank: the first `likely` of the list, then the rest of them. */
+/* A row's tokens by rank: first the likely ones, then, once they are asked for, the rest. */
 typedef struct ranking {
-  one *list;
-  int64_t n, likely, listed, taken;
+  room space;
+  int64_t n, listed;
   const float *x;
   float top, low; /* the rest are those that are not above low */
   double temperature;
@@ -46,7 +49,7 @@ typedef struct ranking {
 } ranking;
 
 static size_t bytes_of(int64_t n) {
-  return round_up((size_t)n * sizeof(one)) + 2 * round_up((size_t)n * sizeof(float));
+  return 2 * round_up((size_t)n * sizeof(one)) + 2 * round_up((size_t)n * sizeof(float));
 }
 
 static room room_of(const job *f, int thread) {
@@ -54,37 +57,83 @@ static room room_of(const job *f, int thread) {
   const int64_t n = f->logits->cols;
   room r;
   r.list = arena_bytes(&a, (size_t)n * sizeof(one));
+  r.ordered = arena_bytes(&a, (size_t)n * sizeof(one));
   r.x = arena_floats(&a, n);
   r.at = arena_bytes(&a, (size_t)n * sizeof(int32_t));
   return r;
 }
 
-/* ---- a heap: its root is the best, or the worst ---- */
+/* ---- order: the best first, of equals the lower index ---- */
 
 static int better(const one *a, const one *b) {
   return a->x > b->x || (a->x == b->x && a->id < b->id);
 }
 
-static void sift(one *h, int64_t n, int64_t i, int worst) {
+/* A heap whose root is the worst. */
+static void sift(one *h, int64_t n, int64_t i) {
   const one moved = h[i];
   for (int64_t child; (child = 2 * i + 1) < n; i = child) {
-    if (child + 1 < n && better(&h[child + 1], &h[child]) != worst) child++;
-    if (better(&h[child], &moved) == worst) break;
+    if (child + 1 < n && better(&h[child], &h[child + 1])) child++;
+    if (!better(&moved, &h[child])) break;
     h[i] = h[child];
   }
   h[i] = moved;
 }
 
-static void make_heap(one *h, int64_t n, int worst) {
-  for (int64_t i = n / 2 - 1; i >= 0; i--) sift(h, n, i, worst);
+static void make_heap(one *h, int64_t n) {
+  for (int64_t i = n / 2 - 1; i >= 0; i--) sift(h, n, i);
 }
 
-/* Takes the root away, to the end of the heap. */
-static void take_root(one *h, int64_t n, int worst) {
-  const one root = h[0];
-  h[0] = h[n - 1];
-  h[n - 1] = root;
-  sift(h, n - 1, 0, worst);
+/* A heap becomes a list, the best first. */
+static void unheap(one *h, int64_t n) {
+  for (int64_t left = n - 1; left > 0; left--) {
+    const one root = h[0];
+    h[0] = h[left];
+    h[left] = root;
+    sift(h, left, 0);
+  }
+}
+
+static void sort_few(one *h, int64_t n) {
+  for (int64_t i = 1; i < n; i++) {
+    const one moved = h[i];
+    int64_t j = i;
+    for (; j > 0 && better(&moved, &h[j - 1]); j--) h[j] = h[j - 1];
+    h[j] = moved;
+  }
+}
+
+static void sort(one *h, int64_t n) {
+  if (n <= SMALL) {
+    sort_few(h, n);
+    return;
+  }
+  make_heap(h, n);
+  unheap(h, n);
+}
+
+/* to = from in order: by buckets of scores that are equally wide, each of which holds few as a rule. */
+static void put_in_order(int64_t n, const one *from, one *to) {
+  int32_t end[BUCKETS + 1] = {0};
+  float high = -INFINITY, low = INFINITY;
+  for (int64_t i = 0; i < n; i++) {
+    high = from[i].x > high ? from[i].x : high;
+    low = from[i].x < low ? from[i].x : low;
+  }
+  const double width = (double)high - low;
+  if (n <= SMALL || !(width > 0)) {
+    memcpy(to, from, (size_t)n * sizeof *to);
+    sort(to, n);
+    return;
+  }
+  const int64_t buckets = n < BUCKETS ? BUCKETS / 4 : BUCKETS;
+  const double scale = (double)(buckets - 1) / width;
+#define BUCKET(i) ((int64_t)(((double)high - from[i].x) * scale))
+  for (int64_t i = 0; i < n; i++) end[BUCKET(i) + 1]++;
+  for (int64_t b = 0; b < buckets; b++) end[b + 1] += end[b]; /* now where each begins */
+  for (int64_t i = 0; i < n; i++) to[end[BUCKET(i)]++] = from[i];
+#undef BUCKET
+  for (int64_t b = 0, start = 0; b < buckets; start = end[b++]) sort(to + start, end[b] - start);
 }
 
 /* The k best of x above -infinity, the worst at the root; how many there are. */
@@ -99,14 +148,14 @@ static int64_t best_of(const pylora_kernels *K, int64_t n, const float *x, int64
       const one next = {0, x[id], (int32_t)id};
       if (have < k) {
         r.list[have++] = next;
-        if (have == k) make_heap(r.list, k, 1);
+        if (have == k) make_heap(r.list, k);
       } else if (next.x > r.list[0].x) {
         r.list[0] = next;
-        sift(r.list, k, 0, 1);
+        sift(r.list, k, 0);
       }
     }
   }
-  if (have < k) make_heap(r.list, have, 1);
+  if (have < k) make_heap(r.list, have);
   return have;
 }
 
@@ -116,56 +165,49 @@ static double share(const ranking *r, float x) {
   return exp(((double)x - r->top) / r->temperature);
 }
 
-static void list_one(ranking *r, int64_t id) {
-  const one next = {share(r, r->x[id]), r->x[id], (int32_t)id};
-  r->list[r->listed++] = next;
-}
-
-/* The one at rank t, which has been asked for before, or is the next; NULL behind the last. */
+/* The one at rank t; NULL behind the last. */
 static const one *at_rank(ranking *r, int64_t t) {
   if (t == r->listed && r->more) {
     r->more = 0;
+    int64_t n = 0;
     for (int64_t j = 0; j < r->n; j++)
-      if (r->x[j] <= r->low && r->x[j] > -INFINITY) list_one(r, j);
-    make_heap(r->list + r->likely, r->listed - r->likely, 0);
+      if (r->x[j] <= r->low && r->x[j] > -INFINITY)
+        r->space.list[n++] = (one){share(r, r->x[j]), r->x[j], (int32_t)j};
+    put_in_order(n, r->space.list, r->space.ordered + r->listed);
+    r->listed += n;
   }
-  if (t >= r->listed) return NULL;
-  const int64_t start = t < r->likely ? 0 : r->likely, end = t < r->likely ? r->likely : r->listed;
-  if (t == r->taken) { /* they are taken to the end, one before the other */
-    take_root(r->list + start, end - t, 0);
-    r->taken++;
-  }
-  return &r->list[start + (end - 1 - t)];
+  return t < r->listed ? &r->space.ordered[t] : NULL;
 }
 
 /* Lists the likely ones; the sum of all. */
-static double list_likely(const pylora_kernels *K, const pylora_sampling *how, room space,
-                          ranking *r) {
+static double list_likely(const pylora_kernels *K, const pylora_sampling *how, ranking *r) {
+  const room space = r->space;
   double mass = 0;
   if (how->top_k > 0 && how->top_k < r->n) {
-    r->likely = r->listed = best_of(K, r->n, r->x, how->top_k, space);
-    for (int64_t i = 0; i < r->listed; i++) r->list[i].p = share(r, r->list[i].x);
+    r->listed = best_of(K, r->n, r->x, how->top_k, space);
+    for (int64_t i = 0; i < r->listed; i++) space.list[i].p = share(r, space.list[i].x);
   } else {
     r->low = (float)(r->top + how->temperature * log(UNLIKELY));
     if (!(r->low < r->top)) r->low = nextafterf(r->top, -INFINITY);
-    const double inverse = 1 / how->temperature;
-    const float scale = (float)fmin(fmax(inverse, FLT_MIN), FLT_MAX);
-    const int64_t some = K->pick(r->n, r->x, r->low, space.at);
-    for (int64_t i = 0; i < some; i++) list_one(r, space.at[i]);
-    r->likely = some;
+    const float scale = (float)fmin(fmax(1 / how->temperature, FLT_MIN), FLT_MAX);
+    r->listed = K->pick(r->n, r->x, r->low, space.at);
+    for (int64_t i = 0; i < r->listed; i++) {
+      const float x = r->x[space.at[i]];
+      space.list[i] = (one){share(r, x), x, space.at[i]};
+    }
     r->more = 1;
     for (int64_t j = 0; j < r->n; j += BLOCK)
       mass += K->exp_below(min64(BLOCK, r->n - j), r->x + j, r->top, scale, r->low);
   }
-  for (int64_t i = 0; i < r->listed; i++) mass += r->list[i].p;
-  make_heap(r->list, r->listed, 0);
+  put_in_order(r->listed, space.list, space.ordered);
+  for (int64_t i = 0; i < r->listed; i++) mass += space.ordered[i].p;
   return mass;
 }
 
 static int64_t draw(const pylora_kernels *K, const pylora_sampling *how, int64_t n, const float *x,
                     float top, room space) {
-  ranking r = {.list = space.list, .n = n, .x = x, .top = top, .temperature = how->temperature};
-  double mass = list_likely(K, how, space, &r), sum = 0;
+  ranking r = {.space = space, .n = n, .x = x, .top = top, .temperature = how->temperature};
+  double mass = list_likely(K, how, &r), sum = 0;
   int64_t kept = n;
   const one *next;
   if (how->top_p < 1 || how->min_p > 0) {
@@ -174,7 +216,7 @@ static int64_t draw(const pylora_kernels *K, const pylora_sampling *how, int64_t
       sum += next->p; /* the first one's p is 1 */
     mass = sum;
   }
-  int64_t token = r.listed ? r.list[0].id : 0;
+  int64_t token = space.ordered[0].id;
   sum = 0;
   for (int64_t t = 0; t < kept && sum <= how->u * mass && (next = at_rank(&r, t)); t++) {
     sum += next->p;
@@ -237,7 +279,7 @@ static void likeliest_task(void *ctx, int64_t i, int thread) {
   f->lse[i] = top + log(sum);
   const room space = room_of(f, thread);
   const int64_t have = best_of(f->K, n, x, k, space);
-  for (int64_t left = have; left > 1; left--) take_root(space.list, left, 1);
+  unheap(space.list, have);
   for (int64_t t = 0; t < have; t++) f->best[i * f->most + t] = space.list[t].id;
 }
 
