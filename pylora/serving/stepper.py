@@ -246,13 +246,17 @@ class Stepper:
     def _pool(self, run: Run, rows: np.ndarray) -> None:
         """Takes in the prompt's rows behind the last norm, one by one: the bits of their sum do not
         depend on the pieces that a prompt comes in."""
+        whole = run.length + len(rows) >= run.prompt.size
+        if run.request.pooling == "last":
+            if whole:
+                run.say(Pooled(rows[-1].astype(np.float64)))
+            return
         total = np.zeros(rows.shape[1]) if run.pooled is None else run.pooled
         for row in rows:
             total += row
         run.pooled = total
-        if run.length + len(rows) >= run.prompt.size or run.request.pooling == "last":
-            n = run.prompt.size if run.request.pooling == "mean" else 1
-            run.say(Pooled(total / n))
+        if whole:
+            run.say(Pooled(total / run.prompt.size))
 
 
 def _wanted(part: Part) -> int:
