@@ -162,7 +162,8 @@ class Stepper:
                 rows = self.model.ops.to_numpy(logits) if rows is None else rows
                 self._echo(run, rows[at : at + n])
             if run.request.pooling is not None and n:
-                self._pool(run, self.model.ops.to_numpy(self._normed[at : at + n]))
+                normed = self.model.ops.to_numpy(self._normed[at : at + n])
+                self._pool(run, normed, run.length + part.n >= run.prompt.size)
             at += n
             run.length += part.n
             if run.pending == 0:
@@ -243,10 +244,9 @@ class Stepper:
             echo, run.echo = Echo(tuple(run.echo)), None
             run.say(echo)
 
-    def _pool(self, run: Run, rows: np.ndarray) -> None:
+    def _pool(self, run: Run, rows: np.ndarray, whole: bool) -> None:
         """Takes in the prompt's rows behind the last norm, one by one: the bits of their sum do not
-        depend on the pieces that a prompt comes in."""
-        whole = run.length + len(rows) >= run.prompt.size
+        depend on the pieces that a prompt comes in. `whole`: they are the last."""
         if run.request.pooling == "last":
             if whole:
                 run.say(Pooled(rows[-1].astype(np.float64)))
