@@ -89,7 +89,8 @@ class Wire(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
         error = sys.exc_info()[1]
         hint = getattr(error, "error_status_hint", 400)
         status = hint if hint in _PHRASES else 400
-        why = f" ({error})" if error is not None and str(error) else ""
+        reason = str(error or "").partition(":")[0]  # behind it come the bytes themselves
+        why = f" ({reason})" if reason else ""
         said = f"this is no request of HTTP/1.1 that can be read{why}; the connection is closed"
         if status == 431:
             said = "the line or the headers of this request are too long; the connection is closed"
