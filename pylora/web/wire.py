@@ -76,6 +76,7 @@ def _too_large(limit: int) -> Problem:
         413,
         f"the body is larger than {limit:,} bytes, which is this server's limit (--max-body)",
         code="body_too_large",
+        headers={"Connection": "close"},  # the rest of it is not read
     )
 
 
