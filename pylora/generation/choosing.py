@@ -134,8 +134,8 @@ def _change(logits: np.ndarray, choosers: Sequence[Chooser]) -> list[tuple[np.nd
     for i, c in enumerate(choosers):
         s, start = c.sampling, i * logits.shape[1]
         if s.logit_bias:
-            tokens, by = zip(*s.logit_bias)
-            biases.add(start, np.array(tokens), np.array(by, np.float32))
+            tokens, values = zip(*s.logit_bias)
+            biases.add(start, np.array(tokens, np.int64), np.array(values, np.float32))
         if c.seen is not None:
             ids = c.seen.ids
             repeats.add(start, ids, np.full(ids.size, s.repetition_penalty, np.float32))

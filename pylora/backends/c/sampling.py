@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from pylora.backends._core import lib
-from pylora.backends.c.marshal import Scratch, at, check, ffi, mat, read
+from pylora.backends._core import ffi, lib
+from pylora.backends.c.marshal import Scratch, at, check, mat, read
 from pylora.types import Array
 
 # pylora_sampling, field by field. `allowed` is the address of the words, 0: all may come.
