@@ -149,6 +149,10 @@ class Step:
     adapters: tuple[Any, ...]  # of `LlamaOp.adapter`, or None for the base
     rotations: tuple[Rotation, ...]  # by the number that layers name; () if none rotates
     native: Any = field(default=None, repr=False)  # what a backend keeps of it; see `changed`
+    # Asked for before the first call: `normed` is then, after each, float32 [n, hidden]: the wanted
+    # rows behind the last norm, of which logits are made.
+    want_normed: bool = False
+    normed: Any = field(default=None, repr=False)
 
     @property
     def cos(self) -> Array:

@@ -148,6 +148,30 @@ static void transformer(void) {
   E_SHAPE(pylora_choose(&X, 1, 0, &DX, chosen, &Y));
   E_NULL(pylora_choose(&X, X.cols, 0, &DX, NULL, &DX));
 
+  pylora_sampling how[8];
+  for (int i = 0; i < 8; i++) how[i] = (pylora_sampling){1, 1, 0, 0.5, 0, NULL, 0};
+  double lse[8];
+  int64_t count[8] = {0};
+  char room[4096];
+  E_NULL(pylora_sample(NULL, how, chosen, room, sizeof room));
+  E_NULL(pylora_sample(&X, NULL, chosen, room, sizeof room));
+  E_NULL(pylora_sample(&X, how, NULL, room, sizeof room));
+  how[0].u = 1;
+  E_VALUE(pylora_sample(&X, how, chosen, room, sizeof room));
+  how[0].u = 0.5, how[0].temperature = -1;
+  E_VALUE(pylora_sample(&X, how, chosen, room, sizeof room));
+  how[0].temperature = 1, how[0].top_p = 0;
+  E_VALUE(pylora_sample(&X, how, chosen, room, sizeof room));
+  how[0].top_p = NAN;
+  E_VALUE(pylora_sample(&X, how, chosen, room, sizeof room));
+  how[0].top_p = 1, how[0].top_k = -1;
+  E_VALUE(pylora_sample(&X, how, chosen, room, sizeof room));
+  E_NULL(pylora_likeliest(&X, count, 1, lse, NULL, room, sizeof room));
+  E_NULL(pylora_likeliest(&X, count, 1, NULL, chosen, room, sizeof room));
+  count[0] = 2;
+  E_VALUE(pylora_likeliest(&X, count, 1, lse, chosen, room, sizeof room));
+  E_VALUE(pylora_likeliest(&X, count, -1, lse, chosen, room, sizeof room));
+
   E_NULL(pylora_swiglu_forward(&X, NULL, &DX));
   E_SHAPE(pylora_swiglu_forward(&X, &Y, &DX));
   E_NULL(pylora_swiglu_backward(&X, &X, &X, NULL, &DX));

@@ -35,12 +35,14 @@ from pylora.serving.request import (
     Echo,
     Event,
     Failed,
+    Pooled,
     QueueFull,
     Request,
     Token,
     UnknownAdapter,
 )
 from pylora.serving.stats import StepReport
+from pylora.types import Seqs
 
 VOCAB = 61
 SHAPE: dict[str, Any] = {
@@ -148,6 +150,20 @@ def logits_of(model: Llama, request: Request, answer: list[int]) -> np.ndarray:
     return np.concatenate([model.ops.to_numpy(row) for row in rows])
 
 
+def pooled_alone(model: Llama, request: Request) -> np.ndarray:
+    """The prompt's rows behind the last norm, by the layers, as one."""
+    model.attach(mixed(model, request.adapters) or {})
+    ids = np.array(request.ids)
+    seqs = Seqs(np.array([0, ids.size]), np.array([0]), np.array([ids.size]))
+    x, _ = model.trunk.forward(ids, seqs, np.arange(ids.size), None, model.trunk.lowest, False)
+    model.detach()
+    rows = model.ops.norm_forward(x, model.norm)[0].astype(np.float64)
+    total = np.zeros(rows.shape[1])
+    for row in rows:
+        total += row
+    return rows[-1] if request.pooling == "last" else total / ids.size
+
+
 def check(model: Llama, request: Request, heard: Heard) -> None:
     """The answer is the one alone, and its logprobs are those of the whole text."""
     want, done = alone(model, request), heard.done
@@ -156,6 +172,9 @@ def check(model: Llama, request: Request, heard: Heard) -> None:
     assert done.usage.prompt_tokens == len(request.ids)
     assert done.usage.completion_tokens == len(want)
     assert done.reason == ("length" if len(want) == request.max_new_tokens else "stop")
+    if request.pooling is not None:
+        (pooled,) = (event.row for event in heard.events if isinstance(event, Pooled))
+        np.testing.assert_array_equal(pooled, pooled_alone(model, request))
     if request.logprobs is None and not request.prompt_logprobs:
         return
     rows, first = logits_of(model, request, want), len(request.ids) - 1
@@ -220,9 +239,10 @@ def a_scene(random: Random) -> Scene:
     def request() -> Request:
         prompt = random.choice(texts)[: random.choice([1, 3, 18, 30, 45])]
         prompt += [random.randrange(VOCAB) for _ in range(random.choice([0, 0, 1, 5]))]
+        pooling = random.choice([None] * 8 + ["last", "mean"])
         return Request(
             prompt,
-            random.choice([1, 5, 14, 30, 80 - len(prompt)]),
+            0 if pooling else random.choice([1, 5, 14, 30, 80 - len(prompt)]),
             random.choice(SAMPLINGS),
             seed=random.randrange(3),
             row=random.randrange(3),
@@ -230,6 +250,7 @@ def a_scene(random: Random) -> Scene:
             adapters=random.choice(some),
             logprobs=random.choice([None, None, None, 0, 3]),
             prompt_logprobs=random.random() < 0.1,
+            pooling=pooling,
             key=random.choice(["", "a", "b"]),
         )
 
