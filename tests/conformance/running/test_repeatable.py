@@ -24,7 +24,8 @@ def examples(law):
 
     class Watched(runner.Search):
         def example(self, problem):
-            drawn.append(repr(sorted((k, repr(v)) for k, v in vars(problem).items())))
+            fields = {k: v for k, v in vars(problem).items() if not callable(v)}
+            drawn.append(repr(fields))
 
     Watched(Correct(), LAWS[law]).run(150, 0, False)
     return drawn
@@ -33,14 +34,14 @@ def examples(law):
 @pytest.fixture
 def module(tmp_path, monkeypatch):
     """Imports a module of the caller's that is full of constants."""
-    numbers = ", ".join(f"{n}, {n}.25, {n / 1024!r}" for n in range(1025, 9000, 7))
+    numbers = ", ".join(f"{n}, {n}.25, {n / 1024!r}" for n in range(1025, 9000, 97))
     (tmp_path / "mine.py").write_text(f"A = [{numbers}]\n", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     yield lambda: importlib.import_module("mine")
     sys.modules.pop("mine", None)
 
 
-@pytest.mark.parametrize("law", ["F12", "X31"])
+@pytest.mark.parametrize("law", ["F12", "P1", "M3"])
 def test_examples_are_those_of_the_seed_whatever_is_imported(law, module):
     before = examples(law)
     module()
