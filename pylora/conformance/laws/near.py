@@ -202,8 +202,8 @@ def _soft_cap_backward(p: Args, wants: list[Array]) -> Bounds:
 
 
 def _rope(p: Args, wants: list[Array]) -> Bounds:
-    x, D = p["x"], p["head_dim"]
-    R = p.get("rotary_dim", D)
+    x, D = p["x"], int(p["head_dim"])
+    R = int(p.get("rotary_dim", D))
     heads = _f64(x).reshape(len(x), -1, D)
     part = np.ascontiguousarray(heads[..., :R]).reshape(len(x), -1)
     shape = AttentionShape(heads.shape[1], heads.shape[1], R, (), p["theta"], 0, p["layout"])
