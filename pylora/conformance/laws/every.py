@@ -17,6 +17,7 @@ from pylora.conformance.correct.plain import Correct
 from pylora.conformance.laws import near
 from pylora.conformance.laws.law import Law
 from pylora.conformance.problems.every import (
+    COUNTS,
     DTYPES,
     KINDS,
     OPTIONS,
@@ -106,15 +107,16 @@ def _sizes(t: Trial, p: Problem) -> None:
     compare(t, f"with {p.name} = {p.size}", method, args, invoke(t, method, args))
 
 
-def _size(method: str, dtype: str, name: str, size: int) -> Problem:
-    resized = lambda n: _size(method, dtype, name, max(KINDS[method].sizes[name], n))
-    return Problem(method=method, dtype=dtype, seed=1, name=name, size=size, resized=resized)
+def _size(method: str, dtype: str, name: str, size: int, seed: int = 1) -> Problem:
+    resized = lambda n: _size(method, dtype, name, max(KINDS[method].sizes[name], n), seed)
+    return Problem(method=method, dtype=dtype, seed=seed, name=name, size=size, resized=resized)
 
 
 def _all_sizes(dtype: str, examples: int) -> Iterator[Problem]:
     for method in METHODS:
         for name, size in walk(method, dtype, examples):
-            yield _size(method, dtype, name, size)
+            for seed in range(1, 1 + OPTIONS.get(method, 1) if name in COUNTS else 2):
+                yield _size(method, dtype, name, size, seed)  # what is clipped, and what is not
 
 
 @st.composite  # type: ignore[untyped-decorator]

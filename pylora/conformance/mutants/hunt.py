@@ -101,7 +101,9 @@ def _used(law: Law) -> frozenset[str]:
     recorder.read.clear()  # which methods there are was looked up
     search.run(law.share_of(12), 0, False)
     # A law of any method calls some of them only, in so few examples.
-    return frozenset(recorder.read).union(KINDS if _of_any_method(law) else ())
+    if not _of_any_method(law):
+        return frozenset(recorder.read)
+    return frozenset(recorder.read).union(*(_read_by(method) for method in KINDS))
 
 
 def _of_any_method(law: Law) -> bool:
