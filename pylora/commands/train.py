@@ -152,7 +152,7 @@ def train(
             "--lora-plus", "--loraplus-lr-ratio", part=HOW, help="rate of B over rate of A (LoRA+)"
         ),
     ] = 1.0,
-    precision: Precision = "fp32",
+    precision: Precision = None,
     recompute: Annotated[
         bool,
         _option(
