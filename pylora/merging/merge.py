@@ -193,8 +193,10 @@ class _Merge:
     def _stored_dtype(self, name: str) -> str:
         if self.dtype is not None:
             return self.dtype
-        # A GGUF mixes types as suits its size; what is loaded from it is float32.
-        return self.checkpoint.dtype(self._source(name)) if self.checkpoint.path.is_dir() else "f32"
+        # A GGUF mixes types as suits its size; what is loaded from it, or of a packed model's
+        # blocks, is float32.
+        stored = self.checkpoint.dtype(self._source(name))
+        return stored if self.checkpoint.path.is_dir() and stored in _FLOATS else "f32"
 
     def base(self, name: str) -> Array:
         """A tensor of the base model, in the dtype that it will be written in."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from merging import adapter_for
 from small_models import CONFIG, weights, write_gguf, write_hf
 from whole_model import an_adapter
 
@@ -24,6 +25,7 @@ from pylora.formats.pack import pack_checkpoint, pack_model
 from pylora.formats.packed import PackedCheckpoint
 from pylora.formats.panels import FILE, LAYOUT, NUMBERS, Panels
 from pylora.generation.generate import generate
+from pylora.merging.merge import merge_checkpoint
 from pylora.model import families
 from pylora.model.llama import Llama
 from pylora.model.summary import example
@@ -169,6 +171,26 @@ def test_other_backends_and_precisions(model: Path, packed: Path, tmp_path: Path
     wide, narrow = opened(tmp_path / "bf16", "fp32"), opened(tmp_path / "bf16")
     assert (C.unpack(wide.lm_head.W) == C.unpack(narrow.lm_head.W)).all()
     assert opened(tmp_path / "bf16", "int8").stored_as == {"q8_0": 9}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_merging_takes_the_numbers_that_panels_stand_for(
+    model: Path, tmp_path: Path, precision: str
+) -> None:
+    pack_model(model, tmp_path / "p", precision)
+    with open_checkpoint(tmp_path / "p") as checkpoint:
+        adapter = adapter_for(checkpoint.config)
+        adapter.save(tmp_path / "adapter")
+        name = "model.layers.0.mlp.up_proj.weight"
+        W, lora = checkpoint.load(name), adapter[name.removesuffix(".weight")]
+    merge_checkpoint(tmp_path / "p", tmp_path / "adapter", tmp_path / "merged")
+    with open_checkpoint(tmp_path / "merged") as merged:
+        stored = "bf16" if precision == "bf16" else "f32"
+        assert merged.dtype(name) == stored
+        delta = lora.scale * (lora.B.astype(np.float64) @ lora.A)
+        step = 2.0**-8 if stored == "bf16" else 2.0**-23  # of the sum, and of what is added
+        size = np.abs(W) + np.abs(delta)
+        assert (np.abs(merged.load(name) - (W + delta)) <= step * size).all()
 
 
 def test_what_is_packed_in_fp32x3_needs_tiles(
