@@ -64,7 +64,7 @@ class PanelsWriter:
         """The bytes of an array, whatever its dtype."""
         content = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
         self._at += self._file.write(bytes(-self._at % _ALIGN))
-        digest = hashlib.sha256(content).hexdigest()
+        digest = hashlib.sha256(content.data).hexdigest()
         self._tensors[name] = [kind, list(shape), self._at, content.size, digest]
         self._at += self._file.write(content.data)
 
@@ -91,10 +91,7 @@ class Panels:
             about = json.loads(text)
             self.precision, self.made_of = str(about["precision"]), str(about["made_of"])
             order, listed = about["byte_order"], about["tensors"]
-            self.tensors = {
-                name: Tensor(str(kind), tuple(map(_whole, shape)), *map(_whole, at), str(sha))
-                for name, (kind, shape, *at, sha) in listed.items()
-            }
+            self.tensors = {name: _tensor(*entry) for name, entry in listed.items()}
         except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise FileFormatError(f"{path}: its table cannot be read ({error}); {_AGAIN}") from None
         if order != sys.byteorder:
@@ -158,7 +155,7 @@ class Panels:
             raise FileFormatError(
                 f"{self.path}: tensor {name[:200]!r} {list(t.shape)} has {t.nbytes} bytes"
             )
-        if hashlib.sha256(content).hexdigest() != t.sha256:
+        if hashlib.sha256(content.data).hexdigest() != t.sha256:
             raise FileFormatError(self._changed(name))
         return content.view(np.float32).reshape(t.shape)
 
@@ -168,7 +165,7 @@ class Panels:
         for name, t in self.tensors.items():
             digest, content = hashlib.sha256(), self.bytes_of(name)
             for i in range(0, t.nbytes, _PART):
-                digest.update(content[i : i + _PART])
+                digest.update(content[i : i + _PART].data)
             if digest.hexdigest() != t.sha256:
                 raise FileFormatError(self._changed(name))
             yield name
@@ -182,6 +179,10 @@ class Panels:
     def close(self) -> None:
         """Lets go of the file; views that were handed out keep it mapped."""
         self._data = np.empty(0, np.uint8)
+
+
+def _tensor(kind: Any, shape: Any, start: Any, nbytes: Any, sha256: Any) -> Tensor:
+    return Tensor(str(kind), tuple(map(_whole, shape)), _whole(start), _whole(nbytes), str(sha256))
 
 
 def _whole(value: Any) -> int:
