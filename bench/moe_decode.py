@@ -124,6 +124,8 @@ class Weights:
         plain = len(self.shapes[name]) == 1 or name.endswith(".gate.weight")
         return "f32" if plain else self.kind
 
+    form = dtype
+
     load = __call__
 
     def stored(self, name: str) -> Any:

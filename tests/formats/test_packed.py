@@ -115,6 +115,8 @@ def test_every_family_is_packed(tmp_path: Path, name: str) -> None:
         def dtype(self, name: str) -> str:
             return "f32"
 
+        form = dtype
+
         def load(self, name: str) -> np.ndarray:
             return values[name] / np.float32(np.sqrt(values[name].shape[-1]))
 
