@@ -233,7 +233,7 @@ def test_the_random_experts_are_blocks_of_a_usable_size() -> None:
         assert (W.kind, W.shape, W.rows.shape) == (kind, (2048, 768), (2048, width))
     assert weights.dtype("model.layers.0.mlp.gate.weight") == "f32"
     values = dequantize(W)
-    assert 0.5 < np.sqrt(768) * values.std() < 2 and abs(values.mean()) < values.std() / 8
+    assert 0.5 < np.sqrt(768) * values.std() < 2 and abs(values.mean()) < values.std() / 100
 
 
 def test_a_page_of_logits_has_each_text_and_old_files_one() -> None:
