@@ -27,11 +27,14 @@ app = typer.Typer(
 )
 
 
-def command(part: str, *examples: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Registers a verb: the part of the help it stands in, and example command lines."""
+def command(
+    part: str, *examples: str, cls: type[Verb] = Verb, name: str | None = None
+) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Registers a verb: the part of the help it stands in, example command lines, and how its
+    command line is read; `name` where it is not the function's."""
 
     def register(function: Callable[P, T]) -> Callable[P, T]:
-        app.command(cls=Verb, rich_help_panel=part, epilog="\n".join(examples))(verb(function))
+        app.command(name, cls=cls, rich_help_panel=part, epilog="\n".join(examples))(verb(function))
         return function
 
     return register

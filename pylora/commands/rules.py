@@ -107,7 +107,14 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Excludes("backend", "verb", "weights are packed for c, the backend", partial(eq, "pack")),
     ),
     "train": (
-        *(Excludes(o, "config", _FILE.format("--config")) for o in (*_SHAPE, "dora", "dropout")),
+        *(
+            Excludes(o, "adapter_config", _FILE.format("the file"))
+            for o in (*_SHAPE, "dora", "dropout")
+        ),
+        *(
+            Excludes(o, "start", "the adapter that it starts from says so")
+            for o in (*_SHAPE, "dora", "dropout", "init", "adapter_config")
+        ),
         Excludes("steps", "epochs", "each says how long to train"),
         Excludes("resume", "overwrite", "continue the run in OUT, or replace it"),
         Excludes(
@@ -118,8 +125,13 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ),
         Needs("packing", "max_tokens", "the number of tokens to fill up to"),
         Needs("truncate", "max_length", "the number of tokens to cut to"),
-        Needs("eval_every", "eval_data", "a file to evaluate on"),
-        Needs("keep", "save_every", "without it there is one checkpoint, at the end"),
+        Excludes(
+            "patience", "best_by", "what gets no better is not looked at", lambda v: v == "last"
+        ),
+        *(
+            Needs(o, "eval_data", "a file to evaluate on")
+            for o in ("eval_every", "metric", "sample", "best_by", "patience")
+        ),
         Excludes(
             "floor", "schedule", "a constant rate has no lower end", lambda v: v == "constant"
         ),

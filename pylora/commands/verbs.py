@@ -5,6 +5,7 @@ of the heavier parts are inside the verbs, so that `pylora --help` is quick.
 """
 
 from pylora.commands import train  # isort: skip  (importing them registers their verbs, in order)
+from pylora.commands import evaluate  # isort: skip
 from pylora.commands import generate  # isort: skip
 from pylora.commands import chat  # isort: skip
 from pylora.commands import serve  # isort: skip
@@ -21,6 +22,7 @@ __all__ = [
     "chat",
     "combine",
     "convert",
+    "evaluate",
     "families",
     "generate",
     "look",

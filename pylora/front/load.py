@@ -13,6 +13,7 @@ from pylora.formats import open_checkpoint
 from pylora.front.adapters import read_adapter
 from pylora.front.model import Model
 from pylora.model.llama import Llama
+from pylora.model.whole import alone
 from pylora.numbers.precision import check_choice
 from pylora.ops.protocol import Backend
 from pylora.training.train import TrainResult
@@ -86,7 +87,8 @@ def load(
             else (one, None)
             for name, one in named.items()
         }
-        model = Model(checkpoint, Llama.from_checkpoint(checkpoint, backend, precision))
+        llama = Llama.from_checkpoint(checkpoint, backend, precision)
+        model = Model(checkpoint, alone(llama, [one for one, _ in loaded.values()]))
         for name, (one, tokenizer) in loaded.items():
             model.adapters.add(name, one, tokenizer=tokenizer)
         if named and not isinstance(adapter, Mapping) or isinstance(adapter, Adapter):

@@ -49,6 +49,20 @@ def checked_weights(config: LlamaConfig, weights: Weights) -> Weights:
     return checked
 
 
+def remembering(
+    config: LlamaConfig, weights: Weights, vectors: dict[str, np.ndarray[Any, Any]]
+) -> Weights:
+    """`weights`, which puts a copy of each tensor that is never packed into `vectors`."""
+
+    def remembered(name: str) -> Any:
+        array = weights(name)
+        if len(array.shape) == 1 or is_norm(config, name):
+            vectors[name] = np.array(array)
+        return array
+
+    return remembered
+
+
 class FromCheckpoint:
     """The tensors of an open checkpoint, as a model of `precision` wants them.
 

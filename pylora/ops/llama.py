@@ -164,7 +164,17 @@ class Step:
         self.native = None
 
 
-class LlamaOp(Protocol):
+class Runs(Protocol):
+    """What steps run on: one model's operation, or several (model/mixed.py)."""
+
+    def cache(self, k: Sequence[Array], v: Sequence[Array]) -> Any:
+        """Of each layer k and v [rows, kv_heads * head_dim], for `forward` to write and read."""
+
+    def forward(self, cache: Any, step: Step) -> Array:
+        """Stores the tokens' keys and values and gives logits [n, vocab] of the wanted ones."""
+
+
+class LlamaOp(Runs, Protocol):
     """What `Backend.llama` returns. Threads may share it; a `Step` and a cache belong to one."""
 
     def adapter(self, modules: Mapping[int, LoRA], embedding: LoRA | None) -> Any:
@@ -172,12 +182,6 @@ class LlamaOp(Protocol):
 
         A copy: later changes of the arrays are not seen. The caller has checked that they fit.
         """
-
-    def cache(self, k: Sequence[Array], v: Sequence[Array]) -> Any:
-        """Of each layer k and v [rows, kv_heads * head_dim], for `forward` to write and read."""
-
-    def forward(self, cache: Any, step: Step) -> Array:
-        """Stores the tokens' keys and values and gives logits [n, vocab] of the wanted ones."""
 
 
 # ---- what an adapter's biases come to ------------------------------------------------------------

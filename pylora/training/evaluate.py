@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from pylora.errors import DataError, expect
@@ -25,6 +25,16 @@ class Evaluation:
     perplexity: float
     tokens: int  # that count
     seconds: float
+    metrics: Mapping[str, float] = field(default_factory=dict)  # what else was measured, by name
+    samples: Sequence[Mapping[str, str]] = ()  # answers to fixed prompts: prompt, answer
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a run's `measure` finds at an evaluation: figures by name, and answers to look at."""
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    samples: Sequence[Mapping[str, str]] = ()
 
 
 def evaluate(

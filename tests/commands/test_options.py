@@ -56,6 +56,7 @@ def base(verb: str, there: dict[str, Path], out: Path) -> list[str]:
     model, run = str(there["model"]), str(there["run"])
     return {
         "train": ["train", model, str(there["data"]), str(out / "run")],
+        "eval": ["eval", model, str(there["data"])],
         "generate": ["generate", model, "truth"],
         "chat": ["chat", model],
         "serve": ["serve", model],
@@ -76,7 +77,9 @@ def base(verb: str, there: dict[str, Path], out: Path) -> list[str]:
 
 # Where another value is not simply the next number: what to give.
 VALUES: dict[str, Any] = {
-    "alpha": "3.5", "targets": "q_proj", "config": "{c}", "eval_data": "{data}",
+    "alpha": "3.5", "init": "pissa", "targets": "q_proj", "config": "{c}", "adapter_config": "{c}",
+    "learning_rate": "0.01", "epochs": "3", "metric": "token-accuracy", "sample": "truth",
+    "best_by": "last", "start": "{run}", "patience": "2", "eval_data": "{data}",
     "schedule": "linear", "weights": "0.5,2", "method": "linear", "density": "0.5", "rank": "1",
     "majority_sign": "frequency",
     "precision": "bf16", "max_tokens": "64", "max_length": "64", "steps": "2", "eval_every": "1",
@@ -97,8 +100,10 @@ VALUES: dict[str, Any] = {
 BESIDE: dict[tuple[str, str], list[str]] = {
     ("train", "truncate"): ["--max-length", "64"],
     ("train", "packing"): ["--max-tokens", "64"],
-    ("train", "eval_every"): ["--eval", "{data}"],
-    ("train", "keep"): ["--save-every", "1"],
+    **{
+        ("train", o): ["--eval", "{data}"]
+        for o in ("eval_every", "metric", "sample", "best_by", "patience")
+    },
     ("generate", "system"): ["--chat"],
     ("generate", "template_arg"): ["--chat"],
     **{("merge", o): ["--to", "{out}/m.gguf"] for o in ("type_", "dry", "every")},
@@ -158,6 +163,8 @@ def handed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     spy("pylora.training.train.train", last=True)
     spy("pylora.training.train.check_out_dir")
+    spy("pylora.training.evaluate.evaluate")
+    spy("pylora.generation.metrics.Judge")
     spy("pylora.training.examples.load_examples")
     spy("pylora.adapters.plan.resolve")
     spy("pylora.generation.generate.generate", last=True)
@@ -305,6 +312,8 @@ def test_each_rule_refuses_by_name_and_before_anything_is_read(
         other = added(verb, rule.other)
         if rule.other == "schedule":
             other = ["--schedule", "constant"]
+        if rule.other == "best_by":
+            other = ["--best-by", "last"]
         args += ["m:C"] if rule.other == "profile" else []
         args += [*added(verb, rule.option), *other]
         names = (rule.option, rule.other)
@@ -397,6 +406,7 @@ def test_no_hint_stands_for_an_option_that_exists_everywhere() -> None:
         (["trian"], "did you mean train?"),
         (["finetune"], "did you mean train?"),
         (["fuse"], "did you mean merge?"),
+        (["evaluate"], "did you mean eval?"),
         (["xyzzy"], "no verb 'xyzzy' (the verbs: "),
         (["train", "m", "d", "o", "--rankk", "3"], "did you mean --rank?"),
         (["train", "m", "d", "o", "--epoch", "3"], "did you mean --epochs?"),

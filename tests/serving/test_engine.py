@@ -18,12 +18,13 @@ from pylora.adapters.adapter import Adapter
 from pylora.adapters.loraconfig import LoraConfig
 from pylora.adapters.plan import resolve
 from pylora.adapters.pool import AdapterPool
-from pylora.errors import ConfigError, DataError
+from pylora.errors import ConfigError, DataError, UnsupportedError
 from pylora.generation.generate import generate
 from pylora.generation.logprobs import Logprobs
 from pylora.generation.sampling import Sampling
 from pylora.model.config import LlamaConfig
 from pylora.model.llama import Llama
+from pylora.model.whole import Whole
 from pylora.serving.adapters import Registry
 from pylora.serving.arena import row_bytes
 from pylora.serving.engine import Engine
@@ -578,3 +579,49 @@ def test_steps_are_reported(net: Llama) -> None:
     assert [r.decoding for r in reports] == [0, 0, 0, 1, 1]
     stats = engine.stats()
     assert stats.steps == 5 and stats.computed_tokens == 10 and stats.tokens == 3
+
+
+# ---- adapters with weights of their own ---------------------------------------------------------
+
+
+def test_adapters_with_weights_of_their_own_run_beside_the_others() -> None:
+    """Each answer has the bits that it has alone, in steps that the three share."""
+    model = a_model(tie_word_embeddings=False)
+    registry = a_registry(model)
+    rng = np.random.default_rng(0)
+    made: dict[str, Adapter | None] = {"verse": an_adapter(model, 2, r=4)}
+    for i, names in enumerate((("lm_head",), ("model.embed_tokens", "model.norm"))):
+        plain = an_adapter(model, 5 + i)
+        shapes = model.config.tensors()
+        tensors = {
+            f"{n}.weight": rng.standard_normal(shapes[f"{n}.weight"]).astype(np.float32)
+            for n in names
+        }
+        made[f"own {i}"] = Adapter(plain.config, plain.plan, dict(plain), Whole(tensors))
+        registry.add(f"own {i}", made[f"own {i}"])  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError, match="cannot be summed"):
+        registry.resolve((("own 0", 0.5), ("verse", 0.5)))
+    asked = [
+        (name, Request(tuple(rng.integers(0, VOCAB, n).tolist()), 7, adapters=((name, 1.0),)))
+        for name, n in (("own 0", 9), ("verse", 5), ("own 1", 3), ("own 0", 4))
+    ]
+    asked.append(("", Request((3, 1, 4, 1, 5), 7)))
+    made[""] = None
+    with Engine(model, registry) as engine:
+        heard = [(name, request, Heard()) for name, request in asked]
+        for _, request, said in heard:
+            engine.submit(request, said)
+        for name, request, said in heard:
+            assert said.done.usage.completion_tokens == len(said.ids)
+            pool = AdapterPool(model)
+            if (adapter := made[name]) is not None:
+                pool.add("it", adapter)
+            (want,) = generate(
+                model, [list(request.ids)], 7, pool=pool,
+                adapters=["it" if name else None],
+            )  # fmt: skip
+            assert said.ids == want, name
+            if adapter is not None:
+                model.attach(adapter)
+                assert generate(model, [list(request.ids)], 7)[0] == want
+                model.detach()
