@@ -202,6 +202,12 @@ int pylora_pack(int dtype, const pylora_mat *W, void *buffer, pylora_packed *out
  * are taken as they are.  dtype is one of the quantized ones. */
 int pylora_pack_blocks(int dtype, int64_t d, int64_t k, const void *rows, int64_t row_bytes,
                        void *buffer, pylora_packed *out);
+/* The order of the bytes of packed weights: another number whenever one of them changes.  Until then, and on
+ * machines of one byte order, a program may keep them (out->data, pylora_pack_bytes long) in a file of its own. */
+#define PYLORA_LAYOUT 1
+/* Packed bytes that lie somewhere, such as in a file that is mapped, as a weight; nothing is copied.  They are
+ * 64-byte aligned, outlive out, and are those of a [d,k] in this dtype: their values are not looked at. */
+int pylora_packed_at(int dtype, int64_t d, int64_t k, const void *bytes, pylora_packed *out);
 /* Types of weights in files, by ggml's numbers. */
 #define PYLORA_BLOCK_Q4_0 2
 #define PYLORA_BLOCK_Q4_1 3

@@ -44,7 +44,8 @@ Model = Annotated[
     Path,
     typer.Argument(
         metavar="MODEL",
-        help="a GGUF file, a Hugging Face folder, or an id of the Hub whose model is in its cache",
+        help="a GGUF file, a Hugging Face folder, what `pylora pack` wrote, or an id of the Hub "
+        "whose model is in its cache",
     ),
 ]
 AdapterDir = Annotated[
@@ -82,11 +83,11 @@ RsLora = Annotated[
     ),
 ]  # fmt: skip
 Precision = Annotated[
-    str,
+    str | None,
     typer.Option(
         metavar="NAME",
         help="of the base model: fp32, fp32x3, bf16, int8, int4, int8a8, int4a8; fp16 on cuda; "
-        "auto: what trains fastest here",
+        "auto: what trains fastest here; default: fp32, or what MODEL is packed in",
     ),
 ]
 EveryModule = Annotated[

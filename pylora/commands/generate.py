@@ -86,7 +86,7 @@ def generate(
     min_p: MinP = 0.0,
     repetition_penalty: Penalty = 1.0,
     seed: DrawSeed = 0,
-    precision: Precision = "fp32",
+    precision: Precision = None,
 ) -> None:  # fmt: skip
     """Continue a text, with or without an adapter; words appear as they come.
 

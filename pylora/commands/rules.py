@@ -99,9 +99,12 @@ def _warm(temperature: float) -> bool:
 
 
 RULES: dict[str, tuple[Rule, ...]] = {
-    ROOT: tuple(
-        Excludes("backend", "verb", f"{_BACKEND}", partial(eq, verb))
-        for verb in ("plan", "convert", "inspect", "suite", "vectors", "conformance")
+    ROOT: (
+        *(
+            Excludes("backend", "verb", _BACKEND, partial(eq, verb))
+            for verb in ("plan", "convert", "inspect", "suite", "vectors", "conformance")
+        ),
+        Excludes("backend", "verb", "weights are packed for c, the backend", partial(eq, "pack")),
     ),
     "train": (
         *(
@@ -147,6 +150,11 @@ RULES: dict[str, tuple[Rule, ...]] = {
         OneOf(("out", "to"), "a folder for a Hugging Face model, or one GGUF file"),
     ),
     "chat": tuple(Needs(o, "temperature", _DRAWN, _warm) for o in _DRAWS),
+    "pack": (
+        OneOf(("out", "verify"), "a folder to write, or a look at MODEL, which is packed"),
+        Needs("out", "precision", "what the model will run in, such as int4"),
+        Excludes("precision", "verify", "MODEL is packed in the one that it is packed in"),
+    ),
     "plan": (
         *(Excludes(o, "adapter", _FILE.format("ADAPTER")) for o in _SHAPE),
         Excludes("every", "as_json", "--json has an object for every module anyway"),

@@ -59,7 +59,7 @@ def serve(
         list[Path] | None,
         typer.Option(metavar="DIR", help="folder that adapters may be loaded from while it runs"),
     ] = None,
-    precision: Precision = "fp32",
+    precision: Precision = None,
     name: Annotated[
         str | None,
         typer.Option(

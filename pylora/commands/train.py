@@ -185,7 +185,7 @@ def train(
             "--lora-plus", "--loraplus-lr-ratio", part=HOW, help="rate of B over rate of A (LoRA+)"
         ),
     ] = 1.0,
-    precision: Precision = "fp32",
+    precision: Precision = None,
     recompute: Annotated[
         bool,
         _option(
@@ -338,7 +338,7 @@ def train(
                 adapter_config, rank, alpha, targets, rslora, dropout, checkpoint.path, dora
             )
             lora, init = of_config(lora, init)
-            check_init(init, lora, precision)
+            check_init(init, lora, precision or checkpoint.packed_as or "fp32")
             plan = resolve(lora, checkpoint.config.modules())
         warn_about_size(plan, checkpoint.config.num_parameters)
         refuse_too_large(plan, backends.get().name)

@@ -12,6 +12,7 @@ from pylora.commands import serve  # isort: skip
 from pylora.commands import merge  # isort: skip
 from pylora.commands import combine  # isort: skip
 from pylora.commands import convert  # isort: skip
+from pylora.commands import pack  # isort: skip
 from pylora.commands import plan  # isort: skip
 from pylora.commands import families, look
 from pylora.commands.app import app
@@ -26,6 +27,7 @@ __all__ = [
     "generate",
     "look",
     "merge",
+    "pack",
     "plan",
     "serve",
     "train",

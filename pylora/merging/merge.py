@@ -228,7 +228,7 @@ class _Merge:
             settings = self.checkpoint.settings
             said = settings.get("dtype", settings.get("torch_dtype"))
             return "f16" if said == "float16" else "bf16"
-        return stored
+        return stored if stored in _FLOATS else "f32"  # a packed model's blocks
 
     def base(self, name: str) -> Array:
         """A tensor of the base model, in the dtype that it will be written in."""

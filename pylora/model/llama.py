@@ -30,12 +30,12 @@ from pylora.model.mixed import Mixed
 from pylora.model.rope import Rope
 from pylora.model.trunk import Trunk, TrunkCache
 from pylora.model.weights import (
-    FromCheckpoint,
     Weights,
     checked_weights,
     norm_of,
     random_weights,
     remembering,
+    source_of,
     weight_bytes,
 )
 from pylora.model.whole import HasWhole, check_whole, whole_of
@@ -154,20 +154,23 @@ class Llama(HasWhole):
         cls,
         checkpoint: Any,
         backend: str | Backend | None = None,
-        precision: str = "fp32",
+        precision: str | None = None,
     ) -> Llama:
-        """From an open `pylora.formats` checkpoint (GGUF file or Hugging Face directory).
+        """From an open `pylora.formats` checkpoint: a GGUF file, a Hugging Face directory, or a
+        packed model, whose weights stay in its file.
 
         What the file stores in a way that `precision` can multiply is taken as it is; see
         `pylora.model.weights.FromCheckpoint`. `stored_as` then counts the model's matrices by kind.
-        "auto" is what trains fastest on this machine.
+        "auto" is what trains fastest on this machine; None is fp32, or what a model is packed in.
         """
         expect("checkpoint", checkpoint, "Llama.from_checkpoint")
-        if precision == AUTO:
-            ops = backends.get(backend)
+        packed_as, ops = getattr(checkpoint, "packed_as", None), backends.get(backend)
+        if precision is None or (precision == AUTO and packed_as):
+            precision = packed_as or "fp32"
+        elif precision == AUTO:
             precision = fastest(ops.name, getattr(ops, "isa", None))
-        weights = FromCheckpoint(checkpoint, check_precision(precision))
-        model = cls(checkpoint.config, weights, backend=backend, precision=precision)
+        weights = source_of(checkpoint, ops, check_precision(precision))
+        model = cls(checkpoint.config, weights, backend=ops, precision=precision)
         model.stored_as = weights.stored_as
         return model
 

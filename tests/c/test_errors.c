@@ -71,6 +71,18 @@ static void lora_linear(void) {
   E_NULL(pylora_pack(PYLORA_F32, NULL, ws, &bad));
   E_NULL(pylora_pack(PYLORA_F32, &W, NULL, &bad));
   E_NULL(pylora_pack(PYLORA_F32, &W, ws, NULL));
+  static _Alignas(64) char there[4096]; /* panels that a program keeps */
+  EXPECT_STATUS(PYLORA_OK, pylora_pack(PYLORA_F32, &W, there, &bad));
+  EXPECT_STATUS(PYLORA_OK, pylora_packed_at(PYLORA_F32, 5, 6, there, &bad));
+  const pylora_mat again = matrix(5, 6, 1);
+  EXPECT_STATUS(PYLORA_OK, pylora_unpack(&bad, &again));
+  expect_same("a weight of bytes that lie somewhere", &again, &W);
+  E_NULL(pylora_packed_at(PYLORA_F32, 5, 6, NULL, &bad));
+  E_NULL(pylora_packed_at(PYLORA_F32, 5, 6, there, NULL));
+  E_SHAPE(pylora_packed_at(PYLORA_F32, -5, 6, there, &bad));
+  E_SHAPE(pylora_packed_at(PYLORA_Q8_0, 5, 6, there, &bad));
+  EXPECT_STATUS(PYLORA_E_UNSUPPORTED, pylora_packed_at(99, 5, 6, there, &bad));
+  EXPECT_STATUS(PYLORA_E_VALUE, pylora_packed_at(PYLORA_F32, 5, 6, there + 4, &bad));
   E_NULL(pylora_unpack(NULL, &W));
   E_SHAPE(pylora_unpack(&P, &X));
 }

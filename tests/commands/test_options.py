@@ -43,9 +43,11 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     config = where / "config.json"
     config.write_text('{"r": 3, "target_modules": ["q_proj"]}', encoding="utf-8")
     run = where / "run"
+    pack = ["pack", str(model), str(where / "packed"), "--precision", "bf16"]
+    assert cli.main(pack) == 0
     return {
         "model": model, "data": data, "run": run, "other": run / "adapter", "prompts": prompts,
-        "c": config,
+        "c": config, "packed": where / "packed",
     }  # fmt: skip
 
 
@@ -59,6 +61,7 @@ def base(verb: str, there: dict[str, Path], out: Path) -> list[str]:
         "chat": ["chat", model],
         "serve": ["serve", model],
         "merge": ["merge", model, run, str(out / "merged")],
+        "pack": ["pack", model, str(out / "packed"), "--precision", "fp32"],
         "combine": ["combine", run, str(there["other"]), str(out / "both")],
         "convert": ["convert", run, str(out / "a.gguf"), "--base", model],
         "unmerge": ["unmerge", str(there["model"]), str(out / "base")],
@@ -109,6 +112,8 @@ BESIDE: dict[tuple[str, str], list[str]] = {
 INSTEAD: dict[tuple[str, str], list[str]] = {
     ("generate", "prompts"): ["generate", "{model}"],
     **{("merge", o): ["merge", "{model}", "{run}"] for o in ("to", "type_", "dry", "every")},
+    ("pack", "precision"): ["pack", "{model}", "{out}/packed"],
+    ("pack", "verify"): ["pack", "{packed}"],
     ("convert", "base"): ["convert", "{run}", "{out}/a.gguf"],
     ("conformance", "as_list"): ["conformance"],
     ("conformance", "mutants"): ["conformance"],
@@ -176,6 +181,7 @@ def handed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         ),
     )
     spy("pylora.adapters.convert.convert", last=True)
+    spy("pylora.formats.pack.pack_model", last=True)
     spy("pylora.adapters.combine.combine", last=True)
     spy("pylora.check.check.check_model", result=Report("m", "a", "c", 1, 0, "all of it"))
     spy("pylora.demo.demo.run", last=True)
@@ -295,7 +301,7 @@ def test_the_table_names_what_there_is() -> None:
 def test_each_rule_refuses_by_name_and_before_anything_is_read(
     verb: str, rule: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    needed = {"train": 3, "merge": 2, "generate": 1, "plan": 1, "chat": 1}.get(verb, 0)
+    needed = {"train": 3, "merge": 2, "generate": 1, "plan": 1, "chat": 1, "pack": 1}.get(verb, 0)
     args = [verb, *["/none"] * needed]
     if isinstance(rule, rules.OneOf):
         if not rule.at_least:
