@@ -28,6 +28,7 @@ from pylora.commands.app import (
 )
 from pylora.commands.guard import sentence, unfinished
 from pylora.commands.inputs import file_or_stdin
+from pylora.commands.objectives import AIM, NAMES
 from pylora.commands.outputs import check_folder
 from pylora.commands.template import TemplateArgs, refuse_unused, use_template
 from pylora.display.console import Console
@@ -54,8 +55,8 @@ def train(
         Path,
         typer.Argument(
             metavar="DATA",
-            help="records (JSONL, JSON, CSV, parquet): prompt and completion, messages, or text; "
-            "- reads standard input",
+            help="records (JSONL, JSON, CSV, parquet): prompt and completion, messages, text, or "
+            "what --objective is about; - reads standard input",
         ),
     ],
     out: Annotated[
@@ -107,6 +108,28 @@ def train(
         ),
     ] = None,
     template_arg: TemplateArgs = None,
+    objective: Annotated[
+        str,
+        _option("--objective", part=AIM, metavar="NAME", help=f"one of {', '.join(NAMES)}"),
+    ] = "sft",
+    beta: Annotated[
+        float | None,
+        _option("--beta", "--lambda", part=AIM, help="of dpo, ipo (τ), simpo, orpo (λ), kto"),
+    ] = None,
+    label_smoothing: Annotated[
+        float | None,
+        _option("--label-smoothing", part=AIM, help="how often a preference is wrong: dpo, simpo"),
+    ] = None,
+    gamma: Annotated[
+        float | None,
+        _option("--gamma", "--simpo-gamma", part=AIM, help="the margin that simpo asks for"),
+    ] = None,
+    desirable_weight: Annotated[
+        float | None, _option("--desirable-weight", part=AIM, help="of kto's desirable answers")
+    ] = None,
+    undesirable_weight: Annotated[
+        float | None, _option("--undesirable-weight", part=AIM, help="of kto's others")
+    ] = None,
     learning_rate: Annotated[
         float, _option("--lr", "--learning-rate", part=HOW, help="peak learning rate")
     ] = 2e-4,
@@ -203,7 +226,7 @@ def train(
     from pylora.adapters.plan import resolve
     from pylora.formats import open_checkpoint
     from pylora.model.llama import Llama
-    from pylora.training.examples import load_examples
+    from pylora.training.objectives.choose import choose, loader
     from pylora.training.train import TrainConfig, check_out_dir
     from pylora.training.train import train as run
 
@@ -228,6 +251,15 @@ def train(
         save_every=save_every,
         keep=keep,
     )
+    aim = choose(
+        objective,
+        beta=beta,
+        label_smoothing=label_smoothing,
+        gamma=gamma,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
+    )
+    load = loader(objective)
     check_choice(precision)
     check_folder(out)
     check_out_dir(out, resume=resume, overwrite=overwrite)
@@ -243,8 +275,8 @@ def train(
         limit: dict[str, Any] = {"max_length": max_length, "fields": fields}
         limit["too_long"] = "truncate" if truncate else "error"
         data, eval_data = _files(data, eval_data)
-        examples = load_examples(data, tokenizer, **limit)
-        evals = load_examples(eval_data, tokenizer, **limit) if eval_data else None
+        examples = load(data, tokenizer, **limit)
+        evals = load(eval_data, tokenizer, **limit) if eval_data else None
         refuse_unused_arguments()
         llama = Llama.from_checkpoint(checkpoint, precision=precision)
         adapter = Adapter.init(plan, lora, seed, base=checkpoint.load)
@@ -274,6 +306,7 @@ def train(
             on_step,
             resume=resume,
             overwrite=overwrite,
+            objective=aim,
         )
     _after_training(screen, result, out)
 
@@ -325,8 +358,7 @@ def _after_training(screen: Console, result: TrainResult, out: Path) -> None:
         f"{result.tokens_per_second:.0f} tokens/s"
     )
     if result.evaluation is not None:
-        e = result.evaluation
-        screen.say(f"evaluation: loss {e.nll:.4f}, perplexity {e.perplexity:.2f}")
+        screen.say(f"evaluation: {result.evaluation.words()}")
     try:
         seen = evaluations(out / "log.jsonl")
         loss_curve(out / "loss.png", result.losses, evaluations=seen)

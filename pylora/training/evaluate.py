@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from pylora.errors import DataError, expect
@@ -16,7 +16,10 @@ from pylora.types import brief
 
 @dataclass(frozen=True)
 class Evaluation:
-    """nll: natural log, mean over the tokens that count; perplexity: exp(nll), inf if too large."""
+    """nll: natural log, mean over the tokens that count; perplexity: exp(nll), inf if too large.
+
+    Of another objective (training/objectives/) nll is its loss, there is no perplexity (NaN), and
+    `metrics` has what it is judged by."""
 
     __repr__ = brief
 
@@ -24,6 +27,17 @@ class Evaluation:
     perplexity: float
     tokens: int  # that count
     seconds: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def words(self) -> str:
+        """ "loss 0.4210, perplexity 1.52", or the metrics in place of the perplexity."""
+        others = self.metrics or {"perplexity": self.perplexity}
+        return ", ".join(
+            [
+                f"loss {self.nll:.4f}",
+                *(f"{k} {v:.{2 if k == 'perplexity' else 4}f}" for k, v in others.items()),
+            ]
+        )
 
 
 def evaluate(model: Any, examples: Sequence[Example], *, batch_size: int = 8) -> Evaluation:

@@ -26,9 +26,9 @@ from pylora.training import checkpoint
 from pylora.training.batching import Step, epoch_steps
 from pylora.training.checkpoint import Progress
 from pylora.training.config import TrainConfig
-from pylora.training.evaluate import Evaluation, evaluate
-from pylora.training.examples import Example, check_examples, digest
+from pylora.training.evaluate import Evaluation
 from pylora.training.log import Interrupts, Log
+from pylora.training.objectives.base import NextToken, Objective
 from pylora.training.optimizer import Optimizer, gradients, trainable
 from pylora.training.schedule import learning_rate
 from pylora.training.step import step_gradients
@@ -83,18 +83,20 @@ class TrainResult:
 def train(
     model: Any,
     adapter: Mapping[str, LoRA],
-    examples: Sequence[Example],
+    examples: Sequence[Any],
     config: TrainConfig | None = None,
     out_dir: str | os.PathLike[str] | None = None,
-    eval_examples: Sequence[Example] | None = None,
+    eval_examples: Sequence[Any] | None = None,
     on_step: Callable[[StepInfo], None] | None = None,
     *,
     resume: bool = False,
     overwrite: bool = False,
+    objective: Objective | None = None,
 ) -> TrainResult:
     """Trains `adapter` in place (and leaves it attached to `model`).
 
-    Without out_dir nothing is written. With `resume` the newest checkpoint in out_dir is continued;
+    `examples` are `Example`s, or what `objective` (training/objectives/) is about. Without out_dir
+    nothing is written. With `resume` the newest checkpoint in out_dir is continued;
     ConfigError if there is none, or if it is of a run with other settings, data, model or adapter.
     An out_dir that has a run in it is refused unless `resume` or `overwrite` (which removes it).
 
@@ -114,12 +116,15 @@ def train(
     if on_step is not None and not callable(on_step):
         wrong_type("train(on_step=...)", "a function of one StepInfo", on_step)
     config = config or TrainConfig()
-    check_examples(examples, model.config, "training", config.max_tokens)
+    objective = objective or NextToken()
+    objective.check(examples, model, "training", config.max_tokens)
     if eval_examples is not None:
-        check_examples(eval_examples, model.config, "evaluation")
+        objective.check(eval_examples, model, "evaluation")
     model.attach(adapter)
-    run = _Run(model, adapter, examples, config, None if out_dir is None else Path(out_dir))
+    where = None if out_dir is None else Path(out_dir)
+    run = _Run(model, adapter, examples, config, where, objective)
     run.open(resume, overwrite)
+    run.prepare([*examples, *(eval_examples or ())])
     try:
         return run.finish(eval_examples, on_step)
     finally:
@@ -161,13 +166,14 @@ class _Run:
         self,
         model: Any,
         adapter: Mapping[str, LoRA],
-        examples: Sequence[Example],
+        examples: Sequence[Any],
         config: TrainConfig,
         out_dir: Path | None,
+        objective: Objective,
     ) -> None:
         self.model, self.adapter, self.examples = model, adapter, examples
-        self.config, self.out_dir = config, out_dir
-        self.optimizer = Optimizer(model.ops, trainable(model.placed), config)
+        self.config, self.out_dir, self.objective = config, out_dir, objective
+        self.optimizer = Optimizer(model.ops, self._trained(), config)
         self.progress = Progress()
         self.saved = 0  # step of the newest checkpoint
         self.log: Log | None = None
@@ -211,10 +217,11 @@ class _Run:
             )
         self.identity = {
             **self.config.identity(),
+            **self.objective.identity(),
             "backend": self.model.ops.name,
             "precision": self.model.precision_report,
             "base model": checkpoint.fingerprint(self.model),
-            "training data": digest(self.examples),
+            "training data": self.objective.digest(self.examples),
             **{
                 f"adapter of {path}": f"rank {lora.rank}, scale {lora.scale!r}, "
                 f"dropout {lora.dropout!r}"
@@ -238,7 +245,7 @@ class _Run:
         stored = type(self.adapter).load(path, self.model.config.modules())  # type: ignore[attr-defined]
         checkpoint.restore_arrays(str(path), trainable(stored), trainable(self.adapter))
         self.model.attach(self.adapter)
-        self.optimizer.parameters = trainable(self.model.placed)
+        self.optimizer.parameters = self._trained()
         moments = {name: np.empty_like(a) for name, a in self.optimizer.state().items()}
         checkpoint.restore_moments(path, moments)
         self.optimizer.restore(moments)
@@ -252,11 +259,20 @@ class _Run:
             checkpoint.write(self.out_dir, self.adapter, state, self.progress, self.identity, keep)
             self.saved = self.progress.step
 
+    def _trained(self) -> dict[str, Any]:
+        """The arrays that are trained, where the backend computes."""
+        return {**trainable(self.model.placed), **self.objective.parameters(self.model)}
+
+    def prepare(self, examples: Sequence[Any]) -> None:
+        """What the objective computes once."""
+        self.objective.prepare(self.model, examples, self.out_dir)
+        self.optimizer.parameters = self._trained()  # the adapter was away meanwhile
+
     # ---- the loop -----------------------------------------------------------------------------
 
     def finish(
         self,
-        eval_examples: Sequence[Example] | None,
+        eval_examples: Sequence[Any] | None,
         on_step: Callable[[StepInfo], None] | None,
     ) -> TrainResult:
         c, p, evaluation = self.config, self.progress, None
@@ -265,7 +281,7 @@ class _Run:
                 info = self._step(step)
                 last = p.step == self.steps
                 if eval_examples and (last or (c.eval_every and p.step % c.eval_every == 0)):
-                    evaluation = evaluate(self.model, eval_examples, batch_size=c.batch_size)
+                    evaluation = self._evaluate(eval_examples)
                     info = StepInfo(**{**vars(info), "evaluation": evaluation})
                 self._record(info)
                 try:
@@ -278,7 +294,7 @@ class _Run:
                 if last or (c.save_every and p.step % c.save_every == 0):
                     self.save()
         if eval_examples and evaluation is None:  # a finished run was resumed
-            evaluation = evaluate(self.model, eval_examples, batch_size=c.batch_size)
+            evaluation = self._evaluate(eval_examples)
         self.model.collect()
         if self.out_dir is not None:
             self.adapter.save(self.out_dir / _ADAPTER)  # type: ignore[attr-defined]
@@ -286,6 +302,9 @@ class _Run:
         return TrainResult(
             list(p.losses), p.step, p.tokens, p.seconds, rate, self.adapter, evaluation
         )
+
+    def _evaluate(self, examples: Sequence[Any]) -> Evaluation:
+        return self.objective.evaluate(self.model, examples, self.config.batch_size)
 
     def _remaining(self) -> Iterator[Step]:
         """The steps still to do; progress is moved on after each."""
@@ -302,12 +321,8 @@ class _Run:
         """One update, and progress past it."""
         c, p, began = self.config, self.progress, time.perf_counter()
         number = p.step + 1
-        loss, rows, grads = step_gradients(
-            self.model,
-            self.examples,
-            step,
-            drop=DropKey(c.seed, number),
-            recompute=c.recompute,
+        loss, rows, grads = self.objective.gradients(
+            self.model, self.examples, step, DropKey(c.seed, number), c.recompute
         )
         named = gradients(grads, self.optimizer.parameters)
         norm = self.optimizer.norm(named)
@@ -367,4 +382,9 @@ class _Run:
         if info.evaluation is not None:
             e = info.evaluation
             perplexity = e.perplexity if math.isfinite(e.perplexity) else None
-            self.log.add({"step": info.step, "eval_loss": e.nll, "eval_perplexity": perplexity})
+            said: dict[str, Any] = {
+                "step": info.step,
+                "eval_loss": e.nll,
+                "eval_perplexity": perplexity,
+            }
+            self.log.add(said | {f"eval_{name}": value for name, value in e.metrics.items()})
