@@ -106,12 +106,13 @@ def train(
     """
     expect("model", model, "train(model, adapter, examples, config)")
     expect("adapter", adapter, "train(model, adapter, examples, config)")
-    expect("examples", examples, "train(model, adapter, examples, config)")
+    if objective is None:
+        expect("examples", examples, "train(model, adapter, examples, config)")
     if config is not None:
         expect("training settings", config, "train(model, adapter, examples, config)")
     if out_dir is not None:
         expect("path", out_dir, "train(out_dir=...)")
-    if eval_examples is not None:
+    if eval_examples is not None and objective is None:
         expect("examples", eval_examples, "train(eval_examples=...)")
     if on_step is not None and not callable(on_step):
         wrong_type("train(on_step=...)", "a function of one StepInfo", on_step)
