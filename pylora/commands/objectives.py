@@ -5,4 +5,4 @@ from __future__ import annotations
 AIM = "What it aims at"
 
 # Those of pylora.training.objectives.choose, which a test compares: --help imports no NumPy.
-NAMES = ("sft", "dpo", "ipo", "simpo", "orpo", "kto")
+NAMES = ("sft", "dpo", "ipo", "simpo", "orpo", "kto", "classify", "regress")

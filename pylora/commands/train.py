@@ -130,6 +130,10 @@ def train(
     undesirable_weight: Annotated[
         float | None, _option("--undesirable-weight", part=AIM, help="of kto's others")
     ] = None,
+    classes: Annotated[
+        str | None,
+        _option("--classes", part=AIM, metavar="N|A,B", help="of classify: how many, or names"),
+    ] = None,
     learning_rate: Annotated[
         float, _option("--lr", "--learning-rate", part=HOW, help="peak learning rate")
     ] = 2e-4,
@@ -221,12 +225,11 @@ def train(
     the same (docs/training.md).
     """
     from pylora import backends
-    from pylora.adapters.adapter import Adapter
     from pylora.adapters.own_tokenizer import tokenizer_of
     from pylora.adapters.plan import resolve
     from pylora.formats import open_checkpoint
     from pylora.model.llama import Llama
-    from pylora.training.objectives.choose import choose, loader
+    from pylora.training.objectives.choose import choose, read
     from pylora.training.train import TrainConfig, check_out_dir
     from pylora.training.train import train as run
 
@@ -259,7 +262,6 @@ def train(
         desirable_weight=desirable_weight,
         undesirable_weight=undesirable_weight,
     )
-    load = loader(objective)
     check_choice(precision)
     check_folder(out)
     check_out_dir(out, resume=resume, overwrite=overwrite)
@@ -275,11 +277,10 @@ def train(
         limit: dict[str, Any] = {"max_length": max_length, "fields": fields}
         limit["too_long"] = "truncate" if truncate else "error"
         data, eval_data = _files(data, eval_data)
-        examples = load(data, tokenizer, **limit)
-        evals = load(eval_data, tokenizer, **limit) if eval_data else None
+        examples, evals = read(objective, data, eval_data, tokenizer, classes=classes, **limit)
         refuse_unused_arguments()
         llama = Llama.from_checkpoint(checkpoint, precision=precision)
-        adapter = Adapter.init(plan, lora, seed, base=checkpoint.load)
+        adapter = aim.fresh(plan, lora, seed, llama, examples, checkpoint.load)
     screen.say(
         f"{len(examples):,} examples; {adapter.num_parameters:,} trainable parameters "
         f"({100 * adapter.num_parameters / llama.config.num_parameters:.2f} %); "

@@ -10,6 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from pylora.adapters.adapter import Adapter
+from pylora.adapters.loraconfig import LoraConfig
+from pylora.adapters.peft import Load
+from pylora.adapters.plan import Plan
 from pylora.model.linear import DropKey, Grads
 from pylora.training.batching import Step
 from pylora.training.evaluate import Evaluation, evaluate
@@ -39,6 +43,11 @@ class Objective(Protocol):
         """Computes what is computed once. The model's adapter is attached anew where it had to be
         taken away. `out_dir` may keep what was computed, for a resumed run."""
 
+    def fresh(
+        self, plan: Plan, config: LoraConfig, seed: int, model: Any, items: Any, base: Load | None
+    ) -> Adapter:
+        """The adapter that a new run begins with."""
+
     def parameters(self, model: Any) -> Mapping[str, Array]:
         """Arrays that are trained beside the adapter, by name; where the backend computes."""
 
@@ -59,6 +68,11 @@ class Plain:
 
     def prepare(self, model: Any, items: Sequence[Any], out_dir: Path | None) -> None:
         pass
+
+    def fresh(
+        self, plan: Plan, config: LoraConfig, seed: int, model: Any, items: Any, base: Load | None
+    ) -> Adapter:
+        return Adapter.init(plan, config, seed, base=base)
 
     def parameters(self, model: Any) -> Mapping[str, Array]:
         return {}

@@ -10,10 +10,12 @@ from typing import Any
 from pylora.errors import ConfigError
 from pylora.training.examples import Examples, load_examples
 from pylora.training.objectives.base import NextToken, Objective
+from pylora.training.objectives.classify import Classify, Regress
 from pylora.training.objectives.dpo import DPO
 from pylora.training.objectives.ipo import IPO
 from pylora.training.objectives.items import Items
 from pylora.training.objectives.kto import KTO
+from pylora.training.objectives.labelled import LabelledItems, load_classes, load_numbers
 from pylora.training.objectives.likelihood import Likelihood
 from pylora.training.objectives.orpo import ORPO
 from pylora.training.objectives.preference_records import load_preferences, load_verdicts
@@ -24,7 +26,9 @@ _LIKELIHOODS: dict[str, type[Likelihood]] = {c.name: c for c in (DPO, IPO, SimPO
 # Where an objective's own paper and programs differ from the common default.
 _DEFAULTS: dict[str, dict[str, float]] = {"simpo": {"beta": 2.0, "gamma": 1.0}}
 
-NAMES = ("sft", *_LIKELIHOODS)
+_HEADS: dict[str, type[Classify]] = {c.name: c for c in (Classify, Regress)}
+
+NAMES = ("sft", *_LIKELIHOODS, *_HEADS)
 
 
 def check_name(name: str) -> str:
@@ -43,7 +47,7 @@ def choose(name: str, **settings: Any) -> Objective:
     one that the objective does not have, or that is out of range."""
     check_name(name)
     given = {key: value for key, value in settings.items() if value is not None}
-    uses = () if name == "sft" else _LIKELIHOODS[name].uses
+    uses = _LIKELIHOODS[name].uses if name in _LIKELIHOODS else ()
     for key in given:
         if key not in {f.name for f in fields(Settings)}:
             raise ConfigError(f"there is no setting {key!r} of an objective")
@@ -52,6 +56,8 @@ def choose(name: str, **settings: Any) -> Objective:
             raise ConfigError(f"{key} is no setting of the objective {name}: {has}")
     if name == "sft":
         return NextToken()
+    if name in _HEADS:
+        return _HEADS[name]()
     return _LIKELIHOODS[name](Settings(**{**_DEFAULTS.get(name, {}), **given}))
 
 
@@ -59,4 +65,21 @@ def loader(name: str) -> Callable[..., Items | Examples]:
     """What reads a file for an objective: (path, tokenizer, **options) -> its items."""
     if name == "sft":
         return load_examples
+    if name in _HEADS:
+        return load_classes if name == "classify" else load_numbers
     return load_verdicts if name == "kto" else load_preferences
+
+
+def read(
+    name: str, data: Any, evals: Any, tokenizer: Any, *, classes: str | None = None, **options: Any
+) -> tuple[Items | Examples, Items | Examples | None]:
+    """The items of a file to train on and, if there is one, of a file to evaluate on, whose classes
+    are those of the first. `classes`: see `load_classes`."""
+    load = loader(name)
+    if classes is not None and name != "classify":
+        raise ConfigError(f"classes are no setting of the objective {name}")
+    given: dict[str, Any] = {"classes": classes} if name == "classify" else {}
+    items = load(data, tokenizer, **given, **options)
+    if isinstance(items, LabelledItems) and name == "classify":
+        given = {"classes": items.classes}
+    return items, load(evals, tokenizer, **given, **options) if evals else None
