@@ -91,6 +91,7 @@ _ENGINE = (
     *_ENGINES, "convert", "adapters_by", "precision", "form", "api_key", "timeout", "bases",
     "tests",
 )  # fmt: skip
+_TEACHES, _DISTILLS = ("teacher", "teacher_adapter", "top_k"), partial(eq, "distill")
 _HUNT = "the kit's own wrong implementations are tried with every law"
 
 
@@ -116,6 +117,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Needs("packing", "max_tokens", "the number of tokens to fill up to"),
         Needs("truncate", "max_length", "the number of tokens to cut to"),
         Needs("eval_every", "eval_data", "a file to evaluate on"),
+        *(Needs(o, "objective", "it is for distill", _DISTILLS) for o in _TEACHES),
+        Needs("classes", "objective", "it is for classify", partial(eq, "classify")),
         Needs("keep", "save_every", "without it there is one checkpoint, at the end"),
         Excludes(
             "floor", "schedule", "a constant rate has no lower end", lambda v: v == "constant"

@@ -28,7 +28,7 @@ from pylora.commands.app import (
 )
 from pylora.commands.guard import sentence, unfinished
 from pylora.commands.inputs import file_or_stdin
-from pylora.commands.objectives import AIM, NAMES
+from pylora.commands.objectives import AIM, NAMES, check_teacher, taught
 from pylora.commands.outputs import check_folder
 from pylora.commands.template import TemplateArgs, refuse_unused, use_template
 from pylora.display.console import Console
@@ -129,6 +129,23 @@ def train(
     ] = None,
     undesirable_weight: Annotated[
         float | None, _option("--undesirable-weight", part=AIM, help="of kto's others")
+    ] = None,
+    teacher: Annotated[
+        Path | None,
+        _option("--teacher", part=AIM, metavar="MODEL", help="of distill; default: MODEL itself"),
+    ] = None,
+    teacher_adapter: Annotated[
+        Path | None,
+        _option("--teacher-adapter", part=AIM, metavar="ADAPTER", help="that the teacher has"),
+    ] = None,
+    top_k: Annotated[
+        int, _option("--top-k", part=AIM, help="tokens of which a teacher's word is kept")
+    ] = 32,
+    temperature: Annotated[
+        float | None, _option("--temperature", part=AIM, help="of teacher and student")
+    ] = None,
+    mix: Annotated[
+        float | None, _option("--mix", part=AIM, help="of distill: the weight of the labels")
     ] = None,
     classes: Annotated[
         str | None,
@@ -261,7 +278,10 @@ def train(
         gamma=gamma,
         desirable_weight=desirable_weight,
         undesirable_weight=undesirable_weight,
+        temperature=temperature,
+        mix=mix,
     )
+    check_teacher(objective, teacher, teacher_adapter)
     check_choice(precision)
     check_folder(out)
     check_out_dir(out, resume=resume, overwrite=overwrite)
@@ -280,6 +300,17 @@ def train(
         examples, evals = read(objective, data, eval_data, tokenizer, classes=classes, **limit)
         refuse_unused_arguments()
         llama = Llama.from_checkpoint(checkpoint, precision=precision)
+        if objective == "distill":
+            examples, evals = taught(
+                llama,
+                (examples, evals),
+                (data, eval_data),
+                limit,
+                teacher,
+                teacher_adapter,
+                top_k,
+                temperature,
+            )
         adapter = aim.fresh(plan, lora, seed, llama, examples, checkpoint.load)
     screen.say(
         f"{len(examples):,} examples; {adapter.num_parameters:,} trainable parameters "

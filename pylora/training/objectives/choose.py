@@ -11,6 +11,7 @@ from pylora.errors import ConfigError
 from pylora.training.examples import Examples, load_examples
 from pylora.training.objectives.base import NextToken, Objective
 from pylora.training.objectives.classify import Classify, Regress
+from pylora.training.objectives.distill import Distill
 from pylora.training.objectives.dpo import DPO
 from pylora.training.objectives.ipo import IPO
 from pylora.training.objectives.items import Items
@@ -28,7 +29,7 @@ _DEFAULTS: dict[str, dict[str, float]] = {"simpo": {"beta": 2.0, "gamma": 1.0}}
 
 _HEADS: dict[str, type[Classify]] = {c.name: c for c in (Classify, Regress)}
 
-NAMES = ("sft", *_LIKELIHOODS, *_HEADS)
+NAMES = ("sft", *_LIKELIHOODS, *_HEADS, "distill")
 
 
 def check_name(name: str) -> str:
@@ -48,6 +49,7 @@ def choose(name: str, **settings: Any) -> Objective:
     check_name(name)
     given = {key: value for key, value in settings.items() if value is not None}
     uses = _LIKELIHOODS[name].uses if name in _LIKELIHOODS else ()
+    uses = Distill.uses if name == "distill" else uses
     for key in given:
         if key not in {f.name for f in fields(Settings)}:
             raise ConfigError(f"there is no setting {key!r} of an objective")
@@ -58,12 +60,15 @@ def choose(name: str, **settings: Any) -> Objective:
         return NextToken()
     if name in _HEADS:
         return _HEADS[name]()
+    if name == "distill":
+        return Distill(Settings(**given))
     return _LIKELIHOODS[name](Settings(**{**_DEFAULTS.get(name, {}), **given}))
 
 
 def loader(name: str) -> Callable[..., Items | Examples]:
-    """What reads a file for an objective: (path, tokenizer, **options) -> its items."""
-    if name == "sft":
+    """What reads a file for an objective: (path, tokenizer, **options) -> its items; of distill the
+    examples, which a teacher has to see (`teach`)."""
+    if name in ("sft", "distill"):
         return load_examples
     if name in _HEADS:
         return load_classes if name == "classify" else load_numbers

@@ -18,6 +18,8 @@ class Settings:
     gamma: float = 0.5  # SimPO: the margin that the chosen answer should have
     desirable_weight: float = 1.0  # KTO
     undesirable_weight: float = 1.0
+    temperature: float = 1.0  # distill
+    mix: float = 0.0  # distill: the weight of the labels themselves
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -27,6 +29,7 @@ class Settings:
             if not math.isfinite(value):
                 raise ConfigError(f"{field.name} is {value!r}; it must be finite")
         for name, low, high in (
+            ("mix", 0.0, 1.0),
             ("label_smoothing", 0.0, 0.5),
             ("gamma", 0.0, math.inf),
             ("desirable_weight", 0.0, math.inf),
@@ -37,8 +40,9 @@ class Settings:
                     f"{name} is {getattr(self, name):g}; it must be at least {low:g}"
                     + (f" and below {high:g}" if high < math.inf else "")
                 )
-        if self.beta <= 0:
-            raise ConfigError(f"beta is {self.beta:g}; it must be above 0")
+        for name in ("beta", "temperature"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} is {getattr(self, name):g}; it must be above 0")
         if not (self.desirable_weight or self.undesirable_weight):
             raise ConfigError(
                 "desirable_weight and undesirable_weight are both 0: nothing is learnt"
