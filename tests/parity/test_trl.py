@@ -227,3 +227,40 @@ def test_kto(base: Path, tmp_path: Path, ops: Any) -> None:
         )  # fmt: skip
     objective = choose("kto", beta=0.5, desirable_weight=1.3, undesirable_weight=0.6)
     compared(trainer, trainer.data_collator(rows), base, objective, items, ops)
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_distillation_against_the_server_distillation_trainer(
+    k: int, base: Path, tmp_path: Path, ops: Any
+) -> None:
+    """TRL's loss of a teacher's k likeliest tokens and the tail, with gradients of its logits."""
+    server = pytest.importorskip("trl.experimental.server_distillation.server_distillation_trainer")
+    from types import SimpleNamespace
+
+    from pylora.training.objectives.soft import divergence
+
+    kind = server.ServerDistillationTrainer
+    holder = SimpleNamespace(
+        loss_add_tail=True, _reduce_divergence_loss=kind._reduce_divergence_loss
+    )
+    torch.manual_seed(1)
+    teacher = torch.log_softmax(torch.randn(1, 6, VOCAB, dtype=torch.float64) * 3, -1)
+    logits = torch.randn(1, 6, VOCAB, dtype=torch.float64, requires_grad=True)
+    values, ids = teacher.topk(k)
+    loss = kind._compute_server_forward_kl_loss(
+        holder,
+        {"topk_logprobs": values, "topk_token_ids": ids},
+        torch.log_softmax(logits, -1),
+        torch.zeros(1, 6, dtype=torch.long),
+    )
+    loss.backward()
+    log_q = torch.log_softmax(logits.detach(), -1)[0].numpy()
+    found, want = 0.0, logits.grad[0].numpy() * 6
+    for row in range(6):
+        at = ids[0, row].numpy()
+        kl, outer, inner = divergence(values[0, row].numpy(), log_q[row, at])
+        got = np.exp(log_q[row]) * outer
+        got[at] = inner
+        np.testing.assert_allclose(got, want[row], rtol=1e-9, atol=1e-14)
+        found += kl
+    assert found / 6 == pytest.approx(float(loss.detach()), rel=1e-12)

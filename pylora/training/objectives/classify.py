@@ -45,8 +45,19 @@ class Classify:
         return labelled.digest(items)
 
     def prepare(self, model: Any, items: Sequence[Any], out_dir: Path | None) -> None:
-        """Nothing is computed beforehand. ConfigError where the adapter has no head."""
-        head_of(model)
+        """ConfigError where the adapter has no head, DataError for a label that is none of the
+        head's. Nothing is computed beforehand."""
+        rows = head_of(model).score.shape[0]
+        for item in items:
+            self.check_label(item, rows)
+
+    def check_label(self, item: Labelled, rows: int) -> None:
+        """DataError, naming its place, for a label that is none of the head's."""
+        if not 0 <= item.label < rows:
+            raise DataError(
+                f"{item.where}: the label {item.label:g} is out of range: the head has {rows} "
+                f"classes, 0 to {rows - 1}"
+            )
 
     def fresh(
         self, plan: Plan, config: LoraConfig, seed: int, model: Any, items: Any, base: Load | None
@@ -90,12 +101,8 @@ class Classify:
 
     def of(self, item: Labelled, scores: np.ndarray) -> tuple[float, np.ndarray]:
         """The loss of one text and its gradient with respect to its scores [classes]."""
+        self.check_label(item, scores.size)
         label = int(item.label)
-        if not 0 <= label < scores.size:
-            raise DataError(
-                f"{item.where}: the label {label} is out of range: the head has {scores.size} "
-                f"classes, 0 to {scores.size - 1}"
-            )
         shifted = scores - scores.max()
         log_sum = math.log(math.fsum(np.exp(shifted).tolist()))
         slope = np.exp(shifted - log_sum)
@@ -132,6 +139,11 @@ class Regress(Classify):
     """The squared error of a text's number."""
 
     name = "regress"
+
+    def check_label(self, item: Labelled, rows: int) -> None:
+        """DataError for a number that is not finite."""
+        if not math.isfinite(item.label):
+            raise DataError(f"{item.where}: the label {item.label!r} is not finite")
 
     def of(self, item: Labelled, scores: np.ndarray) -> tuple[float, np.ndarray]:
         off = float(scores[0]) - item.label

@@ -73,9 +73,9 @@ def load_classes(
     """
     known = _parse(classes)
     texts, labels, wheres, reader, read = _texts(path, tokenizer, options)
-    named = {isinstance(label, str) for label in labels}
-    if len(named) == 2:
-        at = wheres[[isinstance(label, str) for label in labels].index(True)]
+    named = [isinstance(label, str) and not label.strip().isdecimal() for label in labels]
+    if len({isinstance(label, str) for label in labels}) == 2 and any(named):
+        at = wheres[named.index(True)]
         raise DataError(f"{at}: this label is a name, others of the file are numbers")
     if not known:
         known = _found(labels, wheres, reader.name)
@@ -104,13 +104,13 @@ def _texts(path: Any, tokenizer: Tokenizer, options: Mapping[str, Any]) -> tuple
 
     def interpret(record: dict[str, Any], where: str) -> tuple[str, list[Any]]:
         said = {name: value for name, value in record.items() if value is not None}
-        check({name: value for name, value in said.items() if name != "label"}, where)
         for name in ("prompt", "completion", "chosen", "rejected"):
             if name in said:
                 raise DataError(
                     f"{where}: {_RECORD}, this one has {name!r}; say what it is, such as "
                     f"--fields text={name}, or pass it over: --fields=-{name}"
                 )
+        check({name: value for name, value in said.items() if name != "label"}, where)
         if "label" not in said:
             has = ", ".join(map(repr, list(said)[:8])) or "no field"
             raise DataError(f"{where}: there is no 'label'; {_RECORD}, this one has {has}")
