@@ -4,9 +4,9 @@
 
 MODEL is a model file such as SmolLM2-135M-Instruct.Q4_1.gguf. Every run begins with a fresh adapter
 of rank 8 on all linear modules and has the same number of updates; the metric is measured on
-records that were not trained on. Preferences, also those of kto, are judged by one figure: how often the
-model finds the right translation likelier, per token, than one with a mistake in it.
-The teacher of distill is the same base with an adapter of rank 16 that was trained on translations;
+records that were not trained on. Preferences, also those of kto, are judged by one figure: how
+often the model finds the right translation likelier, per token, than one with a
+mistake in it. The teacher of distill is the same base with an adapter of rank 16 that was trained on translations;
 its student has rank 8 and never sees a label.
 """
 

@@ -112,6 +112,8 @@ def compared(trainer: Any, batch: Any, base: Path, objective: Any, items: Any, o
     adapter = Adapter.load(base / "adapter", model.config)
     model.attach(adapter)
     objective.prepare(model, items, None)
+    if objective.name == "kto":
+        assert objective.of_step(model, items) > 0, "z is clipped: nothing of it is compared"
     half = len(items) // 2
     micros = (tuple(range(half)), tuple(range(half, len(items))))
     got, _, grads = objective.gradients(model, items, micros, None, False)

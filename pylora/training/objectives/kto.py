@@ -1,4 +1,4 @@
-"""KTO: Kahneman-Tversky optimization (Ethayarajh et al. 2024, equations 7 and 8), on single answers
+"""KTO: Kahneman-Tversky optimization (Ethayarajh et al. 2024, equation 7), on single answers
 with a verdict.
 
     L = w_d (1 - σ(β (ρ - z)))  of a desirable answer,   w_u (1 - σ(β (z - ρ)))  of another
