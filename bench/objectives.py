@@ -35,7 +35,7 @@ from pylora.training.objectives.distill import teach
 from pylora.training.train import TrainConfig, train
 
 PREFERENCES = ("dpo", "ipo", "simpo", "orpo", "kto")
-RATES = {"dpo": 5e-4, "ipo": 5e-4, "simpo": 5e-4, "orpo": 1e-3, "kto": 2e-3}
+RATES = {"dpo": 5e-4, "ipo": 5e-4, "simpo": 5e-4, "orpo": 1e-3, "kto": 5e-4}
 RATES |= {"classify": 1e-3, "regress": 1e-3, "distill": 1e-3, "teacher": 1e-3}
 LONGER = {"kto": 2}  # times as many updates: a verdict says less than a pair
 TRAINED, HELD = 480, 100
@@ -144,9 +144,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for r in rows:
+        loss = f"{r['loss_first']:.3f} → {r['loss_last']:.3f}"
         lines.append(
             f"| {r['objective']} | {r['metric']} | {r['before']:.3f} | {r['after']:.3f} | "
-            f"{r['loss_first']:.3f} → {r['loss_last']:.3f} | {r['steps']} | {r['cpu_seconds']:.0f} |"
+            f"{loss} | {r['steps']} | {r['cpu_seconds']:.0f} |"
         )
     return "\n".join(lines)
 

@@ -8,7 +8,8 @@ from dataclasses import fields
 from typing import Any
 
 from pylora.errors import ConfigError
-from pylora.training.examples import Examples, load_examples
+from pylora.training import examples as plain
+from pylora.training.examples import Examples
 from pylora.training.objectives.base import NextToken, Objective
 from pylora.training.objectives.classify import Classify, Regress
 from pylora.training.objectives.distill import Distill
@@ -69,7 +70,7 @@ def loader(name: str) -> Callable[..., Items | Examples]:
     """What reads a file for an objective: (path, tokenizer, **options) -> its items; of distill the
     examples, which a teacher has to see (`teach`)."""
     if name in ("sft", "distill"):
-        return load_examples
+        return plain.load_examples
     if name in _HEADS:
         return load_classes if name == "classify" else load_numbers
     return load_verdicts if name == "kto" else load_preferences
