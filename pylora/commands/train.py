@@ -31,9 +31,11 @@ from pylora.commands.inputs import file_or_stdin
 from pylora.commands.objectives import AIM, NAMES, check_teacher, taught
 from pylora.commands.outputs import check_folder
 from pylora.commands.template import TemplateArgs, refuse_unused, use_template
+from pylora.commands.together import again, together
 from pylora.display.console import Console
 from pylora.errors import ConfigError
 from pylora.numbers.precision import check_choice
+from pylora.training.launched import launched
 
 if TYPE_CHECKING:
     from pylora.training.train import StepInfo, TrainResult
@@ -48,6 +50,7 @@ def _option(*names: str, part: str, help: str, metavar: str | None = None) -> An
     "pylora train SmolLM2.gguf data.jsonl runs/tone --epochs 3",
     "pylora train SmolLM2.gguf data.jsonl runs/tone --epochs 3 --resume",
 )
+@together
 def train(
     context: typer.Context,
     model: Model,
@@ -246,6 +249,7 @@ def train(
     from pylora.adapters.plan import resolve
     from pylora.formats import open_checkpoint
     from pylora.model.llama import Llama
+    from pylora.training.mpi import world
     from pylora.training.objectives.choose import choose, read
     from pylora.training.train import TrainConfig, check_out_dir
     from pylora.training.train import train as run
@@ -339,14 +343,18 @@ def train(
             resume=resume,
             overwrite=overwrite,
             objective=aim,
+            ranks=world(),
         )
-    _after_training(screen, result, out)
+    if world().rank == 0:
+        _after_training(screen, result, out)
 
 
 def _files(data: Path, evals: Path | None) -> tuple[Path, Path | None]:
     """The two files of records; one of them may be standard input."""
     if str(data) == "-" and evals is not None and str(evals) == "-":
         raise ConfigError("DATA and --eval cannot both be standard input")
+    if launched() > 1 and "-" in (str(data), str(evals)):
+        raise ConfigError("several processes cannot read standard input; give a file")
     return file_or_stdin(data) or data, file_or_stdin(evals)
 
 
@@ -377,7 +385,7 @@ def _saying_where(out: Path, args: Any) -> Iterator[list[tuple[int, int]]]:
 def _again(args: Any) -> str:
     """The command line that continues the run."""
     kept = [a for a in args or ["train", "…"] if a not in ("--overwrite", "--resume")]
-    return shlex.join(["pylora", *kept, "--resume"])
+    return shlex.join(again(["pylora", *kept, "--resume"]))
 
 
 def _after_training(screen: Console, result: TrainResult, out: Path) -> None:

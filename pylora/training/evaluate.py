@@ -11,6 +11,7 @@ from typing import Any
 from pylora.errors import DataError, expect
 from pylora.training.batching import assemble
 from pylora.training.examples import Example
+from pylora.training.ranks import ALONE, Ranks
 from pylora.types import brief
 
 
@@ -40,11 +41,13 @@ class Evaluation:
         )
 
 
-def evaluate(model: Any, examples: Sequence[Example], *, batch_size: int = 8) -> Evaluation:
+def evaluate(
+    model: Any, examples: Sequence[Example], *, batch_size: int = 8, ranks: Ranks = ALONE
+) -> Evaluation:
     """Runs `model` (with the adapter it has, without dropout) over the examples.
 
     The result does not depend on batch_size: rows do not depend on their neighbours, and the sum
-    over tokens is rounded once.
+    over tokens is rounded once. Nor does it depend on how many processes share the work.
     """
     expect("model", model, "evaluate(model, examples)")
     expect("examples", examples, "evaluate(model, examples)")
@@ -52,13 +55,14 @@ def evaluate(model: Any, examples: Sequence[Example], *, batch_size: int = 8) ->
         raise DataError("there are no examples to evaluate on")
     began = time.perf_counter()
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
-    parts, tokens = [], 0
-    for start in range(0, len(order), batch_size):
+    parts: list[float] = []
+    tokens = sum(example.label_count for example in examples)
+    starts = range(0, len(order), batch_size)
+    for start in starts[ranks.rank :: ranks.size]:
         chosen = tuple(order[start : start + batch_size])
         batch = assemble(examples, chosen)
         nll, _ = model.loss(batch.ids, batch.labels, batch.seqs, grads=False)
         parts.extend(nll.tolist())
-        tokens += sum(examples[i].label_count for i in chosen)
-    mean = math.fsum(parts) / tokens
+    mean = math.fsum(part for one in ranks.gather(parts) for part in one) / tokens
     perplexity = math.exp(mean) if mean < 700 else math.inf
     return Evaluation(mean, perplexity, tokens, time.perf_counter() - began)

@@ -5,7 +5,7 @@ place. Everything that happens is a function of the model, the adapter, the exam
 TrainConfig, so a run that was interrupted continues bit for bit from its last checkpoint.
 
 `out_dir` gets log.jsonl, checkpoint-NNNNNN/ (checkpoint.py) and, at the end, adapter/, a PEFT
- directory. Work is not distributed over machines.
+ directory. Several processes (ranks.py) share the micro-batches of each step; the first one writes.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from pylora.training.evaluate import Evaluation
 from pylora.training.log import Interrupts, Log
 from pylora.training.objectives.base import NextToken, Objective
 from pylora.training.optimizer import Optimizer, gradients, trainable
+from pylora.training.ranks import ALONE, Ranks, check_share, same_everywhere
 from pylora.training.schedule import learning_rate
 from pylora.training.step import step_gradients
 from pylora.types import LoRA, brief
@@ -92,6 +93,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     objective: Objective | None = None,
+    ranks: Ranks = ALONE,
 ) -> TrainResult:
     """Trains `adapter` in place (and leaves it attached to `model`).
 
@@ -99,6 +101,10 @@ def train(
     nothing is written. With `resume` the newest checkpoint in out_dir is continued;
     ConfigError if there is none, or if it is of a run with other settings, data, model or adapter.
     An out_dir that has a run in it is refused unless `resume` or `overwrite` (which removes it).
+
+    With `ranks` several processes that all call this train together (pylora.training.mpi.world()):
+    the adapter has the same bits as with one process that was given the same `accumulation`, which
+    must be at least their number. Rank 0 writes out_dir; on_step is called where it is given.
 
     SIGINT (Ctrl-C) and a KeyboardInterrupt from on_step end the run after the step, with a
     checkpoint, and are raised again. A loss or gradient that is not finite is a TrainingError; the
@@ -117,13 +123,18 @@ def train(
     if on_step is not None and not callable(on_step):
         wrong_type("train(on_step=...)", "a function of one StepInfo", on_step)
     config = config or TrainConfig()
-    objective = objective or NextToken()
+    if objective is None or isinstance(objective, NextToken):
+        objective = NextToken(ranks)
+    elif ranks.size > 1:
+        raise ConfigError(
+            f"objective {objective.name} is trained by one process; {ranks.size} were started"
+        )
     objective.check(examples, model, "training", config.max_tokens)
     if eval_examples is not None:
         objective.check(eval_examples, model, "evaluation")
     model.attach(adapter)
     where = None if out_dir is None else Path(out_dir)
-    run = _Run(model, adapter, examples, config, where, objective)
+    run = _Run(model, adapter, examples, config, where, objective, ranks)
     run.open(resume, overwrite)
     run.prepare([*examples, *(eval_examples or ())])
     try:
@@ -171,7 +182,10 @@ class _Run:
         config: TrainConfig,
         out_dir: Path | None,
         objective: Objective,
+        ranks: Ranks = ALONE,
     ) -> None:
+        check_share(ranks, config.accumulation)
+        self.ranks = ranks
         self.model, self.adapter, self.examples = model, adapter, examples
         self.config, self.out_dir, self.objective = config, out_dir, objective
         self.optimizer = Optimizer(model.ops, self._trained(), config)
@@ -210,13 +224,23 @@ class _Run:
         if self.out_dir is None:
             if resume:
                 raise ConfigError("resume needs out_dir, the directory of the run to continue")
+            if self.ranks.size > 1:
+                same_everywhere(self.ranks, self._identity())
             return
         if not hasattr(self.adapter, "save"):
             raise ConfigError(
                 "out_dir needs a pylora.Adapter, which can be written as a PEFT directory; a "
                 f"{type(self.adapter).__name__} can be trained without out_dir"
             )
-        self.identity = {
+        self.identity = self._identity()
+        same_everywhere(self.ranks, self.identity)
+        self.ranks.first(lambda: self._open_files(resume, overwrite))
+        if resume and self.ranks.size > 1:
+            self._follow()
+
+    def _identity(self) -> dict[str, Any]:
+        """What the run is a run of: equal in all its processes, and where it is resumed."""
+        return {
             **self.config.identity(),
             **self.objective.identity(),
             "backend": self.model.ops.name,
@@ -229,6 +253,10 @@ class _Run:
                 for path, lora in self.adapter.items()
             },
         }
+
+    def _open_files(self, resume: bool, overwrite: bool) -> None:
+        """What rank 0 does in out_dir before the first step."""
+        assert self.out_dir is not None
         check_out_dir(self.out_dir, resume=resume, overwrite=overwrite)
         self.out_dir.mkdir(parents=True, exist_ok=True)
         self.log = Log(self.out_dir / _LOG)
@@ -239,6 +267,16 @@ class _Run:
         else:
             checkpoint.remove(found)
             self.log.cut(-1)
+
+    def _follow(self) -> None:
+        """Brings every rank to where rank 0 is: its arrays, its moments, its progress."""
+        self.progress = self.ranks.gather(self.progress)[0]
+        self.saved = self.progress.step
+        arrays, state = trainable(self.adapter), self.optimizer.state()
+        self.ranks.copy([*arrays.values(), *state.values()])
+        self.model.attach(self.adapter)
+        self.optimizer.parameters = self._trained()
+        self.optimizer.restore(state)
 
     def _restore(self, path: Path) -> None:
         progress, identity = checkpoint.read(path)
@@ -255,10 +293,14 @@ class _Run:
     def save(self) -> None:
         """Writes a checkpoint of the present step, unless that is on disk already."""
         if self.out_dir is not None and self.saved != self.progress.step:
-            self.model.collect()
-            state, keep = self.optimizer.state(), self.config.keep
-            checkpoint.write(self.out_dir, self.adapter, state, self.progress, self.identity, keep)
+            self.ranks.first(self._write)
             self.saved = self.progress.step
+
+    def _write(self) -> None:
+        assert self.out_dir is not None
+        self.model.collect()
+        state, keep = self.optimizer.state(), self.config.keep
+        checkpoint.write(self.out_dir, self.adapter, state, self.progress, self.identity, keep)
 
     def _trained(self) -> dict[str, Any]:
         """The arrays that are trained, where the backend computes."""
@@ -285,24 +327,35 @@ class _Run:
                     evaluation = self._evaluate(eval_examples)
                     info = StepInfo(**{**vars(info), "evaluation": evaluation})
                 self._record(info)
-                try:
-                    if on_step is not None:
-                        on_step(info)
-                    interrupts.check()
-                except KeyboardInterrupt:
-                    self.save()
-                    raise
+                self._between(info, on_step, interrupts)
                 if last or (c.save_every and p.step % c.save_every == 0):
                     self.save()
         if eval_examples and evaluation is None:  # a finished run was resumed
             evaluation = self._evaluate(eval_examples)
         self.model.collect()
         if self.out_dir is not None:
-            self.adapter.save(self.out_dir / _ADAPTER)  # type: ignore[attr-defined]
+            target = self.out_dir / _ADAPTER
+            self.ranks.first(lambda: self.adapter.save(target))  # type: ignore[attr-defined]
         rate = p.tokens / p.seconds if p.seconds > 0 else 0.0
         return TrainResult(
             list(p.losses), p.step, p.tokens, p.seconds, rate, self.adapter, evaluation
         )
+
+    def _between(
+        self, info: StepInfo, on_step: Callable[[StepInfo], None] | None, interrupts: Interrupts
+    ) -> None:
+        """Shows a step, and ends the run if a process was asked to: on every rank then."""
+        stop: KeyboardInterrupt | None = None
+        try:
+            if on_step is not None:
+                on_step(info)
+            interrupts.check()
+        except KeyboardInterrupt as asked:
+            stop = asked
+        asked_of = [i for i, one in enumerate(self.ranks.gather(stop is not None)) if one]
+        if asked_of:
+            self.save()
+            raise stop or KeyboardInterrupt(f"rank {asked_of[0]} was interrupted")
 
     def _evaluate(self, examples: Sequence[Any]) -> Evaluation:
         return self.objective.evaluate(self.model, examples, self.config.batch_size)

@@ -18,6 +18,7 @@ from pylora.model.linear import DropKey, Grads
 from pylora.training.batching import Step
 from pylora.training.evaluate import Evaluation, evaluate
 from pylora.training.examples import check_examples, digest
+from pylora.training.ranks import ALONE, Ranks
 from pylora.training.step import step_gradients
 from pylora.types import Array
 
@@ -83,6 +84,10 @@ class NextToken(Plain):
 
     name = "sft"
 
+    def __init__(self, ranks: Ranks = ALONE) -> None:
+        """`ranks`: the processes that share the work."""
+        self.ranks = ranks
+
     def digest(self, items: Sequence[Any]) -> str:
         return digest(items)
 
@@ -94,7 +99,7 @@ class NextToken(Plain):
     def gradients(
         self, model: Any, items: Sequence[Any], step: Step, drop: DropKey | None, recompute: bool
     ) -> tuple[float, int, Grads]:
-        return step_gradients(model, items, step, drop=drop, recompute=recompute)
+        return step_gradients(model, items, step, drop=drop, recompute=recompute, ranks=self.ranks)
 
     def evaluate(self, model: Any, items: Sequence[Any], batch_size: int) -> Evaluation:
-        return evaluate(model, items, batch_size=batch_size)
+        return evaluate(model, items, batch_size=batch_size, ranks=self.ranks)

@@ -1,0 +1,159 @@
+"""Sums of several processes in one order: threads play the processes, so that no MPI is needed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pylora import backends
+from pylora.errors import ConfigError
+from pylora.model.linear import Grads, LoRAGrad, add_grad
+from pylora.training.ranks import (
+    ALONE,
+    added,
+    check_share,
+    same_everywhere,
+    shares,
+    total_gradients,
+)
+from pylora.types import LoRA
+
+
+class Threads:
+    """Ranks that are threads of this process, and add as one process would."""
+
+    def __init__(self, rank: int, size: int, barrier: threading.Barrier, table: list[Any]) -> None:
+        self.rank, self.size, self.barrier, self.table = rank, size, barrier, table
+
+    def gather(self, value: Any) -> list[Any]:
+        self.table[self.rank] = value
+        self.barrier.wait(20)
+        out = list(self.table)
+        self.barrier.wait(20)
+        return out
+
+    def first(self, work: Callable[[], Any]) -> Any:
+        return self.gather(work() if self.rank == 0 else None)[0]
+
+    def copy(self, arrays: Iterable[np.ndarray]) -> None:
+        mine = list(arrays)
+        for own, theirs in zip(mine, self.gather(mine)[0], strict=True):
+            own[...] = theirs
+
+    def sums(self, mine: Sequence[np.ndarray], counts: Sequence[int]) -> np.ndarray:
+        assert counts[self.rank] == len(mine)
+        return added([v for one in self.gather(list(mine)) for v in one])
+
+
+def together(size: int, work: Callable[[Any], Any]) -> list[Any]:
+    """What `work(ranks)` gives on each of `size` ranks; the first error is raised."""
+    barrier, table = threading.Barrier(size), [None] * size
+    out: list[Any] = [None] * size
+
+    def one(rank: int) -> None:
+        try:
+            out[rank] = work(Threads(rank, size, barrier, table))
+        except Exception as error:
+            out[rank] = error
+            barrier.abort()
+
+    threads = [threading.Thread(target=one, args=(r,)) for r in range(size)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    for got in out:
+        if isinstance(got, Exception) and not isinstance(got, threading.BrokenBarrierError):
+            raise got
+    return out
+
+
+@given(n=st.integers(0, 200), size=st.integers(1, 70))
+def test_shares_are_a_partition_in_order_and_nearly_equal(n: int, size: int) -> None:
+    got = shares(n, size)
+    assert [i for share in got for i in share] == list(range(n))
+    assert len(got) == size
+    assert max(map(len, got)) - min(map(len, got)) <= 1
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    micros=st.integers(1, 9),
+    size=st.integers(2, 4),
+    seed=st.integers(0, 2**32 - 1),
+    absent=st.sets(st.tuples(st.integers(0, 8), st.integers(0, 2)), max_size=8),
+)
+def test_any_number_of_processes_has_the_bits_of_one(
+    micros: int, size: int, seed: int, absent: set[tuple[int, int]]
+) -> None:
+    """Numbers of very different size, so that another order would be seen; -0.0 where only zeros
+    are added; and gradients that some micro-batches do not have."""
+    rng = np.random.default_rng(seed)
+    shapes = {"a": ((2, 3), (4, 2)), "b": ((1, 5), (2, 1)), "c": ((3, 2), (2, 3))}
+    like = {p: LoRA(np.zeros(a, np.float32), np.zeros(b, np.float32), 1.0)
+            for p, (a, b) in shapes.items()}  # fmt: skip
+
+    def draw(shape: tuple[int, ...]) -> np.ndarray:
+        x = rng.standard_normal(shape) * 10.0 ** rng.integers(-6, 7, shape)
+        return np.where(rng.random(shape) < 0.2, -0.0, x).astype(np.float32)
+
+    every: list[Grads] = [
+        {
+            p: LoRAGrad(draw(a), draw(b))
+            for j, (p, (a, b)) in enumerate(shapes.items())
+            if (i, j) not in absent
+        }
+        for i in range(micros)
+    ]
+    alone: Grads = {}
+    for grads in every:
+        for path, grad in grads.items():
+            add_grad(alone, path, LoRAGrad(grad.A.copy(), grad.B.copy()))
+    ops = backends.get("numpy")
+    stretches = shares(micros, size)
+
+    def work(ranks: Any) -> Grads:
+        mine = [every[i] for i in stretches[ranks.rank]]
+        return total_gradients(ranks, mine, [len(s) for s in stretches], like, ops)
+
+    for got in together(size, work):
+        assert got.keys() == alone.keys()
+        for path in alone:
+            assert got[path].A.tobytes() == alone[path].A.tobytes()
+            assert got[path].B.tobytes() == alone[path].B.tobytes()
+
+
+def test_another_order_would_be_seen() -> None:
+    """What the test above would miss if addition did not care about the order."""
+    big = np.array([1e8], np.float32)
+    one = np.array([1.0], np.float32)
+    assert added([big, one, -big]) != added([big, -big, one])
+
+
+def test_more_processes_than_micro_batches() -> None:
+    class Many:
+        rank, size = 0, 4
+
+    with pytest.raises(ConfigError, match=r"4 processes.*2 micro-batches.*--accumulation 4"):
+        check_share(Many(), 2)  # type: ignore[arg-type]
+    check_share(ALONE, 1)
+
+
+def test_what_differs_is_named_on_every_rank() -> None:
+    heard = []
+
+    def work(ranks: Any) -> None:
+        try:
+            same_everywhere(ranks, {"data": "x" if ranks.rank < 2 else "y", "seed": 1})
+        except ConfigError as error:
+            heard.append(str(error))
+
+    together(3, work)
+    assert len(heard) == 3
+    assert all("rank 2 of 3 has another data than rank 0" in said for said in heard)
