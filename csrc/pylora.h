@@ -30,7 +30,7 @@ extern "C" {
 #endif
 
 #define PYLORA_VERSION "0.1.0"
-#define PYLORA_ABI_VERSION 4
+#define PYLORA_ABI_VERSION 5
 
 typedef enum pylora_status {
   PYLORA_OK = 0,
@@ -208,6 +208,8 @@ int pylora_pack_blocks(int dtype, int64_t d, int64_t k, const void *rows, int64_
 #define PYLORA_BLOCK_Q5_0 6
 #define PYLORA_BLOCK_Q5_1 7
 #define PYLORA_BLOCK_Q8_0 8
+#define PYLORA_BLOCK_Q2_K 10
+#define PYLORA_BLOCK_Q3_K 11
 #define PYLORA_BLOCK_Q4_K 12
 #define PYLORA_BLOCK_Q5_K 13
 #define PYLORA_BLOCK_Q6_K 14
@@ -227,7 +229,9 @@ int pylora_lora_pack(int dtype, int64_t d, int64_t k, const pylora_lora *lora, v
 /* ---- LoRA linear ------------------------------------------------------------------------ */
 
 /* One projection of an x that several share: q, k and v; gate and up.
- * y = residual + x Wᵀ + bias + s h Bᵀ, with h = drop(x) Aᵀ; the rows of segment i use lora[i]. */
+ * y = residual + x Wᵀ + bias + s h Bᵀ, with h = drop(x) Aᵀ; the rows of segment i use lora[i].
+ * With a factor f (DoRA) y = residual + f (x Wᵀ + s h Bᵀ) + bias in them; not together with dropout, and not
+ * on a GPU: PYLORA_E_UNSUPPORTED. */
 typedef struct pylora_linear {
   const pylora_packed *W;
   const float *bias;              /* [d] or NULL */
@@ -235,6 +239,7 @@ typedef struct pylora_linear {
   const pylora_mat *residual;     /* [m,d] or NULL; float32 */
   const pylora_mat *y;            /* [m,d]; bf16 too; may be residual */
   const pylora_mat *h;            /* [m,r] for backward, or NULL: not kept (float32; one segment) */
+  const float *const *factor;     /* [segments], each f [d] or NULL; or NULL: none has one */
 } pylora_linear;
 
 /* Bytes of workspace that suffice for `n` projections of d outputs in all, k inputs and ranks of r in
@@ -499,6 +504,8 @@ typedef struct pylora_adapter {
   const pylora_lora *embedding;   /* NULL, or A [r,vocab], B [hidden,r]: x += s A[:,id] Bᵀ */
   const pylora_packed *embedding_B; /* B, packed as float32; NULL: B or A is all zeros */
   const float *embedding_bias;      /* [hidden], added last; or NULL */
+  const float *const *factor;       /* NULL, or of each module what pylora_linear takes */
+  const float *embedding_factor;    /* [hidden], of what embedding and adapter give; or NULL */
 } pylora_adapter;
 
 /* Keys and values of the tokens seen so far, of the model's activations' type: what `attention` reads.

@@ -1,6 +1,7 @@
 """Every operation of pylora in array notation, forward and hand-written backward: the oracle.
 
-It reads like the paper (Hu et al., "LoRA", 2021) and runs over any NumPy-like namespace `xp`
+It reads like the paper (Hu et al., "LoRA", 2021; DoRA is in ops/decomposed.py, merging in
+ops/merge.py, what families add in ops/formulas.py) and runs over any NumPy-like namespace `xp`
 (NumPy, CuPy) in float32 or float64. It is written to be right, not fast. Letters: m tokens, k
 input and d output features, r rank; x [m,k], W [d,k], A [r,k], B [d,r].
 
@@ -31,7 +32,9 @@ import numpy as np
 from pylora.errors import BackendError, RangeError
 from pylora.numbers.philox import philox
 from pylora.numbers.precision import as_dtype
+from pylora.ops.decomposed import Decomposed
 from pylora.ops.formulas import Formulas
+from pylora.ops.merge import Merge
 from pylora.ops.plain import Plain
 from pylora.types import (
     AdamW,
@@ -39,14 +42,13 @@ from pylora.types import (
     Attn,
     Drop,
     LoRA,
-    Residue,
     Seqs,
 )
 
 IGNORE = -100  # a label with this value is not counted in the loss
 
 
-class Reference(Formulas, Plain):
+class Reference(Formulas, Decomposed, Merge, Plain):
     """The operations over the array namespace `xp`. Inputs are never written to."""
 
     to_numpy: Any = staticmethod(np.asarray)  # a backend whose arrays are elsewhere has its own
@@ -73,7 +75,10 @@ class Reference(Formulas, Plain):
         """h = drop(x) Aᵀ [m,r]; y = residual + x Wᵀ + bias + s h Bᵀ [m,d]. Returns y, h.
 
         Where B is all zeros the low-rank term is left out: zero-init is the base, bit for bit.
+        An adapter with a magnitude goes by `dora_forward` (pylora.ops.decomposed).
         """
+        if lora is not None and lora.magnitude is not None:
+            return self.dora_forward(x, W, bias, lora, drop, residual, dtype)[:2]
         y, h = self._rows(x, values_of(W).T), None
         if bias is not None:
             y = y + bias
@@ -120,68 +125,6 @@ class Reference(Formulas, Plain):
         if dx is not None:
             dx = as_dtype(dx, dtype) if add is None else add + dx
         return dx, dA, dB
-
-    # ---- merge and exact unmerge --------------------------------------------------------------
-
-    def _delta(self, lora: LoRA) -> Array:
-        """s B A in float64, summed over the rank in order: the same bits on every machine."""
-        A, B = lora.A.astype(np.float64), lora.B.astype(np.float64)
-        t = self.xp.zeros((B.shape[0], A.shape[1]))
-        for i in range(lora.rank):
-            t = t + B[:, i : i + 1] * A[i : i + 1, :]
-        return float(np.float32(lora.scale)) * t
-
-    def merge(self, W: Array, lora: LoRA, dtype: str = "f32") -> tuple[Array, Residue]:
-        """W' = round(W + s B A), rounded once. Also the residue that makes unmerge exact.
-
-        `dtype` is "f32", "f16" or "bf16"; a bf16 array is given as its uint16 bits.
-        """
-        t = self._delta(lora)
-        merged = self._narrow(self._moved(self._wide(W, dtype), t), dtype)
-        back = self._narrow(self._moved(self._wide(merged, dtype), -t), dtype)
-        bits = self._bits(W)
-        position = self.xp.flatnonzero(self._bits(back) != bits)
-        return merged, Residue(
-            position.astype(np.int64), bits.reshape(-1)[position].astype(np.uint32)
-        )
-
-    def unmerge(self, merged: Array, lora: LoRA, residue: Residue, dtype: str = "f32") -> Array:
-        """The W that merge was given, bit for bit (same adapter, same residue)."""
-        W = self._narrow(self._moved(self._wide(merged, dtype), -self._delta(lora)), dtype)
-        flat = self._bits(W).reshape(-1)
-        _in_range("residue position", residue.position, flat.size)
-        flat[residue.position] = residue.bits.astype(flat.dtype)
-        return flat.view(W.dtype).reshape(W.shape)
-
-    def _moved(self, x: Array, t: Array) -> Array:
-        """x + t, but a NaN stays itself: which of two NaN a sum has differs between machines."""
-        return self.xp.where(x != x, x, x + t)
-
-    def _wide(self, W: Array, dtype: str) -> Array:
-        if dtype == "bf16":
-            W = (W.astype(np.uint32) << 16).view(np.float32)
-        return W.astype(np.float64)
-
-    def _narrow(self, t: Array, dtype: str) -> Array:
-        xp = self.xp
-        with np.errstate(over="ignore"):
-            if dtype == "f16":
-                return t.astype(np.float16)
-            f = t.astype(np.float32)
-        if dtype == "f32":
-            return f
-        # float64 -> bfloat16, to nearest even, in one rounding: where float32 landed on a tie of
-        # bfloat16 that the float64 value was not on, the float64 value decides.
-        u = xp.ascontiguousarray(f).view(np.uint32)
-        tie, exact = (u & 0xFFFF) == 0x8000, f.astype(np.float64)
-        up = xp.where(tie & (abs(t) != abs(exact)), abs(t) > abs(exact), (u >> 16) & 1 == 1)
-        rounded = (u >> 16) + ((u & 0xFFFF) > 0x8000) + (tie & up)
-        return xp.where(xp.isnan(f), (u >> 16) | 0x40, rounded).astype(np.uint16)
-
-    def _bits(self, a: Array) -> Array:
-        """The array's bits as unsigned integers of its width (a contiguous copy if needed)."""
-        unsigned = {2: np.uint16, 4: np.uint32}[a.dtype.itemsize]
-        return self.xp.ascontiguousarray(a).view(unsigned)
 
     # ---- transformer --------------------------------------------------------------------------
 

@@ -56,6 +56,10 @@ def _short(value: Any) -> str:
 class LoRA:
     """The low-rank update of one module: y = x Wᵀ + bias + scale * (x Aᵀ Bᵀ + bias_B).
 
+    With a `magnitude` (DoRA) each row of W + scale B A is brought to that length: the product is
+    multiplied by magnitude / norm, `norm` being the lengths of those rows, and the bias added last.
+    `norm` belongs to one W: a module sets it for its own, and no file holds it.
+
     For an embedding, A is [r, vocab] and a token's x is its one-hot row.
     """
 
@@ -67,6 +71,8 @@ class LoRA:
     dropout: float = 0.0  # probability; only used while training
     bias: Array | None = None  # [d], the bias of B (PEFT's lora_bias)
     base_bias: Array | None = None  # [d], replaces the module's own bias (PEFT's bias="lora_only")
+    magnitude: Array | None = None  # [d], PEFT's lora_magnitude_vector
+    norm: Array | None = None  # [d], of the rows of W + scale B A; None: not known yet
 
     @property
     def rank(self) -> int:
@@ -202,3 +208,4 @@ class Residue:
 
     position: np.ndarray  # int64 [n]
     bits: np.ndarray  # uint32 [n]
+    norm: np.ndarray | None = None  # [d], with a magnitude: the lengths that it was divided by

@@ -36,6 +36,8 @@ int check_linear(const Forward &f, const pylora_linear *l) {
     TRY(check_view(l->residual, m, d, false));
     if (l->residual->b || l->residual->h) return PYLORA_E_UNSUPPORTED;
   }
+  for (int64_t s = 0; l->factor && s < f.segments; s++)
+    if (l->factor[s]) return PYLORA_E_UNSUPPORTED;
   int64_t r = 0;
   for (int64_t s = 0; l->lora && s < f.segments; s++) {
     const pylora_lora *a = l->lora[s];

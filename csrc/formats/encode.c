@@ -119,6 +119,8 @@ static const encoder encoders[] = {
     {PYLORA_BLOCK_Q5_0, 32, 22, pylora_encode_q5_0},
     {PYLORA_BLOCK_Q5_1, 32, 24, pylora_encode_q5_1},
     {PYLORA_BLOCK_Q8_0, 32, 34, pylora_encode_q8_0},
+    {PYLORA_BLOCK_Q2_K, 256, 84, pylora_encode_q2_k},
+    {PYLORA_BLOCK_Q3_K, 256, 110, pylora_encode_q3_k},
     {PYLORA_BLOCK_Q4_K, 256, 144, pylora_encode_q4_k},
     {PYLORA_BLOCK_Q5_K, 256, 176, pylora_encode_q5_k},
     {PYLORA_BLOCK_Q6_K, 256, 210, pylora_encode_q6_k},

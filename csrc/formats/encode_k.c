@@ -1,4 +1,4 @@
-/* encode_k.c - weights into ggml's Q4_K, Q5_K and Q6_K: blocks of 256 numbers, with a search for each group's scale.
+/* encode_k.c - weights into ggml's Q2_K to Q6_K: blocks of 256 numbers, with a search for each group's scale.
  *
  * A group's scale (and minimum) is the best of some twenty that are tried, by a weighted sum of squares; then the
  * scales of the block's groups are themselves rounded, and the codes taken anew for what is left of them.  Sums
@@ -12,11 +12,12 @@ static int nearest(float v) { return (int)(bits_of_float(v + 12582912.f) & 0x7ff
 
 static int between(int low, int v, int high) { return v < low ? low : v > high ? high : v; }
 
-/* ---- Q4_K, Q5_K: (d scale) q - dmin minimum, 8 groups of 32 ---- */
+/* ---- Q2_K, Q4_K, Q5_K: (d scale) q - dmin minimum, 16 groups of 16 or 8 groups of 32 ---- */
 
 typedef struct group {
-  const float *x;   /* [32] */
-  float weight[32]; /* of a number's squared error */
+  const float *x;   /* [n] */
+  int n, plain;     /* plain: what is summed is the error itself, not its square */
+  float weight[32]; /* of a number's error */
   uint8_t code[32];
   float scale, minimum; /* x = scale code - minimum */
 } group;
@@ -24,9 +25,9 @@ typedef struct group {
 /* How far a scale and an offset are from the numbers. */
 static float off_by(const group *g, const uint8_t *code, float scale, float offset) {
   float sum = 0;
-  for (int i = 0; i < 32; i++) {
+  for (int i = 0; i < g->n; i++) {
     const float d = scale * (float)code[i] + offset - g->x[i];
-    sum += g->weight[i] * (d * d);
+    sum += g->weight[i] * (g->plain ? fabsf(d) : d * d);
   }
   return sum;
 }
@@ -34,7 +35,7 @@ static float off_by(const group *g, const uint8_t *code, float scale, float offs
 static void search(group *g, int top, float first, float step, int steps) {
   const float *x = g->x, *w = g->weight;
   float low = x[0], high = x[0], sum_w = w[0], sum_x = sum_w * x[0];
-  for (int i = 1; i < 32; i++) {
+  for (int i = 1; i < g->n; i++) {
     if (x[i] < low) low = x[i];
     if (x[i] > high) high = x[i];
     sum_w += w[i];
@@ -45,13 +46,13 @@ static void search(group *g, int top, float first, float step, int steps) {
   g->scale = 0, g->minimum = -low;
   if (high == low) return;
   float by = (float)top / (high - low), scale = 1 / by;
-  for (int i = 0; i < 32; i++) g->code[i] = (uint8_t)between(0, nearest(by * (x[i] - low)), top);
+  for (int i = 0; i < g->n; i++) g->code[i] = (uint8_t)between(0, nearest(by * (x[i] - low)), top);
   float best = off_by(g, g->code, scale, low);
   for (int s = 0; s <= steps; s++) { /* from the offset that is best so far */
     uint8_t code[32];
     float sum_q = 0, sum_qq = 0, sum_qx = 0;
     by = (first + step * (float)s + (float)top) / (high - low);
-    for (int i = 0; i < 32; i++) {
+    for (int i = 0; i < g->n; i++) {
       const int q = between(0, nearest(by * (x[i] - low)), top);
       code[i] = (uint8_t)q;
       sum_q += w[i] * (float)q;
@@ -65,7 +66,7 @@ static void search(group *g, int top, float first, float step, int steps) {
     if (offset > 0) offset = 0, found = sum_qx / sum_qq;
     const float error = off_by(g, code, found, offset);
     if (error < best) {
-      memcpy(g->code, code, sizeof code);
+      memcpy(g->code, code, (size_t)g->n);
       best = error, scale = found, low = offset;
     }
   }
@@ -88,7 +89,7 @@ static void with_minimums(const float *x, uint8_t *b, uint8_t *code, int top, fl
   float most = 0, deepest = 0;
   for (int j = 0; j < 8; j++) {
     float squares = 0;
-    g[j].x = x + 32 * j;
+    g[j].x = x + 32 * j, g[j].n = 32, g[j].plain = 0;
     for (int i = 0; i < 32; i++) squares += g[j].x[i] * g[j].x[i];
     const float usual = sqrtf(squares / 32);
     for (int i = 0; i < 32; i++) g[j].weight[i] = usual + fabsf(g[j].x[i]);
@@ -144,6 +145,114 @@ PYLORA_ENCODER(q5_k) {
       for (int g = 0; g < 8; g++) b[16 + i] |= (uint8_t)((code[32 * g + i] >> 4) << g);
     }
     put_fours(b + 48, code);
+  }
+}
+
+/* Codes of two bits: four runs of 32 in 32 bytes, the first in the lowest bits. */
+static void put_twos(uint8_t *q, const uint8_t *code) {
+  for (int half = 0; half < 2; half++)
+    for (int i = 0; i < 32; i++) {
+      const uint8_t *c = code + 128 * half + i;
+      q[32 * half + i] = (uint8_t)(c[0] | c[32] << 2 | c[64] << 4 | c[96] << 6);
+    }
+}
+
+/* 16 bytes of a scale and a minimum of 4 bits each, 64 of codes, d, dmin. */
+PYLORA_ENCODER(q2_k) {
+  for (; n-- > 0; x += BLOCK, b += 84) {
+    group g[16];
+    uint8_t code[BLOCK];
+    float most = 0, deepest = 0;
+    for (int j = 0; j < 16; j++) {
+      g[j].x = x + 16 * j, g[j].n = 16, g[j].plain = 1;
+      for (int i = 0; i < 16; i++) g[j].weight[i] = fabsf(g[j].x[i]);
+      search(&g[j], 3, -0.5f, 0.1f, 15);
+      if (g[j].scale > most) most = g[j].scale;
+      if (g[j].minimum > deepest) deepest = g[j].minimum;
+    }
+    const float by = most > 0 ? 15.f / most : 0.f, min_by = deepest > 0 ? 15.f / deepest : 0.f;
+    for (int j = 0; j < 16; j++)
+      b[j] = (uint8_t)((most > 0 ? nearest(by * g[j].scale) : 0) |
+                       (deepest > 0 ? (uint8_t)(nearest(min_by * g[j].minimum) << 4) : 0));
+    put_half(b + 80, most > 0 ? most / 15.f : 0.f);
+    put_half(b + 82, deepest > 0 ? deepest / 15.f : 0.f);
+    const float whole = (float)widen_f16((uint16_t)(b[80] | b[81] << 8)),
+                dip = (float)widen_f16((uint16_t)(b[82] | b[83] << 8));
+    for (int j = 0; j < 16; j++) {
+      const float d = whole * (float)(b[j] & 15), m = dip * (float)(b[j] >> 4);
+      for (int i = 0; i < 16; i++)
+        code[16 * j + i] =
+            d == 0 ? g[j].code[i] : (uint8_t)between(0, nearest((g[j].x[i] + m) / d), 3);
+    }
+    put_twos(b + 16, code);
+  }
+}
+
+/* ---- Q3_K: (d (scale - 32)) (q - 4), 16 groups of 16 ---- */
+
+/* The scale of a group, its codes, -4 .. 3, into `code` [16]: from the largest number's, each code is moved to where
+ * it is best while the others stay, up to five times over. */
+static float search_odd(const float *x, int *code) {
+  float size = 0, peak = 0;
+  for (int i = 0; i < 16; i++)
+    if (fabsf(x[i]) > size) size = fabsf(x[i]), peak = x[i];
+  for (int i = 0; i < 16; i++) code[i] = -4; /* where there is no scale */
+  if (size < 1e-15f) return 0;
+  const float by = -4 / peak;
+  float sum_qx = 0, sum_qq = 0;
+  for (int i = 0; i < 16; i++) {
+    const float w = x[i] * x[i];
+    code[i] = between(-4, nearest(by * x[i]), 3);
+    sum_qx += w * x[i] * (float)code[i];
+    sum_qq += w * (float)code[i] * (float)code[i];
+  }
+  int moved = 1;
+  for (int round = 0; round < 5 && moved; round++) {
+    moved = 0;
+    for (int i = 0; i < 16; i++) {
+      const float w = x[i] * x[i], q = (float)code[i];
+      float qx = sum_qx - w * x[i] * q, qq = sum_qq - w * q * q;
+      if (!(qx > 0)) continue;
+      const int better = between(-4, nearest(x[i] * qq / qx), 3);
+      if (better == code[i]) continue;
+      qx += w * x[i] * (float)better;
+      qq += w * (float)better * (float)better;
+      if (qq > 0 && qx * qx * sum_qq > sum_qx * sum_qx * qq)
+        code[i] = better, sum_qx = qx, sum_qq = qq, moved = 1;
+    }
+  }
+  return sum_qq > 0 ? sum_qx / sum_qq : 0.f;
+}
+
+/* The third bits of codes, 64 bytes of the lower two, 12 bytes of scales of 6 bits, d. */
+PYLORA_ENCODER(q3_k) {
+  for (; n-- > 0; x += BLOCK, b += 110) {
+    int code[BLOCK];
+    uint8_t low[BLOCK];
+    float scale[16], size = 0, peak = 0;
+    for (int j = 0; j < 16; j++) {
+      scale[j] = search_odd(x + 16 * j, code + 16 * j);
+      if (fabsf(scale[j]) > size) size = fabsf(scale[j]), peak = scale[j];
+    }
+    memset(b, 0, 110);
+    const float by = peak != 0 ? -32.f / peak : 0.f;
+    put_half(b + 108, peak != 0 ? 1 / by : 0.f);
+    const float whole = (float)widen_f16((uint16_t)(b[108] | b[109] << 8));
+    uint8_t *kept = b + 96;
+    for (int j = 0; j < 16; j++) {
+      /* a block without scales is stored with zeros, which stand for -32 */
+      const int s = peak != 0 ? between(-32, (int8_t)nearest(by * scale[j]), 31) + 32 : 0;
+      kept[j % 8] |= (uint8_t)((s & 15) << (j < 8 ? 0 : 4));
+      kept[8 + j % 4] |= (uint8_t)((s >> 4) << 2 * (j / 4));
+      const float d = whole * (float)(s - 32);
+      for (int i = 16 * j; i < 16 * j + 16; i++)
+        if (d != 0) code[i] = between(-4, nearest(x[i] / d), 3);
+    }
+    for (int i = 0; i < BLOCK; i++) {
+      if (code[i] >= 0) b[i % 32] |= (uint8_t)(1 << i / 32);
+      low[i] = (uint8_t)((code[i] + 4) & 3);
+    }
+    put_twos(b + 32, low);
   }
 }
 

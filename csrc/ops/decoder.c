@@ -36,6 +36,7 @@ static int linear_alone(const run *f, const group *g, int j, int end, int64_t se
       own[i].residual = &residual[i];
     }
     if (l->lora) own[i].lora = l->lora + segment;
+    if (l->factor) own[i].factor = l->factor + segment;
     if (a && a->bias && a->bias[module]) own[i].bias = a->bias[module];
     if (!g->finish) continue;
     finish[i] = g->finish[j + i];
@@ -57,13 +58,16 @@ int pylora_decoder_linears(const run *f, const group *g) {
   int own_bias = 0;
   for (int j = 0; j < g->n; j++) {
     const pylora_lora **table = f->b.lora + j * f->segments;
-    int any = 0;
+    const float **factor = f->b.factor + j * f->segments;
+    int any = 0, scaled = 0;
     for (int64_t i = 0; i < f->segments; i++) {
       const pylora_adapter *a = adapter_of(f, i);
       any |= (table[i] = lora_of(a, g->module + j)) != NULL;
+      scaled |= (factor[i] = a && a->factor ? a->factor[g->module + j] : NULL) != NULL;
       own_bias |= f->own_bias && a && a->bias && a->bias[g->module + j];
     }
     g->linear[j].lora = any ? table : NULL;
+    g->linear[j].factor = scaled ? factor : NULL;
   }
   const int64_t *start = g->start;
   for (int j = 0, end; j < g->n; j = end) { /* one call for those of one dtype */
@@ -82,7 +86,7 @@ int pylora_decoder_linears(const run *f, const group *g) {
   return PYLORA_OK;
 }
 
-/* x = multiplier (W[ids] + s A[:,ids] Bᵀ + bias) + positions[position] */
+/* x = multiplier (f (W[ids] + s A[:,ids] Bᵀ) + bias) + positions[position] */
 static int embed(const run *f) {
   const pylora_step *s = f->step;
   TRY(pylora_embedding_forward(s->ids, s->m, f->model->embedding, &f->b.x));
@@ -100,6 +104,8 @@ static int embed(const run *f) {
       const pylora_mat h = {f->b.h, n, l->r, l->r, NULL, NULL};
       TRY(pylora_lora_forward(&h, a->embedding_B, NULL, NULL, &x, &x, NULL, f->ws, f->ws_bytes));
     }
+    for (int64_t t = 0; a->embedding_factor && t < n; t++)
+      for (int64_t j = 0; j < f->hidden; j++) x.p[t * x.ld + j] *= a->embedding_factor[j];
     for (int64_t t = 0; a->embedding_bias && t < n; t++)
       for (int64_t j = 0; j < f->hidden; j++) x.p[t * x.ld + j] += a->embedding_bias[j];
   }

@@ -185,6 +185,7 @@ void pylora_decoder_lay_out(run *f, pieces *a) {
   b->rstd = piece(a, (double)m * (double)heads, sizeof(float));
   b->h = piece(a, (double)m * (double)rank, sizeof(float));
   b->lora = piece(a, SHARED * (double)f->segments, sizeof(const pylora_lora *));
+  b->factor = piece(a, SHARED * (double)f->segments, sizeof(const float *));
   b->head_start = piece(a, (double)f->segments + 1, sizeof(int64_t));
 }
 

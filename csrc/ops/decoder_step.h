@@ -14,6 +14,7 @@ typedef struct buffers {
   pylora_mat some;               /* [m,hidden]: the rows of one expert */
   float *rstd, *h;               /* of heads; h [m,r]: of the embedding's adapter */
   const pylora_lora **lora;      /* [SHARED * segments] */
+  const float **factor;          /* the same */
   int64_t *head_start, *start;   /* [segments + 1]: segments of the outputs, of one expert's rows */
   int64_t *chosen, *row,
       *place; /* [m,top_k]; [m]: tokens of one expert, and which of their choices it is */

@@ -21,6 +21,7 @@ typedef struct projection {
   int64_t unit, per_group; /* panels that only go together; per task */
   int pair;                /* 2: with the one after it, for their product; else 1 */
   int apart;               /* its h is not of x itself: made afterwards */
+  int scaled;              /* some segment has a factor */
 } projection;
 
 typedef struct forward {
@@ -57,6 +58,10 @@ static inline const low_pack *adapter_in(const projection *p, int64_t segment) {
   if (p->own) return p->own;
   const pylora_lora *l = p->l->lora ? p->l->lora[segment] : NULL;
   return l && l->r ? l->packed : NULL;
+}
+
+static inline const float *factor_in(const projection *p, int64_t segment) {
+  return p->scaled ? p->l->factor[segment] : NULL;
 }
 
 /* The last segment that starts at or before row i; from there on they are in order. */

@@ -1,4 +1,4 @@
-/* forward_tiles.c - tiles of y = residual + x Wᵀ + bias + s h Bᵀ, and what a block does with them next.
+/* forward_tiles.c - tiles of y = residual + f (x Wᵀ + s h Bᵀ) + bias, and what a block does with them next.
  *
  * A tile is summed over k, then over the rank, in scratch that stays in the cache, and is stored once
  * with the residual: rotated where it is a query or a key, and multiplied where it is gate and up. */
@@ -34,28 +34,37 @@ static void add_few(const forward *f, few *one, int64_t rows, int64_t w) {
   one->n = 0;
 }
 
-/* Tiles [n][32] of panels q .. q + w - 1, n rows from i on. */
-static void sums(const forward *f, const projection *p, int64_t i, int64_t n, int64_t q, int64_t w,
-                 float *tiles, float *up) {
-  const pylora_linear *l = p->l;
-  const size_t bytes = f->F->panel_bytes(f->k);
-  const char *rows = (const char *)f->rows + (size_t)i * f->stride,
-             *panels = (const char *)l->W->data + (size_t)q * bytes;
-  const int products = f->F->products && f->K->tiles, together = !products && n == 1 && f->F->few;
-  if (products) f->F->products(f->K, n, w, f->k, rows, f->stride, panels, tiles);
-  for (int64_t u = 0; together && u < w; u += PYLORA_FEW)
-    one_row(f, rows, panels + (size_t)u * bytes, (int)min64(PYLORA_FEW, w - u), tiles + u * PANEL);
+/* Rows first .. end - 1 of tiles [n][32] of panels q .. q + w - 1: times f (or as they are), plus the bias. */
+static void finish_sums(const pylora_linear *l, const float *f, int64_t n, int64_t first,
+                        int64_t end, int64_t q, int64_t w, float *tiles) {
+  if (!f && !l->bias) return;
   for (int64_t u = 0; u < w; u++) {
-    float *tile = tiles + u * n * PANEL;
-    if (!together && !products)
-      f->F->product(f->K, n, f->k, rows, f->stride, panels + (size_t)u * bytes, tile);
-    if (!l->bias) continue;
-    const float *bias = l->bias + (q + u) * PANEL;
-    const int64_t cols = min64(PANEL, l->W->d - (q + u) * PANEL);
-    for (int64_t t = 0; t < n; t++)
-      for (int64_t c = 0; c < cols; c++) tile[t * PANEL + c] += bias[c];
+    const int64_t j = (q + u) * PANEL, cols = min64(PANEL, l->W->d - j);
+    const float *factor = f ? f + j : NULL, *bias = l->bias ? l->bias + j : NULL;
+    for (int64_t t = first; t < end; t++) {
+      float *row = tiles + (u * n + t) * PANEL;
+      if (factor)
+        for (int64_t c = 0; c < cols; c++) row[c] *= factor[c];
+      if (bias)
+        for (int64_t c = 0; c < cols; c++) row[c] += bias[c];
+    }
   }
-  if (!p->h) return;
+}
+
+/* The same by segments, of rows i .. i + n - 1: of those with a factor, or of those without. */
+static void finish_segments(const forward *f, const projection *p, int with, int64_t i, int64_t n,
+                            int64_t q, int64_t w, float *tiles) {
+  for (int64_t s = segment_of(f, i); s < f->segments && f->start[s] < i + n; s++) {
+    const int64_t a = max64(i, f->start[s]), b = min64(i + n, f->start[s + 1]);
+    const float *factor = factor_in(p, s);
+    if (a < b && with == (factor != NULL)) finish_sums(p->l, factor, n, a - i, b - i, q, w, tiles);
+  }
+}
+
+/* s h Bᵀ of every segment that has an adapter, added to the tiles. */
+static void add_low(const forward *f, const projection *p, int64_t i, int64_t n, int64_t q,
+                    int64_t w, float *tiles, float *up) {
+  const pylora_linear *l = p->l;
   few one = {0};
   for (int64_t s = segment_of(f, i); s < f->segments && f->start[s] < i + n; s++) {
     const int64_t a = max64(i, f->start[s]), rows = min64(i + n, f->start[s + 1]) - a;
@@ -78,6 +87,30 @@ static void sums(const forward *f, const projection *p, int64_t i, int64_t n, in
     }
   }
   if (one.n) add_few(f, &one, n, w);
+}
+
+/* Tiles [n][32] of panels q .. q + w - 1, n rows from i on. */
+static void sums(const forward *f, const projection *p, int64_t i, int64_t n, int64_t q, int64_t w,
+                 float *tiles, float *up) {
+  const pylora_linear *l = p->l;
+  const size_t bytes = f->F->panel_bytes(f->k);
+  const char *rows = (const char *)f->rows + (size_t)i * f->stride,
+             *panels = (const char *)l->W->data + (size_t)q * bytes;
+  const int products = f->F->products && f->K->tiles, together = !products && n == 1 && f->F->few;
+  if (products) f->F->products(f->K, n, w, f->k, rows, f->stride, panels, tiles);
+  for (int64_t u = 0; together && u < w; u += PYLORA_FEW)
+    one_row(f, rows, panels + (size_t)u * bytes, (int)min64(PYLORA_FEW, w - u), tiles + u * PANEL);
+  for (int64_t u = 0; u < w; u++) {
+    float *tile = tiles + u * n * PANEL;
+    if (!together && !products)
+      f->F->product(f->K, n, f->k, rows, f->stride, panels + (size_t)u * bytes, tile);
+  }
+  if (!p->scaled)
+    finish_sums(l, NULL, n, 0, n, q, w, tiles);
+  else
+    finish_segments(f, p, 0, i, n, q, w, tiles);
+  if (p->h) add_low(f, p, i, n, q, w, tiles, up);
+  if (p->scaled) finish_segments(f, p, 1, i, n, q, w, tiles);
 }
 
 static void put(const forward *f, const pylora_linear *l, int64_t i, int64_t n, int64_t j,

@@ -42,6 +42,7 @@ static int check_linear(const pylora_linear *l, const pylora_mat *x, int64_t seg
     if (!a) continue;
     TRY(pylora_check_lora(a, d, k));
     if (a->packed && ((const low_pack *)a->packed)->dtype != dtype) return PYLORA_E_PACKED;
+    if (l->factor && l->factor[s] && a->drop && a->drop->p > 0) return PYLORA_E_UNSUPPORTED;
     if (segments > 1 && a->r && (!a->packed || (a->drop && a->drop->p > 0))) return PYLORA_E_VALUE;
     r = max64(r, a->r);
   }
@@ -221,6 +222,8 @@ int pylora_fused_forward(const pylora_mat *x, const pylora_norm *norm, int64_t n
     p[i] = (projection){.l = linear + i, .panels = ceil_div(linear[i].W->d, PANEL), .pair = 1};
     p[i].finish = finish ? finish + i : NULL;
     p[i].unit = unit_of(p[i].finish);
+    for (int64_t s = 0; linear[i].factor && s < segments; s++)
+      p[i].scaled |= linear[i].factor[s] != NULL;
     if (p[i].finish && p[i].finish->product) p[i - 1].pair = 2;
     f.block = min64(f.block, PYLORA_MAX_ROWS / p[i].unit);
   }
@@ -280,6 +283,6 @@ int pylora_lora_forward(const pylora_mat *x, const pylora_packed *W, const float
                         const pylora_lora *lora, const pylora_mat *residual, const pylora_mat *y,
                         const pylora_mat *h, void *ws, size_t ws_bytes) {
   if (lora && lora->r && !h) return PYLORA_E_NULL;
-  const pylora_linear l = {W, bias, lora ? &lora : NULL, residual, y, h};
+  const pylora_linear l = {W, bias, lora ? &lora : NULL, residual, y, h, NULL};
   return pylora_linear_forward(x, 1, &l, 1, NULL, ws, ws_bytes);
 }

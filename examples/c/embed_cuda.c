@@ -96,7 +96,7 @@ int main(void) {
 
   const pylora_lora lora = {R, d_A, K, d_B, R, 2.0f, NULL, NULL};
   const pylora_lora *const adapters[1] = {&lora};
-  const pylora_linear forward = {&P, NULL, adapters, NULL, &ym, &hm};
+  const pylora_linear forward = {&P, NULL, adapters, NULL, &ym, &hm, NULL};
   const pylora_linear_grad backward = {&P, &lora, &dym, &hm, &dAm, &dBm};
   double first = 0, loss = 0;
   for (int step = 1; step <= STEPS; step++) {

@@ -6,6 +6,7 @@ PYTHONPATH=examples/conformance pylora conformance pylora_backends:CInt4
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -43,11 +44,23 @@ class Padding:
     def _lora(self, lora: LoRA | None) -> LoRA | None:
         if lora is None:
             return None
-        return LoRA(self._fill(lora.A), lora.B, lora.scale, lora.dropout)
+        return replace(lora, A=self._fill(lora.A))
 
     def pack(self, W: Any) -> Padded:
         packed = self._ops.pack(self._fill(W), self._precision)
         return Padded(packed, W.shape[1])
+
+    def row_norms(self, W: Padded, lora: LoRA) -> Any:
+        return self._ops.row_norms(W.packed, self._lora(lora))
+
+    def dora_forward(self, x: Any, W: Padded, bias: Any, lora: LoRA) -> Any:
+        return self._ops.dora_forward(self._fill(x), W.packed, bias, self._lora(lora))
+
+    def dora_backward(self, dy: Any, x: Any, h: Any, v: Any, W: Padded, lora: LoRA) -> Any:
+        dx, dA, dB, dm = self._ops.dora_backward(
+            dy, self._fill(x), h, v, W.packed, self._lora(lora)
+        )
+        return dx[:, : W.k], dA[:, : W.k], dB, dm
 
     def unpack(self, W: Padded) -> Any:
         return self._ops.unpack(W.packed)[:, : W.k]
@@ -86,6 +99,8 @@ class _Backend(Parts, Correct):
         if precision != "fp32":
             self.name += f", {precision}" + f" as {self.precision}" * (precision != self.precision)
             self.merge = self.unmerge = self.bias_merge = self.embedding_merge = None
+            self.dora_norm = self.dora_forward = self.dora_backward = None
+            self.dora_merge = self.dora_unmerge = None
 
     def _pack(self, W: Any) -> Any:
         if self.precision in (*QUANTIZED, "blocks") and np.abs(W).max(initial=0) > 65504:

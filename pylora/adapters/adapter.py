@@ -23,6 +23,7 @@ from pylora.adapters.plan import Plan, PlanEntry, named_targets, resolve
 from pylora.errors import ConfigError, PlanError, UnsupportedError, expect, wrong_type
 from pylora.model.config import LlamaConfig, ModuleSpec
 from pylora.numbers import random
+from pylora.numbers.lengths import row_squares
 from pylora.types import LoRA
 
 __all__ = ["Adapter", "LoraConfig", "parameters"]
@@ -77,14 +78,19 @@ class Adapter(Mapping[str, LoRA]):
         streams are ("init", path) for A, ("init", path, "B") and ("init", path, "bias").
 
         `base` gives the base model's tensors by name; it is needed where config.bias is not "none"
-        and the model has biases, which start as the base's.
+        and the model has biases, which start as the base's, and with use_dora, whose magnitudes
+        start as the lengths of the rows of W + s B A. Where the model computes with other numbers
+        than the file has (int8, bf16), give those: `Llama.load`.
         """
         expect("plan", plan, "Adapter.init(plan, config)")
         expect("LoRA settings", config, "Adapter.init(plan, config)")
         arrays: dict[str, Array] = {}
         entries = {e.path: e for e in plan.entries}
         for key, (path, field, shape) in peft.tensor_names(plan).items():
-            if field == "base_bias":
+            if field == "magnitude":
+                head = key.removesuffix("lora_magnitude_vector")
+                arrays[key] = _lengths(entries[path], arrays, head, base)
+            elif field == "base_bias":
                 arrays[key] = _own_bias(path, shape, config, base)
             else:
                 arrays[key] = _initial(entries[path], field, shape, config, seed)
@@ -187,6 +193,26 @@ def _initial(
     return random.uniform(shape, 1 / math.sqrt(e.k), seed=seed, stream=stream)
 
 
+def _lengths(e: PlanEntry, arrays: Mapping[str, Array], head: str, base: Load | None) -> Array:
+    """The lengths of the rows of W + s B A, of an embedding those of its columns."""
+    if base is None:
+        raise ConfigError(
+            "use_dora = true starts from the lengths of the base model's weights: give "
+            f"base=checkpoint.load, or base=llama.load of a loaded model (needed for {e.path})"
+        )
+    W = peft.base_weight(base, e.path)
+    if e.kind == "embedding":
+        W, names = W.T, ("lora_embedding_A", "lora_embedding_B")
+    else:
+        names = "lora_A.weight", "lora_B.weight"
+    if W.shape != (e.d, e.k):
+        raise PlanError(f"{e.path}: the base's weight has shape {W.shape}, expected {(e.d, e.k)}")
+    A, B = (arrays[head + name] for name in names)
+    some = A.any() and B.any()
+    squares = row_squares(W, A if some else None, B if some else None, float(np.float32(e.scale)))
+    return np.sqrt(squares).astype(np.float32)
+
+
 def _own_bias(path: str, shape: tuple[int, ...], config: LoraConfig, base: Load | None) -> Array:
     if base is None:
         raise ConfigError(
@@ -233,6 +259,11 @@ def gather(items: Sequence[tuple[Adapter, float]]) -> dict[str, list[Item]]:
                 "and replacements cannot be summed; combine adapters with bias = 'none'"
             )
         for e in adapter.plan.entries:
+            if e.dora:
+                raise UnsupportedError(
+                    f"{e.path}: an adapter of DoRA (use_dora) divides by the lengths of W + s B A, "
+                    "so that adapters do not add up to one; merge them one after the other"
+                )
             if e.kind == "experts":
                 raise UnsupportedError(
                     f"{e.path}: adapters of experts' parameters are not summed; merge one after "

@@ -38,6 +38,13 @@ def write(
     if model.tie_word_embeddings:
         _refuse_tied(plan, model)
     refuse_biases(plan, loras, "llama.cpp's adapters have")
+    rescaled = [e.path for e in plan if e.dora]
+    if rescaled:
+        raise UnsupportedError(
+            f"{rescaled[0]}: this adapter is of DoRA (use_dora), whose rescaled rows are no "
+            "product of an A and a B, so that llama.cpp has no adapter for it; merge it into a "
+            "GGUF model instead (pylora merge --to model.gguf)"
+        )
     carried = carry(plan.entries, over_rank=True)
     tensors: dict[str, Array] = {}
     bits: list[Array] = []

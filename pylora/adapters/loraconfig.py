@@ -25,7 +25,6 @@ _INERT = frozenset(
     "loftq_config lora_ga_config megatron_core qalora_group_size".split()
 )
 _REFUSED = {
-    "use_dora": "weight-decomposed LoRA (DoRA) rescales the merged weight",
     "alora_invocation_tokens": "activated LoRA (aLoRA) switches the adapter on inside a sequence",
     "layer_replication": "the model's layers are repeated",
     "trainable_token_indices": "single rows of the embedding are trained",
@@ -82,6 +81,7 @@ class LoraConfig:
     base_model_name_or_path: str | None = None
     peft_type: str = "LORA"
     target_parameters: Sequence[str] | None = None  # parameters of experts, by PEFT's names
+    use_dora: bool = False  # rows of W + s B A are brought to lengths that are trained, too
 
     def __post_init__(self) -> None:
         for name in (
@@ -171,6 +171,8 @@ class LoraConfig:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         if not self.target_parameters:  # PEFT before 0.17 does not know the name
             del values["target_parameters"]
+        if not self.use_dora:
+            del values["use_dora"]
         return {
             name: list(v) if isinstance(v, tuple) else dict(v) if isinstance(v, Mapping) else v
             for name, v in values.items()
@@ -250,7 +252,7 @@ def _check_scalars(c: LoraConfig) -> None:
     check_alpha("lora_alpha", c.lora_alpha)
     if not _number(c.lora_dropout) or not 0 <= c.lora_dropout < 1:
         raise ConfigError(f"lora_dropout = {c.lora_dropout!r}: expected a number in [0, 1)")
-    for name in ("use_rslora", "lora_bias", "fan_in_fan_out"):
+    for name in ("use_rslora", "lora_bias", "fan_in_fan_out", "use_dora"):
         if not isinstance(getattr(c, name), bool):
             raise ConfigError(f"{name} = {getattr(c, name)!r}: expected true or false")
     for name in ("task_type", "base_model_name_or_path"):
@@ -305,5 +307,8 @@ def _check_combinations(c: LoraConfig) -> None:
         raise ConfigError(
             "target_parameters takes no lora_dropout, lora_bias or fan_in_fan_out (as in PEFT)"
         )
+    for name in ("lora_bias", "target_parameters"):
+        if c.use_dora and getattr(c, name):
+            raise ConfigError(f"use_dora = true does not go together with {name} (as in PEFT)")
     if c.lora_bias and not isinstance(c.init_lora_weights, bool):
         raise ConfigError("lora_bias = true needs init_lora_weights = true or false (as in PEFT)")

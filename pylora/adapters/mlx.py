@@ -1,15 +1,17 @@
 """LoRA adapters of mlx-lm: `adapters.safetensors` beside an `adapter_config.json` of its own.
 
-y += scale (x lora_a) lora_b, with lora_a [k, r] and lora_b [r, d]: one rank and one scale for all
-modules, given as they are. Lower ranks are filled up with zeros; what a module's scale is beyond
-the common one is multiplied into its B (carry.py). PEFT's settings are kept in a key of pylora's
-own, which mlx-lm passes over, and what rounding took in a file beside; an adapter that was made
-here is read back as it was, bit for bit. What mlx-lm cannot say is refused by name.
+y += scale (x lora_a) lora_b, with lora_a [k, r] and lora_b [r, d], and with DoRA m [d]: one rank
+and one scale for all modules, given as they are. Lower ranks are filled up with zeros; what a
+module's scale is beyond the common one is multiplied into its B (carry.py). PEFT's settings are
+kept in a key of pylora's own, which mlx-lm passes over, and what rounding took in a file beside; an
+adapter that was made here is read back as it was, bit for bit. What mlx-lm cannot say is refused by
+name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from pylora.model.config import LlamaConfig, ModuleSpec
 from pylora.types import LoRA
 
 CONFIG, WEIGHTS, BITS = "adapter_config.json", "adapters.safetensors", "pylora_bits.safetensors"
+DORA = "dora"  # a fine_tune_type
 OWN = "pylora"  # the key of the settings that PEFT has and mlx-lm has not
 _LIMIT = 16 << 20  # bytes of the settings
 _FLOATS = ("f32", "f16", "bf16")
@@ -49,36 +52,57 @@ def read(folder: Path, config: LlamaConfig) -> Read:
 
     Raises FileFormatError for a damaged file or a number that is not finite, PlanError, naming it,
     for a tensor that has no home, another shape than the settings and the model say, or that is
-    missing, and UnsupportedError for DoRA, full fine-tuning and embeddings that are tied.
+    missing, and UnsupportedError for full fine-tuning, DoRA on an embedding or on experts, and
+    embeddings that are tied.
     """
     where, settings = folder / CONFIG, read_json(folder / CONFIG, limit=_LIMIT)
     rank, scale, dropout = _parameters(where, settings)
+    dora = settings.get("fine_tune_type") == DORA
+    modules, magnitudes = config.modules(), {}
     with SafeTensors(folder / WEIGHTS) as file:
         try:
+            names = _wanted(file, where, settings, config)
             halves = {
                 home: (_numbers(file, f"{name}.lora_a"), _numbers(file, f"{name}.lora_b"))
-                for name, home in _wanted(file, where, settings, config).items()
+                for name, home in names.items()
             }
+            if dora:
+                magnitudes = {
+                    path: _lengths(file, f"{name}.m", path, modules[path])
+                    for name, (path, _) in names.items()
+                }
             parts = _together(file, halves, config, rank)
         except PlanError as error:
             raise _reason(file, config, error) from error
-    modules = config.modules()
     own = _as_it_was(folder, settings, parts, modules, scale)
-    if own is not None:
-        return own
+    if own is not None and own[0].use_dora == dora:
+        return *own[:2], {p: replace(x, magnitude=magnitudes.get(p)) for p, x in own[2].items()}
     chosen = {path: (A.shape[0] // modules[path].experts, scale) for path, (A, _) in parts.items()}
     base = settings.get("model")
     said, plan = settings_of(
-        chosen, modules, dropout=dropout, base=base if isinstance(base, str) else None
+        chosen, modules, dropout=dropout, base=base if isinstance(base, str) else None, dora=dora
     )
-    return said, plan, {e.path: LoRA(*parts[e.path], e.scale, said.lora_dropout) for e in plan}
+    loras = {e.path: LoRA(*parts[e.path], e.scale, said.lora_dropout) for e in plan}
+    return said, plan, {p: replace(x, magnitude=magnitudes.get(p)) for p, x in loras.items()}
+
+
+def _lengths(file: SafeTensors, name: str, path: str, spec: ModuleSpec) -> Array:
+    if spec.kind != "linear":
+        raise UnsupportedError(
+            f"{file.path}: {path} is adapted by DoRA, and of {spec.kind} mlx-lm's is another than "
+            "PEFT's; fuse it into its base with mlx_lm.fuse"
+        )
+    m = _numbers(file, name)
+    if m.shape != (spec.d,):
+        raise PlanError(f"{file.path}: {path}: m has the shape {m.shape}, expected ({spec.d},)")
+    return m
 
 
 def _parameters(where: Path, settings: Mapping[str, Any]) -> tuple[int, float, float]:
     """Rank, scale and dropout, checked."""
     kind = settings.get("fine_tune_type", "lora")
-    if kind != "lora":
-        what = {"dora": "weight-decomposed LoRA (DoRA)", "full": "whole weights that were trained"}
+    if kind not in ("lora", DORA):
+        what = {"full": "whole weights that were trained"}
         said = f" ({what[kind]})" if isinstance(kind, str) and kind in what else ""
         raise UnsupportedError(
             f"{where}: fine_tune_type is {kind!r:.40}{said}, which is not supported; fuse it into "
@@ -110,10 +134,11 @@ def _wanted(
     if len(stored) != len(file.tensors):
         raise PlanError(f"{file.path}: a tensor is there twice, with a prefix and without")
     there: dict[str, set[str]] = {}
+    wanted = {"lora_a", "lora_b"} | ({"m"} if settings.get("fine_tune_type") == DORA else set())
     for key, full in stored.items():
         name, _, end = key.rpartition(".")
-        if end not in ("lora_a", "lora_b"):
-            raise PlanError(f"{file.path}: tensor {full[:200]!r} is no lora_a and no lora_b")
+        if end not in wanted:
+            raise PlanError(f"{file.path}: tensor {full[:200]!r} is none of {sorted(wanted)}")
         if name not in known:
             tied = name == name_of(config.names.head, config)
             raise PlanError(
@@ -130,7 +155,7 @@ def _wanted(
     else:
         asked = _asked(where, settings, known, prefix, config)
     for name in dict.fromkeys([*asked, *there]):
-        lacking = {"lora_a", "lora_b"} - there.get(name, set())
+        lacking = wanted - there.get(name, set())
         if lacking:
             raise PlanError(
                 f"{file.path}: {name} lacks {' and '.join(sorted(lacking))}, though {CONFIG} names "

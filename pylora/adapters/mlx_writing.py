@@ -11,7 +11,7 @@ import numpy as np
 from pylora.adapters.carry import carry, fold, low_bits
 from pylora.adapters.gguf_writing import refuse_biases
 from pylora.adapters.loraconfig import LoraConfig
-from pylora.adapters.mlx import BITS, CONFIG, OWN, WEIGHTS
+from pylora.adapters.mlx import BITS, CONFIG, DORA, OWN, WEIGHTS
 from pylora.adapters.mlx_names import homes, in_layer, layer_prefix
 from pylora.adapters.plan import Plan, PlanEntry
 from pylora.errors import UnsupportedError
@@ -38,6 +38,12 @@ def write(
                     "adapter of one of the two; merge this adapter, which unties them"
                 )
     refuse_biases(plan, loras, "mlx-lm's adapters have")
+    for e in plan:
+        if e.dora and e.kind != "linear":
+            raise UnsupportedError(
+                f"{e.path}: mlx-lm's DoRA of an {e.kind} rescales other rows than PEFT's, so that "
+                "its adapters cannot say this one; merge it instead"
+            )
     modules = {home: name for name, home in homes(model).items()}
     carried = carry(plan.entries, over_rank=False)
     rank = max(e.r for e in plan)
@@ -50,11 +56,13 @@ def write(
         for part, (a, b) in enumerate(_parts(e, loras[e.path].A, B, rank)):
             name = modules[e.path, part]
             tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = a, b
+            if e.dora:
+                tensors[f"{name}.m"] = np.asarray(loras[e.path].magnitude, np.float32)
     prefix = layer_prefix(model)
     places = [in_layer(name.rpartition(".")[0], prefix) for name in tensors]
     first = min((layer for layer, _ in places if layer >= 0), default=model.num_hidden_layers - 1)
     settings = {
-        "fine_tune_type": "lora",
+        "fine_tune_type": DORA if config.use_dora else "lora",
         "num_layers": model.num_hidden_layers - first,
         "lora_parameters": {
             "rank": rank,

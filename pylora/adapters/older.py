@@ -131,6 +131,11 @@ def fold_experts(
 
 def _entry(path: str, parts: list[PlanEntry], spec: ModuleSpec) -> PlanEntry:
     first = parts[0]
+    if first.dora:
+        raise UnsupportedError(
+            f"{path}: this adapter has experts' modules with DoRA (use_dora), which an adapter of "
+            "all experts together cannot have; merge it with PEFT"
+        )
     if any((e.r, e.scale, e.lora_bias) != (first.r, first.scale, False) for e in parts):
         raise UnsupportedError(
             f"{path}: this adapter has experts' modules with ranks, scales or biases that differ, "

@@ -41,6 +41,7 @@ _CONFIG_LIMIT = 16 << 20  # bytes; target_modules may list every module of a lar
 _DTYPES = ("f32", "f16", "bf16", "f64")
 # PEFT keeps an adapter's name in the keys of its model's state; files are written without it.
 _NAMED = re.compile(r"\.(lora_(?:embedding_)?[AB])\.([^.]+)(\.weight|\.bias)?$")
+_MAGNITUDE = re.compile(r"\.lora_magnitude_vector(\.[^.]+)?(\.weight)?$")
 
 
 _MODULE = re.compile(r"(?:base_model\.model\.)?(?P<path>.+?)\.(?:lora_|base_layer)")
@@ -70,6 +71,8 @@ def tensor_names(plan: Plan) -> dict[str, tuple[str, str, tuple[int, ...]]]:
         else:
             out[f"{head}.lora_A.weight"] = e.path, "A", (e.r, e.k)
             out[f"{head}.lora_B.weight"] = e.path, "B", (e.d, e.r)
+        if e.dora:
+            out[f"{head}.lora_magnitude_vector"] = e.path, "magnitude", (e.d,)
         if e.lora_bias:
             out[f"{head}.lora_B.bias"] = e.path, "bias", (e.d,)
         if e.base_bias:
@@ -275,6 +278,7 @@ def _match(
 
 def _plain(key: str, file: SafeTensors) -> str:
     """The key as PEFT writes it to files: without an adapter's name, with the wrappers' prefix."""
+    key = _MAGNITUDE.sub(".lora_magnitude_vector", key)
     named = _NAMED.search(key)
     if named and named[2] not in ("weight", "bias"):
         parts = key[: named.start()], named[1], named[3] or ""

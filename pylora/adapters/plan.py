@@ -41,6 +41,7 @@ class PlanEntry:
     lora_bias: bool = False  # B has a bias
     base_bias: bool = False  # the adapter replaces the module's own bias
     experts: int = 1  # A has a block of r rows for each, B r columns
+    dora: bool = False  # there is a magnitude [d]
 
     def __repr__(self) -> str:
         kind = "" if self.kind == "linear" else f" {self.kind}"
@@ -53,7 +54,7 @@ class PlanEntry:
     def parameters(self) -> int:
         """How many numbers the adapter trains in this module."""
         return self.experts * self.r * (self.d + self.k) + self.d * (
-            self.lora_bias + self.base_bias
+            self.lora_bias + self.base_bias + self.dora
         )
 
 
@@ -194,6 +195,7 @@ def _entry(config: LoraConfig, path: str, spec: ModuleSpec, rule: str) -> PlanEn
         lora_bias=config.lora_bias,
         base_bias=spec.bias and config.bias != "none",
         experts=spec.experts,
+        dora=config.use_dora,
     )
 
 

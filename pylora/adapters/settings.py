@@ -26,6 +26,7 @@ def settings_of(
     *,
     dropout: float = 0.0,
     base: str | None = None,
+    dora: bool = False,
 ) -> tuple[LoraConfig, Plan]:
     """The config of an adapter whose module `path` has (rank, scale) = chosen[path]; its plan.
 
@@ -53,6 +54,7 @@ def settings_of(
         fan_in_fan_out=bool(linear) and not held and all(spec.transposed for spec in linear),
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
+        use_dora=dora,
     )
     plan = resolve(config, modules)
     if {e.path: (e.r, e.scale) for e in plan} != dict(chosen):

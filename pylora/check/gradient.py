@@ -45,11 +45,12 @@ def in_float64(
         other, more = part.model(Rounded(seed + k)).loss(batch.ids, batch.labels, batch.seqs)
         rounded.append(more or {})
         off += float(abs(other - nll).sum()) / counted(batch) / SAMPLES
+    held = _held(exact)
     # The model of rounding is of float32; float64's is smaller by the ratio of the units.
     noise = SIGMAS * off * unit("f64") / unit("f32")
     for name in ("A", "B"):
         direction = _direction(adapter, seed, (name,) if name == "A" else FIELDS[1:])
-        loss = _loss_along(exact, adapter, direction, batch)
+        loss = _loss_along(exact, held, direction, batch)
         yield _directional(f"gradient of {name}", loss, grads or {}, direction, 2.0**-8, noise)
 
     llama.attach(part.adapter)
@@ -77,6 +78,11 @@ def _direction(adapter: Adapters, seed: int, fields: tuple[str, ...]) -> dict[st
             parts[f] = z.astype(array.dtype)
         out[path] = LoRAGrad(**parts)
     return out
+
+
+def _held(model: Llama) -> Adapters:
+    """The attached adapter, DoRA's lengths held as they are: they are no part of the gradient."""
+    return {path: model.modules[path].measured(lora) for path, lora in model.placed.items()}
 
 
 def _loss_along(
@@ -140,6 +146,11 @@ def on_backend(llama: Llama, adapter: Adapters, batch: Batch, seed: int) -> Find
             if z is not None:
                 sign = np.where(getattr(grads[path], f) < 0, -1, 1)
                 setattr(d, f, (abs(z) * sign).astype(z.dtype))
+    if any(lora.magnitude is not None for lora in adapter.values()):
+        adapter = {
+            path: dataclasses.replace(lora, norm=_held(llama)[path].norm)
+            for path, lora in adapter.items()
+        }
     loss = _loss_along(llama, adapter, direction, batch)
     points = np.array([loss(k * 2.0**-16) for k in range(-3, 4)])
     fourth = np.diff(points, 4)

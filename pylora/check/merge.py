@@ -140,6 +140,8 @@ def _error(
     A, B = (lora.A, lora.B) if e.kind == "linear" else (lora.B.T, lora.A.T)
     A, B = A.astype(np.float64), B.astype(np.float64)
     worst = delta = size = 0.0
+    if lora.magnitude is not None:
+        return _rescaled_error(W, merged, lora, scale, e, dtype)
     for i in range(0, W.shape[0], _ROWS):
         base, b = W[i : i + _ROWS].astype(np.float64), B[i : i + _ROWS]
         t = scale * (b @ A)
@@ -148,6 +150,29 @@ def _error(
         ratio = abs(merged[i : i + _ROWS] - (base + t)) / bound
         worst = max(worst, math.inf if np.isnan(ratio).any() else float(ratio.max(initial=0.0)))
         delta += float((t * t).sum())
+        size += float((base * base).sum())
+    return worst, math.sqrt(delta), math.sqrt(size)
+
+
+def _rescaled_error(
+    W: np.ndarray, merged: np.ndarray, lora: LoRA, scale: float, e: PlanEntry, dtype: str
+) -> tuple[float, float, float]:
+    """The same with a magnitude: the lengths and their quotient are rounded to float32, too."""
+    if e.kind == "embedding":
+        W, merged = W.T, merged.T
+    worst = delta = size = 0.0
+    A = lora.A.astype(np.float64)
+    for i in range(0, W.shape[0], _ROWS):
+        base, b = W[i : i + _ROWS].astype(np.float64), lora.B[i : i + _ROWS].astype(np.float64)
+        V = base + scale * (b @ A)
+        n = np.sqrt((V * V).sum(axis=1, keepdims=True))
+        m = np.asarray(lora.magnitude[i : i + _ROWS], np.float64)[:, None]  # type: ignore[index]
+        want = np.where((n == 0) & (m == 0), 1, m / np.where(n == 0, 1, n)) * V
+        bound = (unit(dtype) + 3 * unit("f32")) * abs(want) * 1.000001 + _HALF_SUBNORMAL[dtype]
+        bound += 2 * gamma(e.r + 2, "f64") * m * (abs(base) + abs(scale) * (abs(b) @ abs(A)))
+        ratio = abs(merged[i : i + _ROWS] - want) / bound
+        worst = max(worst, math.inf if np.isnan(ratio).any() else float(ratio.max(initial=0.0)))
+        delta += float(((want - base) ** 2).sum())
         size += float((base * base).sum())
     return worst, math.sqrt(delta), math.sqrt(size)
 

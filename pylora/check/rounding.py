@@ -21,6 +21,7 @@ import numpy as np
 
 from pylora.backends.numpy import NumpyBackend
 from pylora.conformance.bounds.ops import EXP, unit
+from pylora.ops.dora import factor, measured
 from pylora.reference import values_of
 from pylora.types import Array, Attn, Drop, LoRA, Seqs
 
@@ -102,6 +103,50 @@ class Rounded(Exact):
             merged = values_of(W) + lora.scale * (lora.B @ lora.A)
             y = self._noise(y, self._stored / _U * np.sqrt((x * x) @ (merged * merged).T))
         return y, h
+
+    def row_norms(
+        self, W: Array, lora: LoRA, squares: Array | None = None, columns: bool = False
+    ) -> Array:
+        n = super().row_norms(W, lora, squares, columns)
+        return self._off(n, np.sqrt((lora.A.shape[1] + lora.rank) / 3) / 2 + 2)
+
+    def dora_forward(
+        self,
+        x: Array,
+        W: Array,
+        bias: Array | None,
+        lora: LoRA,
+        drop: Drop | None = None,
+        residual: Array | None = None,
+        dtype: Any = None,
+    ) -> tuple[Array, Array | None, Array]:
+        lora = measured(self, W, lora)
+        y, h, v = super().dora_forward(x, W, bias, lora, drop, residual)
+        y = self._off(y, 5)  # scale, quotient, product and two sums
+        if self._stored:
+            f = factor(lora, np)
+            merged = f[:, None] * (values_of(W) + lora.scale * (lora.B @ lora.A))
+            y = self._noise(y, self._stored / _U * np.sqrt((x * x) @ (merged * merged).T))
+        return y, h, v
+
+    def dora_backward(
+        self,
+        dy: Array,
+        x: Array | None,
+        h: Array | None,
+        v: Array,
+        W: Array | None,
+        lora: LoRA,
+        drop: Drop | None = None,
+        *,
+        add: Array | None = None,
+        need_dx: bool = True,
+        dtype: Any = None,
+    ) -> tuple[Array | None, Array, Array, Array]:
+        dx, dA, dB, dm = super().dora_backward(dy, x, h, v, W, lora, drop, add=add, need_dx=need_dx)
+        n = np.asarray(lora.norm)
+        squares = ((dy * v) ** 2).sum(axis=0) / np.where(n == 0, 1, n) ** 2
+        return dx, dA, dB, self._sum(dm, squares, dy.shape[0])
 
     def lora_backward(
         self,

@@ -26,7 +26,7 @@ from pylora.reference import IGNORE
 from pylora.training.examples import Tokenizer, check_examples, load_examples
 from pylora.types import LoRA, Seqs, brief
 
-FIELDS = ("A", "B", "bias", "base_bias")  # the arrays of a LoRA
+FIELDS = ("A", "B", "bias", "base_bias", "magnitude")  # the arrays of a LoRA
 MIN_TOKENS = 8
 _USABLE = 0.7  # of the memory that is free
 

@@ -24,6 +24,7 @@ def lora_config(
     rslora: bool,
     dropout: float,
     base: Path,
+    dora: bool = False,
 ) -> LoraConfig:
     """The settings in an adapter_config.json (or in the folder that has one), or the options'."""
     from pylora.adapters.locate import find_adapter
@@ -49,6 +50,7 @@ def lora_config(
         names if listed else targets.strip(),
         use_rslora=rslora,
         lora_dropout=dropout,
+        use_dora=dora,
         base_model_name_or_path=base.name,
     )
 

@@ -46,8 +46,8 @@ def merge(
         typer.Option(
             "--type",
             metavar="NAME",
-            help="of the GGUF file: f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_k_m, q5_k_m, "
-            "q6_k; default: as the model is stored",
+            help="of the GGUF file: f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q2_k, q3_k_m, "
+            "q4_k_m, q5_k_m, q6_k; default: as the model is stored",
         ),
     ] = None,
     dry: Annotated[

@@ -168,6 +168,13 @@ def _inspect_adapter(
         with open_checkpoint(model) as checkpoint:
             adapter = Adapter.load(directory, checkpoint.config, base=checkpoint.load)
     stats = measure(adapter)
+    magnitudes = [lora.magnitude for lora in adapter.values() if lora.magnitude is not None]
+    if magnitudes:
+        least, most = min(m.min() for m in magnitudes), max(m.max() for m in magnitudes)
+        screen.say(
+            f"DoRA: the rows of W + scale B A are brought to lengths from {least:.4g} to "
+            f"{most:.4g}; the numbers below are those of scale B A alone"
+        )
     numbers = ("d × k", "r", "scale", "norm", "stable rank")
     if every:
         rows: list[tuple[object, ...]] = [

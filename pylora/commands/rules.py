@@ -83,7 +83,7 @@ _DRAWN = "the likeliest token is taken at temperature 0, and nothing is drawn"
 _FILE = "the file says what the adapter is; change it there, or leave {} out"
 _BACKEND = "this verb computes with NumPy alone (or nothing at all)"
 _DRAWS = ("top_k", "top_p", "min_p", "seed")
-_SHAPE = ("rank", "alpha", "targets", "rslora")
+_SHAPE = ("rank", "alpha", "targets", "rslora")  # of plan, too
 _LIST = "--list tests nothing"
 _ASKED = "an engine or a converter is asked what its suite holds"
 _ENGINES = ("engine", "restart")
@@ -105,7 +105,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         for verb in ("plan", "convert", "inspect", "suite", "vectors", "conformance")
     ),
     "train": (
-        *(Excludes(o, "config", _FILE.format("--config")) for o in (*_SHAPE, "dropout")),
+        *(Excludes(o, "config", _FILE.format("--config")) for o in (*_SHAPE, "dora", "dropout")),
         Excludes("steps", "epochs", "each says how long to train"),
         Excludes("resume", "overwrite", "continue the run in OUT, or replace it"),
         Excludes(

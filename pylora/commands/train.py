@@ -70,6 +70,13 @@ def train(
     alpha: Alpha = None,
     targets: Targets = "all-linear",
     rslora: RsLora = False,
+    dora: Annotated[
+        bool,
+        _option(
+            "--dora/--no-dora", "--use-dora",
+            part=ADAPTER, help="DoRA: the lengths of W's rows are trained, too",
+        ),
+    ] = False,
     dropout: Annotated[
         float, _option("--dropout", "--lora-dropout", part=ADAPTER, help="lora_dropout")
     ] = 0.0,
@@ -294,7 +301,7 @@ def train(
         tokenizer = tokenizer_of(checkpoint, ())
         use_template(tokenizer, template_arg)
         refuse_unused_arguments = refuse_unused(template_arg, tokenizer)
-        lora = lora_config(config, rank, alpha, targets, rslora, dropout, checkpoint.path)
+        lora = lora_config(config, rank, alpha, targets, rslora, dropout, checkpoint.path, dora)
         plan = resolve(lora, checkpoint.config.modules())
         warn_about_size(plan, checkpoint.config.num_parameters)
         refuse_too_large(plan, backends.get().name)
@@ -315,7 +322,8 @@ def train(
                 top_k,
                 temperature,
             )
-        adapter = aim.fresh(plan, lora, seed, llama, examples, checkpoint.load)
+        base = llama.load if lora.use_dora else checkpoint.load
+        adapter = aim.fresh(plan, lora, seed, llama, examples, base)
     screen.say(
         f"{len(examples):,} examples; {adapter.num_parameters:,} trainable parameters "
         f"({100 * adapter.num_parameters / llama.config.num_parameters:.2f} %); "

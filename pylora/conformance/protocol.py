@@ -77,6 +77,10 @@ converts. Letters: m tokens, k inputs, d outputs, r rank; a size may be 0 but fo
                      there is one, the positions' rows are added
     dropout_mask(shape, p, seed, path, step, row0=0) -> kept [m,k] bool   of a module, from 1 on
                      counted step, and where the rows start in the whole batch
+    dora_norm(W, A, B, scale) -> n [d]                       the lengths of the rows of W + s B A
+    dora_forward(x, W, A, B, m [d], scale, bias=None) -> y   with m / n on what is multiplied
+    dora_backward(dy, x, W, A, B, m, scale) -> (dx, dA, dB, dm)       n is held
+    dora_merge(W, A, B, m, scale) -> (W', state);  dora_unmerge(W', A, B, m, scale, state) -> W
     rms_norm(x, w, eps) -> y
     swiglu(gate, up) -> y;  swiglu_backward(dy, gate, up) -> (dgate, dup)
     rope(x [m,heads*D], position [m], head_dim, theta, layout, inverse) -> y
@@ -206,6 +210,11 @@ METHODS = (
     "embedding_dropout",
     "embed",
     "dropout_mask",
+    "dora_norm",
+    "dora_forward",
+    "dora_backward",
+    "dora_merge",
+    "dora_unmerge",
     "rms_norm",
     "swiglu",
     "swiglu_backward",

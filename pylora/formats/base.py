@@ -59,6 +59,14 @@ class Checkpoint(ABC):
     def dtype(self, name: str) -> str:
         """How the file stores it: "f32", "f16", "bf16", "q4_1", ..."""
 
+    def form(self, name: str) -> str:
+        """What the file holds: as `dtype`, but for weights that are dequantized, such as "nf4"."""
+        return self.dtype(name)
+
+    def dequantizes(self, name: str) -> bool:
+        """Whether the tensor's numbers, of `dtype`, are worked out from codes and scales."""
+        return self.form(name) != self.dtype(name)
+
     @abstractmethod
     def load(self, name: str) -> Array:
         """The tensor as C-contiguous float32; a read-only view where the file allows it."""

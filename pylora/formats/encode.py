@@ -14,7 +14,7 @@ from pylora.formats.base import Array, narrow, widen
 from pylora.formats.gguf import dequantize
 
 FLOATS = ("F32", "F16", "BF16")
-BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
 
 def encode(x: Array, kind: str, where: str) -> Array:

@@ -35,14 +35,20 @@ MIXTURES = {
     "q4_1": Mixture(3, "Q4_1"),
     "q5_0": Mixture(8, "Q5_0"),
     "q5_1": Mixture(9, "Q5_1"),
+    "q2_k": Mixture(10, "Q2_K"),
+    "q3_k_s": Mixture(11, "Q3_K"),
+    "q3_k_m": Mixture(12, "Q3_K"),
+    "q3_k_l": Mixture(13, "Q3_K"),
     "q4_k_s": Mixture(14, "Q4_K"),
     "q4_k_m": Mixture(15, "Q4_K"),
     "q5_k_s": Mixture(16, "Q5_K"),
     "q5_k_m": Mixture(17, "Q5_K"),
     "q6_k": Mixture(18, "Q6_K"),
 }
-_SHORT = {"q4_k": "q4_k_m", "q5_k": "q5_k_m", "fp16": "f16", "fp32": "f32"}
-_SMALLER = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # of rows that are no whole blocks
+_SHORT = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m", "fp16": "f16", "fp32": "f32"}
+# Of rows that are no whole blocks.
+_SMALLER = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+_OUTPUTS_OF_EIGHT = ("q2_k", "q3_k_s", "q3_k_m", "q4_k_s", "q4_k_m")  # of eight experts
 _KEPT = ("_norm.weight", "ffn_gate_inp.weight")  # small, and read as they are
 _LAYER = re.compile(r"blk\.(\d+)\.")
 
@@ -102,6 +108,7 @@ class _State:
         self.wanted, self.kind, self.tied = wanted, kind, tied
         self.layers, self.experts = config.num_hidden_layers, config.experts
         self.values = self.downs = 0
+        self.sharing = config.num_attention_heads // config.num_key_value_heads
         shared = config.num_attention_heads != config.num_key_value_heads
         arch = architecture(config)
         self.largest = self.layers == 80 and (arch == "qwen2" or (arch == "llama" and shared))
@@ -114,12 +121,7 @@ class _State:
                 return "Q8_0"
             return "Q6_K"
         if "attn_v.weight" in name or "attn_qkv.weight" in name:
-            if medium and self._more(self.values, self.layers):
-                kind = "Q6_K"
-            elif self.wanted == "q4_k_s" and self.values < 4:
-                kind = "Q5_K"
-            if self.largest and kind == "Q4_K":
-                kind = "Q5_K"
+            kind = self._of_values(kind, medium)
             self.values += 1
             return "Q8_0" if self.experts == 8 else kind
         if "attn_k.weight" in name:
@@ -129,12 +131,35 @@ class _State:
             if self.experts > 1 and (found := _LAYER.match(name)):
                 layer = int(found[1])
             self.downs += 1
-            if medium and self._more(layer, self.layers):
-                return "Q6_K"
-            if self.wanted == "q4_k_s" and layer < self.layers // 8:
-                return "Q5_K"
-            return kind
-        if "attn_output.weight" in name and self.experts == 8 and self.wanted.startswith("q4_k"):
+            return self._of_downs(kind, medium, layer)
+        if "attn_output.weight" in name:
+            if self.experts == 8:
+                return "Q5_K" if self.wanted in _OUTPUTS_OF_EIGHT else kind
+            return {"q2_k": "Q3_K", "q3_k_m": "Q4_K", "q3_k_l": "Q5_K"}.get(self.wanted, kind)
+        return kind
+
+    def _of_values(self, kind: str, medium: bool) -> str:
+        """Of v, and of q, k and v in one."""
+        if self.wanted == "q2_k":
+            kind = "Q4_K" if self.sharing >= 4 else "Q3_K"
+        elif self.wanted == "q3_k_m":
+            kind = "Q5_K" if self.values < 2 else "Q4_K"
+        elif self.wanted == "q3_k_l":
+            kind = "Q5_K"
+        elif medium and self._more(self.values, self.layers):
+            kind = "Q6_K"
+        elif self.wanted == "q4_k_s" and self.values < 4:
+            kind = "Q5_K"
+        return "Q5_K" if self.largest and kind in ("Q3_K", "Q4_K") else kind
+
+    def _of_downs(self, kind: str, medium: bool, layer: int) -> str:
+        if self.wanted in ("q2_k", "q3_k_l"):
+            return "Q3_K" if self.wanted == "q2_k" else "Q5_K"
+        if self.wanted == "q3_k_m":
+            return "Q5_K" if layer < self.layers // 16 else "Q4_K"
+        if medium and self._more(layer, self.layers):
+            return "Q6_K"
+        if self.wanted == "q4_k_s" and layer < self.layers // 8:
             return "Q5_K"
         return kind
 

@@ -2,7 +2,8 @@
 
 Only safetensors weights are read, never pickles. The tensors must be exactly those that the
 configuration implies; what an older exporter left behind (rotary tables, a copy of tied
-embeddings) is recognised by name and checked. Values, such as NaN, are not judged.
+embeddings) is recognised by name and checked. Values, such as NaN, are not judged. Quantized
+weights (quantized/) are dequantized where they are read, one at a time.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pylora.errors import FileFormatError, UnsupportedError
 from pylora.files.bounded import read_json
 from pylora.formats.base import Array, Checkpoint, Shape, check_tensors, read_config, widen
 from pylora.formats.hfnames import own_names, text_settings, transposed
+from pylora.formats.quantized import Quantized, Scheme, Source, plain_settings, scheme
 from pylora.formats.safetensors import SafeTensors
 from pylora.model.config import LlamaConfig
 
@@ -38,17 +40,22 @@ class HuggingFaceCheckpoint(Checkpoint):
     def __init__(self, path: Path) -> None:
         self.path = path
         file = path / "config.json"
-        self._settings = read_json(file, limit=MAX_CONFIG)
-        _refuse_mlx(path, self._settings)
+        settings = read_json(file, limit=MAX_CONFIG)
+        _refuse_mlx(path, settings)
+        self.scheme = scheme(str(file), settings)
+        self._settings = plain_settings(settings)
         self.config = read_config(file, self._settings)
         names = self.config.names
         self._head, self._embedding = f"{names.head}.weight", f"{names.embedding}.weight"
-        stored, notes = _open_files(path, self.config)
+        stored, notes = _open_files(path, self.config, self.scheme)
         # By the name that the model has for a tensor: the file, and the name there.
         own, others = own_names(self.config, stored)
         self._stacks: dict[str, tuple[int, str]] = {}  # of stacked experts: which, and which part
         self._unstack(own, stored)
         self._files = {name: stored[there] for name, there in own.items()}
+        for name, source in self._files.items():
+            if isinstance(source, Quantized):  # which is [out, in] even where a file turns weights
+                source.turned = transposed(self.config, name)
         self._stored = own
         if isinstance(self._settings.get("text_config"), Mapping):
             self.config = self._tied_as_stored()
@@ -62,6 +69,8 @@ class HuggingFaceCheckpoint(Checkpoint):
                 f"{path} holds an adapter beside the model (adapter_config.json), which is not "
                 "used unless it is named as the adapter",
             )
+        if self.scheme is not None:
+            notes += (self._said(),)
         self.notes = notes
         shapes = {name: self.shape(name) for name in self._files}
         if self.config.tie_word_embeddings and self._head in shapes:
@@ -70,12 +79,22 @@ class HuggingFaceCheckpoint(Checkpoint):
         self._names = check_tensors(path, self.config, shapes)
         for name in self._names:
             if (dtype := self.dtype(name)) not in _FLOATS:
+                needs = "only F32, F16 and BF16 weights are supported"
+                if self.scheme is not None:
+                    needs = f"nothing that {self.scheme.method} dequantizes it with is there"
                 raise UnsupportedError(
-                    f"{self._files[name].path}: tensor {name!r} is {dtype.upper()}; "
-                    "only F32, F16 and BF16 weights are supported"
+                    f"{self._files[name].path}: tensor {name!r} is {dtype.upper()}; {needs}"
                 )
 
-    def _unstack(self, own: dict[str, str], stored: Mapping[str, SafeTensors]) -> None:
+    def _said(self) -> str:
+        """What a user should know of a quantized model."""
+        forms = sorted({self.form(n) for n, f in self._files.items() if isinstance(f, Quantized)})
+        return (
+            f"{self.path} is quantized ({', '.join(forms)}): its weights are dequantized as they "
+            "are read, and then kept in the precision that was chosen"
+        )
+
+    def _unstack(self, own: dict[str, str], stored: Mapping[str, Source]) -> None:
         """Takes tensors that hold all experts of a layer apart (Qwen3-VL's): [experts, hidden,
         2 size] of gate and up, [experts, size, hidden] of down; or each the other way around."""
         names, experts = self.config.names, self.config.experts
@@ -121,29 +140,47 @@ class HuggingFaceCheckpoint(Checkpoint):
     def names(self) -> tuple[str, ...]:
         return self._names
 
-    def _file(self, name: str) -> SafeTensors:
+    def _file(self, name: str) -> Source:
         if name not in self._files:
             raise FileFormatError(f"{self.path}: there is no tensor {name!r}")
         return self._files[name]
 
     def _view(self, name: str) -> Array:
-        array = self._file(name).view(self._stored[name])
+        file, there = self._file(name), self._stored[name]
         if name not in self._stacks:
-            return array
+            return file.view(there)
         (e, role), size = self._stacks[name], self.config.expert_size
+        array = file.part(there, e) if isinstance(file, Quantized) else file.view(there)[e]
         down = role == "expert_down"
         turned = (size, self.config.hidden_size) if down else (self.config.hidden_size, 2 * size)
-        one: Array = array[e].T if array.shape[1:] == turned else array[e]
+        one: Array = array.T if array.shape == turned else array
         return one if down else one[:size] if role == "expert_gate" else one[size:]
 
     def shape(self, name: str) -> Shape:
         if name in self._stacks:
-            return tuple(self._view(name).shape)
+            return self._stacked_shape(name)
         shape = self._file(name).shape(self._stored[name])
         return shape[::-1] if transposed(self.config, name) else shape
 
+    def _stacked_shape(self, name: str) -> Shape:
+        """What `_view` of one of stacked experts gives; FileFormatError where it cannot be."""
+        hidden, size = self.config.hidden_size, self.config.expert_size
+        down = self._stacks[name][1] == "expert_down"
+        want = (hidden, size) if down else (2 * size, hidden)
+        shape = self._file(name).shape(self._stored[name])
+        if shape[1:] not in (want, want[::-1]):
+            raise FileFormatError(
+                f"{self.path}: tensor {self._stored[name]!r} has shape {shape}, but the "
+                f"configuration says {want[0]} x {want[1]} of each expert"
+            )
+        return want if down else (size, hidden)
+
     def dtype(self, name: str) -> str:
         return self._file(name).dtype(self._stored[name])
+
+    def form(self, name: str) -> str:
+        file = self._file(name)
+        return file.form(name) if isinstance(file, Quantized) else self.dtype(name)
 
     def load(self, name: str) -> Array:
         return widen(*self.raw(name))
@@ -182,19 +219,31 @@ def _refuse_mlx(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _open_files(
-    directory: Path, config: LlamaConfig
-) -> tuple[dict[str, SafeTensors], tuple[str, ...]]:
-    """Tensor name -> the open file that holds it; and what to say of files that are passed over.
+    directory: Path, config: LlamaConfig, quantized: Scheme | None
+) -> tuple[dict[str, Source], tuple[str, ...]]:
+    """Tensor name -> the open file that holds it, or what dequantizes it; and what to say of files
+    that are passed over.
 
     Where there are a whole file and an index, the one that has all tensors of the model counts.
     """
+    files, notes = _chosen(directory, config, quantized)
+    if quantized is None:
+        return dict(files), notes
+    return quantized.weights(files), notes
+
+
+def _chosen(
+    directory: Path, config: LlamaConfig, quantized: Scheme | None
+) -> tuple[dict[str, SafeTensors], tuple[str, ...]]:
+    """Tensor name -> file, of the whole file or of the shards."""
     whole, index = directory / WHOLE, directory / INDEX
     if not (whole.is_file() and index.is_file()):
         return _one_form(directory), ()
     file = SafeTensors(whole)
     table = read_json(index, limit=MAX_INDEX).get("weight_map")
     listed = table if isinstance(table, dict) else {}
-    here, there = (own_names(config, map(str, names))[0] for names in (file.tensors, listed))
+    plain = list if quantized is None else quantized.plain
+    here, there = (own_names(config, plain(map(str, n)))[0] for n in (file.tensors, listed))
     missing = [name for name in config.tensors() if name not in here]
     lacks = [name for name in config.tensors() if name not in there]
     if missing and not lacks:

@@ -108,6 +108,11 @@ class SafeTensors:
         stored = self._data[self._start + info.start : self._start + info.end]
         return stored.view(_NUMPY[info.dtype]).reshape(info.shape)
 
+    def bytes_of(self, name: str) -> Array:
+        """The stored bytes of a tensor of any dtype: uint8 [n], a view of the mapped file."""
+        info = self._info(name)
+        return self._data[self._start + info.start : self._start + info.end]
+
     def load(self, name: str) -> Array:
         """An F32, F16 or BF16 tensor as float32: a read-only view if it is F32, else a copy."""
         dtype = self.dtype(name)

@@ -119,7 +119,8 @@ def train(
     else:
         made = lora_config(lora, model.checkpoint.path.name)
         plan = resolve(made, model.llama.config.modules())
-        adapter = Adapter.init(plan, made, config.seed, base=model.checkpoint.load)
+        base = model.llama.load if made.use_dora else model.checkpoint.load
+        adapter = Adapter.init(plan, made, config.seed, base=base)
     llama = model.llama
     try:
         result = run(llama, adapter, examples, config, out, **rest)

@@ -1,6 +1,7 @@
 """Merging an adapter into its base model, so that it can be undone bit for bit.
 
-W' = round(W + scale B A), the delta in float64, rounded once. Rounding loses information, so
+W' = round(W + scale B A), the delta in float64, rounded once; with DoRA each row is brought to its
+magnitude before. Rounding loses information, so
 subtracting the delta does not always give W back; the merge keeps the few original elements where
 it would not (residue.py), and unmerging (unmerge.py) verifies a SHA-256 of every tensor. The base
 checkpoint and the adapter are only read. Merging into a quantized format is not done.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,9 +98,10 @@ def merge_checkpoint(
     `out_dir` becomes a Hugging Face directory that transformers loads, with the file that undoes
     the merge; a tokenizer or chat template that lies beside the adapter goes with it. `dtype`
     ("f32", "f16", "bf16") converts the base first; by default weights keep the dtype they are
-    stored in, and those of a GGUF file become f32. Where the adapter targets one of two tied
-    embeddings, they are untied. Nothing is left behind if it fails. ConfigError for an `out_dir`
-    that holds anything else than an earlier merge: no model is overwritten by mistake.
+    stored in, those of a GGUF file become f32, and quantized ones are written plain, in 16 bits.
+    Where the adapter targets one of two tied embeddings, they are untied. Nothing is left behind if
+    it fails. ConfigError for an `out_dir` that holds anything else than an earlier merge: no model
+    is overwritten by mistake.
     """
     expect("path", out_dir, "merge_checkpoint(model, adapter, out)")
     with open_checkpoint(model_path) as checkpoint:
@@ -147,7 +150,20 @@ def merge_adapter(
     order = list(merge.parts)
     modules = tuple(sorted(merge.modules, key=lambda m: order.index(m.path)))
     kept = sum(m.bytes for m in modules)
-    return MergeReport(target, modules, size, kept, said, checkpoint.notes)
+    notes = checkpoint.notes + unquantized(checkpoint, merge.specs)
+    return MergeReport(target, modules, size, kept, said, notes)
+
+
+def unquantized(checkpoint: Checkpoint, specs: Mapping[str, Spec]) -> tuple[str, ...]:
+    """What to say where the weights of a quantized checkpoint were written as plain ones."""
+    names = [name for name in checkpoint.names() if checkpoint.dequantizes(name)]
+    if not names:
+        return ()
+    dtypes = ", ".join(sorted({specs[name][1] for name in names}))
+    return (
+        f"the merged model is not quantized: the {len(names)} weights that are in "
+        f"{checkpoint.path} are written in {dtypes}, and config.json has no quantization_config",
+    )
 
 
 class _Merge:
@@ -193,8 +209,15 @@ class _Merge:
     def _stored_dtype(self, name: str) -> str:
         if self.dtype is not None:
             return self.dtype
-        # A GGUF mixes types as suits its size; what is loaded from it is float32.
-        return self.checkpoint.dtype(self._source(name)) if self.checkpoint.path.is_dir() else "f32"
+        if not self.checkpoint.path.is_dir():  # a GGUF mixes types as suits its size
+            return "f32"
+        source = self._source(name)
+        stored = self.checkpoint.dtype(source)
+        if stored == "f32" and self.checkpoint.dequantizes(source):
+            settings = self.checkpoint.settings
+            said = settings.get("dtype", settings.get("torch_dtype"))
+            return "f16" if said == "float16" else "bf16"
+        return stored
 
     def base(self, name: str) -> Array:
         """A tensor of the base model, in the dtype that it will be written in."""
@@ -227,8 +250,11 @@ class _Merge:
             kind = self.kinds[path]
             merged, lost = merge_weight(self.ops, W, lora, dtype, kind=kind)
             self._check_finite(name, widen(W, dtype), merged, dtype)
-            used = self.record.add(path, kind, lora, dtype, W.shape, lost)
+            used = self.record.add(path, kind, lora, dtype, W, lost)
             delta = max_delta(lora, kind)
+            if lora.magnitude is not None:
+                moved = widen(merged, dtype).astype(np.float64) - widen(W, dtype)
+                delta = float(np.abs(moved).max(initial=0.0))
             self.modules.append(MergedModule(path, W.shape, dtype, lost.position.size, used, delta))
         before = digest(W)
         self.record.digests[name] = Digests(before, before if merged is W else digest(merged))

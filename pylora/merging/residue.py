@@ -2,9 +2,11 @@
 
 Tensors, for each merged module:
     <path>.lora_A.weight, <path>.lora_B.weight    the adapter, as PEFT shapes it (float32)
+    <path>.lora_magnitude_vector, <path>.norm     with DoRA, and the lengths that it was divided by
     <path>.rows       u32 [rows of W]             how many residue elements each row of W has
     <path>.columns    u16 or u32 [n]              their columns, ascending within a row
     <path>.bits       u16 or u32 [n]              the original bits there
+    <path>.weight     the original weight, in place of these three where it takes less
     <path>.bias       the original bias, where the merge changed it
 Metadata: one JSON text, `pylora_unmerge`: version, whether the base ties its embeddings, and the
 SHA-256 of every tensor of the base and of the merged model. So 6 bytes per residue element of a
@@ -56,19 +58,26 @@ class Record:
     digests: dict[str, Digests] = field(default_factory=dict)
     tensors: dict[str, Array | Bf16] = field(default_factory=dict)
 
-    def add(self, path: str, kind: str, lora: LoRA, dtype: str, shape: Any, lost: Residue) -> int:
-        """Remembers a merged weight of `shape`; returns the bytes that this takes in the file."""
-        rows, columns = shape
+    def add(self, path: str, kind: str, lora: LoRA, dtype: str, W: Array, lost: Residue) -> int:
+        """Remembers how W was merged; returns the bytes that this takes in the file."""
+        rows, columns = W.shape
         width: Any = np.uint16 if columns <= 1 << 16 else np.uint32
         counts = np.bincount(lost.position // columns, minlength=rows).astype(np.uint32)
         self.dtypes[path], self.kinds[path], self.scales[path] = dtype, kind, float(lora.scale)
         new = {
             f"{path}.lora_A.weight": np.asarray(lora.A, np.float32),
             f"{path}.lora_B.weight": np.asarray(lora.B, np.float32),
+        }
+        kept = {
             f"{path}.rows": counts,
             f"{path}.columns": (lost.position % columns).astype(width),
             f"{path}.bits": lost.bits.astype(_BITS[dtype]),
         }
+        whole = {f"{path}.weight": np.ascontiguousarray(W).view(_BITS[dtype])}
+        new |= whole if sum(a.nbytes for a in kept.values()) > W.nbytes else kept
+        if lora.magnitude is not None and lost.norm is not None:
+            new[f"{path}.lora_magnitude_vector"] = np.asarray(lora.magnitude, np.float32)
+            new[f"{path}.norm"] = np.asarray(lost.norm, np.float32)
         self.tensors |= new
         return sum(a.nbytes for a in new.values())
 
@@ -142,20 +151,31 @@ class Reader:
         r = self._file.shape(f"{path}.lora_A.weight")[:1]
         A = self._tensor(f"{path}.lora_A.weight", (*r, k), ("f32",))
         B = self._tensor(f"{path}.lora_B.weight", (d, *r), ("f32",))
-        return LoRA(A, B, float(self.record.scales[path]))
+        return LoRA(A, B, float(self.record.scales[path]), magnitude=self._magnitude(path, d))
+
+    def _magnitude(self, path: str, d: int) -> Array | None:
+        name = f"{path}.lora_magnitude_vector"
+        return self._tensor(name, (d,), ("f32",)) if name in self._file.tensors else None
 
     def residue(self, path: str, shape: tuple[int, int]) -> Residue:
         """What the merge of a weight of `shape` rounded away."""
         rows, columns = shape
+        norm = None
+        if f"{path}.lora_magnitude_vector" in self._file.tensors:
+            d = self._file.shape(f"{path}.lora_magnitude_vector")
+            norm = self._tensor(f"{path}.norm", d, ("f32",))
+        kind = "u32" if self.record.dtypes[path] == "f32" else "u16"
+        if f"{path}.weight" in self._file.tensors:
+            whole = self._tensor(f"{path}.weight", shape, (kind,)).astype(np.uint32)
+            return Residue(np.arange(rows * columns, dtype=np.int64), whole.reshape(-1), norm)
         counts = self._tensor(f"{path}.rows", (rows,), ("u32",)).astype(np.int64)
         n = int(counts.sum())
-        kind = "u32" if self.record.dtypes[path] == "f32" else "u16"
         column = self._tensor(f"{path}.columns", (n,), ("u16", "u32")).astype(np.int64)
         bits = self._tensor(f"{path}.bits", (n,), (kind,)).astype(np.uint32)
         position = np.repeat(np.arange(rows, dtype=np.int64) * columns, counts) + column
         if n and (int(column.max()) >= columns or bool((np.diff(position) <= 0).any())):
             raise FileFormatError(f"{self.path}: the residue positions of {path} are not in order")
-        return Residue(position, bits)
+        return Residue(position, bits, norm)
 
     def close(self) -> None:
         """Lets go of the file."""

@@ -32,7 +32,7 @@ from pylora.formats.gguf_metadata import extra_tensors, model_metadata
 from pylora.formats.gguf_names import as_gguf, places
 from pylora.formats.gguf_types import choose, mixture, quantized
 from pylora.formats.gguf_write import Raw, tensor_bytes, write_gguf
-from pylora.merging.weight import oriented
+from pylora.merging.weight import merge_weight, oriented
 from pylora.model.config import LlamaConfig
 from pylora.model.expert_lora import parts_of
 from pylora.ops.protocol import Backend
@@ -96,11 +96,11 @@ def merge_to_gguf(
 ) -> GGUFReport:
     """Merges an adapter into a GGUF or Hugging Face model and writes one GGUF file.
 
-    type_: "f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k_m", "q4_k_s",
-    "q5_k_m", "q5_k_s", "q6_k"; by default each tensor keeps the type that the base stores it in.
-    `look` gets the report before the file is there, and may raise to leave it unwritten; with `dry`
-    nothing is written. Raises ConfigError for an `out` that is the base, UnsupportedError for what
-    a GGUF file cannot hold, and what reading the two raises.
+    type_: "f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k_s",
+    "q3_k_m", "q3_k_l", "q4_k_m", "q4_k_s", "q5_k_m", "q5_k_s", "q6_k"; by default each tensor keeps
+    the type that the base stores it in. `look` gets the report before the file is there, and may
+    raise to leave it unwritten; with `dry` nothing is written. Raises ConfigError for an `out` that
+    is the base, UnsupportedError for what a GGUF file cannot hold, and what reading the two raises.
     """
     expect("path", out, "merge_to_gguf(model, adapter, out)")
     target = Path(out)
@@ -320,7 +320,10 @@ class _Merge:
         elif lora is not None and part == "weight" and lora.rank:
             merged = np.array(W, np.float32, order="C")
             own = oriented(lora, self.kinds[path])
-            self.ops.merge_in_place(merged, own, "f32")
+            if lora.magnitude is None:
+                self.ops.merge_in_place(merged, own, "f32")
+            else:
+                merged, _ = merge_weight(self.ops, merged, lora, kind=self.kinds[path])
             self.rounded[path] = self._compare(path, name, W, merged, own, kind)
             W = merged
         return as_gguf(W, path, self.config)
@@ -338,6 +341,8 @@ class _Merge:
         before = self._as(W, kind, name, base=True)
         change = self._as(merged, kind, name).astype(np.float64) - before
         delta = lora.scale * (lora.B.astype(np.float64) @ lora.A.astype(np.float64))
+        if self.parts[path].magnitude is not None:  # rescaling is a part of it
+            delta = merged.astype(np.float64) - W
         size = float(np.vdot(delta, delta))
         whole = float(np.vdot(W.astype(np.float64), W))
         if not size:

@@ -1,7 +1,8 @@
 """Merging one weight, undoing it, and the digest that proves it: thin over a backend's operations.
 
 An embedding is stored [vocab, hidden], so its delta is scale * Aᵀ Bᵀ; of every other module it is
-scale * B A. Biases are not looked at here.
+scale * B A. A magnitude (DoRA) goes along; its lengths go with the residue. Biases are not looked
+at here.
 """
 
 from __future__ import annotations
@@ -25,8 +26,11 @@ def merge_weight(
 
     `dtype` is "f32", "f16" or "bf16" (given as uint16 bits).
     """
-    merged, residue = ops.merge(W, oriented(lora, kind), dtype)
-    return merged, residue
+    if not _by_columns(lora, kind):
+        merged, residue = ops.merge(W, oriented(lora, kind), dtype)
+        return merged, residue
+    merged, residue = ops.merge(np.ascontiguousarray(W.T), lora, dtype)
+    return np.ascontiguousarray(merged.T), _turned(residue, *W.shape)
 
 
 def unmerge_weight(
@@ -39,14 +43,34 @@ def unmerge_weight(
     kind: str = "linear",
 ) -> Array:
     """The W that `merge_weight` was given, bit for bit."""
-    W: Array = ops.unmerge(merged, oriented(lora, kind), residue, dtype)
-    return W
+    W: Array
+    if not _by_columns(lora, kind):
+        W = ops.unmerge(merged, oriented(lora, kind), residue, dtype)
+        return W
+    there = _turned(residue, *merged.shape[::-1])
+    W = ops.unmerge(np.ascontiguousarray(merged.T), lora, there, dtype)
+    return np.ascontiguousarray(W.T)
+
+
+def _by_columns(lora: LoRA, kind: str) -> bool:
+    """Whether magnitudes are of the columns of what is stored: it is then merged transposed."""
+    return kind == "embedding" and lora.magnitude is not None
+
+
+def _turned(residue: Residue, rows: int, columns: int) -> Residue:
+    """Positions in [columns, rows] as those in [rows, columns]."""
+    position = residue.position % max(rows, 1) * columns + residue.position // max(rows, 1)
+    order = np.argsort(position)
+    return Residue(position[order], residue.bits[order], residue.norm)
 
 
 def oriented(lora: LoRA, kind: str) -> LoRA:
-    """The adapter whose B A is the delta of the weight as it is stored."""
-    A, B = (lora.A, lora.B) if kind == "linear" else (lora.B.T, lora.A.T)
-    return LoRA(np.ascontiguousarray(A), np.ascontiguousarray(B), lora.scale)
+    """The adapter whose B A is the delta of the weight as it is stored; a magnitude is of the rows
+    of a linear weight."""
+    if kind == "linear":
+        A, B = np.ascontiguousarray(lora.A), np.ascontiguousarray(lora.B)
+        return LoRA(A, B, lora.scale, magnitude=lora.magnitude, norm=lora.norm)
+    return LoRA(np.ascontiguousarray(lora.B.T), np.ascontiguousarray(lora.A.T), lora.scale)
 
 
 def max_delta(lora: LoRA, kind: str = "linear") -> float:

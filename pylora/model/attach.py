@@ -19,7 +19,7 @@ from pylora.ops.protocol import Backend
 from pylora.types import LoRA
 
 Module = LoRALinear | Embedding | ExpertParameter  # what an adapter may sit on
-ARRAYS = ("A", "B", "bias", "base_bias")  # of a LoRA
+ARRAYS = ("A", "B", "bias", "base_bias", "magnitude")  # of a LoRA
 
 
 def check_fits(adapter: Mapping[str, LoRA], modules: Mapping[str, Module], dtype: np.dtype) -> None:
@@ -47,6 +47,18 @@ def place(lora: LoRA, ops: Backend) -> LoRA:
     arrays: dict[str, Any] = {name: getattr(lora, name) for name in ARRAYS}
     moved: dict[str, Any] = {n: None if a is None else ops.place(a) for n, a in arrays.items()}
     return lora if all(moved[n] is arrays[n] for n in arrays) else replace(lora, **moved)
+
+
+def computed(modules: Mapping[str, Module], name: str, ops: Backend) -> np.ndarray:
+    """A module's weight or bias, by its tensor's name, as the model computes with it: float32 on
+    the host, a copy. KeyError for what is no such tensor."""
+    path, _, part = name.rpartition(".")
+    module = modules.get(path)
+    if part == "weight" and isinstance(module, (LoRALinear, Embedding)):
+        return np.array(ops.to_numpy(ops.unpack(module.W)), np.float32)
+    if part == "bias" and isinstance(module, LoRALinear) and module.bias is not None:
+        return np.array(ops.to_numpy(module.bias), np.float32)
+    raise KeyError(name)
 
 
 def bring_back(placed: LoRA, own: LoRA, ops: Backend) -> None:

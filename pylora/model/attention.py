@@ -22,10 +22,12 @@ from pylora.model.linear import (
     LoRALinear,
     backward_together,
     caches_of,
+    forward_together,
     projections_of,
 )
 from pylora.model.rope import Rope
 from pylora.model.weights import Weights, head_norm
+from pylora.ops.dora import rescaled
 from pylora.ops.fused import join_qkv, split_qkv
 from pylora.ops.heads import norm_heads, norm_heads_backward
 from pylora.ops.protocol import Backend
@@ -178,11 +180,17 @@ class Attention:
             rstd = None
             if norm is not None:
                 x, rstd = self.ops.norm_forward(x, norm, self.dtype)
-            results = self.ops.linear_forward(x, [p])
-            q, k, v = split_qkv(results[0][0], self.fused, self.shape)
-            return [q, k, self.ops.cast(v, self.dtype)], caches_of([p], results), rstd, False
+            [y], caches = forward_together(self.ops, x, [p])
+            q, k, v = split_qkv(y, self.fused, self.shape)
+            return [q, k, self.ops.cast(v, self.dtype)], caches, rstd, False
         # q and k are rounded once they are rotated, so not here.
         projections = projections_of(self.inputs, x, drop=drop, dtypes=(None, None, self.dtype))
+        if rescaled(projections):
+            rstd = None
+            if norm is not None:
+                x, rstd = self.ops.norm_forward(x, norm, self.dtype)
+            ys, caches = forward_together(self.ops, x, projections)
+            return ys, caches, rstd, False
         early = rotation if self.q_norm is None else None  # nothing comes in between
         results, rstd = self.ops.qkv_forward(x, projections, norm, early, self.dtype)
         caches = caches_of(projections, results)

@@ -65,8 +65,15 @@ def pack_adapter(model: Decodable, adapter: Mapping[str, LoRA]) -> Any:
     for path, lora in adapter.items():
         module = model.modules[path]
         parts |= module.split(lora) if isinstance(module, ExpertParameter) else {path: lora}
-    linear = {numbers[path]: lora for path, lora in parts.items() if path in numbers}
-    return model.op.adapter(linear, adapter.get(model.embed_tokens.path))
+    linear = {
+        numbers[path]: lora if lora.magnitude is None else model.modules[path].measured(lora)
+        for path, lora in parts.items()
+        if path in numbers
+    }
+    embedding = adapter.get(model.embed_tokens.path)
+    return model.op.adapter(
+        linear, None if embedding is None else model.embed_tokens.measured(embedding)
+    )
 
 
 class Batch:

@@ -2,13 +2,15 @@
 
     y[i] = W[ids[i]] + scale (A[:, ids[i]] Bᵀ + bias_B)          A [r, vocab], B [hidden, r]
 
-So x Aᵀ is a gather and nothing of size [m, vocab] exists. As in PEFT there is no dropout here. The
-packed W may be shared with lm_head (tied embeddings); an adapter of one never touches the other.
+With a magnitude (DoRA, [hidden]) each column of W + scale (B A)ᵀ is brought to that length, which
+multiplies y by magnitude / norm. So x Aᵀ is a gather and nothing of size [m, vocab] exists. As in
+PEFT there is no dropout here. The packed W may be shared with lm_head (tied embeddings); an adapter
+of one never touches the other.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pylora.errors import PlanError
 from pylora.model.linear import (
@@ -21,6 +23,7 @@ from pylora.model.linear import (
     nonzero,
 )
 from pylora.numbers.precision import Stored
+from pylora.ops.dora import factor, magnitude_grad
 from pylora.ops.protocol import Backend, Packed
 from pylora.types import Array, LoRA, brief
 
@@ -33,6 +36,8 @@ class EmbeddingCache:
 
     ids: Array
     h: Array | None  # [m, r]
+    v: Array | None = None  # [m, hidden], with a magnitude: what was rescaled
+    lora: LoRA | None = None  # with a magnitude: the adapter with its lengths
 
 
 class Embedding:
@@ -50,6 +55,7 @@ class Embedding:
         self.W: Packed = W if is_packed(W) else ops.pack(W, precision)
         self.vocab, self.hidden = (int(n) for n in self.W.shape)
         self._lora: LoRA | None = None
+        self._squares: Array | None = None  # of W's columns, once a magnitude asked for them
 
     def __repr__(self) -> str:
         adapter = "no adapter" if self._lora is None else f"adapter of rank {self._lora.rank}"
@@ -72,6 +78,15 @@ class Embedding:
         if lora.base_bias is not None:
             raise PlanError(f"{self.path}: an embedding has no bias that base_bias could replace")
 
+    def measured(self, lora: LoRA) -> LoRA:
+        """The adapter with `norm`, the lengths of the columns of W + scale (B A)ᵀ as they are now;
+        itself where it has no magnitude, or was given lengths to go by."""
+        if lora.magnitude is None or lora.norm is not None:
+            return lora
+        if self._squares is None:
+            self._squares = self.ops.row_squares(self.W, columns=True)
+        return replace(lora, norm=self.ops.row_norms(self.W, lora, self._squares, columns=True))
+
     def forward(self, ids: Array) -> tuple[Array, EmbeddingCache]:
         """ids int64 [m] -> y [m, hidden]."""
         y, lora, ops = self.ops.embedding_forward(ids, self.W), self._lora, self.ops
@@ -81,17 +96,23 @@ class Embedding:
         scale = h.dtype.type(lora.scale)
         if nonzero(lora.B) and nonzero(lora.A):  # a fresh adapter of an embedding has A = 0
             y, _ = ops.lora_forward(scale * h, ops.pack(lora.B), residual=y)
+        if lora.magnitude is not None:
+            lora = self.measured(lora)
+            return y * factor(lora, ops.xp), EmbeddingCache(ids, h, y, lora)
         if nonzero(lora.bias):
             y = y + scale * lora.bias
         return y, EmbeddingCache(ids, h)
 
     def backward(self, dy: Array, cache: EmbeddingCache, grads: Grads) -> None:
         """dB = scale dyᵀ h; dA adds scale (dy B) to the columns of the tokens that were seen."""
-        lora, ops = self._lora, self.ops
+        lora, ops, dm = self._lora, self.ops, None
         if lora is None:
             return
+        if cache.lora is not None:
+            dm = magnitude_grad(dy, cache.v, cache.lora, ops.xp)
+            dy = dy * factor(cache.lora, ops.xp)
         _, _, dB = ops.lora_backward(dy, None, cache.h, None, lora, need_dx=False, need_dA=False)
         g, _, _ = ops.lora_backward(dy, None, None, ops.pack(lora.B))  # dy B
         dA = ops.embedding_backward(cache.ids, g * g.dtype.type(lora.scale), self.vocab).T  # type: ignore[union-attr]
-        grad = LoRAGrad(ops.xp.ascontiguousarray(dA), dB, *bias_grads(ops, dy, lora))
+        grad = LoRAGrad(ops.xp.ascontiguousarray(dA), dB, *bias_grads(ops, dy, lora), dm)
         add_grad(grads, self.path, grad)

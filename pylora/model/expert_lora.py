@@ -83,8 +83,13 @@ class ExpertParameter:
                 f"{self.path}: A has shape {list(lora.A.shape)} and B {list(lora.B.shape)}, "
                 f"expected [{n} r, {self.k}] and [{self.d}, {n} r] for {n} experts"
             )
-        if lora.bias is not None or lora.base_bias is not None or lora.dropout:
-            raise PlanError(f"{self.path}: experts take no biases and no dropout")
+        more = (lora.bias, lora.base_bias, lora.magnitude)
+        if lora.dropout or any(array is not None for array in more):
+            raise PlanError(f"{self.path}: experts take no biases, no magnitude and no dropout")
+
+    def measured(self, lora: LoRA) -> LoRA:
+        """The adapter itself: experts take no magnitude."""
+        return lora
 
     def split(self, lora: LoRA) -> dict[str, LoRA]:
         """Module path -> its part of the adapter: views."""

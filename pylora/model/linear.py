@@ -2,15 +2,17 @@
 
     y = x Wᵀ + bias + scale (drop(x) Aᵀ Bᵀ + bias_B)
 
-W is packed once and never written. The adapter is plain data that may be set, swapped or taken
-away at any time; that copies nothing. Also here: the gradients of an adapter and the key that
-dropout is drawn from.
+An adapter with a magnitude (DoRA) rescales each output: see pylora.ops.dora. The lengths of the
+rows of W + scale B A are computed at each forward, since training changes A and B in place; of W
+alone they are computed once. W is packed once and never written. The adapter is plain data that may
+be set, swapped or taken away at any time; that copies nothing. Also here: the gradients of an
+adapter and the key that dropout is drawn from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ import numpy as np
 from pylora.errors import PlanError, ShapeError, expect
 from pylora.numbers import random
 from pylora.numbers.precision import Stored
+from pylora.ops.dora import rescaled
 from pylora.ops.protocol import Backend, Packed
 from pylora.types import Array, Drop, LoRA, Projection, ProjectionGrad, brief
 
@@ -32,10 +35,11 @@ class LoRAGrad:
     B: Array
     bias: Array | None = None
     base_bias: Array | None = None
+    magnitude: Array | None = None
 
     def add(self, other: LoRAGrad) -> None:
         """Adds another gradient of the same module to this one, in place."""
-        for name in ("A", "B", "bias", "base_bias"):
+        for name in ("A", "B", "bias", "base_bias", "magnitude"):
             mine = getattr(self, name)
             if mine is not None:
                 mine += getattr(other, name)
@@ -76,6 +80,8 @@ def check_lora(path: str, lora: LoRA, d: int, k: int) -> None:
         ("B", lora.B, (d, r)),
         ("bias", lora.bias, (d,)),
         ("base_bias", lora.base_bias, (d,)),
+        ("magnitude", lora.magnitude, (d,)),
+        ("norm", lora.norm, (d,)),
     ):
         if array is not None and tuple(array.shape) != shape:
             raise PlanError(
@@ -111,6 +117,8 @@ class LinearCache:
     x: Array | None  # [m, k]; None without an adapter
     h: Array | None  # [m, r]
     drop: Drop | None
+    v: Array | None = None  # [m, d], with a magnitude: what was rescaled
+    lora: LoRA | None = None  # with a magnitude: the adapter with the lengths that forward had
 
 
 class LoRALinear:
@@ -133,6 +141,7 @@ class LoRALinear:
         if bias is not None and bias.shape != (self.d,):
             raise ShapeError(f"{path}: bias has shape {bias.shape}, expected ({self.d},)")
         self._lora: LoRA | None = None
+        self._squares: Array | None = None  # of W's rows, once a magnitude asked for them
 
     def __repr__(self) -> str:
         adapter = "no adapter" if self._lora is None else f"adapter of rank {self._lora.rank}"
@@ -152,6 +161,15 @@ class LoRALinear:
     def check(self, lora: LoRA) -> None:
         """PlanError unless the adapter fits this module."""
         check_lora(self.path, lora, self.d, self.k)
+
+    def measured(self, lora: LoRA) -> LoRA:
+        """The adapter with `norm`, the lengths of the rows of W + scale B A as they are now; itself
+        where it has no magnitude, or was given lengths to go by."""
+        if lora.magnitude is None or lora.norm is not None:
+            return lora
+        if self._squares is None:
+            self._squares = self.ops.row_squares(self.W)
+        return replace(lora, norm=self.ops.row_norms(self.W, lora, self._squares))
 
     def _bias(self) -> Array | None:
         """The bias in effect: base_bias where the adapter replaces it, plus scale * bias_B."""
@@ -175,6 +193,7 @@ class LoRALinear:
         """What a backend is to compute for this module."""
         lora = self._lora
         dropped = drop.of(self.path, lora, first_row) if drop and lora is not None else None
+        lora = lora if lora is None else self.measured(lora)
         return Projection(self.W, self._bias(), lora, dropped, residual, dtype)
 
     def forward(
@@ -189,8 +208,9 @@ class LoRALinear:
         """x [m,k] -> y = residual + x Wᵀ + bias + LoRA [m,d], and the cache for backward."""
         self.check_input(x)
         p = self.projection(drop, first_row, residual, dtype)
-        [(y, h)] = self.ops.linear_forward(x, [p])
-        return y, LinearCache(x if p.lora is not None else None, h, p.drop)
+        [y], [cache] = forward_together(self.ops, x, [p])
+        cache.x = x if p.lora is not None else None
+        return y, cache
 
     def check_input(self, x: Array) -> None:
         """ShapeError unless x is [m, k]."""
@@ -232,8 +252,29 @@ def projections_of(
 def caches_of(
     projections: Sequence[Projection], results: Sequence[tuple[Array, Array | None]]
 ) -> list[LinearCache]:
-    """What backward of such modules needs, without x."""
+    """What backward of such modules needs, without x; none of them has a magnitude."""
     return [LinearCache(None, h, p.drop) for p, (_, h) in zip(projections, results, strict=True)]
+
+
+def forward_together(
+    ops: Backend, x: Array, projections: Sequence[Projection]
+) -> tuple[list[Array], list[LinearCache]]:
+    """y of each of some modules of one x, and what backward needs, without x."""
+    if not rescaled(projections):
+        results = ops.linear_forward(x, projections)
+        return [y for y, _ in results], caches_of(projections, results)
+    plain = [p for p in projections if not rescaled([p])]
+    rest = iter(ops.linear_forward(x, plain) if plain else [])
+    ys, caches = [], []
+    for p in projections:
+        if p.lora is None or p.lora.magnitude is None:
+            y, h = next(rest)
+            caches.append(LinearCache(None, h, p.drop))
+        else:
+            y, h, v = ops.dora_forward(x, p.W, p.bias, p.lora, p.drop, p.residual, p.dtype)
+            caches.append(LinearCache(None, h, p.drop, v, p.lora))
+        ys.append(y)
+    return ys, caches
 
 
 def backward_together(
@@ -249,19 +290,34 @@ def backward_together(
 ) -> Array | None:
     """The backward of modules that read the same x: dx = add + the sum of the modules'; None unless
     `need_dx`. `x` is needed where a module has an adapter."""
-    parts = [
-        ProjectionGrad(dy, p.W if need_dx else None, c.h, p.lora, c.drop)
+    trained = [
+        (p, dy, c)
         for p, dy, c in zip(layers, dys, caches, strict=True)
         if need_dx or p.lora is not None
     ]
-    if not parts:
+    if not trained:
         return None
-    dx, found = layers[0].ops.linear_backward(x, parts, add=add, need_dx=need_dx, dtype=dtype)
-    trained = [p for p in layers if need_dx or p.lora is not None]
-    for p, part, (dA, dB) in zip(trained, parts, found, strict=True):
+    ops, dx, plain = layers[0].ops, add, []
+    for p, dy, c in trained:
+        if c.v is None or c.lora is None:
+            plain.append((p, ProjectionGrad(dy, p.W if need_dx else None, c.h, p.lora, c.drop)))
+            continue
+        dx, dA, dB, dm = ops.dora_backward(
+            dy, x, c.h, c.v, p.W, c.lora, c.drop, add=dx, need_dx=need_dx
+        )
+        add_grad(grads, p.path, LoRAGrad(dA, dB, *bias_grads(ops, dy, c.lora), dm))
+    if not plain:
+        return dx if dx is None or add is not None else ops.cast(dx, dtype)
+    last = dtype if dx is add else None  # a sum with what is there already is rounded once
+    found: Sequence[tuple[Array | None, Array | None]]
+    dx, found = ops.linear_backward(
+        x, [part for _, part in plain], add=dx, need_dx=need_dx, dtype=last
+    )
+    for (p, part), (dA, dB) in zip(plain, found, strict=True):
         if p.lora is not None:
             add_grad(grads, p.path, LoRAGrad(dA, dB, *bias_grads(p.ops, part.dy, p.lora)))
-    return dx
+    rounded = dx is None or add is not None or last is not None
+    return dx if rounded else ops.cast(dx, dtype)
 
 
 def bias_grads(ops: Backend, dy: Array, lora: LoRA) -> tuple[Array | None, Array | None]:

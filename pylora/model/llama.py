@@ -16,7 +16,7 @@ import numpy as np
 
 from pylora import backends
 from pylora.errors import ShapeError, UnsupportedError, expect, wrong_type
-from pylora.model.attach import ARRAYS, Module, bring_back, check_fits, place
+from pylora.model.attach import ARRAYS, Module, bring_back, check_fits, computed, place
 from pylora.model.attention import positions
 from pylora.model.block import Block
 from pylora.model.config import LlamaConfig
@@ -217,6 +217,11 @@ class Llama:
         expect("adapter", adapter, "attach(adapter)")
         check_fits(adapter, self.modules, self.dtype)
 
+    def load(self, name: str) -> np.ndarray:
+        """A module's weight or bias as it is computed with, which a precision may have rounded: in
+        float32, by its tensor's name. KeyError for another."""
+        return computed(self.modules, name, self.ops)
+
     def detach(self) -> None:
         """Takes the adapter away; the model is the base again, bit for bit."""
         self.attach({})
@@ -316,10 +321,10 @@ class Llama:
 
     def _repeats(self, n: int, drop: DropKey | None, recompute: bool) -> Hashable:
         """What a step's gradients depend on besides the numbers in its arrays; None where they
-        depend on more, or where layers look at numbers: at biases, at an embedding's adapter."""
+        depend on more, or where layers look at numbers: biases, lengths, an embedding's."""
         loras = tuple(module.lora for module in self.modules.values())
         some = [lora for lora in loras if lora is not None]
-        plain = all(lora.bias is None and lora.base_bias is None for lora in some)
+        plain = all(lora.bias is lora.base_bias is lora.magnitude is None for lora in some)
         dropped = drop is not None and any(lora.dropout for lora in some)
         # In chunks of rows the head's gradient is added up by the array library.
         added = self.lm_head.lora is not None and n > self.ops.head_rows

@@ -18,9 +18,11 @@ from pylora.model.linear import (
     LoRALinear,
     backward_together,
     caches_of,
+    forward_together,
     projections_of,
 )
 from pylora.model.weights import Weights
+from pylora.ops.dora import rescaled
 from pylora.ops.fused import split_gate_up
 from pylora.ops.protocol import Backend
 from pylora.types import Array, Norm, brief
@@ -92,7 +94,7 @@ class MLP:
             self.inputs, x, drop=drop, dtypes=(self.dtype,) * len(self.inputs)
         )
         up: Array | None
-        if len(self.inputs) == 2:
+        if len(self.inputs) == 2 and not rescaled(projections):
             results, product, rstd = ops.gate_up_forward(
                 x, projections, norm, dtype, self.activation
             )
@@ -100,10 +102,12 @@ class MLP:
             return gate, up, product, caches_of(projections, results), rstd
         if norm is not None:
             x, rstd = ops.norm_forward(x, norm, dtype)
-        results = ops.linear_forward(x, projections)
-        gate, up = split_gate_up(results[0][0]) if self.fused else (results[0][0], None)
+        ys, caches = forward_together(ops, x, projections)
+        gate, up = split_gate_up(ys[0]) if self.fused else (ys[0], None)
+        if len(ys) == 2:
+            up = ys[1]
         product = ops.activation_forward(gate, up, self.activation, dtype)
-        return gate, up, product, caches_of(projections, results), rstd
+        return gate, up, product, caches, rstd
 
     def forward(
         self,

@@ -68,7 +68,7 @@ class FromCheckpoint:
             return self.checkpoint.load(name)
         kind, W = self._matrix(name)
         self.stored_as[kind] = self.stored_as.get(kind, 0) + 1
-        way = self.checkpoint.dtype(name), kind
+        way = self.checkpoint.form(name), kind
         self.sources[way] = self.sources.get(way, 0) + 1
         return W
 
@@ -76,12 +76,13 @@ class FromCheckpoint:
         keeps = {"int8": "q8_0", "int4": "q4_1", "bf16": "bf16"}.get(
             weights_of(self.precision), "f32"
         )
-        if keeps == "f32":
+        plain = self.checkpoint.dtype(name) in ("f32", "f16", "bf16")
+        if keeps == "f32" or (plain and keeps != "bf16"):  # blocks are the only other use of stored
             return keeps, self.checkpoint.load(name)
         stored: Stored | None = self.checkpoint.stored(name)
         if stored is not None and (stored.kind == "bf16") == (keeps == "bf16"):
             return stored.kind, stored
-        if self.checkpoint.dtype(name) in ("f32", "f16", "bf16") or keeps == "bf16":
+        if keeps == "bf16":
             return keeps, self.checkpoint.load(name)
         parts = [quantize(part, "q8_0").rows for part in self.checkpoint.parts(name)]
         d, k = self.checkpoint.shape(name)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from pylora.ops.dora import factor
 from pylora.ops.fused import split_gate_up, split_qkv
 from pylora.ops.heads import norm_heads
 from pylora.ops.llama import (
@@ -29,6 +30,7 @@ class _Adapter:
     embedding: LoRA | None
     embedding_B: Any  # packed; None where A or B is all zeros
     embedding_bias: Array | None
+    embedding_factor: Array | None
     nbytes: int
 
 
@@ -44,27 +46,29 @@ class Composed:
         bias: dict[int, Array] = {}
         for number, low in modules.items():
             low = self._copy(low)
-            lora[number] = LoRA(low.A, low.B, low.scale)
+            lora[number] = LoRA(low.A, low.B, low.scale, magnitude=low.magnitude, norm=low.norm)
             own = bias_of(low, self.weights.module(number)[1])
             nbytes += int(low.A.nbytes + low.B.nbytes)
             if own is not None:
                 bias[number] = own.copy()
                 nbytes += int(own.nbytes)
-        B, more = None, None
+        B, more, scaled = None, None, None
         if embedding is not None:
             embedding = self._copy(embedding)
             more = embedding_bias(embedding)
+            if embedding.magnitude is not None:
+                scaled = factor(embedding, ops.xp)
             embedding = LoRA(embedding.A, embedding.B, embedding.scale)
             nbytes += int(embedding.A.nbytes + embedding.B.nbytes)
             if bool((embedding.A != 0).any()) and bool((embedding.B != 0).any()):
                 B = ops.pack(embedding.B.copy())
-        return _Adapter(lora, bias, embedding, B, more, nbytes)
+        return _Adapter(lora, bias, embedding, B, more, scaled, nbytes)
 
     def _copy(self, lora: LoRA) -> LoRA:
         """The adapter's arrays copied, where the backend computes."""
-        arrays = (lora.A, lora.B, lora.bias, lora.base_bias)
-        A, B, *biases = (None if a is None else self.ops.place(a).copy() for a in arrays)
-        return LoRA(A, B, lora.scale, lora.dropout, *biases)
+        arrays = (lora.A, lora.B, lora.bias, lora.base_bias, lora.magnitude, lora.norm)
+        A, B, *others = (None if a is None else self.ops.place(a).copy() for a in arrays)
+        return LoRA(A, B, lora.scale, lora.dropout, *others)
 
     def cache(self, k: Sequence[Array], v: Sequence[Array]) -> Any:
         return tuple(k), tuple(v)
@@ -193,6 +197,8 @@ class Composed:
                 h = ops.xp.ascontiguousarray(lora.A[:, ops.xp.asarray(step.ids[a:b])].T)
                 h = h.dtype.type(lora.scale) * h
                 x[a:b], _ = ops.lora_forward(h, adapter.embedding_B, residual=x[a:b])
+            if adapter.embedding_factor is not None:
+                x[a:b] *= adapter.embedding_factor
             if adapter.embedding_bias is not None:
                 x[a:b] += adapter.embedding_bias
         if w.features.embedding_multiplier != 1:

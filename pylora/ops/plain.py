@@ -10,6 +10,7 @@ import numpy as np
 from pylora.errors import DtypeError, ShapeError
 from pylora.numbers.precision import as_dtype
 from pylora.ops.composed import Composed
+from pylora.ops.dora import Dora
 from pylora.ops.llama import LlamaOp, LlamaWeights
 from pylora.ops.mixture import Choice, choose
 from pylora.ops.protocol import Backend
@@ -27,7 +28,7 @@ def _normed(ops: Backend, x: Array, norm: Norm | None, dtype: Any) -> tuple[Arra
     return (x, None) if norm is None else ops.norm_forward(x, norm, dtype)
 
 
-class Plain:
+class Plain(Dora):
     """Operations that are made of others, for a backend that has no better."""
 
     def __repr__(self) -> str:

@@ -91,6 +91,36 @@ class Backend(Protocol):
         dtype: Any = None,
     ) -> tuple[Array | None, list[tuple[Array | None, Array | None]]]: ...
 
+    # ---- DoRA: pylora.ops.dora, where a backend has no better ----------------------------------
+    def row_squares(self, W: Packed, columns: bool = False) -> Array: ...
+    def row_norms(
+        self, W: Packed, lora: LoRA, squares: Array | None = None, columns: bool = False
+    ) -> Array: ...
+    def dora_forward(
+        self,
+        x: Array,
+        W: Packed,
+        bias: Array | None,
+        lora: LoRA,
+        drop: Drop | None = None,
+        residual: Array | None = None,
+        dtype: Any = None,
+    ) -> tuple[Array, Array | None, Array]: ...
+    def dora_backward(
+        self,
+        dy: Array,
+        x: Array | None,
+        h: Array | None,
+        v: Array,
+        W: Packed | None,
+        lora: LoRA,
+        drop: Drop | None = None,
+        *,
+        add: Array | None = None,
+        need_dx: bool = True,
+        dtype: Any = None,
+    ) -> tuple[Array | None, Array, Array, Array]: ...
+
     # ---- merge --------------------------------------------------------------------------------
     def merge(self, W: Array, lora: LoRA, dtype: str = "f32") -> tuple[Array, Residue]: ...
     def merge_in_place(self, W: Array, lora: LoRA, dtype: str = "f32") -> None: ...

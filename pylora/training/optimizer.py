@@ -1,7 +1,7 @@
 """AdamW over the arrays of an adapter, in place, with LoRA+ rates and clipping by the global norm.
 
 The moments are float32 arrays where the parameters are, by the same names:
-"<module path>.A", ".B", ".bias" (of B) and ".base_bias".
+"<module path>.A", ".B", ".bias" (of B), ".base_bias" and ".magnitude" (of DoRA).
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 
 from pylora.errors import DtypeError, PlanError
+from pylora.model.attach import ARRAYS
 from pylora.training.config import TrainConfig
 from pylora.types import AdamW, Array, LoRA
-
-_FIELDS = ("A", "B", "bias", "base_bias")
 
 
 def trainable(adapter: Mapping[str, LoRA]) -> dict[str, Array]:
@@ -27,7 +26,7 @@ def trainable(adapter: Mapping[str, LoRA]) -> dict[str, Array]:
     found = {
         f"{path}.{field}": getattr(lora, field)
         for path, lora in adapter.items()
-        for field in _FIELDS
+        for field in ARRAYS
         if getattr(lora, field) is not None and getattr(lora, field).size
     }
     found |= getattr(adapter, "beside", {})  # a head's matrix (objectives/headed.py)
@@ -59,8 +58,9 @@ def gradients(grads: Mapping[str, Any], names: Mapping[str, Array]) -> dict[str,
 class Optimizer:
     """The moments of a run and the update rule.
 
-    Rates: A and biases lr, B lora_plus_ratio * lr (Hayou et al. 2024, "LoRA+"). Weight decay is
-    decoupled (Loshchilov & Hutter 2019) and applies to A and B, not to biases.
+    Rates: A and biases lr, B and magnitudes lora_plus_ratio * lr (Hayou et al. 2024, "LoRA+"; PEFT
+    puts the magnitudes there). Weight decay is decoupled (Loshchilov & Hutter 2019) and applies to
+    A, B and magnitudes, not to biases: as transformers' Trainer has it.
     """
 
     def __init__(self, ops: Any, parameters: dict[str, Array], config: TrainConfig) -> None:
@@ -78,14 +78,15 @@ class Optimizer:
         scale = 1.0 if limit is None or norm <= limit else limit / norm
         updates = []
         for name, p in self.parameters.items():
-            is_B, is_matrix = name.endswith(".B"), p.ndim == 2
+            is_m = name.endswith(".magnitude")
+            is_B, decays = is_m or name.endswith(".B"), is_m or p.ndim == 2
             settings = AdamW(
                 lr=lr * c.lora_plus_ratio if is_B else lr,
                 step=step,
                 beta1=c.beta1,
                 beta2=c.beta2,
                 eps=c.eps,
-                weight_decay=c.weight_decay if is_matrix else 0.0,
+                weight_decay=c.weight_decay if decays else 0.0,
                 grad_scale=scale,
             )
             updates.append((p, grads[name], self.m[name], self.v[name], settings))

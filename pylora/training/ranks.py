@@ -17,10 +17,10 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from pylora.errors import ConfigError
+from pylora.model.attach import ARRAYS
 from pylora.model.linear import Grads, LoRAGrad
 
 T = TypeVar("T")
-_FIELDS = ("A", "B", "bias", "base_bias")
 
 
 class Ranks(Protocol):
@@ -113,7 +113,7 @@ def total_gradients(
 
     `like` is the adapter that is trained: its arrays say names and shapes.
     """
-    names = [(p, f) for p, lora in like.items() for f in _FIELDS if getattr(lora, f) is not None]
+    names = [(p, f) for p, lora in like.items() for f in ARRAYS if getattr(lora, f) is not None]
     shapes = [tuple(getattr(like[p], f).shape) for p, f in names]
     sizes = [int(np.prod(s)) for s in shapes]
     found = [[_array(grads, p, f) for p, f in names] for grads in mine]

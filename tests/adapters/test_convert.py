@@ -260,7 +260,11 @@ MLX_WRONG = {
     "a shape": (lambda s, t: t.__setitem__(f"{KEY}.lora_a", t[f"{KEY}.lora_a"][:9]), KEY),
     "infinite": (lambda s, t: t[f"{KEY}.lora_a"].__setitem__((0, 0), np.inf), "NaN or infinity"),
     "an integer": (lambda s, t: t.__setitem__(f"{KEY}.lora_a", np.ones((64, 4), "i4")), "I32"),
-    "dora": (lambda s, t: s.__setitem__("fine_tune_type", "dora"), "DoRA"),
+    "dora": (lambda s, t: s.__setitem__("fine_tune_type", "dora"), "lacks m"),
+    "a magnitude": (
+        lambda s, t: t.__setitem__(f"{KEY}.m", np.ones(4, "f4")),
+        "m' is none of",
+    ),
     "full": (lambda s, t: s.__setitem__("fine_tune_type", "full"), "whole weights"),
     "no scale": (lambda s, t: s["lora_parameters"].pop("scale"), "scale"),
     "a scale": (lambda s, t: s["lora_parameters"].__setitem__("scale", "2"), "scale"),

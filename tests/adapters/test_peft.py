@@ -300,7 +300,7 @@ def test_missing_and_unreadable_files(tmp_path: Path) -> None:
         (b'{"r": 2, "r": 4}', ConfigError),
         (b'{"target_modules": ["q_proj"], "r": 1e400}', ConfigError),
         (b'{"target_modules": ["nothing"]}', PlanError),
-        (b'{"target_modules": ["q_proj"], "use_dora": true}', UnsupportedError),
+        (b'{"target_modules": ["q_proj", "down_proj"], "use_dora": true}', PlanError),
     ],
 )
 def test_bad_configs_name_the_file(tmp_path: Path, text: bytes, kind: type[PyloraError]) -> None:

@@ -181,6 +181,9 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"target_modules": "all-linear", "layers_to_transform": [0]}, "layers_to_transform needs"),
     ({"lora_bias": True, "init_lora_weights": "gaussian"}, "lora_bias"),
     ({"target_modules": "x" * 5000}, "longer than"),
+    ({"use_dora": 1}, "use_dora = 1: expected true or false"),
+    ({"use_dora": True, "lora_bias": True}, "use_dora = true does not go together with lora_bias"),
+    ({"use_dora": True, "target_parameters": ["a"]}, "use_dora = true does not go together with"),
 ]
 
 
@@ -191,7 +194,6 @@ def test_values_out_of_range_are_named(fields: dict[str, Any], message: str) -> 
 
 
 UNSUPPORTED: list[tuple[str, Any]] = [
-    ("use_dora", True),
     ("alora_invocation_tokens", [1, 2]),
     ("layer_replication", [[0, 2], [1, 3]]),
     ("trainable_token_indices", [0]),

@@ -8,7 +8,8 @@ static const struct {
   int type, numbers, bytes;
 } types[] = {{PYLORA_BLOCK_Q4_0, 32, 18},   {PYLORA_BLOCK_Q4_1, 32, 20},
              {PYLORA_BLOCK_Q5_0, 32, 22},   {PYLORA_BLOCK_Q5_1, 32, 24},
-             {PYLORA_BLOCK_Q8_0, 32, 34},   {PYLORA_BLOCK_Q4_K, 256, 144},
+             {PYLORA_BLOCK_Q8_0, 32, 34},   {PYLORA_BLOCK_Q2_K, 256, 84},
+             {PYLORA_BLOCK_Q3_K, 256, 110}, {PYLORA_BLOCK_Q4_K, 256, 144},
              {PYLORA_BLOCK_Q5_K, 256, 176}, {PYLORA_BLOCK_Q6_K, 256, 210}};
 enum { TYPES = sizeof types / sizeof *types };
 
@@ -20,7 +21,7 @@ static void sizes(void) {
     EXPECT(pylora_blocks_bytes(types[t].type, -256) == -1, "negative");
     EXPECT(pylora_blocks_bytes(types[t].type, INT64_MAX / 256 * 256) == -1, "too many");
   }
-  EXPECT(pylora_blocks_bytes(10, 256) == -1, "Q2_K is not written");
+  EXPECT(pylora_blocks_bytes(16, 256) == -1, "IQ2_XXS is not written");
 }
 
 static void statuses(void) {

@@ -31,7 +31,7 @@ static void several_once(void) {
     dA[i] = matrix(r, k, 0), dB[i] = matrix(d, r, 0);
     lora[i] = (pylora_lora){r, A.p, A.ld, B.p, B.ld, 0.5f, NULL, NULL};
     at[i] = &lora[i];
-    l[i] = (pylora_linear){&P[i], floats(d, 1), i == 1 ? NULL : &at[i], NULL, &y[i], &h[i]};
+    l[i] = (pylora_linear){&P[i], floats(d, 1), i == 1 ? NULL : &at[i], NULL, &y[i], &h[i], NULL};
     g[i] = (pylora_linear_grad){&P[i], i == 1 ? NULL : &lora[i], &dy[i],
                                 &h[i], i == 1 ? NULL : &dA[i],   i == 1 ? NULL : &dB[i]};
   }
@@ -80,14 +80,14 @@ static void mixed_once(void) {
     lora[s] = packed_lora(PYLORA_F32, &P, (pylora_lora){r, A.p, A.ld, B.p, B.ld, 2, NULL, NULL});
     at[s] = s == 1 ? NULL : &lora[s];
   }
-  const pylora_linear l = {&P, NULL, at, NULL, &y, NULL};
+  const pylora_linear l = {&P, NULL, at, NULL, &y, NULL, NULL};
   const size_t bytes = pylora_linear_workspace(m, 1, d, k, 40);
   void *ws = bytes_of(bytes);
   OK(pylora_linear_forward(&x, 1, &l, S, start, ws, bytes));
   for (int s = 0; s < S; s++)
     for (int64_t i = start[s]; i < start[s + 1]; i++) {
       const pylora_mat xi = row_of(&x, i), yi = row_of(&y, i), alone = matrix(1, d, 0);
-      const pylora_linear one = {&P, NULL, &at[s], NULL, &alone, NULL};
+      const pylora_linear one = {&P, NULL, &at[s], NULL, &alone, NULL, NULL};
       OK(pylora_linear_forward(&xi, 1, &one, 1, NULL, ws, bytes));
       expect_same("a row of a mixed batch", &yi, &alone);
     }

@@ -279,7 +279,7 @@ static void zero_adapter(void) {
     const std::vector<float> bias = floats(d, 1);
     const pylora_lora lora = {9, A.mat.p, A.ld, B.mat.p, B.ld, 2, NULL, NULL}, *at = &lora;
     const float *some = below(2) ? bias.data() : NULL;
-    const pylora_linear with = {&P, some, &at, NULL, &y.mat, NULL},
+    const pylora_linear with = {&P, some, &at, NULL, &y.mat, NULL, NULL},
                         without = {&P, some, NULL, NULL, &base.mat, NULL};
     Workspace ws(m, 1, d, k, 9, 1);
     OK(pylora_cuda_linear_forward(device_0(), NULL, &x, 1, &with, 1, NULL, ws.at(), ws.bytes));
@@ -320,7 +320,7 @@ static void mixed_rows(void) {
     }
     start.push_back(m);
     Workspace ws(m, 1, d, k, 40, m);
-    const pylora_linear all = {&P, NULL, at.data(), NULL, &y.mat, NULL};
+    const pylora_linear all = {&P, NULL, at.data(), NULL, &y.mat, NULL, NULL};
     OK(pylora_cuda_linear_forward(device_0(), NULL, &x, 1, &all, m, start.data(), ws.at(),
                                   ws.bytes));
     for (int64_t s = 0; s < m; s++) {
@@ -330,7 +330,7 @@ static void mixed_rows(void) {
       if (row.p) row.p += s * row.ld;
       if (row.b) row.b += s * row.ld;
       if (row.h) row.h += s * row.ld;
-      const pylora_linear one = {&P, NULL, &at[(size_t)s], NULL, &alone.mat, NULL};
+      const pylora_linear one = {&P, NULL, &at[(size_t)s], NULL, &alone.mat, NULL, NULL};
       OK(pylora_cuda_linear_forward(device_0(), NULL, &row, 1, &one, 1, NULL, ws.at(), ws.bytes));
       EXPECT(memcmp(alone.at(0, 0), y.at(s, 0), (size_t)d * sizeof(float)) == 0,
              "row %d has other bits alone", (int)s);
@@ -352,7 +352,7 @@ static void errors(void) {
   pylora_drop drop = {0.5f, 1, 2, 0};
   pylora_lora lora = {r, A.mat.p, A.ld, B.mat.p, B.ld, 1, NULL, NULL};
   const pylora_lora *at[2] = {&lora, &lora};
-  pylora_linear l = {&P, NULL, at, NULL, &y.mat, NULL};
+  pylora_linear l = {&P, NULL, at, NULL, &y.mat, NULL, NULL};
   Workspace ws(m, 1, d, k, r, 2);
   int64_t start[3] = {0, 5, m};
   const auto forward_is = [&](int wanted, int64_t segments, const int64_t *starts) {

@@ -2,9 +2,9 @@
 
     python tests/fuzz/readers.py TARGET [--seconds 60]      (needs the package atheris)
 
-Targets: records, gguf, safetensors, adapter, gguf_adapter, mlx, tokenizer, template, pattern. Each
-begins from small valid files, made here. What atheris finds is written to the current directory as
-crash-...; give it as an argument to run it again.
+Targets: records, gguf, safetensors, quantized, adapter, gguf_adapter, mlx, tokenizer, template,
+pattern. Each begins from small valid files, made here. What atheris finds is written to the current
+directory as crash-...; give it as an argument to run it again.
 """
 
 from __future__ import annotations
@@ -63,6 +63,21 @@ def safetensors(data: bytes) -> None:
             opened.load(name)
 
 
+def quantized(data: bytes) -> None:
+    """quantization_config up to the first line break, then the tensors."""
+    from quantized_models import SMALL
+
+    folder = FOLDER / "quantized"
+    folder.mkdir(exist_ok=True)
+    said, _, tensors = data.partition(b"\n")
+    settings = json.dumps(SMALL.to_hf())[:-1].encode() + b', "quantization_config": ' + said + b"}"
+    (folder / "config.json").write_bytes(settings)
+    (folder / "model.safetensors").write_bytes(tensors)
+    with open_checkpoint(folder) as checkpoint:
+        for name in checkpoint.names():
+            checkpoint.load(name)
+
+
 def adapter(data: bytes) -> None:
     """The settings up to the first line break, then the tensors."""
     folder = FOLDER / "adapter"
@@ -115,6 +130,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
         records,
         gguf,
         safetensors,
+        quantized,
         adapter,
         gguf_adapter,
         mlx,
@@ -145,6 +161,13 @@ def seeds(name: str) -> Iterator[bytes]:
         for kind in ("F32", "Q8_0"):
             write_gguf(FOLDER / "seed.gguf", small, kind)
             yield (FOLDER / "seed.gguf").read_bytes()
+    elif name == "quantized":
+        from quantized_models import KINDS, write_quantized
+
+        for kind, (config, _) in KINDS.items():
+            write_quantized(FOLDER / kind, kind)
+            tensors = (FOLDER / kind / "model.safetensors").read_bytes()
+            yield json.dumps(config).encode() + b"\n" + tensors
     elif name in ("safetensors", "adapter"):
         lora = LoraConfig(r=1, target_modules=["q_proj"])
         Adapter.init(resolve(lora, MODULES), lora).save(FOLDER / "seed")
@@ -187,7 +210,8 @@ def main() -> None:
         raise SystemExit(f"there is no target {name!r}; there are {', '.join(TARGETS)}")
     corpus = FOLDER / "corpus"
     corpus.mkdir()
-    for i, seed in enumerate(seeds(name)):
+    made = list(seeds(name))
+    for i, seed in enumerate(made):
         (corpus / f"seed-{i}").write_bytes(seed)
     seconds = rest[rest.index("--seconds") + 1] if "--seconds" in rest else "60"
     again = [arg for arg in rest if Path(arg).is_file()]
@@ -200,7 +224,12 @@ def main() -> None:
         except MemoryError as error:
             raise AssertionError("memory was asked for before sizes were checked") from error
 
-    options = ["-max_len=65536", "-rss_limit_mb=4096", "-timeout=20", f"-max_total_time={seconds}"]
+    options = [
+        f"-max_len={max(65536, *map(len, made))}",
+        "-rss_limit_mb=4096",
+        "-timeout=20",
+        f"-max_total_time={seconds}",
+    ]
     atheris.Setup([sys.argv[0], *options, *(again or [str(corpus)])], one)
     atheris.Fuzz()
 

@@ -150,7 +150,7 @@ def test_what_it_refuses_is_named_and_nothing_is_written(tmp_path: Path) -> None
     for args, said in (
         ((base, folder, tmp_path / "out.bin"), "must end in .gguf"),
         ((base, folder, base), "would be lost"),
-        ((base, folder, tmp_path / "o.gguf", "q2_k"), "no type 'q2_k'; choose one of f32"),
+        ((base, folder, tmp_path / "o.gguf", "iq2_xs"), "no type 'iq2_xs'; choose one of f32"),
     ):
         with pytest.raises(ConfigError, match=said):
             merge_to_gguf(*args)
@@ -163,8 +163,8 @@ def test_what_it_refuses_is_named_and_nothing_is_written(tmp_path: Path) -> None
 
 
 def test_a_type_that_is_not_written_is_refused_where_the_adapter_changes_it(tmp_path: Path) -> None:
-    base, folder, _ = made(tmp_path, "Q2_K")
-    with pytest.raises(UnsupportedError, match="attn_q.weight' is Q2_K.*choose a --type"):
+    base, folder, _ = made(tmp_path, "IQ4_XS")
+    with pytest.raises(UnsupportedError, match="attn_q.weight' is IQ4_XS.*choose a --type"):
         merge_to_gguf(base, folder, tmp_path / "o.gguf")
     merge_to_gguf(base, folder, tmp_path / "o.gguf", "q8_0")
 

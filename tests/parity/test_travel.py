@@ -122,7 +122,8 @@ _WIDE = {
 }  # fmt: skip
 WIDTHS = {
     "whole blocks": ("llama", _WIDE),
-    "tied": ("llama", {**_WIDE, "tie_word_embeddings": True, "num_hidden_layers": 3}),
+    "tied": ("llama", {**_WIDE, "tie_word_embeddings": True, "num_hidden_layers": 3,
+                       "num_key_value_heads": 1}),
     "rows of 32 alone": ("llama", {**_WIDE, "hidden_size": 96, "intermediate_size": 160,
                                    "num_attention_heads": 3, "num_key_value_heads": 3,
                                    "num_hidden_layers": 3}),

@@ -32,6 +32,7 @@ TOGETHER = {
     "formats/test_files_doc.py",  # the tables of docs/files.md
     "front/test_public.py",  # the names of pylora itself
     "merging/test_beside.py",  # what lies beside the weights
+    "model/test_dora_batches.py",  # adapters of several kinds in one batch
     "model/test_concurrency.py",  # threads and forks
     "model/test_layers.py",  # the layers against formulas
     "model/test_tiny_transformers.py",  # every shape that the kit draws

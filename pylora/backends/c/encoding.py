@@ -15,6 +15,8 @@ TYPES = {
     "Q5_0": lib.PYLORA_BLOCK_Q5_0,
     "Q5_1": lib.PYLORA_BLOCK_Q5_1,
     "Q8_0": lib.PYLORA_BLOCK_Q8_0,
+    "Q2_K": lib.PYLORA_BLOCK_Q2_K,
+    "Q3_K": lib.PYLORA_BLOCK_Q3_K,
     "Q4_K": lib.PYLORA_BLOCK_Q4_K,
     "Q5_K": lib.PYLORA_BLOCK_Q5_K,
     "Q6_K": lib.PYLORA_BLOCK_Q6_K,

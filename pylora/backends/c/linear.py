@@ -34,6 +34,7 @@ from pylora.backends.c.marshal import (
 )
 from pylora.errors import ShapeError
 from pylora.numbers.precision import BF16, as_dtype
+from pylora.ops.dora import factor, low_rank, measured, rescaled
 from pylora.ops.plain import Plain
 from pylora.ops.protocol import Backend
 from pylora.types import Array, Drop, LoRA, Norm, Projection, ProjectionGrad, Rotation
@@ -65,6 +66,8 @@ class Linear(Core):
         dtype: Any = None,
     ) -> tuple[np.ndarray, np.ndarray | None]:
         # `_together` for one, in half the time: the structs are made on the stack (see `fields`).
+        if lora is not None and lora.magnitude is not None:
+            return self.linear_forward(x, [Projection(W, bias, lora, drop, residual, dtype)])[0]
         d, k = shape_of(W)
         x = read_any("x", x, None, k)
         m, rank, empty = x.shape[0], 0, self._pool.empty
@@ -92,12 +95,33 @@ class Linear(Core):
         self, x: Array, projections: Sequence[Projection]
     ) -> list[tuple[np.ndarray, np.ndarray | None]]:
         n = len(projections)
+        if rescaled(projections):
+            return self._rescaled(x, projections)
         if n == 1:
             p = projections[0]
             return [self.lora_forward(x, p.W, p.bias, p.lora, p.drop, p.residual, p.dtype)]
         if _mixed(projections):
             return [self.linear_forward(x, [p])[0] for p in projections]
         return self._together("linear_forward", x, projections, [p.dtype for p in projections])[0]
+
+    def _rescaled(
+        self, x: Array, projections: Sequence[Projection]
+    ) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """`linear_forward` with magnitudes: in one pass where nothing is dropped."""
+        ops, results = cast(Backend, self), []
+        for p in projections:
+            lora = p.lora
+            if lora is None or lora.magnitude is None:
+                results += self.linear_forward(x, [p])
+            elif p.drop is not None and p.drop.p:
+                both = ops.dora_forward(x, p.W, p.bias, lora, p.drop, p.residual, p.dtype)
+                results.append(both[:2])
+            else:
+                f = factor(measured(ops, p.W, lora), np)
+                f = np.ascontiguousarray(read("magnitude", f, shape_of(p.W)[0]))
+                one = Projection(p.W, p.bias, low_rank(lora), None, p.residual, p.dtype)
+                results += self._together("linear_forward", x, [one], [p.dtype], factor=f)[0]
+        return results
 
     def _together(
         self,
@@ -108,14 +132,18 @@ class Linear(Core):
         norm: Norm | None = None,
         dtype: Any = None,
         finish: Any = ffi.NULL,
+        factor: np.ndarray | None = None,
     ) -> tuple[list[tuple[np.ndarray, np.ndarray | None]], np.ndarray | None]:
-        """Projections of one x, whose y are of `dtypes`; and the rstd of the norm, of `dtype`."""
+        """Projections of one x, whose y are of `dtypes`; and the rstd of the norm, of `dtype`.
+        `factor` [d] is that of all of them."""
         n = len(projections)
         x = read_any("x", x, None, shape_of(projections[0].W)[1] if n else None)
         (m, k), empty = x.shape, self._pool.empty
         rows, results, outputs, ranks = [], [], 0, 0
         keep: list[Any] = []
-        first, rstd = ffi.NULL, None
+        first, rstd, scaled = ffi.NULL, None, ffi.NULL
+        if factor is not None:
+            scaled = ffi.new("float *[1]", [at(factor)])
         if norm is not None:
             rstd = np.empty(m, np.float32)
             first, alive = norm_struct(norm, k, _kind(dtype), at(rstd))
@@ -130,7 +158,7 @@ class Linear(Core):
                 ranks += rank
             bias = None if p.bias is None else np.ascontiguousarray(read("bias", p.bias, d))
             residual = None if p.residual is None else read("residual", p.residual, m, d)
-            rows.append((p.W.struct, at(bias), lora, mat(residual), mat(y), mat(h)))
+            rows.append((p.W.struct, at(bias), lora, mat(residual), mat(y), mat(h), scaled))
             keep += alive, bias, residual
             outputs += d
             results.append((y, h))
@@ -152,7 +180,7 @@ class Linear(Core):
     ) -> tuple[list[tuple[np.ndarray, np.ndarray | None]], np.ndarray | None]:
         q, k, v = projections
         rounded = rotation is not None and (q.dtype is not None or k.dtype is not None)
-        if _mixed(projections) or rounded:
+        if _mixed(projections) or rounded or rescaled(projections):
             return Plain.qkv_forward(cast(Backend, self), x, projections, norm, rotation, dtype)
         op, dtypes = "qkv_forward", [q.dtype, k.dtype, v.dtype]
         x = read_any("x", x, None, shape_of(q.W)[1])
@@ -176,7 +204,7 @@ class Linear(Core):
         activation: str = "silu",
     ) -> tuple[list[tuple[np.ndarray, np.ndarray | None]], np.ndarray, np.ndarray | None]:
         ops = cast(Backend, self)
-        if _mixed(projections):
+        if _mixed(projections) or rescaled(projections):
             return Plain.gate_up_forward(ops, x, projections, norm, dtype, activation)
         gate, up = projections
         x = read_any("x", x, None, shape_of(up.W)[1])

@@ -30,6 +30,7 @@ from pylora.backends.c.marshal import (
     want,
 )
 from pylora.numbers.precision import BF16
+from pylora.ops.dora import factor, measured
 from pylora.ops.features import QKV
 from pylora.ops.heads import HEADS
 from pylora.ops.llama import LayerWeights, LlamaWeights, Step, bias_of, embedding_bias
@@ -119,13 +120,14 @@ class CLlama:
 
     def adapter(self, modules: Mapping[int, LoRA], embedding: LoRA | None) -> CAdapter:
         w, size = self.weights, self.weights.head_number + 1
-        entries, sizes = [], 0
+        entries, sizes, scaled = [], 0, False
         for number, lora in modules.items():
             W, own = w.module(number)
             d, k = W.shape
             # a rank of 0: a bias alone
             n = lib.pylora_lora_pack_bytes(W.struct.dtype, d, k, lora.rank) if lora.rank else 0
             entries.append((number, lora, W, sizes, bias_of(lora, own)))
+            scaled = scaled or lora.magnitude is not None
             sizes += -(-n // _ALIGN) * _ALIGN
         # One block for the whole adapter.
         memory = self._ops.resident.empty((sizes + _ALIGN,), np.uint8)
@@ -133,7 +135,8 @@ class CLlama:
         first += -first % _ALIGN
         structs = ffi.new("pylora_lora[]", max(len(entries), 1))
         loras, biases = ffi.new("pylora_lora *[]", size), ffi.new("float *[]", size)
-        keep: list[Any] = [memory, structs, loras, biases]
+        factors = ffi.new("float *[]", size) if scaled else ffi.NULL
+        keep: list[Any] = [memory, structs, loras, biases, factors]
         own_bias, nbytes = False, int(memory.nbytes)
         for c, (number, lora, W, offset, bias) in zip(structs, entries):
             if lora.rank:
@@ -142,6 +145,13 @@ class CLlama:
                 check(lib.pylora_lora_pack(W.struct.dtype, *W.shape, low, to), "lora_pack")
                 c.r, c.s, c.packed = lora.rank, lora.scale, to
                 loras[number] = ffi.addressof(c)
+            if lora.magnitude is not None:
+                f = np.array(
+                    read("magnitude", factor(measured(self._ops, W, lora), np), W.shape[0])
+                )
+                keep.append(f)
+                factors[number] = at(f)
+                nbytes += int(f.nbytes)
             if bias is not None:
                 bias = np.array(read("bias", bias, W.shape[0]))
                 keep.append(bias)
@@ -150,14 +160,20 @@ class CLlama:
         struct = ffi.new("pylora_adapter *")
         struct.lora = loras
         struct.bias = biases if own_bias else ffi.NULL
+        struct.factor = factors
         if embedding is not None:
             nbytes += self._embedding(struct, embedding, keep)
         return CAdapter(struct, nbytes, keep)
 
     def _embedding(self, struct: Any, lora: LoRA, keep: list[Any]) -> int:
+        more = 0
+        if lora.magnitude is not None:
+            f = np.array(read("magnitude", factor(lora, np), self.weights.embedding.shape[1]))
+            struct.embedding_factor, more = at(f), int(f.nbytes)
+            keep.append(f)
         lora = LoRA(lora.A.copy(), lora.B.copy(), lora.scale, 0.0, lora.bias)
         low, A, B, _ = lora_struct(lora, None, *self.weights.embedding.shape[::-1])
-        struct.embedding, nbytes = low, int(A.nbytes)
+        struct.embedding, nbytes = low, int(A.nbytes) + more
         keep += [low, A, B]
         if lora.rank and A.any() and B.any():
             packed: Packed = self._ops.pack(B)

@@ -1,4 +1,5 @@
-"""Adapters merged into weights as files store them, and taken out again, on the C core."""
+"""Adapters merged into weights as files store them, and taken out again, on the C core; those with
+a magnitude by the reference, whose bits are the same on every machine."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import numpy as np
 from pylora.backends._core import ffi, lib
 from pylora.backends.c.base import Core
 from pylora.backends.c.marshal import at, check, ints, lora_struct, stored, want
+from pylora.ops.merge import HOST
 from pylora.ops.plain import want_writable
 from pylora.types import Array, LoRA, Residue
 
@@ -17,6 +19,8 @@ class Merging(Core):
     def merge(self, W: Array, lora: LoRA, dtype: str = "f32") -> tuple[np.ndarray, Residue]:
         code, W = stored("W", W, dtype)
         d, k = W.shape
+        if lora.magnitude is not None:
+            return HOST.merge(W, lora, dtype)
         low, A, B, _ = lora_struct(lora, None, d, k)
         out, lossy = self.empty(W.shape, W.dtype), np.zeros(d, np.int64)
         void, ld = "void *", W.shape[1]
@@ -36,6 +40,9 @@ class Merging(Core):
     def merge_in_place(self, W: Array, lora: LoRA, dtype: str = "f32") -> None:
         code, own = stored("W", W, dtype)
         want_writable(W)
+        if lora.magnitude is not None:
+            W[...] = HOST.merge(own, lora, dtype)[0]
+            return
         d, k = own.shape
         low, A, B, _ = lora_struct(lora, None, d, k)
         to = at(own, "void *")
@@ -48,6 +55,9 @@ class Merging(Core):
     ) -> np.ndarray:
         code, merged = stored("merged", merged, dtype)
         d, k = merged.shape
+        if lora.magnitude is not None:
+            back: np.ndarray = HOST.unmerge(merged, lora, residue, dtype)
+            return back
         low, A, B, _ = lora_struct(lora, None, d, k)
         position = ints("residue.position", residue.position)
         bits = np.ascontiguousarray(residue.bits, np.uint32)

@@ -5,11 +5,13 @@ with an adapter each, forward and backward.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from pylora.backends.cuda.marshal import F32, Packed, packed
 from pylora.backends.cuda.precision import Precision
 from pylora.errors import ShapeError
+from pylora.ops.dora import rescaled
+from pylora.ops.protocol import Backend
 from pylora.types import Array, Drop, LoRA, Projection, ProjectionGrad
 
 
@@ -31,6 +33,8 @@ class Linear(Precision):
     def linear_forward(
         self, x: Array, projections: Sequence[Projection]
     ) -> list[tuple[Array, Array | None]]:
+        if rescaled(projections):
+            return [self._alone(x, p) for p in projections]
         kinds = {packed(p.W).precision for p in projections}
         if len(kinds) > 1:
             return [self.linear_forward(x, [p])[0] for p in projections]
@@ -44,6 +48,13 @@ class Linear(Precision):
         ys = self.segmented(x, [(p, lows, h) for p, lows, h, _ in structs], None)
         results = [(y, h) for y, (_, _, h, _) in zip(ys, structs)]
         return results
+
+    def _alone(self, x: Array, p: Projection) -> tuple[Array, Array | None]:
+        """One projection, which may have a magnitude."""
+        if p.lora is None or p.lora.magnitude is None:
+            return self.linear_forward(x, [p])[0]
+        ops = cast(Backend, self)
+        return ops.dora_forward(x, p.W, p.bias, p.lora, p.drop, p.residual, p.dtype)[:2]
 
     def segmented(
         self,

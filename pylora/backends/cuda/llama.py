@@ -21,6 +21,7 @@ import numpy as np
 
 from pylora.backends.cuda.marshal import check_seqs, longest
 from pylora.errors import RangeError
+from pylora.ops.dora import factor, measured, rescale
 from pylora.ops.llama import NARROW, LlamaWeights, Step, bias_of, embedding_bias
 from pylora.types import Array, LoRA, Norm, Projection
 
@@ -38,7 +39,14 @@ class CudaAdapter:
     packed_B: Any
     embedding_bias: Array | None
     nbytes: int
+    factor: dict[int, Array] = field(default_factory=dict)  # of modules with a magnitude
+    embedding_factor: Array | None = None
     keep: list[Any] = field(default_factory=list)
+
+    @property
+    def rescales(self) -> bool:
+        """Whether something has a magnitude."""
+        return bool(self.factor) or self.embedding_factor is not None
 
 
 @dataclass(eq=False)
@@ -88,6 +96,9 @@ class CudaLlama:
                 out.structs[number], keep = ops.to.lora(lora, None, *W.shape)
                 out.keep.append(keep)
             out.nbytes += int(lora.A.nbytes + lora.B.nbytes)
+            if lora.magnitude is not None:
+                out.factor[number] = factor(measured(ops, W, lora), ops.xp)
+                out.nbytes += int(out.factor[number].nbytes)
             bias = bias_of(lora, own)
             if bias is not None:
                 out.bias[number] = bias.copy()
@@ -95,6 +106,8 @@ class CudaLlama:
         if embedding is not None:
             lora = self._copy(embedding)
             out.embedding_bias = embedding_bias(lora)
+            if lora.magnitude is not None:
+                out.embedding_factor = factor(lora, ops.xp)
             out.nbytes += int(lora.A.nbytes + lora.B.nbytes)
             if lora.rank and bool((lora.A != 0).any()) and bool((lora.B != 0).any()):
                 columns = lora.A.dtype.type(lora.scale) * lora.A
@@ -103,9 +116,9 @@ class CudaLlama:
         return out
 
     def _copy(self, lora: LoRA) -> LoRA:
-        arrays = (lora.A, lora.B, lora.bias, lora.base_bias)
-        A, B, *biases = (None if a is None else self.ops.place(a).copy() for a in arrays)
-        return LoRA(A, B, lora.scale, 0.0, *biases)
+        arrays = (lora.A, lora.B, lora.bias, lora.base_bias, lora.magnitude, lora.norm)
+        A, B, *others = (None if a is None else self.ops.place(a).copy() for a in arrays)
+        return LoRA(A, B, lora.scale, 0.0, *others)
 
     def cache(self, k: Sequence[Array], v: Sequence[Array]) -> Any:
         return tuple(k), tuple(v)
@@ -164,7 +177,7 @@ class CudaLlama:
         if self._no_graphs or os.environ.get("PYLORA_CUDA_GRAPHS") == "0" or max_q != 1:
             return None
         if step.output.size == 0 or any(
-            a is not None and a.embedding_bias is not None and a.packed_B is None
+            a is not None and ((a.embedding_bias is not None and a.packed_B is None) or a.rescales)
             for a in step.adapters
         ):
             return None
@@ -257,7 +270,9 @@ class CudaLlama:
         for adapter, a, b in zip(step.adapters, step.start.tolist(), step.start.tolist()[1:]):
             if adapter is None or a == b:
                 continue
-            if adapter.packed_B is not None:
+            if adapter.embedding_factor is not None:
+                self._rescaled_embedding(x, adapter, a, b, at)
+            elif adapter.packed_B is not None:
                 h = ops.take_rows(adapter.columns, at.ids[a:b])
                 y, _ = ops.lora_forward(
                     h, adapter.packed_B, adapter.embedding_bias, residual=x[a:b]
@@ -266,6 +281,15 @@ class CudaLlama:
             elif adapter.embedding_bias is not None:
                 x[a:b] += adapter.embedding_bias
         return x
+
+    def _rescaled_embedding(
+        self, x: Array, adapter: CudaAdapter, a: int, b: int, at: _Numbers
+    ) -> None:
+        ops, y = self.ops, x[a:b]
+        if adapter.packed_B is not None:
+            h = ops.take_rows(adapter.columns, at.ids[a:b])
+            y, _ = ops.lora_forward(h, adapter.packed_B, residual=y)
+        ops.put_rows(x, self._consecutive(a, b), y * adapter.embedding_factor)
 
     def _consecutive(self, a: int, b: int) -> Array:
         """The row numbers a .. b-1 on the device; kept, as a graph may not make them."""
@@ -302,7 +326,8 @@ class CudaLlama:
                 ops.ffi.NULL if a is None else a.structs.get(n, ops.ffi.NULL) for a in step.adapters
             ]
             parts.append((p, structs, None))
-        if not any(a is not None and n in a.bias for a in step.adapters for n in numbers):
+        own = [a for a in step.adapters if a is not None]
+        if not any(n in a.bias or n in a.factor for a in own for n in numbers):
             found: list[Array] = ops.segmented(x, parts, start)
             return found
         pieces = []
@@ -310,12 +335,20 @@ class CudaLlama:
             adapter = step.adapters[i]
             if a == b:
                 continue
-            some = []
+            some, wholes = [], []
             for n, (p, structs, _) in zip(numbers, parts):
                 bias = p.bias if adapter is None else adapter.bias.get(n, p.bias)
                 rest = None if residual is None else residual[a:b]
-                some.append((replace(p, bias=bias, residual=rest), [structs[i]], None))
-            pieces.append(((a, b), ops.segmented(x[a:b], some, None)))
+                whole = replace(p, bias=bias, residual=rest)
+                alone = replace(p, bias=None, residual=None, dtype=None)
+                f = None if adapter is None else adapter.factor.get(n)
+                wholes.append((whole, f))
+                some.append((whole if f is None else alone, [structs[i]], None))
+            ys = ops.segmented(x[a:b], some, None)
+            for j, (whole, f) in enumerate(wholes):
+                if f is not None:
+                    ys[j] = rescale(ops, ys[j], f, whole.bias, whole.residual, whole.dtype)
+            pieces.append(((a, b), ys))
         outputs = []
         for j, (p, _, _) in enumerate(parts):
             y = ops.empty((x.shape[0], p.W.shape[0]), np.float32 if p.dtype is None else p.dtype)

@@ -1,8 +1,10 @@
-"""Adapters merged into weights as files store them, and taken out again, on the GPU."""
+"""Adapters merged into weights as files store them, and taken out again, on the GPU; those with a
+magnitude by the reference in host memory, whose bits are the same on every machine."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import numpy as np
 from pylora.backends.cuda.base import Device
 from pylora.backends.cuda.marshal import want
 from pylora.errors import DtypeError, ShapeError
+from pylora.ops.merge import HOST
 from pylora.ops.plain import want_writable
 from pylora.types import Array, LoRA, Residue
 
@@ -21,6 +24,10 @@ class Merging(Device):
 
     def merge(self, W: Array, lora: LoRA, dtype: str = "f32") -> tuple[Array, Residue]:
         """Of a weight on the host the results are on the host, too."""
+        if lora.magnitude is not None:
+            merged, kept = HOST.merge(self.to_numpy(W), self._host(lora), dtype)
+            back = self._back(W)
+            return back(merged), replace(kept, position=back(kept.position), bits=back(kept.bits))
         code, on_device, back = self._stored("W", W, dtype)
         (d, k), to = on_device.shape, self.to
         low, keep = to.lora(self._placed(lora), None, d, k)
@@ -40,6 +47,9 @@ class Merging(Device):
 
     def merge_in_place(self, W: Array, lora: LoRA, dtype: str = "f32") -> None:
         want_writable(W)
+        if lora.magnitude is not None:
+            W[...] = self.merge(W, lora, dtype)[0]
+            return
         code, on_device, back = self._stored("W", W, dtype)
         (d, k), to = on_device.shape, self.to
         low, keep = to.lora(self._placed(lora), None, d, k)
@@ -49,6 +59,14 @@ class Merging(Device):
             W[...] = back(on_device)
 
     def unmerge(self, merged: Array, lora: LoRA, residue: Residue, dtype: str = "f32") -> Array:
+        if lora.magnitude is not None:
+            kept = replace(
+                residue,
+                position=self.to_numpy(residue.position),
+                bits=self.to_numpy(residue.bits),
+            )
+            host = HOST.unmerge(self.to_numpy(merged), self._host(lora), kept, dtype)
+            return self._back(merged)(host)
         code, on_device, back = self._stored("merged", merged, dtype)
         (d, k), to = on_device.shape, self.to
         low, keep = to.lora(self._placed(lora), None, d, k)
@@ -62,6 +80,17 @@ class Merging(Device):
             to.at(position, "int64_t *"), to.at(bits, "uint32_t *"), to.at(out, "void *"), k,
         )  # fmt: skip
         return back(out)
+
+    def _host(self, lora: LoRA) -> LoRA:
+        arrays = {name: getattr(lora, name) for name in ("A", "B", "magnitude", "norm")}
+        host: dict[str, Any] = {
+            name: None if a is None else self.to_numpy(a) for name, a in arrays.items()
+        }
+        return replace(lora, **host)
+
+    def _back(self, like: Array) -> Callable[[Any], Any]:
+        """What brings results of the host to where `like` is."""
+        return np.asarray if isinstance(like, np.ndarray) else self.xp.asarray
 
     def _placed(self, lora: LoRA) -> LoRA:
         return LoRA(self.place(lora.A), self.place(lora.B), lora.scale)

@@ -22,6 +22,7 @@ from pylora.backends.numpy import NumpyBackend
 from pylora.errors import DtypeError, ShapeError
 from pylora.numbers.precision import BF16, Stored, check_precision
 from pylora.ops.features import ACTIVATIONS
+from pylora.ops.plain import Plain
 from pylora.reference import IGNORE, Reference
 from pylora.types import Array, Attn, LoRA, Residue, Seqs
 
@@ -83,6 +84,11 @@ class CupyBackend(DeviceArrays, Reference):
 
     def _rows(self, x: Array, M: Array) -> Array:
         return x @ M
+
+    def row_norms(
+        self, W: DeviceWeight, lora: LoRA, squares: Array | None = None, columns: bool = False
+    ) -> Array:
+        return Plain.row_norms(self, W, lora, squares, columns)
 
     def rope(
         self,
@@ -316,7 +322,11 @@ class CupyBackend(DeviceArrays, Reference):
         return host.view(np.uint16) if host.dtype == BF16 else host
 
     def _on_host(self, lora: LoRA) -> LoRA:
-        return replace(lora, A=self.to_numpy(lora.A), B=self.to_numpy(lora.B))
+        arrays: dict[str, Any] = {n: getattr(lora, n) for n in ("A", "B", "magnitude", "norm")}
+        host: dict[str, Any] = {
+            n: None if a is None else self.to_numpy(a) for n, a in arrays.items()
+        }
+        return replace(lora, **host)
 
 
 def _merging() -> Any:

@@ -21,6 +21,7 @@ from pylora.conformance.correct.base import by_adapter
 from pylora.conformance.correct.beginnings import Beginnings
 from pylora.conformance.correct.families import Families
 from pylora.conformance.correct.layers import Layers
+from pylora.conformance.correct.weighted import Weighted
 from pylora.conformance.protocol import LoraTriple
 from pylora.model.config import ModuleSpec
 from pylora.numbers import random
@@ -29,7 +30,7 @@ from pylora.types import Array, Drop, LoRA
 Batch = tuple[Array, Array, Array]  # (x [m,k], target [m,d], counted [m] bool)
 
 
-class Correct(Adapted, Layers, Attending, Families, Beginnings):
+class Correct(Adapted, Weighted, Layers, Attending, Families, Beginnings):
     """Every capability. Subclass it and override one method to make a wrong implementation.
 
     bfloat16 and float16 are computed in float32 and rounded once; merges of them too.

@@ -176,6 +176,8 @@ class Rounded(Correct):
 
     dtypes = ("float32",)
     merge = unmerge = bias_merge = embedding_merge = None  # type: ignore[assignment]
+    dora_norm = dora_forward = dora_backward = None  # type: ignore[assignment]
+    dora_merge = dora_unmerge = None  # type: ignore[assignment]
     name = "pylora reference, rounded"
     precision = "bf16"
     rounds = Rounds

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def read(place: Path, base: Path) -> Deltas:
         if (place / "config.json").is_file():
             return _merged(place, base)
         if (place / "adapters.safetensors").is_file():
-            return _mlx(place)
+            return _mlx(place, base)
         found = sorted(place.glob("*.gguf"))
         if found:
             place = found[0]
@@ -59,7 +60,7 @@ def read(place: Path, base: Path) -> Deltas:
             return _peft(place, base)
     if place.suffix == ".safetensors":
         return (
-            _mlx(place.parent)
+            _mlx(place.parent, base)
             if place.name == "adapters.safetensors"
             else _peft(place.parent, base)
         )
@@ -86,10 +87,11 @@ def _peft(folder: Path, base: Path) -> Deltas:
             out.added[path] = lora.scale * lora.bias.astype(np.float64)
         if lora.base_bias is not None:
             out.bias[path] = lora.base_bias.astype(np.float64)
+    _rescale(out, {p: x.magnitude for p, x in loras.items() if x.magnitude is not None}, base)
     return out
 
 
-def _mlx(folder: Path) -> Deltas:
+def _mlx(folder: Path, base: Path) -> Deltas:
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         scale, kind = (
@@ -98,24 +100,38 @@ def _mlx(folder: Path) -> Deltas:
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FileFormatError(f"{folder / 'adapter_config.json'}: {error!r}") from None
-    if kind != "lora":
+    if kind not in ("lora", "dora"):
         raise UnsupportedError(f"{folder}: an MLX adapter of type {kind!r} is not compared")
     halves: dict[str, dict[str, Array]] = {}
     worst = 0.0
     with SafeTensors(folder / "adapters.safetensors") as file:
         for name in file.tensors:
             path, _, which = name.rpartition(".")
-            if which not in ("lora_a", "lora_b"):
+            if which not in ("lora_a", "lora_b", *(["m"] if kind == "dora" else [])):
                 raise FileFormatError(f"{folder}: tensor {name!r} is neither lora_a nor lora_b")
             halves.setdefault(path, {})[which] = file.load(name).astype(np.float64).T
             worst = max(worst, _ROUNDING[file.dtype(name)])
     out = Deltas("MLX", rounding=worst)
     for path, ab in halves.items():
-        if len(ab) != 2:
+        if len(ab) != (3 if kind == "dora" else 2):
             raise FileFormatError(f"{folder}: of {path} there is {', '.join(ab)} alone")
         if math.isfinite(scale):
             out.update[path] = scale * (ab["lora_b"] @ ab["lora_a"])
+    magnitudes = {path: ab["m"] for path, ab in halves.items() if "m" in ab}
+    _rescale(out, magnitudes, base)
     return out
+
+
+def _rescale(out: Deltas, magnitudes: Mapping[str, Array], base: Path) -> None:
+    """DoRA: in place of an update the weight that it comes to, rows brought to their lengths."""
+    if not magnitudes:
+        return
+    with open_checkpoint(base) as checkpoint:
+        for path, m in magnitudes.items():
+            W = peft.base_weight(checkpoint.load, path).astype(np.float64)
+            moved = W + out.update.pop(path)
+            length = np.linalg.norm(moved, axis=1, keepdims=True)
+            out.replaced[f"{path}.weight"] = m.astype(np.float64)[:, None] * moved / length
 
 
 def _gguf(header: GGUFHeader, base: Path) -> Deltas:

@@ -125,8 +125,15 @@ def _bad_number(p: Problem) -> tuple[dict[str, Any], str]:
     return {name: value}, f"{name} = {value}"
 
 
+_OTHERS: tuple[tuple[str, Any], ...] = (
+    ("use_bdlora", {"nblocks": 2}),
+    ("use_qalora", True),
+    ("no_such_field", 3),
+)
+
+
 def _other_method(p: Problem) -> tuple[dict[str, Any], str]:
-    name, value = (("use_dora", True), ("use_qalora", True), ("no_such_field", 3))[p.seed % 3]
+    name, value = _OTHERS[p.seed % 3]
     return {name: value}, f"{name} = {value}, which changes the result, as if it were not there"
 
 
@@ -234,7 +241,7 @@ LAWS = (
         "T10",
         "A setting that is not carried out is an error.",
         RAISES,
-        "an adapter of another method (DoRA, ...) is run as plain LoRA",
+        "an adapter of another method (QA-LoRA, ...) is run as plain LoRA",
         ("K-6",),
         _must_raise(_other_method),
     ),

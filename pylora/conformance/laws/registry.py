@@ -44,6 +44,7 @@ from pylora.conformance.laws import (
     special_parts,
     streams,
     tensors,
+    weighted,
     widths,
 )
 from pylora.conformance.laws.law import Law
@@ -70,6 +71,7 @@ _FILES = (
     replaced,
     plan,
     planned,
+    weighted,
     single,
     attention,
     attending,

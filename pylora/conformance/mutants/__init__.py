@@ -47,6 +47,7 @@ from pylora.conformance.mutants import (
     special,
     special_parts,
     streams,
+    weighted,
     windows,
     writers,
 )
@@ -95,6 +96,7 @@ GROUPS = (
     others,
     limits,
     paths,
+    weighted,
 )
 
 

@@ -244,7 +244,7 @@ class BadNumberMended(Correct):
 @wrong(
     "plan-other-method-as-lora",
     "subtle",
-    "A setting that is not known is dropped: a DoRA adapter is run as plain LoRA.",
+    "A setting that is not known is dropped: a QA-LoRA adapter is run as plain LoRA.",
     "Only the fields that the program knows are copied from the file.",
 )
 class OtherMethodAsLora(Correct):

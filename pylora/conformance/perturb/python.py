@@ -12,7 +12,7 @@ from typing import Any
 from pylora import reference
 from pylora.conformance.correct import adapted, attending, families, layers, plain, training
 from pylora.conformance.perturb.operators import changed, changes
-from pylora.ops import formulas
+from pylora.ops import formulas, merge
 
 # Functions that only hand over, or that the kit does not ask for, are left alone.
 _OF_PLAIN = frozenset(
@@ -20,11 +20,12 @@ _OF_PLAIN = frozenset(
     "unmerge forward_stacked forward_mixed module attach detach weight".split()
 )
 _OF_REFERENCE = frozenset(
-    "_rows lora_forward lora_backward _delta merge unmerge _moved _wide _narrow _bits rope _spans "
+    "_rows lora_forward lora_backward rope _spans "
     "_heads attention_forward attention_backward dropout rms_norm_forward swiglu_forward "
     "swiglu_backward cross_entropy_forward cross_entropy_backward cross_entropy adamw_step "
     "sum_squares embedding_forward embedding_backward".split()
 )
+_OF_MERGE = frozenset("merge unmerge _delta _away _moved _wide _narrow _bits".split())
 _OF_ATTENDING = frozenset(
     "attention attention_backward back _attend project _project _positions _attn _turned decoder "
     "block extend one positions attend length drop truncate".split()
@@ -56,6 +57,7 @@ _SOURCES: dict[str, tuple[Any, frozenset[str]]] = {
     "layers": (layers, _OF_LAYERS),
     "formulas": (formulas, _OF_FORMULAS),
     "reference": (reference, _OF_REFERENCE),
+    "merge": (merge, _OF_MERGE),
 }
 _MIXINS = {
     "attending": "Attending",
@@ -103,8 +105,9 @@ def _maker(name: str, source: str, inside: frozenset[str], number: int) -> Calla
             mixin = module.__dict__[_MIXINS[name]]
             return type("Correct", (mixin, plain.Correct), {})()
         made = plain.Correct()
-        if name == "formulas":
-            made.ops = type("Reference", (module.__dict__["Formulas"], reference.Reference), {})()
+        part = {"formulas": "Formulas", "merge": "Merge"}.get(name)
+        if part is not None:
+            made.ops = type("Reference", (module.__dict__[part], reference.Reference), {})()
         else:
             made.ops = module.__dict__["Reference"]()
         return made

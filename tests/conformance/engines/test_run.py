@@ -17,7 +17,7 @@ from pylora.conformance.engines.run import SEQUENCES as TESTS
 from pylora.conformance.engines.run import failed
 from pylora.conformance.suite.wrong import SENTENCES
 
-REFUSES = {"dora", "modules-to-save"}  # by pylora, with a sentence
+REFUSES = {"modules-to-save"}  # by pylora, with a sentence
 
 
 @pytest.mark.parametrize("base", ["llama", "llama-tied"])
