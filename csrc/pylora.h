@@ -202,6 +202,12 @@ int pylora_pack(int dtype, const pylora_mat *W, void *buffer, pylora_packed *out
  * are taken as they are.  dtype is one of the quantized ones. */
 int pylora_pack_blocks(int dtype, int64_t d, int64_t k, const void *rows, int64_t row_bytes,
                        void *buffer, pylora_packed *out);
+/* The order of the bytes of packed weights: another number whenever one of them changes.  Until then, and on
+ * machines of one byte order, a program may keep them (out->data, pylora_pack_bytes long) in a file of its own. */
+#define PYLORA_LAYOUT 1
+/* Packed bytes that lie somewhere, such as in a file that is mapped, as a weight; nothing is copied.  They are
+ * 64-byte aligned, outlive out, and are those of a [d,k] in this dtype: their values are not looked at. */
+int pylora_packed_at(int dtype, int64_t d, int64_t k, const void *bytes, pylora_packed *out);
 /* Types of weights in files, by ggml's numbers. */
 #define PYLORA_BLOCK_Q4_0 2
 #define PYLORA_BLOCK_Q4_1 3
@@ -405,6 +411,33 @@ int pylora_embedding_forward(const int64_t *ids, int64_t m, const pylora_packed 
 /* dW[ids[i],:] += dy[i,:], in the order of i; dW [vocab,k] is zeroed first. */
 int pylora_embedding_backward(const int64_t *ids, const pylora_mat *dy, const pylora_mat *dW);
 
+/* ---- the next token ---------------------------------------------------------------------- */
+
+/* How one is chosen from a row of logits. */
+typedef struct pylora_sampling {
+  double temperature; /* 0: the largest, of equals the first; and what follows changes nothing */
+  double top_p;       /* in (0, 1]; 1: all */
+  double min_p;       /* in [0, 1]; 0: all */
+  double u;           /* the number that decides, in (0, 1) */
+  int64_t top_k;      /* 0: all */
+  /* Bit i % 32 of word i / 32 says whether token i may come, those behind the words may not.  NULL: all. */
+  const uint32_t *allowed;
+  int64_t words;
+} pylora_sampling;
+
+size_t pylora_sample_workspace(int64_t m, int64_t n);
+/* token [m], of logits [m,n]: p = exp((x - max) / temperature), ranked, equals by the lower index; top_k keeps
+ * the first, top_p then the shortest run of them whose share of the sum is at least that, min_p those with
+ * p >= min_p; the token is the first whose running sum is above u times the sum of those that are left.
+ * In double, but for the sum of those with p < 1e-5, whose terms are float32.  -1: the row is not finite,
+ * -2: nothing may come. */
+int pylora_sample(const pylora_mat *logits, const pylora_sampling *how, int64_t *token, void *ws,
+                  size_t ws_bytes);
+/* lse [m] = log sum exp of each row, and the count[i] largest of row i in best [m,most], largest first, equals
+ * by the lower index.  A row of count < 0 is left alone, one that is not finite has the lse NaN. */
+int pylora_likeliest(const pylora_mat *logits, const int64_t *count, int64_t most, double *lse,
+                     int64_t *best, void *ws, size_t ws_bytes);
+
 /* ---- a whole model, inference only ------------------------------------------------------- */
 
 /* The modules of a Llama layer, in the order of forward. */
@@ -525,6 +558,8 @@ typedef struct pylora_step {
   const pylora_adapter *const *adapter; /* [segments]; NULL, also inside: the base */
   int64_t outputs;
   const int64_t *output; /* [outputs], the tokens whose logits are wanted, ascending */
+  /* Where their rows behind the last norm go [outputs,hidden], of which logits are made, or NULL. */
+  const pylora_mat *normed;
 } pylora_step;
 
 /* Bytes of workspace for a step (its sizes, sequences and adapters; not its ids), with the present

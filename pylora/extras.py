@@ -29,6 +29,7 @@ EXTRAS: dict[str, str] = {
     "ml_dtypes": "conformance",
     "pytest": "test",
     "pyarrow": "parquet",
+    "yaml": "recipes",
     "mpi4py": "mpi",
     "starlette": "serve",
     "uvicorn": "serve",
@@ -40,6 +41,7 @@ BRINGS: dict[str, str] = {
     "": "the command, tokenizers and chat templates",
     "plot": "pictures of the loss and of adapters",
     "parquet": "records for training in Parquet files",
+    "recipes": "settings of a training run in a YAML file (JSON needs no package)",
     "mpi": "training in several processes, on one machine or many (mpiexec)",
     "iq": "base models in GGUF's types IQ1, IQ2 and IQ3",
     "cuda": "the backends cuda and cupy, on an NVIDIA GPU",
@@ -48,7 +50,7 @@ BRINGS: dict[str, str] = {
     "test": "pylora's own tests",
 }
 # Where the module's name is not the package's.
-_PACKAGES = {"cupy": "cupy-cuda13x", "prometheus_client": "prometheus-client"}
+_PACKAGES = {"cupy": "cupy-cuda13x", "prometheus_client": "prometheus-client", "yaml": "pyyaml"}
 
 
 def install(extra: str = "") -> str:

@@ -177,6 +177,13 @@ typedef void pylora_kernel_exp_sum(int64_t n, const float *x, float *top,
                                    float *sum); /* max x, sum exp(x - max x) */
 typedef void pylora_kernel_exp_scaled(int64_t n, const float *x, float lse, float weight,
                                       pylora_vec y); /* weight exp(x - lse) */
+/* top = max x; whether all are finite. -infinity does no harm to top. */
+typedef int pylora_kernel_look(int64_t n, const float *x, float *top);
+/* sum exp((x - top) scale) of the x that are not above upto */
+typedef float pylora_kernel_exp_below(int64_t n, const float *x, float top, float scale,
+                                      float upto);
+/* Where x > above, upwards, and how many; at has room for n. */
+typedef int64_t pylora_kernel_pick(int64_t n, const float *x, float above, int32_t *at);
 /* param, m, v after one step; c: see pylora_adamw_step */
 typedef void pylora_kernel_adamw(int64_t n, float *param, const float *grad, float *m, float *v,
                                  const float *c);
@@ -230,7 +237,7 @@ typedef void pylora_kernel_merge_rows(int dtype, int mode, const merge_job *f);
 /* clang-format off */
 #define PYLORA_ROW_KERNELS(K) \
   K(put_tile) K(sum_squares) K(dot) K(scale) K(rms_forward) K(rms_backward) K(rms_weight) \
-  K(rotate) K(swiglu_forward) K(swiglu_backward) K(exp_sum) K(exp_scaled) K(adamw) \
+  K(rotate) K(swiglu_forward) K(swiglu_backward) K(exp_sum) K(exp_scaled) K(look) K(exp_below) K(pick) K(adamw) \
   K(philox) K(drop) K(sum) K(deviations) K(layer_forward) K(layer_backward) \
   K(activation_forward) K(activation_backward) K(soft_cap) K(soft_cap_backward)
 /* clang-format on */

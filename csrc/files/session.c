@@ -98,7 +98,8 @@ int pylora_session_forward(pylora_session *s, const pylora_adapter *adapter, con
   const int64_t start[2] = {0, n}, first = 0, total = s->length + n, last = n - 1;
   const pylora_seqs seqs = {1, start, &first, &total};
   const pylora_step step = {
-      n, ids, s->numbers + s->length, s->numbers + s->length, &seqs, 1, start, &adapter, 1, &last};
+      n,     ids, s->numbers + s->length, s->numbers + s->length, &seqs, 1, start, &adapter, 1,
+      &last, NULL};
   const pylora_kv kv = {s->keys, s->keys + s->model->s.layers};
   const size_t need = pylora_decoder_workspace(&s->decoder, &step);
   if (!need) return pylora_fail(why, PYLORA_E_SHAPE, "the adapter does not fit the model's sizes");

@@ -103,6 +103,15 @@ int pylora_pack_blocks(int dtype, int64_t d, int64_t k, const void *rows, int64_
   return PYLORA_OK;
 }
 
+int pylora_packed_at(int dtype, int64_t d, int64_t k, const void *bytes, pylora_packed *out) {
+  if (!bytes || !out) return PYLORA_E_NULL;
+  if (!pylora_format_of(dtype)) return PYLORA_E_UNSUPPORTED;
+  if (!pylora_pack_bytes(dtype, d, k)) return PYLORA_E_SHAPE;
+  if ((uintptr_t)bytes % PYLORA_ALIGN) return PYLORA_E_VALUE;
+  *out = (pylora_packed){PYLORA_MAGIC, dtype, d, k, bytes};
+  return PYLORA_OK;
+}
+
 typedef struct unjob {
   const pylora_format *F;
   const pylora_packed *P;

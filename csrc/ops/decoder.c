@@ -157,6 +157,7 @@ static int head(const run *f, const pylora_mat *logits) {
     memcpy(b->last.p + i * f->hidden, b->x.p + s->output[i] * f->hidden,
            (size_t)f->hidden * sizeof(float));
   pylora_norm norm = f->model->norm;
+  if (s->normed) TRY(pylora_decoder_norm(f, &b->last, &norm, s->normed));
   norm.dtype = f->model->activations, norm.rstd = NULL;
   for (int64_t i = 0, t = 0; s->seg_start && i <= f->segments; i++) {
     while (t < s->outputs && s->output[t] < s->seg_start[i]) t++;
@@ -193,6 +194,7 @@ int pylora_decoder_forward(const pylora_decoder *model, const pylora_kv *kv,
   TRY(pylora_decoder_begin(&f, model, step));
   TRY(check_cache(&f, kv));
   TRY(check_mat(logits, step->outputs, f.vocab, 1));
+  if (step->normed) TRY(check_mat(step->normed, step->outputs, f.hidden, 1));
   if (step->m == 0) return PYLORA_OK;
   if (!ws) return PYLORA_E_NULL;
   arena a = arena_of(ws, ws_bytes);

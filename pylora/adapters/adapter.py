@@ -5,6 +5,7 @@ An adapter does not know a model: attaching is `Llama.attach(adapter)`, merging 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import os
@@ -20,8 +21,10 @@ from pylora.adapters.locate import GGUF, PEFT, SPOKEN, find_adapter, form_of
 from pylora.adapters.loraconfig import LoraConfig
 from pylora.adapters.peft import Array, Load
 from pylora.adapters.plan import Plan, PlanEntry, named_targets, resolve
+from pylora.adapters.whole import tensors_of
 from pylora.errors import ConfigError, PlanError, UnsupportedError, expect, wrong_type
 from pylora.model.config import LlamaConfig, ModuleSpec
+from pylora.model.whole import Whole
 from pylora.numbers import random
 from pylora.numbers.lengths import row_squares
 from pylora.types import LoRA
@@ -35,13 +38,22 @@ class Adapter(Mapping[str, LoRA]):
     The arrays are the adapter's own, float32 and C-contiguous: training writes to them.
     """
 
-    def __init__(self, config: LoraConfig, plan: Plan, modules: Mapping[str, LoRA]) -> None:
-        """Raises PlanError unless `modules` has what the plan says, in the plan's shapes."""
+    def __init__(
+        self,
+        config: LoraConfig,
+        plan: Plan,
+        modules: Mapping[str, LoRA],
+        whole: Whole | None = None,
+    ) -> None:
+        """`whole`: the base's tensors that the adapter brings in place of them. Raises PlanError
+        unless `modules` has what the plan says, in the plan's shapes."""
         expect("LoRA settings", config, "Adapter(config, plan, modules)")
         expect("plan", plan, "Adapter(config, plan, modules)")
         expect("adapter", modules, "Adapter(config, plan, modules)")
-        self.config, self.plan = config, plan
+        self.config, self.plan, self.whole = config, plan, whole
         self._modules = dict(modules)
+        # Of modules whose adapter stays as it is in part, how many rows of A are trained.
+        self.held: dict[str, int] = {}
         paths = [e.path for e in plan.entries] + [path for path, _ in plan.bias_only]
         if sorted(paths) != sorted(self._modules):
             odd = sorted(set(paths) ^ set(self._modules))
@@ -64,7 +76,9 @@ class Adapter(Mapping[str, LoRA]):
     def __repr__(self) -> str:
         plan = repr(self.plan).removeprefix("Plan(").removesuffix(")")
         base = self.config.base_model_name_or_path
-        return f"Adapter({plan}{f', for {base}' if base else ''})"
+        n = 0 if self.whole is None else len(self.whole.tensors)
+        more = f", {n} whole weights" if n else ""
+        return f"Adapter({plan}{more}{f', for {base}' if base else ''})"
 
     @classmethod
     def init(
@@ -84,6 +98,13 @@ class Adapter(Mapping[str, LoRA]):
         """
         expect("plan", plan, "Adapter.init(plan, config)")
         expect("LoRA settings", config, "Adapter.init(plan, config)")
+        for name in ("modules_to_save", "trainable_token_indices"):
+            if getattr(config, name):
+                raise UnsupportedError(
+                    f"{name} = {getattr(config, name)!r:.100}: whole weights are read, run and "
+                    "merged, but not trained here; target the modules with LoRA instead, or train "
+                    "them with PEFT"
+                )
         arrays: dict[str, Array] = {}
         entries = {e.path: e for e in plan.entries}
         for key, (path, field, shape) in peft.tensor_names(plan).items():
@@ -105,7 +126,8 @@ class Adapter(Mapping[str, LoRA]):
         base: Load | None = None,
     ) -> Adapter:
         """The adapter in a PEFT directory, a GGUF file or a folder of mlx-lm's, for a model of this
-        LlamaConfig. Its modules alone (`LlamaConfig.modules()`) are enough for PEFT's form.
+        LlamaConfig. Its modules alone (`LlamaConfig.modules()`) are enough for PEFT's form without
+        whole weights.
 
         `base` (Checkpoint.load) is needed where the file carries copies of base weights, as PEFT
         writes for adapted embeddings. Errors: see `read` of `pylora.adapters.peft`, `gguf`, `mlx`.
@@ -117,6 +139,8 @@ class Adapter(Mapping[str, LoRA]):
             wrong_type("Adapter.load(base=...)", "checkpoint.load", base)
         place = find_adapter(directory)
         form = form_of(place)
+        if form == PEFT and config is not None:
+            return cls(*peft.read_all(place, config, base))
         if form == PEFT:
             return cls(*peft.read(place, modules, base))
         if config is None:
@@ -126,16 +150,43 @@ class Adapter(Mapping[str, LoRA]):
             )
         return cls(*(gguf.read if form == GGUF else mlx.read)(place, config))
 
+    def without_whole(self) -> Adapter:
+        """A and B alone, on a base that has the whole weights already; the arrays are shared."""
+        if self.whole is None:
+            return self
+        config = dataclasses.replace(
+            self.config,
+            modules_to_save=None,
+            trainable_token_indices=None,
+            ensure_weight_tying=False,
+            target_modules=tuple(e.path for e in self.plan if e.kind != "experts") or None,
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+        )
+        return Adapter(config, self.plan, self._modules)
+
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes a PEFT directory, float32; loading it gives the same bits. The word "all-linear"
         is written as the names that it stood for, as PEFT does: servers do not know the word."""
         expect("path", directory, "Adapter.save(directory)")
-        peft.write(directory, named_targets(self.config, self.plan), parameters(self))
+        arrays = parameters(self)
+        if self.whole is not None:
+            arrays |= tensors_of(self.whole, {e.path for e in self.plan.entries})
+        peft.write(directory, named_targets(self.config, self.plan), arrays)
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers the adapter holds, which are the numbers that training changes."""
-        return sum(array.size for array in parameters(self).values())
+        """How many numbers the adapter holds, those of whole weights included."""
+        held = sum(array.size for array in parameters(self).values())
+        if self.whole is None:
+            return held
+        rows = self.whole.rows
+        whole = (
+            len(rows[name]) * array.shape[1] if name in rows else array.size
+            for name, array in self.whole.tensors.items()
+        )
+        return int(held + sum(whole))
 
     def digest(self) -> str:
         """SHA-256, in hex, of names, shapes, bits and scales: equal for equal adapters."""
@@ -145,6 +196,10 @@ class Adapter(Mapping[str, LoRA]):
             sha.update(np.ascontiguousarray(array, "<f4").tobytes())
         for path in sorted(self):
             sha.update(f"{path} {float(self[path].scale).hex()} ".encode())
+        if self.whole is not None:
+            for name, array in sorted(self.whole.tensors.items()):
+                sha.update(f"{name} {array.shape} {self.whole.tied} ".encode())
+                sha.update(np.ascontiguousarray(array, "<f4").tobytes())
         return sha.hexdigest()
 
     @staticmethod
@@ -252,6 +307,12 @@ def gather(items: Sequence[tuple[Adapter, float]]) -> dict[str, list[Item]]:
     for number, (adapter, weight) in enumerate(items):
         if not math.isfinite(weight):
             raise ConfigError(f"the weight {weight!r} of an adapter is not a finite number")
+        if adapter.whole is not None:
+            raise UnsupportedError(
+                f"an adapter that brings {next(iter(adapter.whole.tensors))!r} whole "
+                "(modules_to_save, trainable_token_indices, a resized vocabulary) replaces the "
+                "base model's, and replacements cannot be summed; use it alone, or merge it"
+            )
         biases = [e.path for e in adapter.plan.entries if e.base_bias]
         if biases or adapter.plan.bias_only:
             raise UnsupportedError(

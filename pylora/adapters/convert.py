@@ -15,7 +15,7 @@ from pylora.adapters.adapter import Adapter
 from pylora.adapters.carry import carry
 from pylora.adapters.locate import GGUF, MLX, PEFT, SPOKEN, find_adapter, form_of
 from pylora.adapters.own_tokenizer import has_own
-from pylora.errors import ConfigError, WrongTypeError, describe, expect
+from pylora.errors import ConfigError, UnsupportedError, WrongTypeError, describe, expect
 from pylora.formats import Checkpoint, open_checkpoint
 from pylora.model.config import LlamaConfig
 from pylora.types import brief
@@ -61,6 +61,13 @@ def write_adapter(
     cannot say.
     """
     expect("whole adapter", adapter, "write_adapter(path, adapter, model, form)")
+    if adapter.whole is not None and form in (GGUF, MLX):
+        some = next(iter(adapter.whole.tensors))
+        raise UnsupportedError(
+            f"the adapter brings {some!r} whole (modules_to_save, trainable_token_indices, a "
+            f"resized vocabulary), which {SPOKEN[form]} cannot say; merge it instead (pylora merge"
+            f"{' --to model.gguf' if form == GGUF else ''})"
+        )
     where, loras = Path(path), dict(adapter)
     if form == PEFT:
         adapter.save(where)

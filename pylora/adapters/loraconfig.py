@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +28,6 @@ _INERT = frozenset(
 _REFUSED = {
     "alora_invocation_tokens": "activated LoRA (aLoRA) switches the adapter on inside a sequence",
     "layer_replication": "the model's layers are repeated",
-    "trainable_token_indices": "single rows of the embedding are trained",
     "megatron_config": "the layers are Megatron's parallel layers",
     "use_qalora": "QA-LoRA pools the input before A",
     "use_bdlora": "block-diagonal LoRA constrains A or B",
@@ -35,14 +35,21 @@ _REFUSED = {
     "kasa_config": "KaSA truncates the base weight and puts a diagonal between A and B",
     "velora_config": "VeLoRA changes the gradient of A",
     "monteclora_config": "Monte Carlo LoRA samples the adapter's weights",
-    "ensure_weight_tying": "the adapters of tied layers share their tensors",
 }
 # Initialisations that leave the base weights alone: an adapter made so can be read and used.
 _READABLE_INITS = ("eva", "orthogonal", "mica")
-# Those that change the base weights as well: the adapter is relative to a base that nobody has.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# What these take from the base can be computed of its weights: see inits.py.
+FROM_BASE = re.compile(r"pissa(_niter_[0-9]{1,6})?|[oO][lL][oO][rR][aA]")
+# Those that change the base by what is not in the adapter: it is relative to a base nobody has.
+_CHANGES_BASE = {
+    "corda": "by the covariance of its data, which PEFT itself needs again to load it",
+    "loftq": "to its quantization by bitsandbytes",
+    "lora_ga": "by its first gradients, and PEFT would load it as if it had not",
+}
 FRESH_TARGETS: str | tuple[str, ...] = "all-linear"  # as the literature recommends
 _FOREIGN = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "use_rslora"}
+# PEFT of some age does not know these names: they are written where they say something.
+_NEWER = ("target_parameters", "use_dora", "trainable_token_indices", "ensure_weight_tying")
 _MAX_PATTERN = 4096  # characters of one regular expression
 
 
@@ -82,6 +89,9 @@ class LoraConfig:
     peft_type: str = "LORA"
     target_parameters: Sequence[str] | None = None  # parameters of experts, by PEFT's names
     use_dora: bool = False  # rows of W + s B A are brought to lengths that are trained, too
+    # Rows of the embedding that are trained as they are: token ids, or {module name: token ids}.
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
+    ensure_weight_tying: bool = False  # a whole embedding is a tied head's, too
 
     def __post_init__(self) -> None:
         for name in (
@@ -94,6 +104,7 @@ class LoraConfig:
             if not isinstance(value, str):
                 value = _names(name, value)
             object.__setattr__(self, name, value)
+        object.__setattr__(self, "trainable_token_indices", _tokens(self.trainable_token_indices))
         layers: Any = self.layers_to_transform
         if layers is not None:
             layers = (layers,) if isinstance(layers, int) else layers
@@ -169,14 +180,10 @@ class LoraConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as PEFT reads them: lists for tuples."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        if not self.target_parameters:  # PEFT before 0.17 does not know the name
-            del values["target_parameters"]
-        if not self.use_dora:
-            del values["use_dora"]
-        return {
-            name: list(v) if isinstance(v, tuple) else dict(v) if isinstance(v, Mapping) else v
-            for name, v in values.items()
-        }
+        for name in _NEWER:
+            if not values[name]:
+                del values[name]
+        return {name: _plain(value) for name, value in values.items()}
 
     def to_json(self) -> str:
         """The text of an adapter_config.json. The order of pattern keys matters and is kept."""
@@ -231,6 +238,38 @@ def _indices(value: Any) -> tuple[int, ...] | None:
     return tuple(value) or None  # PEFT takes an empty list as "every layer"
 
 
+def _tokens(value: Any) -> tuple[int, ...] | dict[str, tuple[int, ...]] | None:
+    """trainable_token_indices, checked: ids, or ids by the name of a table."""
+    if not value and not isinstance(value, (str, bool, int)):
+        return None
+    if isinstance(value, Mapping):
+        names = _names("trainable_token_indices", tuple(value))
+        return {name: _ids(ids) for name, ids in zip(names or (), value.values(), strict=True)}
+    return _ids(value)
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    whole = isinstance(value, (list, tuple)) and value
+    if not whole or any(
+        isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < 2**31 for i in value
+    ):
+        raise ConfigError(
+            f"trainable_token_indices = {value!r:.100}: expected token ids, or an object of module "
+            "names and token ids"
+        )
+    if len(set(value)) != len(value):
+        twice = next(i for i in value if value.count(i) > 1)
+        raise ConfigError(f"trainable_token_indices names the token {twice} twice")
+    return tuple(value)
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it."""
+    if isinstance(value, Mapping):
+        return {key: _plain(v) for key, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
 def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -252,7 +291,8 @@ def _check_scalars(c: LoraConfig) -> None:
     check_alpha("lora_alpha", c.lora_alpha)
     if not _number(c.lora_dropout) or not 0 <= c.lora_dropout < 1:
         raise ConfigError(f"lora_dropout = {c.lora_dropout!r}: expected a number in [0, 1)")
-    for name in ("use_rslora", "lora_bias", "fan_in_fan_out", "use_dora"):
+    flags = ("use_rslora", "lora_bias", "fan_in_fan_out", "use_dora", "ensure_weight_tying")
+    for name in flags:
         if not isinstance(getattr(c, name), bool):
             raise ConfigError(f"{name} = {getattr(c, name)!r}: expected true or false")
     for name in ("task_type", "base_model_name_or_path"):
@@ -263,17 +303,20 @@ def _check_scalars(c: LoraConfig) -> None:
     if c.peft_type != "LORA":
         raise UnsupportedError(f"peft_type = {c.peft_type!r} is not supported, only 'LORA' is")
     init = c.init_lora_weights
+    if isinstance(init, str) and FROM_BASE.fullmatch(init):
+        return
     if not isinstance(init, bool) and str(init).lower() not in ("gaussian", *_READABLE_INITS):
-        if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
+        if isinstance(init, str) and init.lower() in _CHANGES_BASE:
             raise UnsupportedError(
-                f"init_lora_weights = {init!r} changed the base weights before training, so this "
-                "adapter does not fit the base model that it names; in PEFT, save it as an "
-                "ordinary one (save_pretrained(..., path_initial_model_for_weight_conversion=...), "
-                "which keeps the first values to subtract), or merge it there"
+                f"init_lora_weights = {init!r} changed the base weights before training, "
+                f"{_CHANGES_BASE[init.lower()]}, so this adapter does not fit the base model that "
+                "it names; in PEFT, save it as an ordinary one (save_pretrained(..., "
+                "path_initial_model_for_weight_conversion=...), which keeps the first values to "
+                "subtract), or merge it there"
             )
         raise UnsupportedError(
             f"init_lora_weights = {init!r} is not known; expected true, false, "
-            f"'gaussian', {', '.join(_READABLE_INITS)}"
+            f"'gaussian', 'pissa', 'olora', {', '.join(_READABLE_INITS)}"
         )
 
 

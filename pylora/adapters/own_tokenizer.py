@@ -13,8 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pylora.adapters.locate import find_adapter
+from pylora.adapters.peft import WEIGHTS
 from pylora.errors import PlanError
 from pylora.formats.base import Checkpoint
+from pylora.formats.safetensors import SafeTensors
+from pylora.model.config import LlamaConfig
 from pylora.text.tokenizer import Tokenizer, chat_templates, tokenizer_from_directory
 
 TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
@@ -35,7 +38,8 @@ def tokenizer_for(
 
     `base` is that one, where it was made already; it is not changed. Raises PlanError where the
     adapter's tokenizer gives a token another id than the base model's, or one beyond the model's
-    vocabulary: such an adapter was trained on another model.
+    vocabulary: such an adapter was trained on another model. An adapter may bring a vocabulary of
+    another size: then that counts.
     """
     base = checkpoint.tokenizer() if base is None else base
     if adapter_dir is None or not has_own(adapter_dir):
@@ -51,7 +55,7 @@ def tokenizer_for(
         file = next((file for file in files if file.is_file()), folder)
         return used, f"the adapter's own chat template is used ({file})"
     own = tokenizer_from_directory(folder)
-    _compare(base, own, checkpoint.config.vocab_size, folder)
+    _compare(base, own, vocabulary_of(folder, checkpoint.config), folder)
     if own.chat_template is None:
         own.chat_template = base.chat_template
     same = own.chat_template == base.chat_template and own.eos_ids == base.eos_ids
@@ -78,6 +82,25 @@ def tokenizer_of(checkpoint: Checkpoint, adapters: Sequence[str | os.PathLike[st
             )
     tokenizer.notes += tuple(notes)
     return tokenizer
+
+
+def vocabulary_of(folder: Path, config: LlamaConfig) -> int:
+    """How many tokens the model has with the adapter in a PEFT directory: rows of the tables that
+    the file has whole, or the base model's."""
+    file = folder / WEIGHTS
+    if not file.is_file():
+        return config.vocab_size
+    with SafeTensors(file) as tensors:
+        shapes = [tensors.shape(key) for key in tensors.tensors if _is_table(key, config)]
+    sizes = [shape[0] for shape in shapes if len(shape) == 2 and shape[0]]
+    return sizes[0] if len(set(sizes)) == 1 else config.vocab_size
+
+
+def _is_table(key: str, config: LlamaConfig) -> bool:
+    """Whether a tensor of a file is a whole embedding or head, under any name that it may have."""
+    leaves = {config.names.embedding.rpartition(".")[2], config.names.head.rpartition(".")[2]}
+    parts = key.split(".")
+    return ".lora_" not in key and parts[-1] == "weight" and bool(leaves & set(parts[-4:-1]))
 
 
 def _compare(base: Tokenizer, own: Tokenizer, vocab_size: int, folder: Path) -> None:

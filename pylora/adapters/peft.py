@@ -8,27 +8,32 @@ repeated, misshapen or non-finite tensor is an error that names it. Pickle files
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pylora.adapters.fit import misfit
+from pylora.adapters.inits import on_unchanged_base, takes_from_base
 from pylora.adapters.locate import find_adapter
 from pylora.adapters.loraconfig import LoraConfig
 from pylora.adapters.older import fold_experts, text_part, under_names, with_experts
 from pylora.adapters.plan import Plan, PlanEntry, resolve
+from pylora.adapters.whole import Tables
 from pylora.errors import FileFormatError, PlanError, UnsupportedError
 from pylora.files.bounded import read_text
 from pylora.files.whole import atomic_dir, atomic_write
 from pylora.formats.base import check_finite, narrow, widen
 from pylora.formats.safetensors import SafeTensors, save
 from pylora.model import families
-from pylora.model.config import ModuleSpec
+from pylora.model.config import LlamaConfig, ModuleSpec
+from pylora.model.whole import Whole, grown
 from pylora.types import LoRA
 
 Array = np.ndarray[Any, Any]
@@ -113,18 +118,63 @@ def read(
     modules: Mapping[str, ModuleSpec],
     base: Load | None = None,
 ) -> tuple[LoraConfig, Plan, dict[str, LoRA]]:
-    """The adapter in a PEFT directory, for a model with these modules; tensors become float32.
+    """`read_all` of an adapter that is A and B alone; UnsupportedError for one with whole weights,
+    whose names and shapes take the model's whole configuration."""
+    config, plan, modules_read, _ = _read(find_adapter(directory), modules, None, base)
+    return config, plan, modules_read
+
+
+def read_shown(
+    directory: str | os.PathLike[str], modules: Mapping[str, ModuleSpec]
+) -> tuple[LoraConfig, Plan, dict[str, LoRA], dict[str, tuple[int, ...]]]:
+    """A and B alone of an adapter that may have whole weights, and the shapes of those by key: for
+    who looks at an adapter without its model. It is not what the adapter computes."""
+    config, plan, modules_read, _ = _read(find_adapter(directory), modules, None, None, True)
+    with SafeTensors(find_adapter(directory) / WEIGHTS) as file:
+        return config, plan, modules_read, {key: file.shape(key) for key in _others(file)}
+
+
+def _others(file: SafeTensors) -> set[str]:
+    """The keys that are neither A nor B nor a bias."""
+    return {key for key in file.tensors if ".lora_" not in key and not key.endswith(".bias")}
+
+
+def read_all(
+    directory: str | os.PathLike[str], model: LlamaConfig, base: Load | None = None
+) -> tuple[LoraConfig, Plan, dict[str, LoRA], Whole | None]:
+    """The adapter in a PEFT directory, for a model of this configuration; tensors become float32.
 
     `directory` may be a training run's folder or a Hub id too: see `find_adapter`.
 
     `base` (Checkpoint.load) is needed where the file carries copies of base weights, as PEFT writes
-    for adapted embeddings: they must equal the base model's. Raises PlanError, FileFormatError,
+    for adapted embeddings: they must equal the base model's; and for trained rows of a table. Last
+    comes what is whole (pylora/adapters/whole.py), or None. Raises PlanError, FileFormatError,
     ConfigError or UnsupportedError, each naming the file and the tensor or field.
     """
-    directory = find_adapter(directory)
-    config = read_config(directory)
-    with SafeTensors(_weights_file(Path(directory))) as file, _saying_why(file, config, modules):
-        _refuse_saved_modules(file, config)
+    return _read(find_adapter(directory), model.modules(), model, base)
+
+
+def _read(
+    directory: Path,
+    modules: Mapping[str, ModuleSpec],
+    model: LlamaConfig | None,
+    base: Load | None,
+    shown: bool = False,
+) -> tuple[LoraConfig, Plan, dict[str, LoRA], Whole | None]:
+    said = read_config(directory)
+    began = takes_from_base(said)
+    config = dataclasses.replace(said, init_lora_weights=True) if began else said
+    with SafeTensors(_weights_file(directory)) as file, _saying_why(file, config, modules):
+        whole, claimed = None, set[str]()
+        if shown:
+            claimed = _others(file)
+        elif model is None:
+            _refuse_whole(file, config)
+        else:
+            tables = Tables(config, model)
+            found = tables.find(file, _own_name)
+            whole, claimed = tables.read(file, found, partial(_load, file), base), found.claimed
+            modules = grown(model, whole).modules()
         paths = [m["path"] for key in file.tensors if (m := _MODULE.match(key))]
         called = text_part(paths, modules)
         named = with_experts(map(_own_name, paths), modules)
@@ -134,9 +184,10 @@ def read(
             else:
                 plan = resolve(config, modules if named is None else named)
         except (PlanError, UnsupportedError) as error:
-            raise type(error)(f"{Path(directory) / CONFIG}: {error}") from None
+            raise type(error)(f"{directory / CONFIG}: {error}") from None
         wanted = tensor_names(plan)
-        source = _match(file, plan, wanted, base)
+        _refuse_both(plan, whole, directory)
+        source = _match(file, plan, wanted, base, claimed)
         rules = {e.path: f"r = {e.r} by {e.rule_r}" for e in plan.entries}
         arrays = {
             key: _load(file, source[key], shape, rules.get(path, ""))
@@ -147,7 +198,30 @@ def read(
             config, plan, each = fold_experts(config, plan, each, modules)
             keys = {(path, field): key for key, (path, field, _) in tensor_names(plan).items()}
             arrays = {key: each[which] for which, key in keys.items()}
-    return config, plan, assemble(config, plan, arrays)
+    loras = assemble(config, plan, arrays)
+    if began and not shown:
+        if base is None:
+            raise PlanError(
+                f"{directory / CONFIG}: init_lora_weights = {said.init_lora_weights!r} took a part "
+                "of the base's weights into the adapter; give the base model's tensors "
+                "(base=checkpoint.load; on the command line: --model), so that it is known which"
+            )
+        if any(e.kind == "experts" for e in plan.entries):
+            raise UnsupportedError(f"{directory / CONFIG}: {began} of experts is not supported")
+        weight = partial(base_weight, base)
+        config = dataclasses.replace(config, init_lora_weights=said.init_lora_weights)
+        config, plan, loras = on_unchanged_base(config, plan, loras, weight, model, modules)
+    return config, plan, loras, whole
+
+
+def _refuse_both(plan: Plan, whole: Whole | None, directory: Path) -> None:
+    """PEFT puts trained rows on a plain table, never on one with A and B."""
+    for e in plan.entries:
+        if whole is not None and f"{e.path}.weight" in whole.rows:
+            raise PlanError(
+                f"{directory / CONFIG}: {e.path} has both LoRA (target_modules) and rows that are "
+                "trained as they are (trainable_token_indices); a table takes one of them"
+            )
 
 
 @contextmanager
@@ -214,15 +288,15 @@ def _weights_file(directory: Path) -> Path:
     return file
 
 
-def _refuse_saved_modules(file: SafeTensors, config: LoraConfig) -> None:
-    if not config.modules_to_save:
-        return
-    names = tuple(name.rsplit(".", 1)[-1] for name in config.modules_to_save)
-    for key in file.tensors:
-        if ".lora_" not in key and any(name in key.split(".") for name in names):
+def _refuse_whole(file: SafeTensors, config: LoraConfig) -> None:
+    """UnsupportedError for settings that bring whole weights, where the model is not known."""
+    for name in ("modules_to_save", "trainable_token_indices"):
+        if getattr(config, name):
+            key = next((k for k in file.tensors if ".lora_" not in k), "")
             raise UnsupportedError(
-                f"{file.path}: tensor {key!r} is a whole module that was trained beside the "
-                f"adapter (modules_to_save = {list(config.modules_to_save)}), which is unsupported"
+                f"{file.path}: {f'tensor {key!r} is' if key else 'there are'} whole weights that "
+                f"were trained beside the adapter ({name} = {getattr(config, name)!r:.100}), which "
+                "takes the base model's configuration: give its LlamaConfig, or --model"
             )
 
 
@@ -231,6 +305,7 @@ def _match(
     plan: Plan,
     wanted: Mapping[str, tuple[str, str, tuple[int, ...]]],
     base: Load | None,
+    claimed: Collection[str] = (),
 ) -> dict[str, str]:
     """Wanted key -> key in the file. PlanError unless every tensor of each side has its partner."""
     adapted = {e.path for e in plan.entries}
@@ -238,6 +313,8 @@ def _match(
     extra: list[str] = []
     has_parts = any(_TEXT_PART.match(path) for path in adapted)  # then their names are meant
     for stored in file.tensors:
+        if stored in claimed:  # whole weights
+            continue
         key = _plain(stored, file)
         if not has_parts:
             key = _TEXT_PART.sub(r"\1model.", key)
@@ -286,7 +363,7 @@ def _plain(key: str, file: SafeTensors) -> str:
     return key if key.startswith(_PREFIX) or ".lora_" not in key else _PREFIX + key
 
 
-def _load(file: SafeTensors, key: str, shape: tuple[int, ...], rule: str) -> Array:
+def _load(file: SafeTensors, key: str, shape: tuple[int, ...], rule: str = "") -> Array:
     found, dtype = file.shape(key), file.dtype(key)
     if found != shape:
         raise PlanError(

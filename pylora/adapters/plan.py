@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from pylora.adapters.loraconfig import LoraConfig
+from pylora.adapters.loraconfig import FROM_BASE, LoraConfig
 from pylora.adapters.patterns import compiled
 from pylora.errors import PlanError, UnsupportedError, expect
 from pylora.model import families
@@ -95,16 +95,21 @@ class Plan:
 def resolve(config: LoraConfig, modules: Mapping[str, ModuleSpec]) -> Plan:
     """The plan of `config` for a model with these modules (`LlamaConfig.modules()`).
 
-    Raises PlanError, naming it, for whatever matches no module, and UnsupportedError for
-    modules_to_save, for lora_bias on an embedding, and for fan_in_fan_out on a module that is not
-    stored transposed. Where one is, the flag is PEFT's business: it says how PEFT merges.
+    A module of modules_to_save is saved whole and gets no A and B, as in PEFT. Raises PlanError,
+    naming it, for whatever matches no module, and UnsupportedError for an init_lora_weights that
+    takes from the base's weights ("pissa", "olora": see inits.py), for lora_bias on an embedding,
+    for adapters of tied layers that are to be one (ensure_weight_tying), and for fan_in_fan_out on
+    a module that is not stored transposed. Where one is, the flag is PEFT's business: it says how
+    PEFT merges.
     """
     expect("LoRA settings", config, "resolve(config, modules)")
     expect("modules", modules, "resolve(config, modules)")
-    if config.modules_to_save:
+    init = config.init_lora_weights
+    if isinstance(init, str) and FROM_BASE.fullmatch(init):
         raise UnsupportedError(
-            f"modules_to_save = {list(config.modules_to_save)}: training or loading whole modules "
-            "beside the adapter is not supported; target them with LoRA instead"
+            f"init_lora_weights = {init!r} changed the base weights before training, so A and "
+            "B are an adapter of another base; reading it takes the base model's weights, to know "
+            "what was taken from them: Adapter.load(directory, model, base=checkpoint.load)"
         )
     whole = modules
     held = {path: spec for path, spec in modules.items() if spec.kind == "experts"}
@@ -115,6 +120,7 @@ def resolve(config: LoraConfig, modules: Mapping[str, ModuleSpec]) -> Plan:
         chosen = {path: rule for path in modules if (rule := _target_rule(config, path, modules))}
     else:
         chosen = {}
+    chosen = {path: rule for path, rule in chosen.items() if not saved_whole(config, path)}
     chosen |= parameters
     modules |= held
     if not chosen:
@@ -131,6 +137,7 @@ def resolve(config: LoraConfig, modules: Mapping[str, ModuleSpec]) -> Plan:
                     f"{_hint(key, chosen)}"
                 )
     straight = [p for p in chosen if modules[p].kind == "linear" and not modules[p].transposed]
+    _check_tying(config, modules, chosen)
     if config.fan_in_fan_out and straight:
         raise UnsupportedError(
             "fan_in_fan_out = true is for layers that store W as [in, out] (GPT-2's Conv1D); "
@@ -143,6 +150,29 @@ def resolve(config: LoraConfig, modules: Mapping[str, ModuleSpec]) -> Plan:
     order = {path: i for i, path in enumerate(whole)}
     entries = tuple(sorted(entries, key=lambda e: order[e.path]))
     return Plan(entries, others)
+
+
+def saved_whole(config: LoraConfig, path: str) -> bool:
+    """Whether modules_to_save names the module at a path, or one that it is in. A name matches
+    every path that ends in it, without regard to dots ("norm": "model.norm", "input_layernorm")."""
+    names = tuple(config.modules_to_save or ())
+    parts = path.split(".")
+    return bool(names) and any(
+        ".".join(parts[:n]).endswith(names) for n in range(1, len(parts) + 1)
+    )
+
+
+def _check_tying(
+    config: LoraConfig, modules: Mapping[str, ModuleSpec], chosen: Mapping[str, str]
+) -> None:
+    for path in chosen:
+        table = modules[path].kind == "embedding" or path in _OUTPUT_LAYERS
+        if config.ensure_weight_tying and table:
+            raise UnsupportedError(
+                f"ensure_weight_tying = true with LoRA on {path} is not supported: the adapters of "
+                "tied layers share their tensors; merge this adapter into its base model with "
+                "PEFT, or retrain without it"
+            )
 
 
 def _parameters(config: LoraConfig, held: Mapping[str, ModuleSpec]) -> dict[str, str]:

@@ -19,6 +19,7 @@ from pylora.check.report import SKIP, Finding, Report
 from pylora.check.sample import Batch, Part, available_memory, default_adapter, part_of, sample
 from pylora.errors import ConfigError, expect
 from pylora.formats import Checkpoint, open_checkpoint
+from pylora.formats.overlaid import Overlaid
 from pylora.model.config import LlamaConfig
 from pylora.model.llama import Llama
 from pylora.ops.protocol import Backend
@@ -69,6 +70,9 @@ def check(
     expect("whole adapter", adapter, "check(checkpoint, adapter, batch)")
     if not len(adapter.plan):
         raise ConfigError(f"{name}: the adapter has no module with A and B, so nothing to check")
+    if adapter.whole is not None:  # a part of the base that is checked
+        name += f", with {', '.join(adapter.whole.tensors)} of its own"
+        checkpoint, adapter = Overlaid(checkpoint, adapter.whole), adapter.without_whole()
     llama = Llama.from_checkpoint(checkpoint, backend)
     part = part_of(checkpoint, adapter, available_memory() if memory is None else memory)
     scope = _scope(part, checkpoint.config)

@@ -27,11 +27,14 @@ app = typer.Typer(
 )
 
 
-def command(part: str, *examples: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Registers a verb: the part of the help it stands in, and example command lines."""
+def command(
+    part: str, *examples: str, cls: type[Verb] = Verb, name: str | None = None
+) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Registers a verb: the part of the help it stands in, example command lines, and how its
+    command line is read; `name` where it is not the function's."""
 
     def register(function: Callable[P, T]) -> Callable[P, T]:
-        app.command(cls=Verb, rich_help_panel=part, epilog="\n".join(examples))(verb(function))
+        app.command(name, cls=cls, rich_help_panel=part, epilog="\n".join(examples))(verb(function))
         return function
 
     return register
@@ -41,7 +44,8 @@ Model = Annotated[
     Path,
     typer.Argument(
         metavar="MODEL",
-        help="a GGUF file, a Hugging Face folder, or an id of the Hub whose model is in its cache",
+        help="a GGUF file, a Hugging Face folder, what `pylora pack` wrote, or an id of the Hub "
+        "whose model is in its cache",
     ),
 ]
 AdapterDir = Annotated[
@@ -79,11 +83,11 @@ RsLora = Annotated[
     ),
 ]  # fmt: skip
 Precision = Annotated[
-    str,
+    str | None,
     typer.Option(
         metavar="NAME",
         help="of the base model: fp32, fp32x3, bf16, int8, int4, int8a8, int4a8; fp16 on cuda; "
-        "auto: what trains fastest here",
+        "auto: what trains fastest here; default: fp32, or what MODEL is packed in",
     ),
 ]
 EveryModule = Annotated[

@@ -71,7 +71,7 @@ def chat(
     min_p: MinP = 0.0,
     repetition_penalty: Penalty = 1.0,
     seed: DrawSeed = 0,
-    precision: Precision = "fp32",
+    precision: Precision = None,
 ) -> None:  # fmt: skip
     """Talk with a model; /help shows what can be changed on the way, Ctrl-C stops an answer.
 

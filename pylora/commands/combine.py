@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ from pylora.commands.app import MAKE, Seed, command
 from pylora.commands.guard import unfinished
 from pylora.commands.outputs import check_folder
 from pylora.display.console import Console
+
+if TYPE_CHECKING:
+    from pylora.adapters.loraconfig import LoraConfig
 
 
 @command(
@@ -51,6 +54,7 @@ def combine(
     from pylora.adapters.adapter import Adapter
     from pylora.adapters.combine import combine as combined
     from pylora.adapters.inspect import modules_of
+    from pylora.adapters.peft import read_config
     from pylora.errors import ConfigError
 
     check_folder(out)
@@ -60,6 +64,8 @@ def combine(
             "written, so name a new one"
         )
     factors = _numbers(weights, len(adapters))
+    for path in adapters:
+        _refuse_whole(path, read_config(path))
     items = [
         (Adapter.load(path, modules_of(path)), weight)
         for path, weight in zip(adapters, factors, strict=True)
@@ -77,6 +83,18 @@ def combine(
             f"cut to rank {made.adapter.config.r}: {made.total_lost:.2%} of the update is lost "
             f"(Frobenius norm), at most {made.lost[worst]:.2%}, in {worst}"
         )
+
+
+def _refuse_whole(path: Path, config: LoraConfig) -> None:
+    """UnsupportedError where an adapter's settings bring whole weights."""
+    from pylora.errors import UnsupportedError
+
+    for name in ("modules_to_save", "trainable_token_indices"):
+        if getattr(config, name):
+            raise UnsupportedError(
+                f"{path}: {name} = {getattr(config, name)!r:.100} replaces weights of the base "
+                "model, and replacements cannot be summed; use this adapter alone, or merge it"
+            )
 
 
 def _numbers(text: str | None, n: int) -> list[float]:

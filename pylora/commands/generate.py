@@ -86,7 +86,7 @@ def generate(
     min_p: MinP = 0.0,
     repetition_penalty: Penalty = 1.0,
     seed: DrawSeed = 0,
-    precision: Precision = "fp32",
+    precision: Precision = None,
 ) -> None:  # fmt: skip
     """Continue a text, with or without an adapter; words appear as they come.
 
@@ -103,6 +103,7 @@ def generate(
     from pylora.generation.sampling import Sampling, whole_number
     from pylora.generation.text import TextStream
     from pylora.model.llama import Llama
+    from pylora.model.whole import alone
 
     check_choice(precision)
     whole_number("--max-new-tokens", max_new_tokens, 0)  # before the model is loaded
@@ -122,6 +123,8 @@ def generate(
             for name, folder in folders.items()
         }
         llama = Llama.from_checkpoint(checkpoint, precision=precision)
+        if all(a.adapter is not None for a in asked):
+            llama = alone(llama, list(loaded.values()))
     say_notes(tokenizer)
     pool = AdapterPool(llama)
     for name, one in loaded.items():

@@ -110,13 +110,24 @@ _KINDS |= {"integer": "N", "path": "FILE", "file": "FILE", "text": "TEXT"}  # as
 
 def _value(param: Any) -> str:
     """What stands for an option's value."""
-    if param.metavar:
-        return str(param.metavar)
-    kind = getattr(getattr(param, "type", None), "name", None)  # click's own
-    if kind is None:
+    return str(param.metavar) if param.metavar else _KINDS.get(_type_name(param), "X")
+
+
+def kind(param: Any) -> str:
+    """What an option takes, in words: "flag", "whole number", "number" or "text"."""
+    if getattr(param, "is_flag", False):
+        return "flag"
+    name = _type_name(param)
+    words = {"int": "whole number", "integer": "whole number", "float": "number"}
+    return words.get(name, "text")
+
+
+def _type_name(param: Any) -> str:
+    name = getattr(getattr(param, "type", None), "name", None)  # click's own
+    if name is None:
         described = param.type_descriptor.annotation
-        kind = getattr(described, "__name__", str(described))
-    return _KINDS.get(str(kind), "X")
+        name = getattr(described, "__name__", str(described))
+    return str(name)
 
 
 def _help(param: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -71,9 +72,18 @@ def merge(
     for note in report.notes:
         print(f"note: {note}", file=sys.stderr)
     Console().say(
-        f"{report.directory}: {len(report.modules)} modules merged, {weights} of weights, "
+        f"{report.directory}: {len(report.modules)} modules merged{_whole(report.whole)}, "
+        f"{weights} of weights, "
         f"{residue} that make `pylora unmerge` exact; tokenizer: {report.tokenizer}"
     )
+
+
+def _whole(names: Sequence[str]) -> str:
+    """What took the place of the base's, in words."""
+    if not names:
+        return ""
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f", {', '.join(names[:4])}{more} replaced by the adapter's own"
 
 
 def _to_gguf(
@@ -96,7 +106,8 @@ def _to_gguf(
     kinds = ", ".join(f"{n} {kind}" for kind, n in report.kinds.items())
     done = "nothing was written (--dry-run)" if dry else f"{report.path}: {report.type}"
     screen.say(
-        f"{done}; {megabytes(report.weight_bytes)} of weights ({kinds}); tokenizer: "
+        f"{done}; {megabytes(report.weight_bytes)} of weights ({kinds}){_whole(report.whole)}; "
+        "tokenizer: "
         f"{report.tokenizer}"
     )
 

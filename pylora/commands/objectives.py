@@ -13,6 +13,21 @@ AIM = "What it aims at"
 NAMES = ("sft", "dpo", "ipo", "simpo", "orpo", "kto", "classify", "regress", "distill")
 
 
+HEADS = ("classify", "regress")  # whose adapters end in a head of their own
+
+
+def check_begun(objective: str, start: Path | None, init: str, judged: bool) -> None:
+    """ConfigError for a beginning, or a judge, that the objective does not have."""
+    if objective in HEADS and (start is not None or init not in ("kaiming", "gaussian")):
+        what = "--from" if start is not None else f"--init {init}"
+        raise ConfigError(f"--objective {objective} begins with a head of its own, without {what}")
+    if judged and objective not in ("sft", "distill"):
+        raise ConfigError(
+            f"--metric and --sample look at answers to prompts, which the records of --objective "
+            f"{objective} are not about; its evaluation has figures of its own"
+        )
+
+
 def check_teacher(objective: str, teacher: Path | None, teacher_adapter: Path | None) -> None:
     """ConfigError where distill has no teacher."""
     if objective == "distill" and teacher is None and teacher_adapter is None:

@@ -40,6 +40,7 @@ class Verb(TyperCommand):
         typed = {n for n in ctx.params if _source(ctx, n) in ("COMMANDLINE", "ENVIRONMENT")}
         _refuse_empty(ctx, self, args, typed)
         given = {name for name in typed if ctx.params[name] is not False}
+        given |= {n for n in ctx.params if _source(ctx, n) == "DEFAULT_MAP" and _asks(self, ctx, n)}
         values = ctx.params | {"verb": self.name}
         if wrong := rules.check(self.name or "", given, values, lambda n: called(self, n)):
             raise UsageError(wrong, ctx)
@@ -96,7 +97,7 @@ _SYNONYMS = {
     "finetune": ("train",), "fine-tune": ("train",), "lora": ("train",), "sft": ("train",),
     "run": ("generate", "chat"), "infer": ("generate",), "complete": ("generate",),
     "fuse": ("merge",), "export": ("merge",), "show": ("inspect", "plan"), "test": ("check",),
-    "eval": ("train … --eval",), "version": ("--version",), "gpu": ("doctor",),
+    "evaluate": ("eval",), "version": ("--version",), "gpu": ("doctor",),
 }  # fmt: skip
 
 
@@ -137,7 +138,7 @@ def message_of(error: Any, ctx: Any) -> str:
     if kind == "NoSuchOption":
         return unknown_option(str(error.option_name), ctx)
     if kind == "MissingParameter":
-        lacking = [p for p in command.params if p.required and ctx.params.get(p.name) is None]
+        lacking = [p for p in command.params if p.required and _lacks(ctx, p.name)]
         names = [called(command, p.name) for p in lacking] or [error.format_message()]
         listed = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
         return f"{listed} {'is' if len(names) == 1 else 'are'} missing"
@@ -155,6 +156,11 @@ def message_of(error: Any, ctx: Any) -> str:
     if kind == "BadOptionUsage" and text.endswith("requires an argument"):
         return f"{error.option_name} needs a value"
     return text[:1].lower() + text[1:] if text[:1].isupper() and text[1:2].islower() else text
+
+
+def _lacks(ctx: Any, name: str) -> bool:
+    """Whether neither the command line nor a file of settings says it."""
+    return ctx.params.get(name) is None and ctx.lookup_default(name) is None
 
 
 _PLAINER = (  # the words of typer's and click's checks
@@ -202,6 +208,12 @@ def called(command: Any, name: str) -> str:
                 return str(layout.argument(param))
             return str(next((o for o in param.opts if o.startswith("--")), param.opts[0]))
     return name
+
+
+def _asks(command: Any, ctx: Any, name: str) -> bool:
+    """Whether what a file of settings says of a parameter is anything but its default."""
+    param = next(p for p in command.params if p.name == name)
+    return ctx.params[name] is not False and ctx.params[name] != param.default
 
 
 def _source(ctx: Any, name: str) -> str:

@@ -52,13 +52,15 @@ def plan(
     from pylora.adapters.adapter import Adapter
     from pylora.adapters.plan import resolve
     from pylora.formats import open_checkpoint
+    from pylora.model.whole import whole_of
 
     with open_checkpoint(model) as checkpoint:
-        modules = checkpoint.config.modules()
+        modules, whole = checkpoint.config.modules(), None
         if adapter is not None and not (
             adapter.is_file() and adapter.suffix == ".json"
         ):  # its tensors must be what it says, too
-            resolved = Adapter.load(adapter, checkpoint.config, base=checkpoint.load).plan
+            loaded = Adapter.load(adapter, checkpoint.config, base=checkpoint.load)
+            resolved, whole = loaded.plan, whole_of(loaded)
         else:
             config = lora_config(adapter, rank, alpha, targets, rslora, 0.0, checkpoint.path)
             resolved = resolve(config, modules)
@@ -78,6 +80,8 @@ def plan(
         screen.table(("modules", *columns), _folded(resolved), right=("modules", *numbers))
     if resolved.bias_only:
         screen.say(f"and the biases of {len(resolved.bias_only)} modules without LoRA")
+    for name in () if whole is None else whole.tensors:
+        screen.say(f"and, in place of the base's: {name}")
     screen.say(
         f"{len(resolved.entries)} modules, {resolved.num_parameters:,} trainable parameters, "
         f"{100 * resolved.num_parameters / total:.3f} % of {total:,}"
@@ -159,14 +163,20 @@ def _inspect_adapter(
     from pylora.adapters.adapter import Adapter
     from pylora.adapters.inspect import inspect as measure
     from pylora.adapters.inspect import modules_of
+    from pylora.adapters.peft import read_shown
+    from pylora.adapters.whole import PREFIX
     from pylora.display.plots import adapter_picture
     from pylora.formats import open_checkpoint
 
+    whole: dict[str, tuple[int, ...]] = {}
     if model is None:
-        adapter = Adapter.load(directory, modules_of(directory))
+        config, plan, loras, whole = read_shown(directory, modules_of(directory))
+        adapter = Adapter(config, plan, loras)
     else:
         with open_checkpoint(model) as checkpoint:
             adapter = Adapter.load(directory, checkpoint.config, base=checkpoint.load)
+        if adapter.whole is not None:
+            whole = {name: array.shape for name, array in adapter.whole.tensors.items()}
     stats = measure(adapter)
     magnitudes = [lora.magnitude for lora in adapter.values() if lora.magnitude is not None]
     if magnitudes:
@@ -192,11 +202,14 @@ def _inspect_adapter(
         columns = ("modules", "module", *numbers, "largest singular value")
         screen.table(columns, _ranges(stats), right=("modules", *numbers, columns[-1]))
     full = sum(s.d * s.k for s in stats)
+    held = adapter.without_whole().num_parameters
     screen.say(
-        f"{adapter.num_parameters:,} parameters ({megabytes(4 * adapter.num_parameters)} in "
-        f"float32) in {len(stats)} modules whose weights have {full:,}: "
-        f"{100 * adapter.num_parameters / full:.2f} %"
+        f"{held:,} parameters ({megabytes(4 * held)} in float32) in {len(stats)} modules whose "
+        f"weights have {full:,}: {100 * held / full:.2f} %"
     )
+    for name, shape in whole.items():
+        size = " × ".join(map(str, shape))
+        screen.say(f"in place of the base's: {name.removeprefix(PREFIX)}, {size}")
     if picture is not None:
         adapter_picture(picture, stats, title=f"Adapter {directory.name}: {len(stats)} modules")
         screen.say(f"picture: {picture}")

@@ -100,12 +100,22 @@ def _warm(temperature: float) -> bool:
 
 
 RULES: dict[str, tuple[Rule, ...]] = {
-    ROOT: tuple(
-        Excludes("backend", "verb", f"{_BACKEND}", partial(eq, verb))
-        for verb in ("plan", "convert", "inspect", "suite", "vectors", "conformance")
+    ROOT: (
+        *(
+            Excludes("backend", "verb", _BACKEND, partial(eq, verb))
+            for verb in ("plan", "convert", "inspect", "suite", "vectors", "conformance")
+        ),
+        Excludes("backend", "verb", "weights are packed for c, the backend", partial(eq, "pack")),
     ),
     "train": (
-        *(Excludes(o, "config", _FILE.format("--config")) for o in (*_SHAPE, "dora", "dropout")),
+        *(
+            Excludes(o, "adapter_config", _FILE.format("the file"))
+            for o in (*_SHAPE, "dora", "dropout")
+        ),
+        *(
+            Excludes(o, "start", "the adapter that it starts from says so")
+            for o in (*_SHAPE, "dora", "dropout", "init", "adapter_config")
+        ),
         Excludes("steps", "epochs", "each says how long to train"),
         Excludes("resume", "overwrite", "continue the run in OUT, or replace it"),
         Excludes(
@@ -116,10 +126,15 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ),
         Needs("packing", "max_tokens", "the number of tokens to fill up to"),
         Needs("truncate", "max_length", "the number of tokens to cut to"),
-        Needs("eval_every", "eval_data", "a file to evaluate on"),
+        Excludes(
+            "patience", "best_by", "what gets no better is not looked at", lambda v: v == "last"
+        ),
+        *(
+            Needs(o, "eval_data", "a file to evaluate on")
+            for o in ("eval_every", "metric", "sample", "best_by", "patience")
+        ),
         *(Needs(o, "objective", "it is for distill", _DISTILLS) for o in _TEACHES),
         Needs("classes", "objective", "it is for classify", partial(eq, "classify")),
-        Needs("keep", "save_every", "without it there is one checkpoint, at the end"),
         Excludes(
             "floor", "schedule", "a constant rate has no lower end", lambda v: v == "constant"
         ),
@@ -138,6 +153,11 @@ RULES: dict[str, tuple[Rule, ...]] = {
         OneOf(("out", "to"), "a folder for a Hugging Face model, or one GGUF file"),
     ),
     "chat": tuple(Needs(o, "temperature", _DRAWN, _warm) for o in _DRAWS),
+    "pack": (
+        OneOf(("out", "verify"), "a folder to write, or a look at MODEL, which is packed"),
+        Needs("out", "precision", "what the model will run in, such as int4"),
+        Excludes("precision", "verify", "MODEL is packed in the one that it is packed in"),
+    ),
     "plan": (
         *(Excludes(o, "adapter", _FILE.format("ADAPTER")) for o in _SHAPE),
         Excludes("every", "as_json", "--json has an object for every module anyway"),

@@ -59,7 +59,7 @@ def serve(
         list[Path] | None,
         typer.Option(metavar="DIR", help="folder that adapters may be loaded from while it runs"),
     ] = None,
-    precision: Precision = "fp32",
+    precision: Precision = None,
     name: Annotated[
         str | None,
         typer.Option(
@@ -95,6 +95,12 @@ def serve(
     page: Annotated[
         bool, typer.Option("--page/--no-page", rich_help_panel=_WHO, help="the page at /")
     ] = True,
+    pooling: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="last or mean: how texts become embeddings; default: not at all"
+        ),
+    ] = None,
     context: Annotated[
         int | None, _count("--context", "tokens of a prompt and its answer; default: the model's")
     ] = None,
@@ -177,6 +183,7 @@ def serve(
             most_adapters=most_adapters,
             adapter_bytes=adapter_memory << 20,
             grace=grace,
+            pooling=pooling,
         )
         for folder, why in server.unread.items():
             print(f"note: {folder} is not served: {why}", file=sys.stderr)

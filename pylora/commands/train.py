@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pylora.commands import arranging
 from pylora.commands.adapters import lora_config, refuse_too_large, warn_about_size
 from pylora.commands.app import (
     ADAPTER,
@@ -26,19 +25,21 @@ from pylora.commands.app import (
     Targets,
     command,
 )
-from pylora.commands.guard import sentence, unfinished
+from pylora.commands.evaluate import Metrics
+from pylora.commands.guard import unfinished
 from pylora.commands.inputs import file_or_stdin
-from pylora.commands.objectives import AIM, NAMES, check_teacher, taught
+from pylora.commands.objectives import AIM, HEADS, NAMES, check_begun, check_teacher, taught
 from pylora.commands.outputs import check_folder
+from pylora.commands.run_said import after_training, how_long, saying_where, write_model_card
 from pylora.commands.template import TemplateArgs, refuse_unused, use_template
-from pylora.commands.together import again, together
+from pylora.commands.together import together
 from pylora.display.console import Console
 from pylora.errors import ConfigError
 from pylora.numbers.precision import check_choice
 from pylora.training.launched import launched
 
 if TYPE_CHECKING:
-    from pylora.training.train import StepInfo, TrainResult
+    from pylora.training.train import StepInfo
 
 
 def _option(*names: str, part: str, help: str, metavar: str | None = None) -> Any:
@@ -48,7 +49,9 @@ def _option(*names: str, part: str, help: str, metavar: str | None = None) -> An
 @command(
     MAKE,
     "pylora train SmolLM2.gguf data.jsonl runs/tone --epochs 3",
-    "pylora train SmolLM2.gguf data.jsonl runs/tone --epochs 3 --resume",
+    "pylora train --resume runs/tone",
+    "pylora train --config run.yaml",
+    cls=arranging.TrainVerb,
 )
 @together
 def train(
@@ -80,9 +83,25 @@ def train(
     dropout: Annotated[
         float, _option("--dropout", "--lora-dropout", part=ADAPTER, help="lora_dropout")
     ] = 0.0,
-    config: Annotated[
+    init: Annotated[
+        str,
+        _option(
+            "--init", "--init-lora-weights", part=ADAPTER, metavar="NAME",
+            help="how A and B begin: kaiming, gaussian, pissa, olora, eva, loftq",
+        ),
+    ] = "kaiming",
+    adapter_config: Annotated[
         Path | None,
-        _option("--config", part=ADAPTER, help="adapter_config.json, in place of the above"),
+        _option(
+            "--adapter-config", part=ADAPTER, help="adapter_config.json, in place of the above"
+        ),
+    ] = None,
+    start: Annotated[
+        Path | None,
+        _option(
+            "--from", part=ADAPTER, metavar="DIR",
+            help="adapter to start from, in place of the above: a PEFT folder or a run's",
+        ),
     ] = None,
     eval_data: Annotated[
         Path | None,
@@ -162,15 +181,19 @@ def train(
         _option("--classes", part=AIM, metavar="N|A,B", help="of classify: how many, or names"),
     ] = None,
     learning_rate: Annotated[
-        float, _option("--lr", "--learning-rate", part=HOW, help="peak learning rate")
-    ] = 2e-4,
+        float | None,
+        _option(
+            "--lr", "--learning-rate",
+            part=HOW, help="peak learning rate; default: by the model's width, 1e-3 at 768",
+        ),
+    ] = None,
     epochs: Annotated[
-        int,
+        int | None,
         _option(
             "--epochs", "--num-epochs", "--num-train-epochs",
-            part=HOW, help="passes over the data",
+            part=HOW, help="passes over the data; default: enough for 120 updates, at most 30",
         ),
-    ] = 1,
+    ] = None,
     steps: Annotated[
         int | None,
         _option("--steps", "--max-steps", "--iters", part=HOW, help="updates, in place of epochs"),
@@ -206,7 +229,7 @@ def train(
             "--lora-plus", "--loraplus-lr-ratio", part=HOW, help="rate of B over rate of A (LoRA+)"
         ),
     ] = 1.0,
-    precision: Precision = "fp32",
+    precision: Precision = None,
     recompute: Annotated[
         bool,
         _option(
@@ -218,7 +241,31 @@ def train(
         int | None,
         _option(
             "--eval-every", "--eval-steps", "--steps-per-eval",
-            part=RUN, help="steps between evaluations; one is at the end in any case",
+            part=RUN,
+            help="steps between evaluations; default: about ten in a run; one is before it, and "
+            "one at its end in any case",
+        ),
+    ] = None,
+    metric: Metrics = None,
+    sample: Annotated[
+        list[str] | None,
+        _option(
+            "--sample", part=RUN, metavar="PROMPT",
+            help="prompt to answer at each evaluation; may be repeated",
+        ),
+    ] = None,
+    best_by: Annotated[
+        str,
+        _option(
+            "--best-by", part=RUN, metavar="NAME",
+            help="whose best evaluation's adapter is kept: loss or a metric's name; last: the last",
+        ),
+    ] = "loss",
+    patience: Annotated[
+        int | None,
+        _option(
+            "--patience", "--early-stopping-patience",
+            part=RUN, help="evaluations without a better one, after which the run ends",
         ),
     ] = None,
     save_every: Annotated[
@@ -228,6 +275,13 @@ def train(
             part=RUN, help="steps between checkpoints; one is at the end in any case",
         ),
     ] = None,
+    save_minutes: Annotated[
+        float,
+        _option(
+            "--save-minutes",
+            part=RUN, help="a checkpoint also after so many minutes without one; 0: not",
+        ),
+    ] = 10.0,
     keep: Annotated[
         int, _option("--keep", "--save-total-limit", part=RUN, help="checkpoints kept")
     ] = 2,
@@ -239,12 +293,30 @@ def train(
         ),
     ] = 1,
     resume: Annotated[
-        bool, _option("--resume/--no-resume", part=RUN, help="continue the run in OUT, bit for bit")
+        bool,
+        _option(
+            "--resume/--no-resume",
+            part=RUN, help="continue the run in OUT, bit for bit; `--resume OUT` needs no more",
+        ),
     ] = False,
     overwrite: Annotated[
         bool, _option("--overwrite/--no-overwrite", part=RUN, help="replace the run in OUT")
     ] = False,
     seed: Seed = 0,
+    config: Annotated[
+        Path | None,
+        _option(
+            "--config",
+            part=RUN, help="settings, YAML or JSON; what is typed comes first. Also an "
+            "adapter_config.json",
+        ),
+    ] = None,
+    print_config: Annotated[
+        bool,
+        _option(
+            "--print-config", part=RUN, help="show the settings as a file for --config, and stop"
+        ),
+    ] = False,
 ) -> None:  # fmt: skip
     """Fine-tune an adapter. Writes OUT/adapter (PEFT), log.jsonl, loss.png and checkpoints.
 
@@ -252,48 +324,61 @@ def train(
     the same (docs/training.md).
     """
     from pylora import backends
+    from pylora.adapters.adapter import Adapter
     from pylora.adapters.own_tokenizer import tokenizer_of
     from pylora.adapters.plan import resolve
     from pylora.formats import open_checkpoint
+    from pylora.generation.metrics import Judge, metrics
     from pylora.model.llama import Llama
+    from pylora.training.beginnings import begin, check_init, of_config
+    from pylora.training.enough import settled, total_steps, undertrained
     from pylora.training.mpi import world
     from pylora.training.objectives.choose import choose, read
     from pylora.training.train import TrainConfig, check_out_dir
     from pylora.training.train import train as run
+    from pylora.training.watching import interval
 
-    settings = TrainConfig(
-        learning_rate=learning_rate,
-        epochs=epochs,
-        steps=steps,
-        batch_size=batch_size,
-        accumulation=accumulation,
-        packing=packing,
-        max_tokens=max_tokens,
-        schedule=schedule,
-        warmup_steps=warmup,
-        floor=floor,
-        weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm,
-        lora_plus_ratio=lora_plus,
-        recompute=recompute,
-        seed=seed,
-        log_every=log_every,
-        eval_every=eval_every,
-        save_every=save_every,
-        keep=keep,
-    )
-    aim = choose(
-        objective,
-        beta=beta,
-        label_smoothing=label_smoothing,
-        gamma=gamma,
-        desirable_weight=desirable_weight,
-        undesirable_weight=undesirable_weight,
-        temperature=temperature,
-        mix=mix,
-    )
-    check_teacher(objective, teacher, teacher_adapter)
-    check_choice(precision)
+    try:
+        settings = TrainConfig(
+            learning_rate=learning_rate,
+            epochs=epochs,
+            steps=steps,
+            batch_size=batch_size,
+            accumulation=accumulation,
+            packing=packing,
+            max_tokens=max_tokens,
+            schedule=schedule,
+            warmup_steps=warmup,
+            floor=floor,
+            weight_decay=weight_decay,
+            max_grad_norm=max_grad_norm,
+            lora_plus_ratio=lora_plus,
+            recompute=recompute,
+            seed=seed,
+            log_every=log_every,
+            eval_every=eval_every,
+            save_every=save_every,
+            save_minutes=save_minutes or None,
+            keep=keep,
+            best_by=None if eval_data is None or best_by == "last" else best_by,
+            patience=patience,
+        )
+        aim = choose(
+            objective,
+            beta=beta,
+            label_smoothing=label_smoothing,
+            gamma=gamma,
+            desirable_weight=desirable_weight,
+            undesirable_weight=undesirable_weight,
+            temperature=temperature,
+            mix=mix,
+        )
+        check_teacher(objective, teacher, teacher_adapter)
+        check_begun(objective, start, init, bool(metric or sample))
+        check_choice(precision)
+        asked = metrics(metric or ())
+    except ConfigError as error:
+        raise ConfigError(arranging.place_of(context, str(error))) from None
     check_folder(out)
     check_out_dir(out, resume=resume, overwrite=overwrite)
     screen = Console()
@@ -301,8 +386,16 @@ def train(
         tokenizer = tokenizer_of(checkpoint, ())
         use_template(tokenizer, template_arg)
         refuse_unused_arguments = refuse_unused(template_arg, tokenizer)
-        lora = lora_config(config, rank, alpha, targets, rslora, dropout, checkpoint.path, dora)
-        plan = resolve(lora, checkpoint.config.modules())
+        if start is not None:
+            adapter = Adapter.load(start, checkpoint.config, base=checkpoint.load)
+            plan = adapter.plan
+        else:
+            lora = lora_config(
+                adapter_config, rank, alpha, targets, rslora, dropout, checkpoint.path, dora
+            )
+            lora, init = of_config(lora, init)
+            check_init(init, lora, precision or checkpoint.packed_as or "fp32")
+            plan = resolve(lora, checkpoint.config.modules())
         warn_about_size(plan, checkpoint.config.num_parameters)
         refuse_too_large(plan, backends.get().name)
         limit: dict[str, Any] = {"max_length": max_length, "fields": fields}
@@ -311,6 +404,13 @@ def train(
         examples, evals = read(objective, data, eval_data, tokenizer, classes=classes, **limit)
         refuse_unused_arguments()
         llama = Llama.from_checkpoint(checkpoint, precision=precision)
+        judge = None
+        if evals is not None and (asked or sample):
+            judge = Judge(llama, tokenizer, evals, asked, sample or ())
+        if objective in HEADS:
+            adapter = aim.fresh(plan, lora, seed, llama, examples, checkpoint.load)
+        elif start is None:
+            adapter = begin(init, lora, llama, checkpoint.load, examples, seed)
         if objective == "distill":
             examples, evals = taught(
                 llama,
@@ -322,8 +422,6 @@ def train(
                 top_k,
                 temperature,
             )
-        base = llama.load if lora.use_dora else checkpoint.load
-        adapter = aim.fresh(plan, lora, seed, llama, examples, base)
     screen.say(
         f"{len(examples):,} examples; {adapter.num_parameters:,} trainable parameters "
         f"({100 * adapter.num_parameters / llama.config.num_parameters:.2f} %); "
@@ -334,9 +432,22 @@ def train(
         screen.say(f"note: {note}")
     if examples.truncated:
         screen.say(f"{examples.truncated:,} examples were cut to {max_length} tokens")
-    with _saying_where(out, context.find_root().obj) as seen, screen.training() as show:
+    lengths = [len(example) for example in examples]
+    settings = settled(settings, lengths, llama.config.hidden_size)
+    total = total_steps(settings, lengths)
+    if evals is not None and eval_every is None:
+        every = interval(total, len(evals), settings.batch_size)
+        settings = replace(settings, eval_every=every)
+    screen.say(how_long(settings, total))
+    if short := undertrained(total):
+        screen.say(f"note: {short}")
+    chosen = {n: getattr(settings, n) for n in ("learning_rate", "epochs")}
+    record = arranging.record(context.command, context.params | chosen)
+    with saying_where(out, context.find_root().obj) as seen, screen.training() as show:
 
         def on_step(info: StepInfo) -> None:
+            if not seen and world().rank == 0:  # the run is what its folder says now
+                arranging.write_record(out, record)
             seen.append((info.step, info.steps))
             show(info)
 
@@ -350,11 +461,15 @@ def train(
             on_step,
             resume=resume,
             overwrite=overwrite,
+            measure=judge,
+            on_evaluation=show.evaluated,
             objective=aim,
             ranks=world(),
         )
     if world().rank == 0:
-        _after_training(screen, result, out)
+        after_training(screen, result, out)
+        shown = aim.digest(examples)
+        write_model_card(out, str(model), str(data), llama, examples, shown, record, result)
 
 
 def _files(data: Path, evals: Path | None) -> tuple[Path, Path | None]:
@@ -364,53 +479,3 @@ def _files(data: Path, evals: Path | None) -> tuple[Path, Path | None]:
     if launched() > 1 and "-" in (str(data), str(evals)):
         raise ConfigError("several processes cannot read standard input; give a file")
     return file_or_stdin(data) or data, file_or_stdin(evals)
-
-
-@contextmanager
-def _saying_where(out: Path, args: Any) -> Iterator[list[tuple[int, int]]]:
-    """Yields a list for (step, steps). If the block is interrupted, the sentence about it says how
-    far it came, what is on disk, and with which command it goes on."""
-    from pylora.training.checkpoint import checkpoints
-
-    seen: list[tuple[int, int]] = []
-    try:
-        yield seen
-    except KeyboardInterrupt as error:
-        came = f" after step {seen[-1][0]} of {seen[-1][1]}" if seen else " before a step was done"
-        saved = checkpoints(out)
-        if saved:
-            step = int(saved[-1].name.rpartition("-")[2])
-            what = f"saved in {saved[-1]}"
-            if seen and step < seen[-1][0]:
-                what = f"the newest checkpoint is of step {step}: {saved[-1]}"
-            what += f"; to go on: {_again(args)}"
-        else:
-            what = "no checkpoint was written"
-        error.args = (f"{error or 'interrupted'}{came}; {what}",)
-        raise
-
-
-def _again(args: Any) -> str:
-    """The command line that continues the run."""
-    kept = [a for a in args or ["train", "…"] if a not in ("--overwrite", "--resume")]
-    return shlex.join(again(["pylora", *kept, "--resume"]))
-
-
-def _after_training(screen: Console, result: TrainResult, out: Path) -> None:
-    from pylora.display.plots import loss_curve, sparkline
-    from pylora.errors import MissingExtraError
-    from pylora.training.log import evaluations
-
-    screen.say(
-        f"loss {result.losses[0]:.4f} {sparkline(result.losses)} {result.losses[-1]:.4f}; "
-        f"{result.tokens_per_second:.0f} tokens/s"
-    )
-    if result.evaluation is not None:
-        screen.say(f"evaluation: {result.evaluation.words()}")
-    try:
-        seen = evaluations(out / "log.jsonl")
-        loss_curve(out / "loss.png", result.losses, evaluations=seen)
-    except (MissingExtraError, OSError) as error:  # the adapter is there all the same
-        said = sentence(error) if isinstance(error, OSError) else error
-        screen.say(f"no picture of the loss: {said}")
-    screen.say(f"adapter: {out / 'adapter'}")

@@ -18,7 +18,6 @@ import difflib
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -50,9 +49,9 @@ from pylora.files.whole import atomic_write
 from pylora.formats import open_checkpoint
 from pylora.model.llama import Llama
 from pylora.numbers.precision import check_precision, fastest
-from pylora.training.evaluate import evaluate
 from pylora.training.examples import Example, load_examples
-from pylora.training.train import StepInfo, TrainConfig, TrainResult, train
+from pylora.training.memory import peak_rss_bytes
+from pylora.training.train import TrainConfig, TrainResult, train
 
 
 @dataclass(frozen=True)
@@ -256,16 +255,9 @@ def _train(
         keep=1,
         eval_every=max(1, settings.steps // settings.evaluations),
     )
-    with waiting(screen.say, "evaluating the validation split"):
-        curve = [(0, evaluate(model, seen).nll)]
     with screen.training() as show:
-
-        def on_step(info: StepInfo) -> None:
-            if info.evaluation is not None:
-                curve.append((info.step, info.evaluation.nll))
-            show(info)
-
-        result = train(model, adapter, examples, config, out, seen, on_step, overwrite=True)
+        result = train(model, adapter, examples, config, out, seen, show, overwrite=True)
+    curve = [(step, evaluation.nll) for step, evaluation in result.evaluations]
     line = sparkline([math.log(max(loss, 1e-6)) for loss in result.losses])
     first, last = result.losses[0], sum(result.losses[-10:]) / len(result.losses[-10:])
     screen.say(
@@ -310,16 +302,6 @@ def _judge(report: dict[str, Any], settings: Settings) -> None:
             f"at most {settings.expect_before:.0%}) and {after:.1%} after (expected at least "
             f"{settings.expect_after:.0%})"
         )
-
-
-def peak_rss_bytes() -> int | None:
-    """The most memory this process has held; None where the system does not say (Windows)."""
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak) if sys.platform == "darwin" else int(peak) * 1024
 
 
 def _size_of_folder(folder: Path) -> int:

@@ -13,17 +13,16 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Protocol, TextIO
 
 from pylora.display import table as tables
 from pylora.display.waiting import EVERY
 
 if TYPE_CHECKING:
-    from pylora.training.train import StepInfo
-
-    OnStep = Callable[[StepInfo], None]
+    from pylora.training.evaluate import Evaluation
+    from pylora.training.info import StepInfo
 
 _ASCII = str.maketrans(
     {
@@ -111,32 +110,82 @@ class Console:
         self.say()
 
     @contextmanager
-    def training(self) -> Iterator[OnStep]:
-        """Shows step, loss, tokens/s and ETA while the block runs; yields train's on_step."""
-        if not self.live:
-            yield self._now_and_then()
-            return
-        bar = _LiveLine(self)
+    def training(self) -> Iterator[Progress]:
+        """Shows step, loss, tokens/s and ETA while the block runs; yields train's on_step, whose
+        `evaluated` is train's on_evaluation."""
+        progress: Progress = _LiveLine(self) if self.live else _NowAndThen(self)
         try:
-            yield bar
+            yield progress
         finally:
-            bar.end()
+            progress.end()
 
-    def _now_and_then(self) -> OnStep:
-        began, before, spoke = time.monotonic(), -1, -math.inf
 
-        def on_step(info: StepInfo) -> None:
-            nonlocal before, spoke
-            step, steps = info.step, info.steps
-            before = step - 1 if before < 0 else before  # a resumed run begins in the middle
-            tenth, now = max(1, steps // 10), time.monotonic()
-            if step % tenth == 0 or step in (before + 1, steps) or now - spoke >= EVERY:
-                spoke = now
-                self.say(
-                    f"step {step}/{steps}  {_figures(info, began, before)}  {now - began:.0f} s"
-                )
+class Progress(Protocol):
+    """What a run shows itself by."""
 
-        return on_step
+    def __call__(self, info: StepInfo) -> None:
+        """After each step."""
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        """After each evaluation, with the number of steps done."""
+
+    def end(self) -> None:
+        """When nothing more comes."""
+
+
+class _Evaluations:
+    """A line for each evaluation, beside what the first one found."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.first: Evaluation | None = None
+
+    def show(self, step: int, evaluation: Evaluation) -> None:
+        """The line, and answers to look at below it."""
+        when = f"after {step} steps" if step else "before training"
+        figures = {"loss": evaluation.nll, **evaluation.metrics}
+        before = {} if self.first is None else {"loss": self.first.nll, **self.first.metrics}
+        said = ", ".join(
+            f"{name.replace('_', ' ')} {value:.4g}"
+            + (f" (was {before[name]:.4g})" if name in before else "")
+            for name, value in figures.items()
+        )
+        self.console.say(f"evaluation {when}: {said}")
+        for sample in evaluation.samples:
+            self.console.say(f"  {_cut(sample['prompt'], 48)} → {_cut(sample['answer'], 96)}")
+        self.first = self.first or evaluation
+
+
+def _cut(text: str, most: int) -> str:
+    """A text on one line, its end if it is a prompt's, short enough for a line."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= most else flat[: most - 1] + "…"
+
+
+class _NowAndThen:
+    """train's on_step: a line of a log now and then."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.evaluations = console, _Evaluations(console)
+        self.began, self.before, self.spoke = time.monotonic(), -1, -math.inf
+
+    def __call__(self, info: StepInfo) -> None:
+        step, steps = info.step, info.steps
+        # A resumed run begins in the middle.
+        self.before = step - 1 if self.before < 0 else self.before
+        tenth, now = max(1, steps // 10), time.monotonic()
+        asked = step % tenth == 0 or step in (self.before + 1, steps)
+        if asked or now - self.spoke >= EVERY:
+            self.spoke = now
+            figures = _figures(info, self.began, self.before)
+            self.console.say(f"step {step}/{steps}  {figures}  {now - self.began:.0f} s")
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        """A line of its own."""
+        self.evaluations.show(step, evaluation)
+
+    def end(self) -> None:
+        """Nothing is open."""
 
 
 class _LiveLine:
@@ -145,6 +194,7 @@ class _LiveLine:
     def __init__(self, console: Console) -> None:
         self.console, self.began = console, time.monotonic()
         self.before, self.written, self.length = -1, 0.0, 0
+        self.evaluations = _Evaluations(console)
 
     def __call__(self, info: StepInfo) -> None:
         if self.before < 0:
@@ -162,6 +212,12 @@ class _LiveLine:
         self.length = len(text)
         if self.console.stream is not None:
             self.console.stream.flush()
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        """A line of its own, in place of the one that is written over, which comes again below."""
+        self.console._write("\r" + " " * self.length + "\r")
+        self.length, self.written = 0, 0.0
+        self.evaluations.show(step, evaluation)
 
     def end(self) -> None:
         """Leaves the line as it is, and what comes goes below it."""

@@ -33,6 +33,7 @@ class Checkpoint(ABC):
 
     path: Path
     config: LlamaConfig
+    packed_as: str | None = None  # the precision of a packed model, whose own it is
     notes: tuple[str, ...] = ()  # what a user should know of files that lie beside the weights
 
     @property

@@ -12,13 +12,12 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pylora.adapters.adapter import Adapter
 from pylora.adapters.loraconfig import LoraConfig
-from pylora.adapters.plan import resolve
 from pylora.errors import ConfigError, expect, wrong_type
 from pylora.formats.base import Checkpoint
 from pylora.front.adapters import Adapters
 from pylora.model.llama import Llama
+from pylora.training.beginnings import begin, of_config
 from pylora.training.config import TrainConfig
 from pylora.training.examples import Example, load_examples
 from pylora.training.train import TrainResult
@@ -118,9 +117,8 @@ def train(
         adapter = model.adapters[name]
     else:
         made = lora_config(lora, model.checkpoint.path.name)
-        plan = resolve(made, model.llama.config.modules())
-        base = model.llama.load if made.use_dora else model.checkpoint.load
-        adapter = Adapter.init(plan, made, config.seed, base=base)
+        made, init = of_config(made, "kaiming")
+        adapter = begin(init, made, model.llama, model.checkpoint.load, examples, config.seed)
     llama = model.llama
     try:
         result = run(llama, adapter, examples, config, out, **rest)

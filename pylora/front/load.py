@@ -13,6 +13,7 @@ from pylora.formats import open_checkpoint
 from pylora.front.adapters import read_adapter
 from pylora.front.model import Model
 from pylora.model.llama import Llama
+from pylora.model.whole import alone
 from pylora.numbers.precision import check_choice
 from pylora.ops.protocol import Backend
 from pylora.training.train import TrainResult
@@ -40,19 +41,20 @@ def load(
     path: str | os.PathLike[str],
     adapter: OneAdapter | Mapping[str, OneAdapter] | None = None,
     *,
-    precision: str = "fp32",
+    precision: str | None = None,
     backend: str | Backend | None = None,
     **others: Any,
 ) -> Model:
     """A base model, ready to generate, chat, train and merge.
 
-    path: a GGUF file, a Hugging Face directory, or the id of a model that the Hugging Face Hub's
-    cache has ("org/name"). adapter: a PEFT directory, the folder of a training run, an id, or an
-    Adapter; it gets the name "default" and is in use. {name: any of these, ...} adds several, of
-    which none is in use until `model.adapters.use` says so. precision, of the base's weights:
-    "fp32", "fp32x3", "bf16", "int8", "int4", "int8a8", "int4a8" (activations rounded to 8 bits,
-    too), on a GPU "fp16"; "auto" is what trains fastest here. backend: "c", "numpy", "cuda",
-    "cupy"; default: the one that `pylora.use` chose.
+    path: a GGUF file, a Hugging Face directory, what `pylora pack` wrote, or the id of a model that
+    the Hugging Face Hub's cache has ("org/name"). adapter: a PEFT directory, the folder of a
+    training run, an id, or an Adapter; it gets the name "default" and is in use. {name: any of
+    these, ...} adds several, of which none is in use until `model.adapters.use` says so. precision,
+    of the base's weights: "fp32", "fp32x3", "bf16", "int8", "int4", "int8a8", "int4a8" (activations
+    rounded to 8 bits, too), on a GPU "fp16"; "auto" is what trains fastest here; default: "fp32",
+    or what a model is packed in. backend: "c", "numpy", "cuda", "cupy"; default: the one that
+    `pylora.use` chose.
 
     Raises FileFormatError for what is missing or damaged, saying where to get it, UnsupportedError
     for a model that pylora does not run, PlanError for an adapter that does not fit it, ConfigError
@@ -85,7 +87,8 @@ def load(
             else (one, None)
             for name, one in named.items()
         }
-        model = Model(checkpoint, Llama.from_checkpoint(checkpoint, backend, precision))
+        llama = Llama.from_checkpoint(checkpoint, backend, precision)
+        model = Model(checkpoint, alone(llama, [one for one, _ in loaded.values()]))
         for name, (one, tokenizer) in loaded.items():
             model.adapters.add(name, one, tokenizer=tokenizer)
         if named and not isinstance(adapter, Mapping) or isinstance(adapter, Adapter):

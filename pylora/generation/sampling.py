@@ -79,7 +79,12 @@ class Sampling:
     @property
     def plain(self) -> bool:
         """Whether this is the likeliest token, by the logits as they are."""
-        return self.temperature == 0 and not self.penalizes and not self.logit_bias
+        return self.temperature == 0 and not self.changes
+
+    @property
+    def changes(self) -> bool:
+        """Whether logits are changed before one is chosen."""
+        return self.penalizes or bool(self.logit_bias)
 
     def check_vocabulary(self, size: int) -> None:
         """ConfigError for a bias of a token that a vocabulary of this size does not have."""
@@ -103,7 +108,7 @@ class Sampling:
         int64, ascending, at least one: the tokens that may come, all others being left out.
         """
         check_finite(logits)
-        if self.logit_bias or self.penalizes:
+        if self.changes:
             logits = self._changed(logits, seen, counts or {})
         if allowed is not None:
             logits = logits[allowed]
@@ -218,7 +223,7 @@ def greedy(scores: Any) -> list[int]:
     if isinstance(scores, np.ndarray):
         check_finite(scores)
     elif not math.isfinite(float(abs(scores).max())):  # the maximum of a NaN is NaN
-        raise PyloraError(_NOT_FINITE)
+        raise not_finite()
     tokens: list[int] = scores.argmax(axis=1).tolist()
     return tokens
 
@@ -230,7 +235,12 @@ def check_finite(logits: np.ndarray) -> None:
     with np.errstate(over="ignore", invalid="ignore"):
         if np.isfinite(logits.sum()) or np.isfinite(logits).all():
             return
-    raise PyloraError(_NOT_FINITE)
+    raise not_finite()
+
+
+def not_finite() -> PyloraError:
+    """The error of logits with a NaN or an infinite number."""
+    return PyloraError(_NOT_FINITE)
 
 
 def _shares(scores: np.ndarray, temperature: float) -> np.ndarray:

@@ -4,7 +4,9 @@ W' = round(W + scale B A), the delta in float64, rounded once; with DoRA each ro
 magnitude before. Rounding loses information, so
 subtracting the delta does not always give W back; the merge keeps the few original elements where
 it would not (residue.py), and unmerging (unmerge.py) verifies a SHA-256 of every tensor. The base
-checkpoint and the adapter are only read. Merging into a quantized format is not done.
+checkpoint and the adapter are only read. Weights that the adapter brings whole take the place of
+the base's, which are kept for unmerging as they are. Merging into a quantized format is not done:
+see to_gguf.py.
 """
 
 from __future__ import annotations
@@ -27,12 +29,12 @@ from pylora.files.whole import atomic_dir
 from pylora.formats import Checkpoint, narrow, open_checkpoint, widen
 from pylora.formats.hfdir import Spec, check_output, write_config, write_tokenizer, write_weights
 from pylora.formats.hfnames import as_stored
-from pylora.formats.safetensors import Bf16
 from pylora.merging.residue import FILE, Digests, Record
 from pylora.merging.unmerge import UnmergeReport, unmerge_checkpoint
 from pylora.merging.weight import digest, max_delta, merge_weight, unmerge_weight
 from pylora.model.config import LlamaConfig
 from pylora.model.expert_lora import parts_of
+from pylora.model.whole import grown, replaced
 from pylora.ops.protocol import Backend
 from pylora.types import LoRA, brief
 
@@ -78,6 +80,7 @@ class MergeReport:
     residue_bytes: int
     tokenizer: str  # what was done about it, in words
     notes: tuple[str, ...] = ()  # of files that lie beside the base model's weights
+    whole: tuple[str, ...] = ()  # the base's tensors that are the adapter's own
 
     @property
     def positions(self) -> int:
@@ -151,7 +154,9 @@ def merge_adapter(
     modules = tuple(sorted(merge.modules, key=lambda m: order.index(m.path)))
     kept = sum(m.bytes for m in modules)
     notes = checkpoint.notes + unquantized(checkpoint, merge.specs)
-    return MergeReport(target, modules, size, kept, said, notes)
+    whole = tuple(merge.whole)
+    kept += sum(a.size * a.dtype.itemsize for a in merge.originals.values())
+    return MergeReport(target, modules, size, kept, said, notes, whole)
 
 
 def unquantized(checkpoint: Checkpoint, specs: Mapping[str, Spec]) -> tuple[str, ...]:
@@ -173,7 +178,7 @@ class _Merge:
         self, checkpoint: Checkpoint, adapter: Adapter, dtype: str | None, ops: Backend
     ) -> None:
         self.checkpoint, self.adapter, self.dtype, self.ops = checkpoint, adapter, dtype, ops
-        base = checkpoint.config
+        base = grown(checkpoint.config, adapter.whole)
         self.kinds = {e.path: e.kind for e in adapter.plan.entries}
         # By the paths that weights have: those of experts lie in files one by one.
         self.parts: dict[str, LoRA] = {}
@@ -186,13 +191,19 @@ class _Merge:
                 self.parts[path] = lora
         embedding, head = base.names.embedding, base.names.head
         untie = base.tie_word_embeddings and (embedding in adapter or head in adapter)
+        resized = base.vocab_size != checkpoint.config.vocab_size
         self.config: LlamaConfig = dataclasses.replace(
             base, tie_word_embeddings=base.tie_word_embeddings and not untie
         )
+        self.whole = replaced(self.config, adapter.whole)
         shapes = self.config.tensors()
         self.specs: dict[str, Spec] = {n: (s, self._stored_dtype(n)) for n, s in shapes.items()}
-        self.record = Record(tied=base.tie_word_embeddings)
+        self.record = Record(
+            tied=checkpoint.config.tie_word_embeddings,
+            vocab=checkpoint.config.vocab_size if resized else None,
+        )
         self.modules: list[MergedModule] = []
+        self.originals: dict[str, Array] = {}  # of what the adapter brings whole
         for path, lora in adapter.items():
             replaces = lora.bias is not None or lora.base_bias is not None
             if replaces and f"{path}.bias" not in shapes:
@@ -217,7 +228,7 @@ class _Merge:
             settings = self.checkpoint.settings
             said = settings.get("dtype", settings.get("torch_dtype"))
             return "f16" if said == "float16" else "bf16"
-        return stored
+        return stored if stored in _FLOATS else "f32"  # a packed model's blocks
 
     def base(self, name: str) -> Array:
         """A tensor of the base model, in the dtype that it will be written in."""
@@ -243,6 +254,13 @@ class _Merge:
         """The merged tensor of this name; its digests and residue go into the record."""
         path, _, part = name.rpartition(".")
         W, dtype, lora = self.base(name), self.specs[name][1], self.parts.get(path)
+        before = digest(W)
+        if name in self.whole:  # the original is kept as it is: nothing else would restore it
+            self.record.original(name, W, dtype)
+            self.originals[name] = W
+            wide = self.whole[name]
+            W = narrow(wide, dtype)
+            self._check_finite(name, wide, W, dtype)
         merged = W
         if lora is not None and part == "bias":
             merged = self._bias(name, W, lora, dtype)
@@ -256,8 +274,8 @@ class _Merge:
                 moved = widen(merged, dtype).astype(np.float64) - widen(W, dtype)
                 delta = float(np.abs(moved).max(initial=0.0))
             self.modules.append(MergedModule(path, W.shape, dtype, lost.position.size, used, delta))
-        before = digest(W)
-        self.record.digests[name] = Digests(before, before if merged is W else digest(merged))
+        same = merged is W and name not in self.whole
+        self.record.digests[name] = Digests(before, before if same else digest(merged))
         return merged
 
     def _bias(self, name: str, b: Array, lora: LoRA, dtype: str) -> Array:
@@ -270,5 +288,6 @@ class _Merge:
             total = total + float(np.float32(lora.scale)) * lora.bias.astype(np.float64)
         merged = narrow(total.astype(np.float32), dtype)
         self._check_finite(name, wide, merged, dtype)
-        self.record.tensors[name] = Bf16(b) if dtype == "bf16" else b
+        if name not in self.whole:
+            self.record.original(name, b, dtype)
         return merged

@@ -8,9 +8,11 @@ Tensors, for each merged module:
     <path>.bits       u16 or u32 [n]              the original bits there
     <path>.weight     the original weight, in place of these three where it takes less
     <path>.bias       the original bias, where the merge changed it
-Metadata: one JSON text, `pylora_unmerge`: version, whether the base ties its embeddings, and the
-SHA-256 of every tensor of the base and of the merged model. So 6 bytes per residue element of a
-float32 weight (4 of bf16 and f16) while a row has at most 65536 columns.
+    <path>.weight     the original weight, where the adapter has another whole
+Metadata: one JSON text, `pylora_unmerge`: version, whether the base ties its embeddings, the size
+of its vocabulary where that is another (`vocab`), and the SHA-256 of every tensor of the base and
+of the merged model. So 6 bytes per residue element of a float32 weight (4 of bf16 and f16) while a
+row has at most 65536 columns.
 """
 
 from __future__ import annotations
@@ -52,6 +54,7 @@ class Record:
     __repr__ = brief
 
     tied: bool  # the base uses the embedding as its output layer
+    vocab: int | None = None  # of the base, where the merged model's is another
     dtypes: dict[str, str] = field(default_factory=dict)  # of the weight, by module path
     kinds: dict[str, str] = field(default_factory=dict)
     scales: dict[str, float] = field(default_factory=dict)
@@ -81,11 +84,16 @@ class Record:
         self.tensors |= new
         return sum(a.nbytes for a in new.values())
 
+    def original(self, name: str, array: Array, dtype: str) -> None:
+        """Remembers a tensor of the base whole."""
+        self.tensors[name] = Bf16(array) if dtype == "bf16" else array
+
     def write(self, directory: Path) -> None:
         """Writes the file."""
         record = {
             "version": _VERSION,
             "tied": self.tied,
+            **({} if self.vocab is None else {"vocab": self.vocab}),
             "dtypes": self.dtypes,
             "kinds": self.kinds,
             "scales": self.scales,
@@ -117,13 +125,16 @@ class Reader:
         except (ValueError, RecursionError) as error:
             raise FileFormatError(f"{self.path}: the metadata are not JSON ({error})") from None
         names = {"version", "tied", "dtypes", "kinds", "scales", "digests"}
-        if not isinstance(values, dict) or values.keys() != names:
+        if not isinstance(values, dict) or values.keys() - {"vocab"} != names:
             raise FileFormatError(f"{self.path}: the metadata must have {', '.join(sorted(names))}")
         if values["version"] != _VERSION:
             raise FileFormatError(
                 f"{self.path}: version {values['version']!r}; this pylora reads {_VERSION}"
             )
         tables = [values[name] for name in ("dtypes", "kinds", "scales", "digests")]
+        vocab = values.setdefault("vocab", None)
+        if type(vocab) not in (int, type(None)) or not 0 < (vocab or 1) < 2**31:
+            raise FileFormatError(f"{self.path}: the metadata have the vocabulary {vocab!r:.60}")
         if not isinstance(values["tied"], bool) or not all(isinstance(t, dict) for t in tables):
             raise FileFormatError(f"{self.path}: the metadata have values of the wrong type")
         dtypes, kinds, scales, digests = tables
@@ -181,10 +192,10 @@ class Reader:
         """Lets go of the file."""
         self._file.close()
 
-    def bias(self, path: str, d: int, dtype: str) -> Array | None:
-        """The original bias of a module, where the merge changed it."""
-        name = f"{path}.bias"
-        return self._tensor(name, (d,), (dtype,)) if name in self._file.tensors else None
+    def original(self, name: str, shape: tuple[int, ...], dtype: str) -> Array | None:
+        """A tensor of the base that is kept whole: a bias that the merge changed, or what an
+        adapter brought a weight in place of."""
+        return self._tensor(name, shape, (dtype,)) if name in self._file.tensors else None
 
 
 def _all_hex(digests: Mapping[str, Any]) -> bool:

@@ -35,6 +35,7 @@ from pylora.formats.gguf_write import Raw, tensor_bytes, write_gguf
 from pylora.merging.weight import merge_weight, oriented
 from pylora.model.config import LlamaConfig
 from pylora.model.expert_lora import parts_of
+from pylora.model.whole import grown, replaced
 from pylora.ops.protocol import Backend
 from pylora.text.gguf_save import tokenizer_metadata
 from pylora.text.tokenizer import chat_templates
@@ -77,6 +78,7 @@ class GGUFReport:
     modules: tuple[Rounded, ...]
     tokenizer: str  # what was done about it, in words
     notes: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()  # the base's tensors that are the adapter's own
 
     @property
     def swallowed(self) -> tuple[str, ...]:
@@ -151,11 +153,13 @@ class _Merge:
         """own: a directory whose tokenizer or chat template takes the place of the base's."""
         self.checkpoint, self.ops, self.own = checkpoint, ops, own
         self.wanted = None if type_ is None else mixture(type_)[0]
-        base, names = checkpoint.config, checkpoint.config.names
+        base, names = grown(checkpoint.config, adapter.whole), checkpoint.config.names
+        self.resized = base.vocab_size != checkpoint.config.vocab_size
         untie = base.tie_word_embeddings and (names.embedding in adapter or names.head in adapter)
         self.config: LlamaConfig = dataclasses.replace(
             base, tie_word_embeddings=base.tie_word_embeddings and not untie
         )
+        self.whole = replaced(self.config, adapter.whole)
         self.kinds = {e.path: e.kind for e in adapter.plan.entries}
         self.parts = self._parts(adapter)
         self.rounded: dict[str, Rounded] = {}
@@ -222,6 +226,8 @@ class _Merge:
         own = self.config.tensors()
         for name, hf in self.sources.items():
             if name in shapes:
+                if hf[0] in self.whole:  # a table may have another number of rows
+                    shapes[name] = own[hf[0]]
                 continue
             one = own[hf[0]]
             stacked = len(hf) > 1 or "_exps" in name
@@ -257,6 +263,14 @@ class _Merge:
     def _with_tokenizer(self, out: dict[str, Any], said: str) -> tuple[dict[str, Any], str]:
         size = self.config.vocab_size
         whole = self.own is not None and (self.own / TOKENIZER).is_file()
+        if self.resized and said:
+            out |= {key: size for key in out if key.endswith(".vocab_size")}
+            if not whole:
+                raise UnsupportedError(
+                    f"the adapter has a vocabulary of {size} tokens and no {TOKENIZER} beside it, "
+                    f"and that of {self.checkpoint.path} has {self.checkpoint.config.vocab_size}: "
+                    "save the tokenizer that it was trained with in the adapter's folder"
+                )
         if whole or not said:
             folder = self.own if whole and self.own is not None else self.checkpoint.path
             tokens = tokenizer_metadata(folder, size)
@@ -282,6 +296,8 @@ class _Merge:
         for name in names:
             path, _, part = name.rpartition(".")
             lora = self.parts.get(path)
+            if name in self.whole:
+                return True
             if lora is None:
                 continue
             if part == "weight" and lora.rank:
@@ -311,7 +327,9 @@ class _Merge:
     def _merged(self, name: str, kind: str) -> Array:
         """One tensor with the adapter in it, float32, in the order of GGUF files."""
         path, _, part = name.rpartition(".")
-        W, lora = self.checkpoint.load(self._source(name)), self.parts.get(path)
+        W, lora = self.whole.get(name), self.parts.get(path)
+        if W is None:
+            W = self.checkpoint.load(self._source(name))
         if self.config.family.unit_offset and self._is_norm(name):
             raised: Array = W + np.float32(1)
             return raised
@@ -354,6 +372,7 @@ class _Merge:
 
     def _as(self, x: Array, kind: str, name: str, *, base: bool = False) -> Array:
         source = self._source(name)
+        base = base and name not in self.whole
         if kind == "F32" or (base and self.checkpoint.dtype(source).upper() == kind):
             return x
         flat = np.ascontiguousarray(x, np.float32)
@@ -371,7 +390,8 @@ class _Merge:
         modules = sorted(self.rounded.values(), key=lambda m: order[m.path])
         type_ = self.wanted or "as stored"
         notes = self.checkpoint.notes
-        return GGUFReport(path, type_, kinds, size, tuple(modules), self.said, notes)
+        whole = tuple(self.whole)
+        return GGUFReport(path, type_, kinds, size, tuple(modules), self.said, notes, whole)
 
 
 def _bias(b: Array, lora: LoRA) -> Array:

@@ -61,12 +61,13 @@ def unmerge_checkpoint(
     ops, reader = backends.get(backend), Reader(Path(merged_dir))
     with open_checkpoint(merged_dir) as checkpoint:
         tied = checkpoint.config.tie_word_embeddings or reader.record.tied
-        config = dataclasses.replace(checkpoint.config, tie_word_embeddings=tied)
+        vocab = reader.record.vocab or checkpoint.config.vocab_size
+        config = dataclasses.replace(checkpoint.config, tie_word_embeddings=tied, vocab_size=vocab)
         specs: dict[str, Spec] = {
             name: (shape, checkpoint.dtype(name)) for name, shape in config.tensors().items()
         }
         _check_record(reader, checkpoint)
-        restore = _restorer(reader, checkpoint, ops)
+        restore = _restorer(reader, checkpoint, ops, vocab)
         with atomic_dir(target) as beside:
             write_config(beside, config, specs, checkpoint.settings)
             write_weights(beside, *as_stored(config, specs, restore))
@@ -103,9 +104,13 @@ def _check_record(reader: Reader, checkpoint: Checkpoint) -> None:
             )
 
 
-def _restorer(reader: Reader, checkpoint: Checkpoint, ops: Backend) -> Callable[[str], Array]:
+def _restorer(
+    reader: Reader, checkpoint: Checkpoint, ops: Backend, vocab: int
+) -> Callable[[str], Array]:
     """A function from tensor name to the base model's tensor, verified."""
     record, modules = reader.record, _modules(checkpoint)
+    untied = dataclasses.replace(checkpoint.config, tie_word_embeddings=False, vocab_size=vocab)
+    shapes = untied.tensors()
 
     def restore(name: str) -> Array:
         path, _, part = name.rpartition(".")
@@ -115,10 +120,10 @@ def _restorer(reader: Reader, checkpoint: Checkpoint, ops: Backend) -> Callable[
                 f"{checkpoint.path}: {path} was altered after the merge: {name!r} does not have "
                 "the SHA-256 that was recorded, so the original cannot be restored from it"
             )
-        if part == "bias":
-            original = reader.bias(path, W.shape[0], dtype)
-            W = W if original is None else original
-        elif path in record.dtypes:
+        original = reader.original(name, shapes[name], dtype)
+        if original is not None:
+            W = original
+        elif part == "weight" and path in record.dtypes:
             lora = reader.lora(path, modules[path].d, modules[path].k)
             lost = reader.residue(path, W.shape)
             W = unmerge_weight(ops, W, lora, lost, dtype, kind=record.kinds[path])

@@ -14,7 +14,8 @@ import numpy as np
 from pylora.errors import DtypeError, PlanError
 from pylora.model.embedding import Embedding
 from pylora.model.expert_lora import ExpertParameter
-from pylora.model.linear import LoRALinear
+from pylora.model.linear import LoRALinear, check_lora
+from pylora.model.tensors import ModuleSpec
 from pylora.ops.protocol import Backend
 from pylora.types import LoRA
 
@@ -22,9 +23,17 @@ Module = LoRALinear | Embedding | ExpertParameter  # what an adapter may sit on
 ARRAYS = ("A", "B", "bias", "base_bias", "magnitude")  # of a LoRA
 
 
-def check_fits(adapter: Mapping[str, LoRA], modules: Mapping[str, Module], dtype: np.dtype) -> None:
+def check_fits(
+    adapter: Mapping[str, LoRA],
+    modules: Mapping[str, Module],
+    dtype: np.dtype,
+    sizes: Mapping[str, ModuleSpec] | None = None,
+) -> None:
     """PlanError for a module that is not among `modules` or an array that does not fit its own;
-    DtypeError for an array of another dtype than `dtype`."""
+    DtypeError for an array of another dtype than `dtype`.
+
+    `sizes`: of embedding and head, where the adapter brings them in another size.
+    """
     unknown = [path for path in adapter if path not in modules]
     if unknown:
         raise PlanError(
@@ -32,7 +41,10 @@ def check_fits(adapter: Mapping[str, LoRA], modules: Mapping[str, Module], dtype
             f"{' ...' if len(unknown) > 5 else ''} ({len(unknown)} of {len(adapter)})"
         )
     for path, lora in adapter.items():
-        modules[path].check(lora)
+        if sizes is None or not isinstance(modules[path], (LoRALinear, Embedding)):
+            modules[path].check(lora)
+        else:
+            check_lora(path, lora, sizes[path].d, sizes[path].k)
         for name in ARRAYS:
             array = getattr(lora, name)
             if array is not None and array.dtype != dtype:

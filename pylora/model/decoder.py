@@ -15,26 +15,36 @@ import numpy as np
 from pylora.errors import ConfigError, ShapeError
 from pylora.model.attach import Module
 from pylora.model.attention import positions
+from pylora.model.config import LlamaConfig
 from pylora.model.embedding import Embedding
 from pylora.model.expert_lora import ExpertParameter
 from pylora.model.kvcache import KVCache
+from pylora.model.mixed import Mixed, OwnWeights
 from pylora.model.rope import Rope
-from pylora.ops.llama import LlamaOp, LlamaWeights, Step
+from pylora.model.whole import Whole, grown, refuse_other_vocabulary, whole_of
+from pylora.ops.llama import LlamaOp, LlamaWeights, Runs, Step
 from pylora.types import Array, LoRA, Seqs
 
 
 class Decodable(Protocol):
     """What decoding asks of a model."""
 
+    config: LlamaConfig
     rope: Rope
     modules: dict[str, Module]
     embed_tokens: Embedding
+    whole: Whole | None
+
+    def with_whole(self, whole: Whole) -> Any: ...
 
     @property
     def numbers(self) -> dict[str, int]: ...
 
     @property
     def op(self) -> LlamaOp: ...
+
+    @property
+    def mixed(self) -> Mixed: ...
 
 
 def operation_weights(model: Any) -> LlamaWeights:
@@ -59,7 +69,20 @@ def pack_attached(model: Decodable) -> Any:
 
 
 def pack_adapter(model: Decodable, adapter: Mapping[str, LoRA]) -> Any:
-    """The adapter as it is now, ready for the backend. `adapter` fits the model."""
+    """The adapter as it is now, ready for the backend. `adapter` fits the model.
+
+    UnsupportedError for one whose whole weights are of another vocabulary than the model's.
+    """
+    whole = whole_of(adapter)
+    if whole is not None and whole is not model.whole:
+        refuse_other_vocabulary(model.config, grown(model.config, whole))
+        own = model.with_whole(whole)
+        packed = _packed(own, adapter) if adapter else None
+        return OwnWeights(own.op, packed, whole.nbytes + (packed.nbytes if packed else 0))
+    return _packed(model, adapter)
+
+
+def _packed(model: Decodable, adapter: Mapping[str, LoRA]) -> Any:
     numbers = model.numbers
     parts: dict[str, LoRA] = {}
     for path, lora in adapter.items():
@@ -99,7 +122,8 @@ class Batch:
         counts where the frequencies depend on the length (`Rope.by_length`).
         """
         self.model, self.kv, self.slots = model, kv, slots
-        self.op: LlamaOp = model.op
+        own = any(isinstance(adapter, OwnWeights) for adapter in adapters)
+        self.op: Runs = model.mixed if own else model.op
         self.seqs, rows = kv.place(lengths, slots)
         q_start = self.seqs.q_start
         new = [i for i, a in enumerate(adapters) if i == 0 or a is not adapters[i - 1]]

@@ -13,7 +13,7 @@ from typing import Any
 
 from pylora.model.config import LlamaConfig
 from pylora.model.expert_lora import ExpertParameter
-from pylora.model.linear import DropKey, Grads, LinearCache, LoRALinear
+from pylora.model.linear import DropKey, Grads, LinearCache, LoRALinear, is_packed
 from pylora.model.weights import Weights
 from pylora.ops.llama import EXPERT
 from pylora.ops.llama import Experts as Mix
@@ -48,7 +48,8 @@ class Experts:
         self.dtype: Any = ops.activation_dtype(precision)
         self.hidden = config.hidden_size
         names, at = config.names, f"{config.names.layer}.{layer}"
-        router = ops.pack(weights(f"{at}.{names.router}.weight"))  # never rounded: it chooses
+        router = weights(f"{at}.{names.router}.weight")
+        router = router if is_packed(router) else ops.pack(router)  # never rounded: it chooses
         self.mix = Mix(router, config.experts, config.experts_per_token, config.norm_expert_weights)
         self.experts: list[tuple[LoRALinear, ...]] = []
         for e in range(config.experts):

@@ -14,7 +14,7 @@ import numpy as np
 
 from pylora.errors import ConfigError, ShapeError, expect
 from pylora.model.config import LlamaConfig
-from pylora.ops.llama import LlamaOp
+from pylora.ops.llama import Runs
 from pylora.ops.protocol import Backend
 from pylora.types import Seqs
 
@@ -61,7 +61,7 @@ class KVCache:
         layers = range(config.num_hidden_layers)
         self.k = [ops.empty(shape, dtype) for _ in layers]
         self.v = [ops.empty(shape, dtype) for _ in layers]
-        self._handle: tuple[LlamaOp, Any] | None = None
+        self._handle: tuple[Runs, Any] | None = None
 
     def __repr__(self) -> str:
         return (
@@ -69,7 +69,7 @@ class KVCache:
             f"{int(self.length.sum())} tokens stored)"
         )
 
-    def handle(self, op: LlamaOp) -> Any:
+    def handle(self, op: Runs) -> Any:
         """The cache as the backend's operation takes it."""
         if self._handle is None or self._handle[0] is not op:
             self._handle = op, op.cache(self.k, self.v)

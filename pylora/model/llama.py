@@ -26,16 +26,19 @@ from pylora.model.head import Head, HeadCache
 from pylora.model.inputs import row_numbers, row_weights, token_ids, whole_seqs
 from pylora.model.kvcache import KVCache
 from pylora.model.linear import DropKey, Grads, LoRAGrad, LoRALinear, is_packed
+from pylora.model.mixed import Mixed
 from pylora.model.rope import Rope
 from pylora.model.trunk import Trunk, TrunkCache
 from pylora.model.weights import (
-    FromCheckpoint,
     Weights,
     checked_weights,
     norm_of,
     random_weights,
+    remembering,
+    source_of,
     weight_bytes,
 )
+from pylora.model.whole import HasWhole, check_whole, whole_of
 from pylora.numbers.precision import AUTO, QUANTIZED, Stored, check_precision, describe, fastest
 from pylora.ops.llama import LlamaOp
 from pylora.ops.protocol import Backend
@@ -56,7 +59,7 @@ class ModelCache:
     rows: Array | None  # those that the head saw; None: all
 
 
-class Llama:
+class Llama(HasWhole):
     """A Llama-type causal language model (see `LlamaConfig`) with frozen weights."""
 
     def __init__(
@@ -66,6 +69,7 @@ class Llama:
         *,
         backend: str | Backend | None = None,
         precision: str = "fp32",
+        like: Llama | None = None,
     ) -> None:
         """`weights(name)` gives each tensor of `config.tensors()` in Hugging Face layout; a matrix
         may be one that the backend has packed already.
@@ -73,6 +77,7 @@ class Llama:
         It is called once for each tensor, which is packed as `precision` says (precision.py) and
         let go before the next is asked for, so memory peaks near one copy.
         ShapeError names a tensor that does not fit, ConfigError a precision that does not exist.
+        `like`: the model whose packed weights most of these are; it is then of the same dtype.
         """
         expect("model configuration", config, "Llama(config, weights)")
         if not callable(weights):
@@ -84,12 +89,16 @@ class Llama:
             )
         self.config, self.ops = config, backends.get(backend)
         self.precision = check_precision(precision)
-        self.ops.check_room(weight_bytes(config, self.computes))
-        checked = checked_weights(config, weights)
+        if like is None:
+            self.ops.check_room(weight_bytes(config, self.computes))
+        self.vectors: dict[str, np.ndarray] = {}  # the tensors that are not packed
+        checked = remembering(config, checked_weights(config, weights), self.vectors)
         names = config.names
         embedding = checked(f"{names.embedding}.weight")
-        if is_packed(embedding) or isinstance(embedding, Stored):
-            self.dtype: np.dtype = np.dtype(np.float32)
+        if like is not None:
+            self.dtype: np.dtype = like.dtype
+        elif is_packed(embedding) or isinstance(embedding, Stored):
+            self.dtype = np.dtype(np.float32)
         else:
             embedding = self.ops.asarray(embedding)
             self.dtype = embedding.dtype
@@ -97,7 +106,8 @@ class Llama:
         del embedding
         positions = None
         if config.learned_positions:
-            positions = self.ops.pack(checked(f"{names.positions}.weight"))
+            positions = checked(f"{names.positions}.weight")
+            positions = positions if is_packed(positions) else self.ops.pack(positions)
         self.rope = Rope(config, np.empty(0, self.dtype).real.dtype, ops=self.ops)
         self.blocks = [
             Block(config, i, checked, self.rope, ops=self.ops, precision=precision)
@@ -118,6 +128,7 @@ class Llama:
         self.modules: dict[str, Module] = {names.embedding: self.embed_tokens}
         self.modules |= {p.path: p for block in self.blocks for p in block.linears}
         self.modules[names.head] = self.lm_head
+        self.whole, self._home = None, None
         self._adapter: Mapping[str, LoRA] | None = None
         self._steps = self.ops.repeated()
         self.placed: dict[str, LoRA] = {}  # its arrays, where the backend computes
@@ -143,20 +154,23 @@ class Llama:
         cls,
         checkpoint: Any,
         backend: str | Backend | None = None,
-        precision: str = "fp32",
+        precision: str | None = None,
     ) -> Llama:
-        """From an open `pylora.formats` checkpoint (GGUF file or Hugging Face directory).
+        """From an open `pylora.formats` checkpoint: a GGUF file, a Hugging Face directory, or a
+        packed model, whose weights stay in its file.
 
         What the file stores in a way that `precision` can multiply is taken as it is; see
         `pylora.model.weights.FromCheckpoint`. `stored_as` then counts the model's matrices by kind.
-        "auto" is what trains fastest on this machine.
+        "auto" is what trains fastest on this machine; None is fp32, or what a model is packed in.
         """
         expect("checkpoint", checkpoint, "Llama.from_checkpoint")
-        if precision == AUTO:
-            ops = backends.get(backend)
+        packed_as, ops = getattr(checkpoint, "packed_as", None), backends.get(backend)
+        if precision is None or (precision == AUTO and packed_as):
+            precision = packed_as or "fp32"
+        elif precision == AUTO:
             precision = fastest(ops.name, getattr(ops, "isa", None))
-        weights = FromCheckpoint(checkpoint, check_precision(precision))
-        model = cls(checkpoint.config, weights, backend=backend, precision=precision)
+        weights = source_of(checkpoint, ops, check_precision(precision))
+        model = cls(checkpoint.config, weights, backend=ops, precision=precision)
         model.stored_as = weights.stored_as
         return model
 
@@ -197,10 +211,15 @@ class Llama:
         Where the backend has a memory of its own (a GPU) it gets copies of the host's arrays, in
         `placed`: training changes those, and `collect` brings them back.
 
+        An adapter that brings weights whole (`Adapter.whole`) makes this the model that has them,
+        its `config` and `modules` included, until another is attached. They are packed in the
+        model's precision now; `refresh` does that again.
+
         Raises PlanError naming a module that the model does not have or an array that does not
         fit, DtypeError for arrays of another dtype than the model's; then nothing has changed.
         """
         self.check(adapter)
+        self._become(whole_of(adapter))
         placed = {path: place(lora, self.ops) for path, lora in adapter.items()}
         for path, module in self.modules.items():
             module.lora = placed.get(path)
@@ -215,7 +234,13 @@ class Llama:
     def check(self, adapter: Mapping[str, LoRA]) -> None:
         """Raises what `attach` would for an adapter that does not fit; changes nothing."""
         expect("adapter", adapter, "attach(adapter)")
-        check_fits(adapter, self.modules, self.dtype)
+        whole, config = whole_of(adapter), self._at_home("config")
+        if whole is None or whole is self.whole:
+            check_fits(adapter, self.modules, self.dtype)
+            return
+        self._refuse_second()
+        sizes = check_whole(config, whole).modules()
+        check_fits(adapter, self._at_home("modules"), self.dtype, sizes)
 
     def load(self, name: str) -> np.ndarray:
         """A module's weight or bias as it is computed with, which a precision may have rounded: in
@@ -399,6 +424,11 @@ class Llama:
     def op(self) -> LlamaOp:
         """The model as its backend's whole-model operation, which decoding runs on."""
         return self.ops.llama(operation_weights(self))
+
+    @cached_property
+    def mixed(self) -> Mixed:
+        """The operation of steps in which adapters bring weights of their own."""
+        return Mixed(self.op, self.ops)
 
     @cached_property
     def numbers(self) -> dict[str, int]:

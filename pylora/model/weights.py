@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from pylora.errors import ShapeError
+from pylora.errors import ShapeError, UnsupportedError
 from pylora.model.config import LlamaConfig
-from pylora.numbers.precision import Stored, weights_of
+from pylora.numbers.precision import QUANTIZED, Stored, weights_of
 from pylora.numbers.quantize import quantize
 from pylora.ops.protocol import Backend
 from pylora.types import Array, Norm
@@ -47,6 +47,20 @@ def checked_weights(config: LlamaConfig, weights: Weights) -> Weights:
         return array
 
     return checked
+
+
+def remembering(
+    config: LlamaConfig, weights: Weights, vectors: dict[str, np.ndarray[Any, Any]]
+) -> Weights:
+    """`weights`, which puts a copy of each tensor that is never packed into `vectors`."""
+
+    def remembered(name: str) -> Any:
+        array = weights(name)
+        if len(array.shape) == 1 or is_norm(config, name):
+            vectors[name] = np.array(array)
+        return array
+
+    return remembered
 
 
 class FromCheckpoint:
@@ -87,6 +101,43 @@ class FromCheckpoint:
         parts = [quantize(part, "q8_0").rows for part in self.checkpoint.parts(name)]
         d, k = self.checkpoint.shape(name)
         return "q8_0", Stored("q8_0", np.concatenate(parts), (d, k))
+
+
+class FromPacked:
+    """The tensors of a packed model (formats/packed.py) on the backend whose kernels read them."""
+
+    def __init__(self, checkpoint: Any, ops: Any, precision: str) -> None:
+        self.checkpoint, self.ops, self.precision = checkpoint, ops, precision
+        self.stored_as: dict[str, int] = {}
+
+    def __call__(self, name: str) -> Any:
+        found = self.checkpoint.panels(name)
+        if found is None:
+            return self.checkpoint.load(name)
+        self.stored_as[found[0]] = self.stored_as.get(found[0], 0) + 1
+        return self.ops.adopt(*found, self.checkpoint.shape(name), self.precision)
+
+
+def source_of(checkpoint: Any, ops: Any, precision: str) -> FromCheckpoint | FromPacked:
+    """The tensors of an open checkpoint for a model of `precision` on a backend: those of a packed
+    model in place where they fit, else the numbers that they stand for. UnsupportedError where that
+    would not be what was asked for."""
+    packed_as, where = getattr(checkpoint, "packed_as", None), checkpoint.path
+    if packed_as is None:
+        return FromCheckpoint(checkpoint, precision)
+    if ops.name == "c" and ops.computes(weights_of(precision)) == packed_as:
+        return FromPacked(checkpoint, ops, precision)
+    if packed_as == "fp32x3" and ops.name == "c" and ops.computes(packed_as) != packed_as:
+        raise UnsupportedError(
+            f"{where} is packed in fp32x3, which this machine computes as strict fp32, having no "
+            "bfloat16 tiles (AMX); pack the model that it was made of in fp32"
+        )
+    if (precision in QUANTIZED and packed_as in QUANTIZED) or packed_as == "fp32x3":
+        raise UnsupportedError(
+            f"{where} is packed in {packed_as} for the c backend, not in {precision} for "
+            f"{ops.name}; load it in {packed_as} on c, or load the model that it was made of"
+        )
+    return FromCheckpoint(checkpoint, precision)
 
 
 def norm_of(

@@ -65,9 +65,9 @@ def check_precision(precision: str) -> str:
     return precision
 
 
-def check_choice(precision: str) -> str:
-    """As `check_precision`, "auto" allowed, too."""
-    return precision if precision == AUTO else check_precision(precision)
+def check_choice(precision: str | None) -> str | None:
+    """As `check_precision`; "auto" is allowed, too, and None, which is what the model suggests."""
+    return precision if precision in (AUTO, None) else check_precision(precision)
 
 
 def fastest(backend: str, isa: str | None) -> str:

@@ -95,7 +95,10 @@ class Composed:
                 continue
             product, last = self._product(inner, i, step)
             x = self._join(x, product, last, layer.after_mlp, step)
-        normed = self._norm(x[ops.xp.asarray(step.output)], w.norm)
+        x = x[ops.xp.asarray(step.output)]
+        if step.want_normed:
+            step.normed = ops.norm_forward(x, w.norm)[0]
+        normed = self._norm(x, w.norm)
         start = np.searchsorted(step.output, step.start)
         (logits,) = self._linear(normed, start, step, (w.head_number,))
         return ops.soft_cap_forward(logits, f.logit_multiplier, f.logit_softcap)

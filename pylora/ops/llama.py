@@ -149,6 +149,10 @@ class Step:
     adapters: tuple[Any, ...]  # of `LlamaOp.adapter`, or None for the base
     rotations: tuple[Rotation, ...]  # by the number that layers name; () if none rotates
     native: Any = field(default=None, repr=False)  # what a backend keeps of it; see `changed`
+    # Asked for before the first call: `normed` is then, after each, float32 [n, hidden]: the wanted
+    # rows behind the last norm, of which logits are made.
+    want_normed: bool = False
+    normed: Any = field(default=None, repr=False)
 
     @property
     def cos(self) -> Array:
@@ -164,7 +168,17 @@ class Step:
         self.native = None
 
 
-class LlamaOp(Protocol):
+class Runs(Protocol):
+    """What steps run on: one model's operation, or several (model/mixed.py)."""
+
+    def cache(self, k: Sequence[Array], v: Sequence[Array]) -> Any:
+        """Of each layer k and v [rows, kv_heads * head_dim], for `forward` to write and read."""
+
+    def forward(self, cache: Any, step: Step) -> Array:
+        """Stores the tokens' keys and values and gives logits [n, vocab] of the wanted ones."""
+
+
+class LlamaOp(Runs, Protocol):
     """What `Backend.llama` returns. Threads may share it; a `Step` and a cache belong to one."""
 
     def adapter(self, modules: Mapping[int, LoRA], embedding: LoRA | None) -> Any:
@@ -172,12 +186,6 @@ class LlamaOp(Protocol):
 
         A copy: later changes of the arrays are not seen. The caller has checked that they fit.
         """
-
-    def cache(self, k: Sequence[Array], v: Sequence[Array]) -> Any:
-        """Of each layer k and v [rows, kv_heads * head_dim], for `forward` to write and read."""
-
-    def forward(self, cache: Any, step: Step) -> Array:
-        """Stores the tokens' keys and values and gives logits [n, vocab] of the wanted ones."""
 
 
 # ---- what an adapter's biases come to ------------------------------------------------------------

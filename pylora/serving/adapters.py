@@ -124,7 +124,7 @@ class Registry:
             return f"Registry({len(self._names)} adapters, {len(self._packs)} resident)"
 
     def _read_peft(self, directory: Path) -> Adapter:
-        return Adapter.load(directory, self.model.config.modules(), base=self._base)
+        return Adapter.load(directory, self.model.config, base=self._base)
 
     # ---- names --------------------------------------------------------------------------------
 

@@ -339,6 +339,8 @@ class Engine:
             stats.steps += 1
             stats.step_seconds += outcome.seconds
             stats.computed_tokens += outcome.prompt_tokens
+            for run in outcome.said:
+                self._count_new(run)
             queued = len(self._waiting)
         if self._on_step is not None:
             report = StepReport(outcome.decoding, outcome.prompt_tokens, outcome.seconds, queued)
@@ -358,6 +360,15 @@ class Engine:
             of.prompt_tokens += size
             of.cached_tokens += run.cached
 
+    def _count_new(self, run: Run) -> None:
+        """Tokens of an answer that have come since this was last called. Holds the lock."""
+        n = len(run.answer) - run.counted
+        if n:
+            run.counted += n
+            self._stats.tokens += n
+            for name in run.lease.names or ("",):
+                self._of(name).tokens += n
+
     def _end(self, run: Run, reason: str, error: PyloraError | None = None) -> None:
         """A request's end, by a reason of `Done` or by an error."""
         with self._change:
@@ -365,11 +376,9 @@ class Engine:
                 self._scheduler.end(run)
             else:
                 self._waiting.remove(run)
-            stats, n = self._stats, len(run.answer)
-            stats.tokens += n
-            stats.ended[reason] = stats.ended.get(reason, 0) + 1
-            for name in run.lease.names or ("",):
-                self._of(name).tokens += n
+            self._count_new(run)
+            ended = self._stats.ended
+            ended[reason] = ended.get(reason, 0) + 1
             self._ends.append(time.monotonic())
         if reason == _CLOSED:
             error = Closed("the engine was closed before the answer was whole; ask again elsewhere")

@@ -17,6 +17,7 @@ from pylora.errors import ConfigError, DataError, PyloraError, expect
 from pylora.generation.sampling import Sampling, whole_number
 from pylora.numbers import random
 
+POOLINGS = ("last", "mean")  # how the rows of a prompt become one
 MOST_LOGPROBS = 20  # the likeliest tokens that an event may list, as in OpenAI's interface
 
 
@@ -41,8 +42,10 @@ class Request:
     one of weight 1 is that adapter, several are their weighted sum. `stop_ids` end the answer and
     are no part of it; None: the model's end-of-text tokens. With `ignore_eos` nothing ends it
     but its length. `logprobs` k asks for each token's logprob and the k likeliest, and
-    `prompt_logprobs` for those of the prompt's tokens (an `Echo` event). `deadline` is an instant
-    of `time.monotonic()`. `key` names whose request it is: the engine is fair between keys.
+    `prompt_logprobs` for those of the prompt's tokens (an `Echo` event). `pooling`, one of
+    POOLINGS, asks for the prompt's rows behind the last norm as one (a `Pooled` event), and for no
+    new tokens. `deadline` is an instant of `time.monotonic()`. `key` names whose request it is: the
+    engine is fair between keys.
     """
 
     ids: Sequence[int]
@@ -55,6 +58,7 @@ class Request:
     adapters: tuple[tuple[str, float], ...] = ()
     logprobs: int | None = None
     prompt_logprobs: bool = False
+    pooling: str | None = None
     mask: Mask | None = None
     deadline: float | None = None
     key: str = ""
@@ -74,6 +78,12 @@ class Request:
                 raise ConfigError(
                     f"logprobs lists at most {MOST_LOGPROBS} tokens, got {self.logprobs}"
                 )
+        if self.pooling is not None and self.pooling not in POOLINGS:
+            raise ConfigError(
+                f"pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r:.100}"
+            )
+        if self.pooling is not None and self.max_new_tokens:
+            raise ConfigError("pooling asks for a row of the prompt: max_new_tokens must be 0")
         for pair in self.adapters:
             if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], str):
                 raise ConfigError(f"adapters must be pairs (name, weight), got {pair!r:.100}")
@@ -125,6 +135,14 @@ class Echo:
     tokens: tuple[Token, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Pooled:
+    """The rows of the prompt behind the model's last norm as one, float64 [hidden]: the last of
+    them, or their mean."""
+
+    row: np.ndarray
+
+
 @dataclass(frozen=True)
 class Done:
     """The end. reason: "stop" (a token of stop_ids came, it is no part of the answer), "length",
@@ -141,7 +159,7 @@ class Failed:
     error: PyloraError
 
 
-Event = Began | Echo | Token | Done | Failed
+Event = Began | Echo | Pooled | Token | Done | Failed
 OnEvent = Callable[[Event], None]  # on the engine's thread: hand it on and return
 
 

@@ -34,6 +34,7 @@ class Run:
         self._on_event = on_event
         self.prompt = np.asarray(request.ids, np.int64)
         self.answer: list[int] = []
+        self.counted = 0  # tokens of it that the engine's numbers have
         self.chooser = Chooser(self.prompt.tolist(), request.sampling, request.seed, request.row)
         # Whether the token that comes is the likeliest, with nothing else to look at or to say.
         self.plain = self.chooser.plain and request.mask is None and request.logprobs is None
@@ -42,6 +43,7 @@ class Run:
         self.length = 0  # tokens whose keys and values are in the extent
         self.cached = 0  # of the prompt, known when it joined
         self.echo: list[Token] | None = [] if request.prompt_logprobs else None
+        self.pooled: np.ndarray | None = None  # the sum of the prompt's rows so far, float64
         self.preempted = 0
         self.submitted, self.started, self.first = time.monotonic(), 0.0, 0.0
         self.cancelled = False  # by its ticket, from any thread
@@ -58,6 +60,11 @@ class Run:
     def pending(self) -> int:
         """Tokens that are still to be computed before the next one can be chosen."""
         return self.total - self.length
+
+    @property
+    def every(self) -> bool:
+        """Whether something is asked of each of the prompt's tokens, so that all are computed."""
+        return self.echo is not None or self.request.pooling == "mean"
 
     @property
     def most(self) -> int:

@@ -60,7 +60,7 @@ class Scheduler:
 
     def _sharing(self, run: Run) -> bool:
         """Whether a request in work is just computing what this one begins with."""
-        if not self._shares(run) or run.echo is not None:
+        if not self._shares(run) or run.every:
             return False
         for other in self.running:
             if other.lease.key == run.lease.key and other.length < other.prompt.size:
@@ -72,7 +72,7 @@ class Scheduler:
     def _join(self, run: Run) -> bool:
         prefix, known, source = None, 0, None
         whole = run.total
-        if self._shares(run) and run.echo is None:
+        if self._shares(run) and not run.every:
             # The last token is always run: its logits are what comes next.
             ids = run.first_ids(whole - 1)
             prefix, known = self.prefixes.find(run.lease.key, ids)
@@ -181,6 +181,7 @@ class Scheduler:
         run.preempted += 1
         self.preemptions += 1
         run.length = 0
+        run.pooled = None
         if run.echo is not None:
             run.echo = []
         waiting.put_back(run)

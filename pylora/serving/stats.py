@@ -27,7 +27,7 @@ class Stats:
     prompt_tokens: int = 0  # of requests that have begun
     cached_tokens: int = 0  # of those, known from earlier ones
     computed_tokens: int = 0  # of prompts, again after a preemption too
-    tokens: int = 0  # of answers
+    tokens: int = 0  # of answers, as they come
     steps: int = 0
     step_seconds: float = 0.0  # in the model
     preemptions: int = 0

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from pylora.errors import PyloraError
-from pylora.generation.choosing import likeliest
-from pylora.generation.logprobs import Logprobs
+from pylora.generation.choosing import Picked, Words, likeliest, pick
+from pylora.generation.logprobs import logprobs
 from pylora.model.decoder import Batch
 from pylora.model.llama import Llama
 from pylora.serving.pace import Pace
-from pylora.serving.request import Echo, Token
+from pylora.serving.request import Echo, Pooled, Token
 from pylora.serving.run import Run
 from pylora.serving.scheduler import Scheduler
 
@@ -43,6 +43,7 @@ class Outcome:
     decoding: int
     prompt_tokens: int
     seconds: float
+    said: list[Run]  # that have another token
     ended: list[tuple[Run, str]]  # by the reason of `Done`
     failed: list[tuple[Run, PyloraError]]
 
@@ -55,9 +56,9 @@ class Stepper:
         vocab = model.config.vocab_size
         self._echo_rows = max(1, min(pace.most, _ECHO_LOGITS // vocab))
         self._by_length = model.rope.by_length
-        self._vocab = vocab
         self._batch: Batch | None = None  # of the last step, where it can go on
         self._runs: list[Run] = []  # whose it is
+        self._normed: Any = None  # rows behind the last norm, where the last step had to give them
 
     def step(self) -> Outcome:
         """Computes, chooses, and says each token."""
@@ -66,7 +67,7 @@ class Stepper:
         prompt = sum(part.n for part in parts if part.run.pending > 1)
         begun = time.perf_counter()
         logits = self._forward(parts)
-        outcome = Outcome(decoding, prompt, time.perf_counter() - begun, [], [])
+        outcome = Outcome(decoding, prompt, time.perf_counter() - begun, [], [], [])
         self._continue(parts, logits, outcome)
         self.pace.note(decoding, prompt, time.perf_counter() - begun)
         return outcome
@@ -88,7 +89,7 @@ class Stepper:
         left -= sum(share.values())
         for run in prompts:
             n = min(run.pending, share.get(run, 0) + left)
-            if run.echo is not None:
+            if run.every:
                 n = min(n, self._echo_rows)
             left -= max(0, n - share.get(run, 0))
             if n > 0:
@@ -108,12 +109,15 @@ class Stepper:
             batch.advance()
         else:
             batch = self._new_batch(parts)
+        batch.step.want_normed = any(p.run.request.pooling and _wanted(p) for p in parts)
         whole = all(run.pending == 1 for run in runs)
         self._batch, self._runs = (batch, runs) if whole else (None, [])
         ids: list[int] = []
         for part in parts:
             ids.extend(part.run.ids(part.run.length, part.n))
-        return batch.forward(ids)
+        logits = batch.forward(ids)
+        self._normed = batch.step.normed
+        return logits
 
     def _in_place(self, runs: Sequence[Run]) -> bool:
         """Whether the rows of the last batch's requests still are where they were."""
@@ -157,6 +161,9 @@ class Stepper:
             if run.echo is not None:
                 rows = self.model.ops.to_numpy(logits) if rows is None else rows
                 self._echo(run, rows[at : at + n])
+            if run.request.pooling is not None and n:
+                normed = self.model.ops.to_numpy(self._normed[at : at + n])
+                self._pool(run, normed, run.length + part.n >= run.prompt.size)
             at += n
             run.length += part.n
             if run.pending == 0:
@@ -170,22 +177,34 @@ class Stepper:
                 self._settle(run, token, outcome)
             return
         rows = self.model.ops.to_numpy(logits) if rows is None else rows
-        for run, row in ready:
-            self._settle(run, self._choose(run, rows[row]), outcome)
+        if len(ready) < len(rows):
+            rows = rows[[row for _, row in ready]]
+        runs = [run for run, _ in ready]
+        for run, said in zip(runs, self._choose(runs, rows), strict=True):
+            self._settle(run, said, outcome)
 
-    def _choose(self, run: Run, row: np.ndarray) -> int | Token | PyloraError | None:
-        """The next token by its logits [vocab]; None: the mask lets nothing come."""
+    def _choose(self, runs: Sequence[Run], rows: np.ndarray) -> list[Token | Picked]:
+        """The next token of each by its row [vocab]; None: the mask lets nothing come."""
+        masks = [self._mask(run) for run in runs]
+        allowed = [None if isinstance(mask, PyloraError) else mask for mask in masks]
+        found: list[Token | Picked] = list(pick(rows, [run.chooser for run in runs], allowed))
+        for i, mask in enumerate(masks):
+            if isinstance(mask, PyloraError):
+                found[i] = mask
+        wanted = [run.request.logprobs for run in runs]
+        if any(k is not None for k in wanted):
+            for i, logs in enumerate(logprobs(rows, wanted)):
+                token = found[i]
+                if logs is not None and isinstance(token, int):
+                    found[i] = Token(token, logs.of(token), logs.top(wanted[i] or 0))
+        return found
+
+    def _mask(self, run: Run) -> Words | PyloraError | None:
+        """The tokens that may come, or what went wrong there."""
+        if run.request.mask is None:
+            return None
         try:
-            allowed = None
-            if run.request.mask is not None:
-                allowed = allowed_ids(run.request.mask.allowed(run.answer), self._vocab)
-                if not allowed.size:
-                    return None
-            token = run.chooser.choose(row, allowed)
-            if run.request.logprobs is None:
-                return token
-            found = Logprobs(row)
-            return Token(token, found.of(token), found.top(run.request.logprobs))
+            return allowed_words(run.request.mask.allowed(run.answer))
         except PyloraError as error:
             return error
         except Exception as error:  # of a mask, which is not ours
@@ -193,12 +212,12 @@ class Stepper:
             said.__cause__ = error
             return said
 
-    def _settle(self, run: Run, found: int | Token | PyloraError | None, outcome: Outcome) -> None:
+    def _settle(self, run: Run, found: Token | Picked, outcome: Outcome) -> None:
         """The answer goes on by a token, or ends."""
         if isinstance(found, PyloraError):
             outcome.failed.append((run, found))
             return
-        if run.request.max_new_tokens == 0:  # asked for its echo alone
+        if run.request.max_new_tokens == 0:  # asked for its echo or its pooled row alone
             outcome.ended.append((run, "length"))
             return
         token = found if isinstance(found, Token) or found is None else Token(found)
@@ -206,6 +225,7 @@ class Stepper:
             outcome.ended.append((run, "stop"))
             return
         run.take(token)
+        outcome.said.append(run)
         if len(run.answer) >= run.request.max_new_tokens:
             outcome.ended.append((run, "length"))
 
@@ -216,24 +236,38 @@ class Stepper:
         top, size = run.request.logprobs or 0, run.prompt.size
         if run.length == 0:
             run.echo.append(Token(int(run.prompt[0])))
-        for i, row in enumerate(rows, run.length + 1):
-            if i < size:
-                found, token = Logprobs(row), int(run.prompt[i])
+        for i, found in enumerate(logprobs(rows, [top] * len(rows)), run.length + 1):
+            if i < size and found is not None:
+                token = int(run.prompt[i])
                 run.echo.append(Token(token, found.of(token), found.top(top)))
         if run.length + len(rows) >= size:
             echo, run.echo = Echo(tuple(run.echo)), None
             run.say(echo)
 
+    def _pool(self, run: Run, rows: np.ndarray, whole: bool) -> None:
+        """Takes in the prompt's rows behind the last norm, one by one: the bits of their sum do not
+        depend on the pieces that a prompt comes in. `whole`: they are the last."""
+        if run.request.pooling == "last":
+            if whole:
+                run.say(Pooled(rows[-1].astype(np.float64)))
+            return
+        total = np.zeros(rows.shape[1]) if run.pooled is None else run.pooled
+        for row in rows:
+            total += row
+        run.pooled = total
+        if whole:
+            run.say(Pooled(total / run.prompt.size))
+
 
 def _wanted(part: Part) -> int:
     """How many of a part's rows, its last ones, have logits that somebody wants."""
-    if part.run.echo is not None:
+    if part.run.every:
         return part.n
     return int(part.n == part.run.pending)
 
 
-def allowed_ids(mask: np.ndarray, vocab: int) -> np.ndarray:
-    """The tokens that a mask allows (see `Mask`), int64, ascending. PyloraError for another kind of
+def allowed_words(mask: np.ndarray) -> Words:
+    """The tokens that a mask allows (see `Mask`), as bits, a copy. PyloraError for another kind of
     array."""
     mask = np.asarray(mask)
     if mask.ndim != 1 or mask.dtype not in (np.bool_, np.uint32, np.int32):
@@ -242,6 +276,8 @@ def allowed_ids(mask: np.ndarray, vocab: int) -> np.ndarray:
             f"{mask.dtype} {list(mask.shape)}"
         )
     if mask.dtype != np.bool_:
-        words = np.ascontiguousarray(mask).astype("<u4", copy=False)
-        mask = np.unpackbits(words.view(np.uint8), bitorder="little")
-    return np.flatnonzero(mask[:vocab])
+        return np.array(mask).view(np.uint32)
+    bits = np.zeros(-(-mask.size // 32) * 32, np.bool_)
+    bits[: mask.size] = mask
+    words: Words = np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32, copy=False)
+    return words

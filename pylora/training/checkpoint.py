@@ -33,6 +33,8 @@ from pylora.types import brief
 _FORMAT = 1
 _NAME = re.compile(r"checkpoint-(\d{6,})")
 _LEFTOVER = re.compile(r"\.checkpoint-\d{6,}\.[0-9a-f]+")  # what a killed process was writing
+_LATER = {"best", "best_step", "stale"}  # of Progress: older checkpoints have none of these
+_EXTENDS = {"steps", "epochs"}  # a run may be made longer: what was done stays as it is
 _MAX_STATE = 2**28  # bytes of state.json
 _FILES = ("adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors")
 
@@ -49,6 +51,9 @@ class Progress:
     tokens: int = 0  # input tokens seen
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
+    best: float | None = None  # the best evaluation so far, of what TrainConfig.best_by names
+    best_step: int = 0
+    stale: int = 0  # evaluations since then
 
 
 def checkpoints(out_dir: Path) -> list[Path]:
@@ -129,13 +134,17 @@ _ADVICE = "the checkpoint is damaged: remove its directory to continue from the 
 
 
 def _progress(file: Path, value: Any) -> Progress:
-    blank = Progress()
-    if not isinstance(value, dict) or set(value) != set(asdict(blank)):
+    blank = asdict(Progress())
+    known = isinstance(value, dict) and blank.keys() - _LATER <= value.keys() <= blank.keys()
+    if not known:
         raise FileFormatError(f"{file}: 'progress' does not have the fields of a run; {_ADVICE}")
-    for name in ("step", "epoch", "position", "tokens"):
+    value = blank | value
+    for name in ("step", "epoch", "position", "tokens", "best_step", "stale"):
         if type(value[name]) is not int or value[name] < 0:
             raise FileFormatError(f"{file}: {name} is {value[name]!r}, not a count; {_ADVICE}")
     losses, seconds = value["losses"], value["seconds"]
+    if value["best"] is not None and type(value["best"]) not in (int, float):
+        raise FileFormatError(f"{file}: best is {value['best']!r}, not a number; {_ADVICE}")
     if not isinstance(losses, list) or not all(type(x) in (int, float) for x in losses):
         raise FileFormatError(f"{file}: 'losses' is not a list of numbers; {_ADVICE}")
     if len(losses) != value["step"] or type(seconds) not in (int, float):
@@ -178,11 +187,12 @@ def fingerprint(model: Any) -> str:
 
 
 def refuse_another_run(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """ConfigError naming everything in which the checkpoint's identity differs from this run's."""
+    """ConfigError naming everything in which the checkpoint's identity differs from this run's,
+    but for how long the run is."""
     different = [
         f"{name} was {_short(there.get(name))} and is {_short(here.get(name))}"
         for name in sorted(there.keys() | here.keys())
-        if there.get(name) != here.get(name)
+        if there.get(name) != here.get(name) and name not in _EXTENDS
     ]
     if different:
         more = f"; and {len(different) - 5} more" if len(different) > 5 else ""

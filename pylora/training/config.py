@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,11 @@ from pylora.training.schedule import SCHEDULES
 from pylora.types import brief
 
 # Settings that say when to look and what to keep. A run may be resumed with other values of these.
-_BESIDE_THE_POINT = frozenset({"eval_every", "save_every", "log_every", "keep"})
+_BESIDE_THE_POINT = frozenset(
+    {
+        "eval_every", "save_every", "save_minutes", "log_every", "keep", "best_by", "patience",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,8 +32,8 @@ class TrainConfig:
 
     __repr__ = brief
 
-    learning_rate: float = 2e-4  # the peak, see pylora.training.schedule
-    epochs: int = 1  # passes over the examples; not used when `steps` is given
+    learning_rate: float | None = None  # the peak; None: chosen by the model's width (enough.py)
+    epochs: int | None = None  # passes over the examples; None: `steps`, or enough of them
     steps: int | None = None  # updates in all
     batch_size: int = 8  # examples per step
     accumulation: int = 1  # micro-batches per step
@@ -48,12 +53,15 @@ class TrainConfig:
     log_every: int = 1  # steps between lines of the log
     eval_every: int | None = None  # steps between evaluations; one at the end in any case
     save_every: int | None = None  # steps between checkpoints; one at the end in any case
+    save_minutes: float | None = 10.0  # and after so many minutes without one; None: not
     keep: int = 2  # checkpoints kept
+    best_by: str | None = None  # "loss" or a metric: the best evaluation's adapter is the result
+    patience: int | None = None  # evaluations without a better one, after which the run ends
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulation", "log_every", "keep"):
+        for name in ("batch_size", "accumulation", "log_every", "keep"):
             self._integer(name, at_least=1)
-        for name in ("steps", "max_tokens", "eval_every", "save_every"):
+        for name in ("epochs", "steps", "max_tokens", "eval_every", "save_every", "patience"):
             if getattr(self, name) is not None:
                 self._integer(name, at_least=1)
         self._integer("warmup_steps", at_least=0)
@@ -63,7 +71,9 @@ class TrainConfig:
         for name in ("packing", "recompute"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be True or False")
-        self._number("learning_rate", above=0)
+        for name in ("learning_rate", "save_minutes"):
+            if getattr(self, name) is not None:
+                self._number(name, above=0)
         self._number("floor", at_least=0, at_most=1)
         self._number("weight_decay", at_least=0)
         self._number("beta1", at_least=0, below=1)
@@ -73,9 +83,15 @@ class TrainConfig:
         if self.max_grad_norm is not None:
             self._number("max_grad_norm", above=0)
         if self.schedule not in SCHEDULES:
+            near = difflib.get_close_matches(str(self.schedule), SCHEDULES, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(
-                f"schedule is {self.schedule!r}; it must be one of {', '.join(SCHEDULES)}"
+                f"schedule is {self.schedule!r}; it must be one of {', '.join(SCHEDULES)}{hint}"
             )
+        if self.best_by is not None and (not isinstance(self.best_by, str) or not self.best_by):
+            raise ConfigError(f"best_by is {self.best_by!r}; it must be 'loss' or a metric's name")
+        if self.patience is not None and self.best_by is None:
+            raise ConfigError("patience needs best_by, the figure that must get better")
         if self.packing and self.max_tokens is None:
             raise ConfigError("packing needs max_tokens, the number of tokens to fill up to")
         if not self.packing and self.accumulation > self.batch_size:

@@ -28,17 +28,24 @@ class Evaluation:
     perplexity: float
     tokens: int  # that count
     seconds: float
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)  # what else was measured, by name
+    samples: Sequence[Mapping[str, str]] = ()  # answers to fixed prompts: prompt, answer
 
     def words(self) -> str:
-        """ "loss 0.4210, perplexity 1.52", or the metrics in place of the perplexity."""
-        others = self.metrics or {"perplexity": self.perplexity}
-        return ", ".join(
-            [
-                f"loss {self.nll:.4f}",
-                *(f"{k} {v:.{2 if k == 'perplexity' else 4}f}" for k, v in others.items()),
-            ]
-        )
+        """ "loss 0.4210, perplexity 1.52, exact match 0.9": what there is."""
+        words = [f"loss {self.nll:.4f}"]
+        if not math.isnan(self.perplexity):
+            words.append(f"perplexity {self.perplexity:.2f}")
+        words += [f"{name.replace('_', ' ')} {value:.4g}" for name, value in self.metrics.items()]
+        return ", ".join(words)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a run's `measure` finds at an evaluation: figures by name, and answers to look at."""
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    samples: Sequence[Mapping[str, str]] = ()
 
 
 def evaluate(

@@ -10,6 +10,8 @@ from types import FrameType
 from typing import Any
 
 from pylora.files.whole import atomic_write
+from pylora.training.info import StepInfo
+from pylora.training.memory import peak_rss_bytes
 
 
 class Log:
@@ -42,6 +44,23 @@ class Log:
             beside.write_text("".join(kept), encoding="utf-8")
 
 
+def step_line(info: StepInfo, precision: str) -> dict[str, Any]:
+    """What is logged of a step."""
+    return {
+        "step": info.step,
+        "epoch": info.epoch,
+        "loss": info.loss,
+        "learning_rate": info.learning_rate,
+        "grad_norm": info.grad_norm,
+        "tokens": info.tokens_seen,
+        "tokens_per_second": info.tokens_per_second,
+        "seconds": info.seconds,
+        "eta_seconds": info.seconds / info.step * (info.steps - info.step),
+        "memory_bytes": peak_rss_bytes(),
+        "precision": precision,
+    }
+
+
 def evaluations(path: Path) -> list[tuple[int, float]]:
     """(step, loss) of each evaluation in a run's log.jsonl, in order; none where there is no log.
 
@@ -59,11 +78,26 @@ def evaluations(path: Path) -> list[tuple[int, float]]:
     return found
 
 
+def evaluation_records(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """(step, the figures "eval_…") of each evaluation in a run's log.jsonl, in order."""
+    found = []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    for line in lines:
+        try:
+            record = json.loads(line)
+            figures = {name: v for name, v in record.items() if name.startswith("eval_")}
+            if figures:
+                found.append((int(record["step"]), figures))
+        except (ValueError, TypeError, KeyError, AttributeError):  # half written
+            continue
+    return found
+
+
 class Interrupts:
-    """While active, the first signal that would raise something (SIGINT's KeyboardInterrupt, or
-    what a program has SIGTERM and SIGHUP do) is only noted, for `check` to raise between two steps;
-    the second one is raised at once. Signals that Python does not handle, or that are ignored, are
-    left alone, and so are all of them in a thread other than the main one."""
+    """While active, the first signal that would end the run (SIGINT's KeyboardInterrupt, what a
+    program has SIGTERM and SIGHUP do, or the end of the process that they are by default) is only
+    noted, for `check` to raise between two steps; the second one is raised at once. Signals that
+    are ignored are left alone, and so are all of them in a thread other than the main one."""
 
     def __enter__(self) -> Interrupts:
         self._noted = 0
@@ -71,22 +105,32 @@ class Interrupts:
         if threading.current_thread() is threading.main_thread():
             for name in ("SIGINT", "SIGTERM", "SIGHUP"):
                 number = getattr(signal, name, None)  # Windows has no SIGHUP
-                if number is not None and callable(before := signal.getsignal(number)):
+                if number is None:
+                    continue
+                before = signal.getsignal(number)
+                if callable(before) or before == signal.SIG_DFL:
                     self._before[number] = before
                     signal.signal(number, self._note)
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._noted:
-            self._before[number](number, frame)
+            self._do(number, frame)
         self._noted = number
 
+    def _do(self, number: int, frame: FrameType | None = None) -> None:
+        """What the signal would have done: raises KeyboardInterrupt, as a rule, or SystemExit with
+        the code that a shell reports for a process that the signal ended."""
+        before = self._before[number]
+        if not callable(before):
+            raise SystemExit(128 + number)
+        before(number, frame)
+
     def check(self) -> None:
-        """Does what the signal that has come would have done: raises KeyboardInterrupt, as a
-        rule."""
+        """Does what the signal that has come would have done."""
         if self._noted:
             number, self._noted = self._noted, 0
-            self._before[number](number, None)
+            self._do(number)
 
     def __exit__(self, *exc: object) -> None:
         for number, before in self._before.items():

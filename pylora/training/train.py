@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,63 +23,28 @@ import numpy as np
 
 from pylora.errors import ConfigError, TrainingError, expect, wrong_type
 from pylora.model.linear import DropKey
+from pylora.model.whole import whole_of
 from pylora.training import checkpoint
 from pylora.training.batching import Step, epoch_steps
 from pylora.training.checkpoint import Progress
 from pylora.training.config import TrainConfig
+from pylora.training.enough import settled, total_steps
 from pylora.training.evaluate import Evaluation
-from pylora.training.log import Interrupts, Log
+from pylora.training.held import Held
+from pylora.training.info import StepInfo, TrainResult
+from pylora.training.log import Interrupts, Log, step_line
 from pylora.training.objectives.base import NextToken, Objective
 from pylora.training.optimizer import Optimizer, gradients, trainable
+from pylora.training.places import ADAPTER, LOG, check_out_dir
 from pylora.training.ranks import ALONE, Ranks, check_share, same_everywhere
 from pylora.training.schedule import learning_rate
 from pylora.training.step import step_gradients
-from pylora.types import LoRA, brief
+from pylora.training.watching import Measure, Watch, bests, remove_bests
+from pylora.types import LoRA
 
-_LOG, _ADAPTER = "log.jsonl", "adapter"
-
-__all__ = ["StepInfo", "TrainConfig", "TrainResult", "step_gradients", "train"]
-
-
-@dataclass(frozen=True)
-class StepInfo:
-    """What happened in a step; on_step gets one after each."""
-
-    __repr__ = brief
-
-    step: int  # 1 .. steps
-    steps: int  # of the whole run
-    epoch: int  # 0, 1, ...
-    loss: float  # nll per token that counts, of the step's batch, before the update
-    learning_rate: float
-    grad_norm: float  # before clipping
-    tokens: int  # input tokens of this step
-    tokens_seen: int  # of the run
-    tokens_per_second: float  # of this step
-    seconds: float  # since the run began, without pauses between resumptions
-    evaluation: Evaluation | None  # if one was due
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """A finished run. `losses`, `steps`, `tokens` and `seconds` include what was resumed from."""
-
-    losses: list[float]
-    steps: int
-    tokens: int
-    seconds: float
-    tokens_per_second: float
-    adapter: Mapping[str, LoRA]
-    evaluation: Evaluation | None  # at the end, if there are eval_examples
-
-    def __repr__(self) -> str:
-        losses, e = self.losses, self.evaluation
-        fell = f"loss {losses[0]:.4f} -> {losses[-1]:.4f}" if losses else "no loss"
-        said = f", evaluation {e.nll:.4f}" if e is not None else ""
-        return (
-            f"TrainResult({self.steps} steps, {fell}{said}, {self.tokens:,} tokens in "
-            f"{self.seconds:.1f} s, {self.tokens_per_second:.0f} tokens/s)"
-        )
+__all__ = [
+    "StepInfo", "TrainConfig", "TrainResult", "check_out_dir", "step_gradients", "train",
+]  # fmt: skip
 
 
 def train(
@@ -92,6 +58,8 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    measure: Measure | None = None,
+    on_evaluation: Callable[[int, Evaluation], None] | None = None,
     objective: Objective | None = None,
     ranks: Ranks = ALONE,
 ) -> TrainResult:
@@ -100,15 +68,23 @@ def train(
     `examples` are `Example`s, or what `objective` (training/objectives/) is about. Without out_dir
     nothing is written. With `resume` the newest checkpoint in out_dir is continued;
     ConfigError if there is none, or if it is of a run with other settings, data, model or adapter.
-    An out_dir that has a run in it is refused unless `resume` or `overwrite` (which removes it).
+    More `steps` or `epochs` make the run longer: what was done stays, and the rate goes on along
+    the longer schedule. An out_dir that has a run in it is refused unless `resume` or `overwrite`
+    (which removes it).
+
+    eval_examples are looked at before the first step, every `eval_every` steps, and at the end;
+    `measure` is called then, too, and its figures and samples stand in the Evaluation, which
+    on_evaluation gets with the number of steps done. With `best_by` the adapter ends as it was at
+    the best evaluation; that needs out_dir.
 
     With `ranks` several processes that all call this train together (pylora.training.mpi.world()):
     the adapter has the same bits as with one process that was given the same `accumulation`, which
-    must be at least their number. Rank 0 writes out_dir; on_step is called where it is given.
+    must be at least their number. Rank 0 writes out_dir, and measures; on_step and on_evaluation
+    are called where they are given.
 
-    SIGINT (Ctrl-C) and a KeyboardInterrupt from on_step end the run after the step, with a
-    checkpoint, and are raised again. A loss or gradient that is not finite is a TrainingError; the
-    adapter then has the values from before the step.
+    SIGINT (Ctrl-C), SIGTERM, SIGHUP and a KeyboardInterrupt from on_step end the run after the
+    step, with a checkpoint, and are raised again. A loss or gradient that is not finite is a
+    TrainingError; the adapter then has the values from before the step.
     """
     expect("model", model, "train(model, adapter, examples, config)")
     expect("adapter", adapter, "train(model, adapter, examples, config)")
@@ -132,43 +108,20 @@ def train(
     objective.check(examples, model, "training", config.max_tokens)
     if eval_examples is not None:
         objective.check(eval_examples, model, "evaluation")
+    if config.best_by is not None and (eval_examples is None or out_dir is None):
+        lacking = "eval_examples" if eval_examples is None else "out_dir"
+        raise ConfigError(f"best_by needs {lacking}, to find the best adapter, and to keep it in")
+    config = settled(config, [len(e) for e in examples], model.config.hidden_size)
     model.attach(adapter)
     where = None if out_dir is None else Path(out_dir)
     run = _Run(model, adapter, examples, config, where, objective, ranks)
+    run.watch = Watch(model, eval_examples, config, measure, objective, ranks)
     run.open(resume, overwrite)
     run.prepare([*examples, *(eval_examples or ())])
     try:
-        return run.finish(eval_examples, on_step)
+        return run.finish(on_step, on_evaluation)
     finally:
         model.collect()  # however it ends, the adapter's own arrays are as far as it came
-
-
-def check_out_dir(
-    out_dir: str | os.PathLike[str], *, resume: bool = False, overwrite: bool = False
-) -> None:
-    """ConfigError unless a run can be begun (or, with `resume`, continued) in this directory.
-
-    What `train` asks itself; to be asked before a model is loaded. Nothing is read or written.
-    """
-    where = Path(out_dir)
-    if resume and overwrite:
-        raise ConfigError("resume continues the run in out_dir, overwrite removes it: choose one")
-    found = checkpoint.checkpoints(where)
-    if resume and not found:
-        there = "there is no such directory" if not where.exists() else "it has no checkpoint"
-        raise ConfigError(f"{where}: {there} to resume from; start the run without resume")
-    if resume or overwrite:
-        return
-    if found or (where / _LOG).exists():
-        raise ConfigError(
-            f"{where} already holds a training run; resume it, overwrite it, or give another "
-            "directory"
-        )
-    if (where / _ADAPTER).exists():
-        raise ConfigError(
-            f"{where / _ADAPTER} is there already, and would be replaced; overwrite it, or give "
-            "another directory"
-        )
 
 
 class _Run:
@@ -189,11 +142,14 @@ class _Run:
         self.model, self.adapter, self.examples = model, adapter, examples
         self.config, self.out_dir, self.objective = config, out_dir, objective
         self.optimizer = Optimizer(model.ops, self._trained(), config)
+        self.held = Held(getattr(adapter, "held", {}), self.optimizer.parameters)
         self.progress = Progress()
         self.saved = 0  # step of the newest checkpoint
+        self.saved_at = time.monotonic()  # and when it was written, or the run begun
         self.log: Log | None = None
         self.identity: dict[str, Any] = {}
-        self.steps = config.steps or self._all_epochs()
+        self.watch = Watch(model, None, config, None, objective)
+        self.steps = total_steps(config, [len(example) for example in examples])
         if config.warmup_steps > self.steps:
             raise ConfigError(
                 f"warmup_steps is {config.warmup_steps}, but the run has only {self.steps} steps"
@@ -210,12 +166,6 @@ class _Run:
             packing=c.packing,
             max_tokens=c.max_tokens,
         )
-
-    def _all_epochs(self) -> int:
-        """Steps of all epochs. With packing epochs differ, without they do not."""
-        if self.config.packing:
-            return sum(len(self._epoch(e)) for e in range(self.config.epochs))
-        return self.config.epochs * math.ceil(len(self.examples) / self.config.batch_size)
 
     # ---- files --------------------------------------------------------------------------------
 
@@ -259,13 +209,15 @@ class _Run:
         assert self.out_dir is not None
         check_out_dir(self.out_dir, resume=resume, overwrite=overwrite)
         self.out_dir.mkdir(parents=True, exist_ok=True)
-        self.log = Log(self.out_dir / _LOG)
+        self.log = Log(self.out_dir / LOG)
+        self.watch.log, self.watch.out_dir = self.log, self.out_dir
         found = checkpoint.checkpoints(self.out_dir)
         if resume:
             self._restore(found[-1])
             self.log.cut(self.progress.step)
         else:
             checkpoint.remove(found)
+            remove_bests(self.out_dir)
             self.log.cut(-1)
 
     def _follow(self) -> None:
@@ -281,7 +233,14 @@ class _Run:
     def _restore(self, path: Path) -> None:
         progress, identity = checkpoint.read(path)
         checkpoint.refuse_another_run(path, identity, self.identity)
-        stored = type(self.adapter).load(path, self.model.config.modules())  # type: ignore[attr-defined]
+        if progress.step > self.steps:
+            raise ConfigError(
+                f"{path} is after step {progress.step}, and the run is to have {self.steps} steps; "
+                "what was done cannot be taken back: ask for more steps, or start a new run"
+            )
+        whole, config = whole_of(self.adapter), self.model.home_config
+        rows = None if whole is None else whole.tensors.__getitem__
+        stored = type(self.adapter).load(path, config, base=rows)  # type: ignore[attr-defined]
         checkpoint.restore_arrays(str(path), trainable(stored), trainable(self.adapter))
         self.model.attach(self.adapter)
         self.optimizer.parameters = self._trained()
@@ -294,13 +253,14 @@ class _Run:
         """Writes a checkpoint of the present step, unless that is on disk already."""
         if self.out_dir is not None and self.saved != self.progress.step:
             self.ranks.first(self._write)
-            self.saved = self.progress.step
+            self.saved, self.saved_at = self.progress.step, time.monotonic()
 
     def _write(self) -> None:
         assert self.out_dir is not None
         self.model.collect()
         state, keep = self.optimizer.state(), self.config.keep
         checkpoint.write(self.out_dir, self.adapter, state, self.progress, self.identity, keep)
+        self.watch.tidy()
 
     def _trained(self) -> dict[str, Any]:
         """The arrays that are trained, where the backend computes."""
@@ -315,59 +275,107 @@ class _Run:
 
     def finish(
         self,
-        eval_examples: Sequence[Any] | None,
         on_step: Callable[[StepInfo], None] | None,
+        on_evaluation: Callable[[int, Evaluation], None] | None,
     ) -> TrainResult:
-        c, p, evaluation = self.config, self.progress, None
+        p, watch, evaluation = self.progress, self.watch, None
+
+        def look() -> Evaluation:
+            found = watch.look(p.step)
+            if on_evaluation is not None:
+                on_evaluation(p.step, found)
+            return found
+
         with Interrupts() as interrupts:
+            if p.step == 0 and watch.due(0, last=True):
+                look()
             for step in self._remaining():
                 info = self._step(step)
                 last = p.step == self.steps
-                if eval_examples and (last or (c.eval_every and p.step % c.eval_every == 0)):
-                    evaluation = self._evaluate(eval_examples)
-                    info = StepInfo(**{**vars(info), "evaluation": evaluation})
                 self._record(info)
+                if watch.due(p.step, last):
+                    evaluation = look()
+                    self.model.collect()
+                    watch.judge(evaluation, p, self.adapter)
+                    info = replace(info, evaluation=evaluation)
                 self._between(info, on_step, interrupts)
-                if last or (c.save_every and p.step % c.save_every == 0):
+                if last or watch.exhausted(p) or self._due():
                     self.save()
-        if eval_examples and evaluation is None:  # a finished run was resumed
-            evaluation = self._evaluate(eval_examples)
+        return self._end(evaluation)
+
+    def _due(self) -> bool:
+        """Whether a checkpoint is, by steps or by time; the clock is rank 0's."""
+        every, minutes = self.config.save_every, self.config.save_minutes
+        if every is not None and self.progress.step % every == 0:
+            return True
+        if minutes is None:
+            return False
+        return self.ranks.first(lambda: time.monotonic() - self.saved_at >= 60 * minutes)
+
+    def _end(self, evaluation: Evaluation | None) -> TrainResult:
+        """Writes the result: the last adapter, or the best one, which the model then has."""
+        p = self.progress
         self.model.collect()
+        best = self.ranks.first(self._take_best)
+        if best:
+            self.ranks.copy(trainable(self.adapter).values())
+            self.model.attach(self.adapter)
+            evaluation = dict(self.watch.seen).get(p.best_step)
+        if evaluation is None and self.watch.examples:  # a finished run was resumed
+            evaluation = self.watch.now()
         if self.out_dir is not None:
-            target = self.out_dir / _ADAPTER
-            self.ranks.first(lambda: self.adapter.save(target))  # type: ignore[attr-defined]
-        rate = p.tokens / p.seconds if p.seconds > 0 else 0.0
+            self.ranks.first(self._write_result)
         return TrainResult(
-            list(p.losses), p.step, p.tokens, p.seconds, rate, self.adapter, evaluation
+            losses=list(p.losses),
+            steps=p.step,
+            tokens=p.tokens,
+            seconds=p.seconds,
+            tokens_per_second=p.tokens / p.seconds if p.seconds > 0 else 0.0,
+            adapter=self.adapter,
+            evaluation=evaluation,
+            evaluations=self.watch.seen,
+            best_step=p.best_step if best else None,
+            stopped_early=p.step < self.steps,
         )
+
+    def _take_best(self) -> bool:
+        """Whether the best adapter is another than the last one, whose place it then takes."""
+        best = self.watch.best_folder(self.progress)
+        if best is not None:
+            kept = type(self.adapter).load(best, self.model.config.modules())  # type: ignore[attr-defined]
+            checkpoint.restore_arrays(str(best), trainable(kept), trainable(self.adapter))
+        return best is not None
+
+    def _write_result(self) -> None:
+        assert self.out_dir is not None
+        self.adapter.save(self.out_dir / ADAPTER)  # type: ignore[attr-defined]
+        for step in bests(self.out_dir)[:-1]:
+            shutil.rmtree(self.out_dir / f"best-{step:06d}")
 
     def _between(
         self, info: StepInfo, on_step: Callable[[StepInfo], None] | None, interrupts: Interrupts
     ) -> None:
         """Shows a step, and ends the run if a process was asked to: on every rank then."""
-        stop: KeyboardInterrupt | None = None
+        stop: KeyboardInterrupt | SystemExit | None = None
         try:
             if on_step is not None:
                 on_step(info)
             interrupts.check()
-        except KeyboardInterrupt as asked:
+        except (KeyboardInterrupt, SystemExit) as asked:
             stop = asked
         asked_of = [i for i, one in enumerate(self.ranks.gather(stop is not None)) if one]
         if asked_of:
             self.save()
             raise stop or KeyboardInterrupt(f"rank {asked_of[0]} was interrupted")
 
-    def _evaluate(self, examples: Sequence[Any]) -> Evaluation:
-        return self.objective.evaluate(self.model, examples, self.config.batch_size)
-
     def _remaining(self) -> Iterator[Step]:
         """The steps still to do; progress is moved on after each."""
         p = self.progress
-        while p.step < self.steps:
+        while p.step < self.steps and not self.watch.exhausted(p):
             epoch = self._epoch(p.epoch)
             while p.position < len(epoch):
                 yield epoch[p.position]
-                if p.step == self.steps:
+                if p.step == self.steps or self.watch.exhausted(p):
                     return
             p.epoch, p.position = p.epoch + 1, 0
 
@@ -375,10 +383,12 @@ class _Run:
         """One update, and progress past it."""
         c, p, began = self.config, self.progress, time.perf_counter()
         number = p.step + 1
+        assert c.learning_rate is not None  # settled
         loss, rows, grads = self.objective.gradients(
             self.model, self.examples, step, DropKey(c.seed, number), c.recompute
         )
         named = gradients(grads, self.optimizer.parameters)
+        self.held.clear(named)
         norm = self.optimizer.norm(named)
         rate = learning_rate(
             number,
@@ -391,6 +401,7 @@ class _Run:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(self._diverged(number, loss, norm, rate))
         self.optimizer.update(named, norm, number, rate)
+        self.held.restore(self.optimizer.parameters)
         seconds = time.perf_counter() - began
         p.step, p.position, p.tokens = number, p.position + 1, p.tokens + rows
         p.seconds += seconds
@@ -428,17 +439,4 @@ class _Run:
         if self.log is None:
             return
         if info.step % self.config.log_every == 0 or info.step == self.steps:
-            line = {"step": info.step, "epoch": info.epoch, "loss": info.loss}
-            line |= {"learning_rate": info.learning_rate, "grad_norm": info.grad_norm}
-            line |= {"tokens": info.tokens_seen, "tokens_per_second": info.tokens_per_second}
-            precision = self.model.precision_report
-            self.log.add({**line, "seconds": info.seconds, "precision": precision})
-        if info.evaluation is not None:
-            e = info.evaluation
-            perplexity = e.perplexity if math.isfinite(e.perplexity) else None
-            said: dict[str, Any] = {
-                "step": info.step,
-                "eval_loss": e.nll,
-                "eval_perplexity": perplexity,
-            }
-            self.log.add(said | {f"eval_{name}": value for name, value in e.metrics.items()})
+            self.log.add(step_line(info, self.model.precision_report))

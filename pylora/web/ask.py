@@ -6,6 +6,7 @@ lengths is decided here, once for every endpoint; nothing is computed.
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from pylora.errors import DataError
 from pylora.generation.sampling import Sampling
 from pylora.generation.text import stop_strings
 from pylora.serving.request import Request
+from pylora.web.fields import shown
 from pylora.web.grammars import Form, Grammars, form_of
 from pylora.web.problem import malformed
 from pylora.web.tools import Style, must_call, style_of
@@ -26,6 +28,12 @@ if TYPE_CHECKING:
     from pylora.web.keys import Key
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
+# What a message may have beside role, content and tool_calls, whether or not the template shows it.
+_TEXTS = ("name", "tool_call_id", "refusal", "reasoning_content", "reasoning", "thinking")
+_NOT_OF_MESSAGES = {
+    "function_call": "is OpenAI's old name; use `tool_calls`",
+    "audio": "pylora runs text models, and hears no sound",
+}
 _DEFAULT_COMPLETION = 16  # OpenAI's for /v1/completions
 
 
@@ -194,6 +202,24 @@ def _message(message: Mapping[str, Any], i: int, template: str) -> Mapping[str, 
             f"messages[{i}].role must be one of {', '.join(_ROLES)}, got {str(role)[:40]!r}",
             f"messages[{i}].role",
         )
+    for name, value in message.items():
+        if name in ("role", "content") or value is None:
+            continue
+        where = f"messages[{i}].{name[:60]}"
+        if name in _NOT_OF_MESSAGES:
+            raise malformed(f"{where}: {_NOT_OF_MESSAGES[name]}", where)
+        if name in _TEXTS and not isinstance(value, str):
+            raise malformed(f"{where} must be a text, got {shown(value)}", where)
+        if (
+            name not in _TEXTS
+            and name != "tool_calls"
+            and not re.search(rf"\b{re.escape(name)}\b", template)
+        ):
+            raise malformed(
+                f"{where}: a message has no such field, and the model's chat template knows none; "
+                "take it out",
+                where,
+            )  # fmt: skip
     if role == "developer" and "developer" not in template:  # OpenAI's newer name
         return {**message, "role": "system"}
     return message

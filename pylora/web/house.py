@@ -45,12 +45,13 @@ class House:
         *,
         precision: str = "",
         fingerprint: str = "",
+        pooling: str | None = None,
     ) -> None:
         """`vocabulary`: how many logits the model has; `fingerprint`: what an answer's bits depend
-        on besides the request."""
+        on besides the request; `pooling`: how a text's rows become an embedding, None: not."""
         self.engine, self.shelf, self.tokenizer = engine, shelf, tokenizer
         self.vocabulary, self.limits, self.keys = vocabulary, limits, keys
-        self.precision, self.fingerprint = precision, fingerprint
+        self.precision, self.fingerprint, self.pooling = precision, fingerprint, pooling
         self.grammars = Grammars(tokenizer, vocabulary)
         self.metrics = metrics
         self.created = int(time.time())

@@ -6,16 +6,19 @@ import asyncio
 import contextlib
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from pylora.errors import ConfigError
-from pylora.web import log
+from pylora.web import log, wire
 from pylora.web.house import House
+from pylora.web.problem import Problem
 
 _TLS = frozenset(
     "ssl_keyfile ssl_certfile ssl_keyfile_password ssl_version ssl_cert_reqs ssl_ca_certs "
@@ -58,6 +61,7 @@ def settings(app: Any, tls: Mapping[str, Any]) -> uvicorn.Config:
         raise ConfigError("a key of TLS needs its certificate (ssl_certfile)")
     config = uvicorn.Config(
         app,
+        http=Wire,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -72,6 +76,32 @@ def settings(app: Any, tls: Mapping[str, Any]) -> uvicorn.Config:
     except (OSError, ValueError) as error:  # ssl's errors are OSErrors
         raise ConfigError(f"the certificate or key of TLS cannot be used: {error}") from None
     return config
+
+
+_PHRASES = {400: b"Bad Request", 413: b"Content Too Large", 431: b"Request Header Fields Too Large"}
+
+
+class Wire(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
+    """uvicorn's HTTP, with OpenAI's error object for bytes that are no request."""
+
+    def send_400_response(self, msg: str) -> None:
+        """The answer to such bytes, behind which nothing on this connection can be understood."""
+        error = sys.exc_info()[1]
+        hint = getattr(error, "error_status_hint", 400)
+        status = hint if hint in _PHRASES else 400
+        reason = str(error or "").partition(":")[0]  # behind it come the bytes themselves
+        why = f" ({reason})" if reason else ""
+        said = f"this is no request of HTTP/1.1 that can be read{why}; the connection is closed"
+        if status == 431:
+            said = "the line or the headers of this request are too long; the connection is closed"
+        cycle = getattr(self, "cycle", None)
+        if cycle is None or not cycle.response_started or cycle.response_complete:
+            body = wire.dumped(Problem(status, said, code="bad_http").body())
+            head = b"HTTP/1.1 %d %s\r\n" % (status, _PHRASES[status])
+            head += b"content-type: application/json\r\nconnection: close\r\n"
+            head += b"content-length: %d\r\n\r\n" % len(body)
+            self.transport.write(head + body)
+        self.transport.close()
 
 
 class Http(uvicorn.Server):

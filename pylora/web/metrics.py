@@ -98,6 +98,7 @@ _GAUGES: dict[str, tuple[str, Callable[[Stats], float]]] = {
     "running": ("requests in work", lambda s: s.running),
     "refused_total": ("requests that found the queue full", lambda s: s.refused),
     "failed_total": ("answers that ended by an error", lambda s: s.ended.get("failed", 0)),
+    "tokens_total": ("tokens of answers, as they come", lambda s: s.tokens),
     "steps_total": ("steps of the model", lambda s: s.steps),
     "computed_prompt_tokens_total": ("tokens of prompts computed", lambda s: s.computed_tokens),
     "kv_tokens": ("tokens that there is memory for", lambda s: s.kv_rows),

@@ -17,6 +17,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from pylora.web import ask, log, problem, schemas, shapes, wire
 from pylora.web.answers import Way, answer
+from pylora.web.embed import embed
 from pylora.web.fields import Field, Record
 from pylora.web.house import House
 from pylora.web.keys import Key
@@ -177,17 +178,6 @@ def _detokenize(house: House, who: Key, body: Body) -> Any:
     return {"prompt": text, "content": text}
 
 
-def _embed(house: House, who: Key, body: Body) -> Any:
-    house.shelf.chosen(who, body)
-    raise Problem(
-        400,
-        f"{house.shelf.base!r} is a model that writes text: its files name no pooling, so it "
-        "has no embeddings; ask a model that was trained for them",
-        param="model",
-        code="embeddings_not_supported",
-    )
-
-
 # ---- operation --------------------------------------------------------------------------------
 
 
@@ -222,7 +212,7 @@ ROUTES: tuple[Route, ...] = (
         "/v1/embeddings",
         "POST",
         "texts as vectors",
-        _reads(_embed, schemas.EMBEDDING),
+        embed,
         schemas.EMBEDDING,
     ),
     Route(

@@ -27,6 +27,7 @@ from pylora.front.model import Model
 from pylora.generation.sampling import whole_number
 from pylora.serving.adapters import Registry
 from pylora.serving.engine import Engine
+from pylora.serving.request import POOLINGS
 from pylora.serving.watch import Watch
 from pylora.web import log
 from pylora.web.house import House
@@ -75,6 +76,7 @@ class Server:
         grace: float = 30.0,
         cors: Sequence[str] = (),
         page: bool = True,
+        pooling: str | None = None,
         tls: dict[str, Any] | None = None,
     ) -> None:
         """model: one that is loaded, which stays open, or a path, which is loaded in `precision`.
@@ -86,7 +88,8 @@ class Server:
         together, at most the model's; max_tokens: of an answer; timeout: seconds for one; max_body:
         bytes of a request. max_batch requests are computed together, `queue` more may wait.
         kv_bytes: memory for keys and values. most_adapters, adapter_bytes: how many are ready at a
-        time; the rest are read when they are asked for. cors: origins whose pages may ask. tls:
+        time; the rest are read when they are asked for. cors: origins whose pages may ask. pooling:
+        "last" or "mean", how the rows of a text become an embedding; None: there are none. tls:
         uvicorn's settings (ssl_keyfile, ...).
 
         Raises what loading raises, ConfigError for settings out of range, FileFormatError for a
@@ -105,6 +108,8 @@ class Server:
         for setting, seconds in (("grace", grace), ("timeout", timeout)):
             if seconds is not None and not 0 <= seconds <= 86400:
                 raise ConfigError(f"{setting} must be from 0 to 86400 seconds, got {seconds!r}")
+        if pooling is not None and pooling not in POOLINGS:
+            raise ConfigError(f"pooling must be {' or '.join(POOLINGS)}, got {pooling!r:.100}")
         keys = Keys.of((api_key,) if isinstance(api_key, str) else api_key, api_keys)
         folders = [Path(f) for f in ([adapters] if adapters is not None else []) + list(load_from)]
         for one in folders:
@@ -122,7 +127,7 @@ class Server:
         try:
             self._open(
                 name, folders, keys, Limits(context or 0, max_tokens, timeout, max_body), max_batch,
-                queue, kv_bytes, prefill_chunk, most_adapters, adapter_bytes,
+                queue, kv_bytes, prefill_chunk, most_adapters, adapter_bytes, pooling,
             )  # fmt: skip
             for known, adapter in self.model.adapters.items():
                 self.registry.add(known, adapter)
@@ -146,6 +151,7 @@ class Server:
         prefill_chunk: int,
         most_adapters: int | None,
         adapter_bytes: int,
+        pooling: str | None,
     ) -> None:
         """The engine, and what requests are handled with."""
         import pylora
@@ -176,6 +182,7 @@ class Server:
             self.engine, shelf, tokenizer, llama.config.vocab_size,
             replace(limits, context=limits.context or most), keys, metrics,
             precision=llama.computes,
+            pooling=pooling,
             fingerprint=f"pylora-{pylora.__version__}-{llama.computes}-{llama.ops.name}",
         )  # fmt: skip
         _ = self.house.grammars.vocabulary  # before anybody waits for it

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Any, NoReturn
@@ -18,13 +19,15 @@ from starlette.types import Receive, Scope, Send
 
 from pylora.web.problem import Problem, malformed
 
+_CHARSET = re.compile(r'charset\s*=\s*"?([^\s";]+)')
 _PATIENCE = 60.0  # seconds for a body to come
 Events = AsyncIterator[Mapping[str, Any] | None]
 
 
 async def read_bytes(request: Request, limit: int) -> bytes:
     """The body. Problem: too large (413), too slow (408), not said to be JSON (415)."""
-    said = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    said, _, more = request.headers.get("content-type", "").lower().partition(";")
+    said = said.strip()
     if said != "application/json" and not (
         said.startswith("application/") and said.endswith("+json")
     ):
@@ -33,6 +36,21 @@ async def read_bytes(request: Request, limit: int) -> bytes:
             "the body must be JSON and say so (Content-Type: application/json), got "
             f"{said[:100]!r}",
             code="unsupported_media_type",
+        )
+    charset = _CHARSET.search(more)
+    if charset is not None and charset[1] not in ("utf-8", "utf8", "us-ascii"):
+        raise Problem(
+            415,
+            f"the body must be UTF-8, as JSON is; its Content-Type says {charset[1][:40]!r}",
+            code="unsupported_media_type",
+        )
+    packed = request.headers.get("content-encoding", "identity").strip().lower()
+    if packed not in ("", "identity"):
+        raise Problem(
+            415,
+            f"the body is packed (Content-Encoding: {packed[:40]!r}); send it as it is",
+            code="unsupported_media_type",
+            headers={"Accept-Encoding": "identity"},
         )
     length = request.headers.get("content-length", "")
     if length.isdigit() and (len(length) > 18 or int(length) > limit):
@@ -58,6 +76,7 @@ def _too_large(limit: int) -> Problem:
         413,
         f"the body is larger than {limit:,} bytes, which is this server's limit (--max-body)",
         code="body_too_large",
+        headers={"Connection": "close"},  # the rest of it is not read
     )
 
 

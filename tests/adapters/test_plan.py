@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pylora.adapters.adapter import Adapter
 from pylora.adapters.loraconfig import LoraConfig
 from pylora.adapters.plan import PlanEntry, resolve
 from pylora.errors import ConfigError, PlanError, PyloraError, UnsupportedError
@@ -196,7 +197,6 @@ def test_values_out_of_range_are_named(fields: dict[str, Any], message: str) -> 
 UNSUPPORTED: list[tuple[str, Any]] = [
     ("alora_invocation_tokens", [1, 2]),
     ("layer_replication", [[0, 2], [1, 3]]),
-    ("trainable_token_indices", [0]),
     ("megatron_config", {"x": 1}),
     ("use_qalora", True),
     ("use_bdlora", {"nblocks": 2}),
@@ -204,8 +204,7 @@ UNSUPPORTED: list[tuple[str, Any]] = [
     ("kasa_config", {"beta": 1.0}),
     ("velora_config", {"scale": 1.0}),
     ("monteclora_config", {"num_samples": 8}),
-    ("ensure_weight_tying", True),
-    ("init_lora_weights", "pissa"),
+    ("init_lora_weights", "corda"),
     ("init_lora_weights", "loftq"),
     ("init_lora_weights", "lora_ga"),
     ("peft_type", "IA3"),
@@ -244,9 +243,41 @@ def test_fields_without_effect_and_empty_ones_are_read() -> None:
     assert LoraConfig.from_dict(fields).target_modules == ("q_proj",)
 
 
-def test_modules_to_save_and_bias_on_an_embedding_are_refused() -> None:
-    with pytest.raises(UnsupportedError, match=r"modules_to_save = \['lm_head'\]"):
-        plan(modules_to_save=["lm_head"])
+@pytest.mark.parametrize("how", ["pissa", "pissa_niter_4", "olora", "OLoRA"])
+def test_a_beginning_that_takes_from_the_base_needs_the_base(how: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"init_lora_weights = '{how}'.*base=checkpoint"):
+        plan(init_lora_weights=how)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([3, 3], "the token 3 twice"),
+        ([-1], "expected token ids"),
+        ([True], "expected token ids"),
+        ("embed_tokens", "expected token ids"),
+        ({"embed_tokens": []}, "expected token ids"),
+        ({"embed_tokens": [1, 1]}, "twice"),
+        ({"": [1]}, "non-empty"),
+    ],
+)
+def test_token_indices_are_ids(value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LoraConfig(target_modules=["q_proj"], trainable_token_indices=value)
+
+
+def test_whole_modules_get_no_lora_and_are_not_trained_here() -> None:
+    both = plan(target_modules=["q_proj", "v_proj"], modules_to_save=["1.self_attn.q_proj"])
+    assert "model.layers.1.self_attn.q_proj" not in both
+    assert len(both) == len(plan(target_modules=["q_proj", "v_proj"])) - 1
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"])
+    with pytest.raises(UnsupportedError, match=r"modules_to_save = \('norm',\).*not trained"):
+        Adapter.init(resolve(config, MODULES), config)
+
+
+def test_bias_on_an_embedding_and_adapters_of_tied_layers_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match="ensure_weight_tying"):
+        plan(target_modules=["embed_tokens"], ensure_weight_tying=True)
     with pytest.raises(UnsupportedError, match="model.embed_tokens: lora_bias"):
         plan(target_modules=["embed_tokens"], lora_bias=True)
 

@@ -306,7 +306,8 @@ static void split(const world *w, const pylora_layer *l, const pylora_mat *x,
   OK(pylora_cast(&wide, v));
 }
 
-static pylora_mat by_hand(const world *w, const int64_t *ids, int64_t m, const pylora_adapter *a) {
+static pylora_mat by_hand(const world *w, const int64_t *ids, int64_t m, const pylora_adapter *a,
+                          pylora_mat *last) {
   const pylora_decoder *g = &w->model;
   const int act = w->act;
   const pylora_mat x = mat_of(0, m, HIDDEN), normed = mat_of(act, m, HIDDEN),
@@ -359,6 +360,8 @@ static pylora_mat by_hand(const world *w, const int64_t *ids, int64_t m, const p
     plus(&x, &inner, s);
   }
   normed_to(&g->norm, &x, &normed);
+  *last = mat_of(0, m, HIDDEN); /* the same, not rounded to the type that products take */
+  normed_to(&g->norm, &x, last);
   const pylora_mat logits = mat_of(0, m, VOCAB);
   one_linear(w, &normed, w->table - 1, a, NULL, NULL, &logits);
   OK(pylora_soft_cap_forward(&logits, g->logit_multiplier == 0 ? 1 : g->logit_multiplier,
@@ -379,7 +382,7 @@ static int run_step(const world *w, const pylora_step *s, const pylora_mat *logi
 static void chunks(world *w, int unpacked) {
   static int64_t text[SEQUENCES][LONGEST];
   int64_t length[SEQUENCES], done[SEQUENCES] = {0};
-  pylora_mat want[SEQUENCES];
+  pylora_mat want[SEQUENCES], last[SEQUENCES];
   const pylora_adapter *adapter[SEQUENCES];
   const pylora_adapter *table = unpacked ? w->unpacked : w->adapter;
   for (int i = 0; i < SEQUENCES; i++) {
@@ -388,7 +391,7 @@ static void chunks(world *w, int unpacked) {
     const int64_t a = i && below(3) == 0 ? -2 : below(ADAPTERS + 1) - 1;
     adapter[i] = a == -2 ? adapter[i - 1] : a == -1 ? NULL : &table[a];
     const pylora_adapter *plain = adapter[i] ? &w->unpacked[adapter[i] - table] : NULL;
-    want[i] = by_hand(w, text[i], length[i], plain);
+    want[i] = by_hand(w, text[i], length[i], plain, &last[i]);
   }
   for (int round = 0; round < 50; round++) {
     int64_t ids[SEQUENCES * LONGEST], position[SEQUENCES * LONGEST], row[SEQUENCES * LONGEST];
@@ -414,14 +417,17 @@ static void chunks(world *w, int unpacked) {
       q_start[n] = seg[n] = m;
     }
     const pylora_seqs seqs = {n, q_start, k_start, k_len};
+    const pylora_mat normed = matrix(outputs, HIDDEN, 0);
     const pylora_step s = {
-        m,       ids,   position, row, &seqs, n, unpacked || n == 0 ? NULL : seg, n ? of : NULL,
-        outputs, output};
+        m,       ids,    position, row, &seqs, n, unpacked || n == 0 ? NULL : seg, n ? of : NULL,
+        outputs, output, &normed};
     const pylora_mat logits = matrix(outputs, VOCAB, 0);
     if (n) OK(run_step(w, &s, &logits));
     for (int64_t i = 0; i < outputs; i++) {
       const pylora_mat got = row_of(&logits, i), exact = row_of(&want[who[i]], from[i]);
       expect_same("logits", &got, &exact);
+      const pylora_mat hidden = row_of(&normed, i), behind = row_of(&last[who[i]], from[i]);
+      expect_same("normed", &hidden, &behind);
     }
   }
   for (int i = 0; i < SEQUENCES; i++) EXPECT(done[i] == length[i]);
@@ -451,7 +457,7 @@ static void refused(void) {
   int64_t q_start[] = {0, 2, 3}, k_start[] = {0, 16}, k_len[] = {2, 1}, seg[] = {0, 2, 3};
   const pylora_seqs seqs = {2, q_start, k_start, k_len};
   const pylora_adapter *of[] = {&w.adapter[0], NULL};
-  const pylora_step good = {3, ids, position, row, &seqs, 2, seg, of, 2, output};
+  const pylora_step good = {3, ids, position, row, &seqs, 2, seg, of, 2, output, NULL};
   const pylora_mat logits = matrix(2, VOCAB, 0);
   OK(run_step(&w, &good, &logits));
   const size_t n = pylora_decoder_workspace(&w.model, &good);
@@ -470,6 +476,7 @@ static void refused(void) {
   WITH(PYLORA_E_NULL, bad.kv_row = NULL);
   WITH(PYLORA_E_NULL, bad.seqs = NULL);
   WITH(PYLORA_E_NULL, bad.output = NULL);
+  WITH(PYLORA_E_SHAPE, bad.normed = &logits);
   WITH(PYLORA_E_SHAPE, bad.m = -1);
   WITH(PYLORA_E_SHAPE, (bad.m = 2, bad.outputs = 1));
   WITH(PYLORA_E_SHAPE, bad.seg_start = NULL);

@@ -71,6 +71,18 @@ static void lora_linear(void) {
   E_NULL(pylora_pack(PYLORA_F32, NULL, ws, &bad));
   E_NULL(pylora_pack(PYLORA_F32, &W, NULL, &bad));
   E_NULL(pylora_pack(PYLORA_F32, &W, ws, NULL));
+  static _Alignas(64) char there[4096]; /* panels that a program keeps */
+  EXPECT_STATUS(PYLORA_OK, pylora_pack(PYLORA_F32, &W, there, &bad));
+  EXPECT_STATUS(PYLORA_OK, pylora_packed_at(PYLORA_F32, 5, 6, there, &bad));
+  const pylora_mat again = matrix(5, 6, 1);
+  EXPECT_STATUS(PYLORA_OK, pylora_unpack(&bad, &again));
+  expect_same("a weight of bytes that lie somewhere", &again, &W);
+  E_NULL(pylora_packed_at(PYLORA_F32, 5, 6, NULL, &bad));
+  E_NULL(pylora_packed_at(PYLORA_F32, 5, 6, there, NULL));
+  E_SHAPE(pylora_packed_at(PYLORA_F32, -5, 6, there, &bad));
+  E_SHAPE(pylora_packed_at(PYLORA_Q8_0, 5, 6, there, &bad));
+  EXPECT_STATUS(PYLORA_E_UNSUPPORTED, pylora_packed_at(99, 5, 6, there, &bad));
+  EXPECT_STATUS(PYLORA_E_VALUE, pylora_packed_at(PYLORA_F32, 5, 6, there + 4, &bad));
   E_NULL(pylora_unpack(NULL, &W));
   E_SHAPE(pylora_unpack(&P, &X));
 }
@@ -147,6 +159,30 @@ static void transformer(void) {
   E_VALUE(pylora_choose(&X, X.cols + 1, 0, &DX, chosen, &DX));
   E_SHAPE(pylora_choose(&X, 1, 0, &DX, chosen, &Y));
   E_NULL(pylora_choose(&X, X.cols, 0, &DX, NULL, &DX));
+
+  pylora_sampling how[8];
+  for (int i = 0; i < 8; i++) how[i] = (pylora_sampling){1, 1, 0, 0.5, 0, NULL, 0};
+  double lse[8];
+  int64_t count[8] = {0};
+  char room[4096];
+  E_NULL(pylora_sample(NULL, how, chosen, room, sizeof room));
+  E_NULL(pylora_sample(&X, NULL, chosen, room, sizeof room));
+  E_NULL(pylora_sample(&X, how, NULL, room, sizeof room));
+  how[0].u = 1;
+  E_VALUE(pylora_sample(&X, how, chosen, room, sizeof room));
+  how[0].u = 0.5, how[0].temperature = -1;
+  E_VALUE(pylora_sample(&X, how, chosen, room, sizeof room));
+  how[0].temperature = 1, how[0].top_p = 0;
+  E_VALUE(pylora_sample(&X, how, chosen, room, sizeof room));
+  how[0].top_p = NAN;
+  E_VALUE(pylora_sample(&X, how, chosen, room, sizeof room));
+  how[0].top_p = 1, how[0].top_k = -1;
+  E_VALUE(pylora_sample(&X, how, chosen, room, sizeof room));
+  E_NULL(pylora_likeliest(&X, count, 1, lse, NULL, room, sizeof room));
+  E_NULL(pylora_likeliest(&X, count, 1, NULL, chosen, room, sizeof room));
+  count[0] = 2;
+  E_VALUE(pylora_likeliest(&X, count, 1, lse, chosen, room, sizeof room));
+  E_VALUE(pylora_likeliest(&X, count, -1, lse, chosen, room, sizeof room));
 
   E_NULL(pylora_swiglu_forward(&X, NULL, &DX));
   E_SHAPE(pylora_swiglu_forward(&X, &Y, &DX));

@@ -337,7 +337,7 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"use_rslora": 1}, "use_rslora"),
     ({"fan_in_fan_out": True}, "fan_in_fan_out"),
     ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-    ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
+    ({"init_lora_weights": "corda"}, "corda"),
     ({"init_lora_weights": "mystery"}, "mystery"),
     ({"target_modules": ["q_prj"]}, "q_prj"),
     ({"target_modules": []}, "target_modules"),
@@ -367,6 +367,16 @@ def test_config_refused(plain: Path, tmp_path: Path, change: dict[str, Any], nam
     file = tmp_path / "a" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     assert names in refused(plain, tmp_path / "a")
+
+
+def test_what_takes_from_the_base_is_refused(plain: Path, tmp_path: Path) -> None:
+    """Python reads it: it has the decompositions."""
+    random_adapter(plain, tmp_path / "a", target_modules=["q_proj"])
+    file = tmp_path / "a" / "adapter_config.json"
+    config = json.loads(file.read_text()) | {"init_lora_weights": "pissa_niter_4"}
+    file.write_text(json.dumps(config))
+    with CModel(plain) as model, pytest.raises(CError, match="pissa_niter_4"):
+        model.attach(tmp_path / "a")
 
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"

@@ -152,6 +152,20 @@ def test_merge_then_unmerge_gives_the_weights_back(
         assert all(a.load(name).tobytes() == c.load(name).tobytes() for name in a.names())
 
 
+def test_pack_writes_a_model_that_every_verb_takes(
+    model: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packed, merged = tmp_path / "packed", tmp_path / "merged"
+    said = run(capsys, "pack", model, packed, "--precision", "bf16")
+    assert "bytes in bf16 (15 matrices as BF16)" in said and "copied tokenizer.json" in said
+    assert "are those that were written" in run(capsys, "pack", packed, "--verify")
+    args = ("time equals", "-n", 8, "--adapter", trained)
+    here = run(capsys, "generate", packed, *args)
+    assert here == run(capsys, "generate", model, *args, "--precision", "bf16")
+    assert "is not packed" in sentence(capsys, "pack", model, "--verify")
+    assert "8 modules merged" in run(capsys, "merge", packed, trained / "adapter", merged)
+
+
 def test_combine_makes_one_adapter_of_several(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -369,7 +383,7 @@ def test_interrupted_training_exits_with_130_and_can_be_resumed(
     step = int(saved.name.rpartition("-")[2])
     assert stderr.startswith(f"pylora: interrupted after step {step} of 100000; saved in {saved};")
     again = shlex.split(stderr.partition("to go on: ")[2])
-    assert again == ["pylora", *map(str, args), "--resume"]
+    assert again == ["pylora", "train", "--resume", str(out)]
 
 
 def test_each_line_of_a_file_of_prompts_may_name_its_adapter(

@@ -47,9 +47,11 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     config = where / "config.json"
     config.write_text('{"r": 3, "target_modules": ["q_proj"]}', encoding="utf-8")
     run = where / "run"
+    pack = ["pack", str(model), str(where / "packed"), "--precision", "bf16"]
+    assert cli.main(pack) == 0
     return {
         "model": model, "data": data, "run": run, "other": run / "adapter", "prompts": prompts,
-        "c": config, "pairs": pairs, "texts": texts,
+        "c": config, "packed": where / "packed", "pairs": pairs, "texts": texts,
     }  # fmt: skip
 
 
@@ -58,10 +60,12 @@ def base(verb: str, there: dict[str, Path], out: Path) -> list[str]:
     model, run = str(there["model"]), str(there["run"])
     return {
         "train": ["train", model, str(there["data"]), str(out / "run")],
+        "eval": ["eval", model, str(there["data"])],
         "generate": ["generate", model, "truth"],
         "chat": ["chat", model],
         "serve": ["serve", model],
         "merge": ["merge", model, run, str(out / "merged")],
+        "pack": ["pack", model, str(out / "packed"), "--precision", "fp32"],
         "combine": ["combine", run, str(there["other"]), str(out / "both")],
         "convert": ["convert", run, str(out / "a.gguf"), "--base", model],
         "unmerge": ["unmerge", str(there["model"]), str(out / "base")],
@@ -77,7 +81,9 @@ def base(verb: str, there: dict[str, Path], out: Path) -> list[str]:
 
 # Where another value is not simply the next number: what to give.
 VALUES: dict[str, Any] = {
-    "alpha": "3.5", "targets": "q_proj", "config": "{c}", "eval_data": "{data}",
+    "alpha": "3.5", "init": "pissa", "targets": "q_proj", "config": "{c}", "adapter_config": "{c}",
+    "learning_rate": "0.01", "epochs": "3", "metric": "token-accuracy", "sample": "truth",
+    "best_by": "last", "start": "{run}", "patience": "2", "eval_data": "{data}",
     "schedule": "linear", "weights": "0.5,2", "method": "linear", "density": "0.5", "rank": "1",
     "majority_sign": "frequency",
     "precision": "bf16", "max_tokens": "64", "max_length": "64", "steps": "2", "eval_every": "1",
@@ -101,8 +107,10 @@ VALUES: dict[str, Any] = {
 BESIDE: dict[tuple[str, str], list[str]] = {
     ("train", "truncate"): ["--max-length", "64"],
     ("train", "packing"): ["--max-tokens", "64"],
-    ("train", "eval_every"): ["--eval", "{data}"],
-    ("train", "keep"): ["--save-every", "1"],
+    **{
+        ("train", o): ["--eval", "{data}"]
+        for o in ("eval_every", "metric", "sample", "best_by", "patience")
+    },
     ("generate", "system"): ["--chat"],
     ("generate", "template_arg"): ["--chat"],
     **{("merge", o): ["--to", "{out}/m.gguf"] for o in ("type_", "dry", "every")},
@@ -111,6 +119,8 @@ BESIDE: dict[tuple[str, str], list[str]] = {
 INSTEAD: dict[tuple[str, str], list[str]] = {
     ("generate", "prompts"): ["generate", "{model}"],
     **{("merge", o): ["merge", "{model}", "{run}"] for o in ("to", "type_", "dry", "every")},
+    ("pack", "precision"): ["pack", "{model}", "{out}/packed"],
+    ("pack", "verify"): ["pack", "{packed}"],
     ("convert", "base"): ["convert", "{run}", "{out}/a.gguf"],
     ("conformance", "as_list"): ["conformance"],
     ("conformance", "mutants"): ["conformance"],
@@ -177,6 +187,8 @@ def handed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     spy("pylora.training.train.train", last=True)
     spy("pylora.training.train.check_out_dir")
+    spy("pylora.training.evaluate.evaluate")
+    spy("pylora.generation.metrics.Judge")
     spy("pylora.training.examples.load_examples")
     spy("pylora.training.objectives.choose.choose")
     spy("pylora.training.objectives.choose.read")
@@ -196,6 +208,7 @@ def handed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         ),
     )
     spy("pylora.adapters.convert.convert", last=True)
+    spy("pylora.formats.pack.pack_model", last=True)
     spy("pylora.adapters.combine.combine", last=True)
     spy("pylora.check.check.check_model", result=Report("m", "a", "c", 1, 0, "all of it"))
     spy("pylora.demo.demo.run", last=True)
@@ -315,7 +328,7 @@ def test_the_table_names_what_there_is() -> None:
 def test_each_rule_refuses_by_name_and_before_anything_is_read(
     verb: str, rule: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    needed = {"train": 3, "merge": 2, "generate": 1, "plan": 1, "chat": 1}.get(verb, 0)
+    needed = {"train": 3, "merge": 2, "generate": 1, "plan": 1, "chat": 1, "pack": 1}.get(verb, 0)
     args = [verb, *["/none"] * needed]
     if isinstance(rule, rules.OneOf):
         if not rule.at_least:
@@ -326,6 +339,8 @@ def test_each_rule_refuses_by_name_and_before_anything_is_read(
         other = added(verb, rule.other)
         if rule.other == "schedule":
             other = ["--schedule", "constant"]
+        if rule.other == "best_by":
+            other = ["--best-by", "last"]
         args += ["m:C"] if rule.other == "profile" else []
         args += [*added(verb, rule.option), *other]
         names = (rule.option, rule.other)
@@ -418,6 +433,7 @@ def test_no_hint_stands_for_an_option_that_exists_everywhere() -> None:
         (["trian"], "did you mean train?"),
         (["finetune"], "did you mean train?"),
         (["fuse"], "did you mean merge?"),
+        (["evaluate"], "did you mean eval?"),
         (["xyzzy"], "no verb 'xyzzy' (the verbs: "),
         (["train", "m", "d", "o", "--rankk", "3"], "did you mean --rank?"),
         (["train", "m", "d", "o", "--epoch", "3"], "did you mean --epochs?"),

@@ -37,7 +37,7 @@ KINDS += ("no place for files",) * (sys.platform == "linux")
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "verb", ["train", "merge", "unmerge", "vectors", "demo", "inspect", "check"]
+    "verb", ["train", "merge", "unmerge", "pack", "vectors", "demo", "inspect", "check"]
 )
 def test_each_verb_refuses_before_it_reads(
     verb: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -47,6 +47,7 @@ def test_each_verb_refuses_before_it_reads(
         "train": ["train", "/no/model", "/no/data", out],
         "merge": ["merge", "/no/model", "/no/adapter", out],
         "unmerge": ["unmerge", "/no/model", out],
+        "pack": ["pack", "/no/model", out, "--precision", "int8"],
         "vectors": ["vectors", "--out", out],
         "demo": ["demo", "--model", "/no/model", "--out", out],
         "inspect": ["inspect", "/no/adapter", "--picture", out],

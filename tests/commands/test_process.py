@@ -89,7 +89,7 @@ def test_a_signal_while_it_trains_saves_the_step(
     (saved,) = out.glob("checkpoint-*")
     assert process.returncode == 128 + number
     assert said.startswith(f"pylora: {word} after step ") and f"saved in {saved}; to go on:" in said
-    assert said.endswith("--steps 100000 --resume\n") and said.count("\n") == 1
+    assert said.endswith(f"to go on: pylora train --resume {out}\n") and said.count("\n") == 1
 
 
 def test_an_ignored_signal_stays_ignored(model: Path, data: Path, tmp_path: Path) -> None:

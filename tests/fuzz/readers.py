@@ -26,6 +26,7 @@ with atheris.instrument_imports(include=["pylora"]):
     from pylora.formats import open_checkpoint
     from pylora.formats.safetensors import SafeTensors
     from pylora.model.config import LlamaConfig
+    from pylora.model.llama import random_weights
     from pylora.text.chat import render_chat
     from pylora.text.tokenizer import tokenizer_from_directory
     from pylora.training.fields import Fields
@@ -36,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 FOLDER = Path(tempfile.mkdtemp(prefix="pylora-fuzz-"))
 CONFIG = LlamaConfig.tiny(num_hidden_layers=1)
 MODULES = CONFIG.modules()
+BASE = random_weights(CONFIG)
 
 
 def records(data: bytes) -> None:
@@ -85,7 +87,7 @@ def adapter(data: bytes) -> None:
     settings, _, tensors = data.partition(b"\n")
     (folder / "adapter_config.json").write_bytes(settings)
     (folder / "adapter_model.safetensors").write_bytes(tensors)
-    Adapter.load(folder, MODULES)
+    Adapter.load(folder, CONFIG, base=BASE)
 
 
 def gguf_adapter(data: bytes) -> None:

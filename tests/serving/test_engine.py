@@ -18,12 +18,13 @@ from pylora.adapters.adapter import Adapter
 from pylora.adapters.loraconfig import LoraConfig
 from pylora.adapters.plan import resolve
 from pylora.adapters.pool import AdapterPool
-from pylora.errors import ConfigError, DataError
+from pylora.errors import ConfigError, DataError, UnsupportedError
 from pylora.generation.generate import generate
 from pylora.generation.logprobs import Logprobs
 from pylora.generation.sampling import Sampling
 from pylora.model.config import LlamaConfig
 from pylora.model.llama import Llama
+from pylora.model.whole import Whole
 from pylora.serving.adapters import Registry
 from pylora.serving.arena import row_bytes
 from pylora.serving.engine import Engine
@@ -34,12 +35,14 @@ from pylora.serving.request import (
     Echo,
     Event,
     Failed,
+    Pooled,
     QueueFull,
     Request,
     Token,
     UnknownAdapter,
 )
 from pylora.serving.stats import StepReport
+from pylora.types import Seqs
 
 VOCAB = 61
 SHAPE: dict[str, Any] = {
@@ -147,6 +150,20 @@ def logits_of(model: Llama, request: Request, answer: list[int]) -> np.ndarray:
     return np.concatenate([model.ops.to_numpy(row) for row in rows])
 
 
+def pooled_alone(model: Llama, request: Request) -> np.ndarray:
+    """The prompt's rows behind the last norm, by the layers, as one."""
+    model.attach(mixed(model, request.adapters) or {})
+    ids = np.array(request.ids)
+    seqs = Seqs(np.array([0, ids.size]), np.array([0]), np.array([ids.size]))
+    x, _ = model.trunk.forward(ids, seqs, np.arange(ids.size), None, model.trunk.lowest, False)
+    model.detach()
+    rows = model.ops.norm_forward(x, model.norm)[0].astype(np.float64)
+    total = np.zeros(rows.shape[1])
+    for row in rows:
+        total += row
+    return rows[-1] if request.pooling == "last" else total / ids.size
+
+
 def check(model: Llama, request: Request, heard: Heard) -> None:
     """The answer is the one alone, and its logprobs are those of the whole text."""
     want, done = alone(model, request), heard.done
@@ -155,6 +172,9 @@ def check(model: Llama, request: Request, heard: Heard) -> None:
     assert done.usage.prompt_tokens == len(request.ids)
     assert done.usage.completion_tokens == len(want)
     assert done.reason == ("length" if len(want) == request.max_new_tokens else "stop")
+    if request.pooling is not None:
+        (pooled,) = (event.row for event in heard.events if isinstance(event, Pooled))
+        np.testing.assert_array_equal(pooled, pooled_alone(model, request))
     if request.logprobs is None and not request.prompt_logprobs:
         return
     rows, first = logits_of(model, request, want), len(request.ids) - 1
@@ -219,9 +239,10 @@ def a_scene(random: Random) -> Scene:
     def request() -> Request:
         prompt = random.choice(texts)[: random.choice([1, 3, 18, 30, 45])]
         prompt += [random.randrange(VOCAB) for _ in range(random.choice([0, 0, 1, 5]))]
+        pooling = random.choice([None] * 8 + ["last", "mean"])
         return Request(
             prompt,
-            random.choice([1, 5, 14, 30, 80 - len(prompt)]),
+            0 if pooling else random.choice([1, 5, 14, 30, 80 - len(prompt)]),
             random.choice(SAMPLINGS),
             seed=random.randrange(3),
             row=random.randrange(3),
@@ -229,6 +250,7 @@ def a_scene(random: Random) -> Scene:
             adapters=random.choice(some),
             logprobs=random.choice([None, None, None, 0, 3]),
             prompt_logprobs=random.random() < 0.1,
+            pooling=pooling,
             key=random.choice(["", "a", "b"]),
         )
 
@@ -578,3 +600,49 @@ def test_steps_are_reported(net: Llama) -> None:
     assert [r.decoding for r in reports] == [0, 0, 0, 1, 1]
     stats = engine.stats()
     assert stats.steps == 5 and stats.computed_tokens == 10 and stats.tokens == 3
+
+
+# ---- adapters with weights of their own ---------------------------------------------------------
+
+
+def test_adapters_with_weights_of_their_own_run_beside_the_others() -> None:
+    """Each answer has the bits that it has alone, in steps that the three share."""
+    model = a_model(tie_word_embeddings=False)
+    registry = a_registry(model)
+    rng = np.random.default_rng(0)
+    made: dict[str, Adapter | None] = {"verse": an_adapter(model, 2, r=4)}
+    for i, names in enumerate((("lm_head",), ("model.embed_tokens", "model.norm"))):
+        plain = an_adapter(model, 5 + i)
+        shapes = model.config.tensors()
+        tensors = {
+            f"{n}.weight": rng.standard_normal(shapes[f"{n}.weight"]).astype(np.float32)
+            for n in names
+        }
+        made[f"own {i}"] = Adapter(plain.config, plain.plan, dict(plain), Whole(tensors))
+        registry.add(f"own {i}", made[f"own {i}"])  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError, match="cannot be summed"):
+        registry.resolve((("own 0", 0.5), ("verse", 0.5)))
+    asked = [
+        (name, Request(tuple(rng.integers(0, VOCAB, n).tolist()), 7, adapters=((name, 1.0),)))
+        for name, n in (("own 0", 9), ("verse", 5), ("own 1", 3), ("own 0", 4))
+    ]
+    asked.append(("", Request((3, 1, 4, 1, 5), 7)))
+    made[""] = None
+    with Engine(model, registry) as engine:
+        heard = [(name, request, Heard()) for name, request in asked]
+        for _, request, said in heard:
+            engine.submit(request, said)
+        for name, request, said in heard:
+            assert said.done.usage.completion_tokens == len(said.ids)
+            pool = AdapterPool(model)
+            if (adapter := made[name]) is not None:
+                pool.add("it", adapter)
+            (want,) = generate(
+                model, [list(request.ids)], 7, pool=pool,
+                adapters=["it" if name else None],
+            )  # fmt: skip
+            assert said.ids == want, name
+            if adapter is not None:
+                model.attach(adapter)
+                assert generate(model, [list(request.ids)], 7)[0] == want
+                model.detach()

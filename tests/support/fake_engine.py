@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from pylora.adapters import peft
+from pylora.adapters.adapter import Adapter
 from pylora.errors import PyloraError
 from pylora.formats import open_checkpoint
 from pylora.formats.safetensors import SafeTensors, save
@@ -26,6 +26,14 @@ from pylora.model.llama import Llama
 from pylora.types import LoRA, Seqs
 
 Loras = dict[str, LoRA]
+
+
+class _Whole(dict[str, LoRA]):
+    """A and B by path, and the weights that come with them."""
+
+    def __init__(self, loras: Loras, whole: Any) -> None:
+        super().__init__(loras)
+        self.whole = whole
 
 
 class Engine:
@@ -44,8 +52,9 @@ class Engine:
     # ---- what faults replace -------------------------------------------------------------------
 
     def load(self, name: str, path: Path) -> None:
-        config, plan, loras = peft.read(path, self.config.modules(), self.weights.__getitem__)
-        self.adapters[name] = self.changed(config, plan, loras)
+        adapter = Adapter.load(path, self.config, base=self.weights.__getitem__)
+        loras = self.changed(adapter.config, adapter.plan, dict(adapter))
+        self.adapters[name] = _Whole(loras, adapter.whole)
 
     def changed(self, config: Any, plan: Any, loras: Loras) -> Loras:
         return loras

@@ -17,6 +17,7 @@ from training import bits, counting, interrupt_after, problem
 from pylora.errors import ConfigError, FileFormatError, PlanError
 from pylora.formats.safetensors import SafeTensors
 from pylora.training import checkpoint
+from pylora.training.schedule import learning_rate
 from pylora.training.train import StepInfo, TrainConfig, TrainResult, train
 
 # 5 steps an epoch, so that the run is cut in an epoch and goes on into the next one.
@@ -30,7 +31,7 @@ CONFIG = TrainConfig(
     lora_plus_ratio=4.0,
     eval_every=2,
 )
-TIMES = ("tokens_per_second", "seconds")
+TIMES = ("tokens_per_second", "seconds", "eta_seconds", "memory_bytes")
 
 
 def run(ops: Any, out: Path, config: TrainConfig = CONFIG, **options: Any) -> TrainResult:
@@ -129,7 +130,7 @@ def test_a_finished_run_can_be_resumed_and_stays_as_it_is(ops: Any, tmp_path: Pa
     ("changes", "message"),
     [
         ({"learning_rate": 0.01}, "learning_rate was 0.02 and is 0.01"),
-        ({"steps": 9}, "steps was 7 and is 9"),
+        ({"batch_size": 4}, "batch_size was 3 and is 4"),
         ({"seed": 1}, "seed was 0 and is 1"),
         ({"accumulation": 3}, "accumulation was 2 and is 3"),
         ({"max_grad_norm": None}, "max_grad_norm was 1.0 and is not set"),
@@ -146,6 +147,46 @@ def test_settings_that_change_no_number_may_change(tmp_path: Path) -> None:
     stop("numpy", tmp_path, 2)
     config = replace(CONFIG, save_every=1, eval_every=None, log_every=2, keep=3)
     assert run("numpy", tmp_path, config, resume=True).steps == 7
+
+
+def test_a_run_may_be_made_longer_and_what_was_done_stays(ops: Any, tmp_path: Path) -> None:
+    first = run(ops, tmp_path / "cut")
+    longer = run(ops, tmp_path / "cut", replace(CONFIG, steps=9), resume=True)
+    assert longer.losses[:7] == first.losses and longer.steps == 9
+    # The steps past the end are those of the longer schedule, from where the shorter one was.
+    rates = [line["learning_rate"] for line in logged(tmp_path / "cut") if "loss" in line]
+    assert rates[:7] == [rate(n, 7) for n in range(1, 8)] and rates[7:] == [rate(8, 9), rate(9, 9)]
+    # A constant rate knows no end: the longer run is the one that would have been long at once.
+    steady = replace(CONFIG, schedule="constant")
+    run(ops, tmp_path / "steady", steady)
+    run(ops, tmp_path / "steady", replace(steady, steps=None, epochs=2), resume=True)
+    whole = run(ops, tmp_path / "whole", replace(steady, steps=None, epochs=2))
+    assert whole.steps == 10
+    for name in ("adapter/adapter_model.safetensors", "checkpoint-000010/optimizer.safetensors"):
+        assert (tmp_path / "steady" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    with pytest.raises(ConfigError, match="after step 9, and the run is to have 5 steps"):
+        run(ops, tmp_path / "cut", replace(CONFIG, steps=5), resume=True)
+
+
+def rate(step: int, steps: int) -> float:
+    return learning_rate(step, steps, peak=0.02, warmup_steps=2)
+
+
+def test_a_checkpoint_of_before_there_was_a_best_is_read(tmp_path: Path) -> None:
+    stop("numpy", tmp_path, 2)
+    file = tmp_path / "checkpoint-000002/state.json"
+    state = json.loads(file.read_text())
+    for name in ("best", "best_step", "stale"):
+        del state["progress"][name]
+    file.write_text(json.dumps(state))
+    assert run("numpy", tmp_path, resume=True).steps == 7
+
+
+def test_checkpoints_come_by_time(tmp_path: Path) -> None:
+    run("numpy", tmp_path, replace(CONFIG, save_minutes=1e-9, keep=20))
+    assert len(checkpoint.checkpoints(tmp_path)) == 7
+    run("numpy", tmp_path, replace(CONFIG, save_minutes=None, keep=20), overwrite=True)
+    assert len(checkpoint.checkpoints(tmp_path)) == 1
 
 
 def test_other_data_model_and_adapter_are_named(tmp_path: Path) -> None:
@@ -274,6 +315,7 @@ def test_a_damaged_checkpoint_is_named_and_can_be_removed(
         ("position", "1", "position is '1', not a count"),
         ("losses", [1.0], "1 losses after step 2"),
         ("losses", ["a", "b"], "not a list of numbers"),
+        ("best", "0.5", "best is '0.5', not a number"),
         ("more", 1, "does not have the fields of a run"),
     ],
 )

@@ -224,8 +224,11 @@ def test_steps_are_reported_and_logged(ops: Any, tmp_path: Path) -> None:
         (i.step, i.loss, i.grad_norm) for i in seen
     ]
     assert {"learning_rate", "tokens", "tokens_per_second", "seconds"} <= set(steps[0])
+    assert steps[-1]["eta_seconds"] == 0 < steps[0]["eta_seconds"]
+    assert steps[0]["memory_bytes"] is None or steps[0]["memory_bytes"] > 1e6
     evaluations = [line for line in lines if "eval_loss" in line]
-    assert [line["step"] for line in evaluations] == [2, 4, 5]
+    assert [line["step"] for line in evaluations] == [0, 2, 4, 5]
+    assert [step for step, _ in result.evaluations] == [0, 2, 4, 5]
     assert evaluations[-1]["eval_perplexity"] == math.exp(evaluations[-1]["eval_loss"])
     read = log.evaluations(tmp_path / "log.jsonl")
     assert read == [(line["step"], line["eval_loss"]) for line in evaluations]
@@ -305,6 +308,39 @@ def test_ctrl_c_ends_after_the_step_with_a_checkpoint(ops: Any, tmp_path: Path) 
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGTERM"), reason="there is no SIGTERM")
+def test_sigterm_saves_in_a_program_that_leaves_it_alone(ops: Any, tmp_path: Path) -> None:
+    """By default it would end the process; after the checkpoint it does, with the same code."""
+    model, adapter = problem(ops)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+    def on_step(info: StepInfo) -> None:
+        if info.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as ended:
+        train(model, adapter, counting(), FAST, tmp_path, on_step=on_step)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-000002"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_second_signal_ends_at_once(ops: Any, tmp_path: Path, number: int) -> None:
+    model, adapter = problem(ops)
+    after: list[int] = []
+
+    def on_step(info: StepInfo) -> None:
+        if info.step == 2:
+            signal.raise_signal(number)
+            signal.raise_signal(number)
+            after.append(1)
+
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        train(model, adapter, counting(), FAST, tmp_path, on_step=on_step)
+    assert not after, "the second one did not end what was under way"
+
+
 def test_a_directory_with_a_run_in_it_is_not_overwritten_by_accident(
     ops: Any, tmp_path: Path
 ) -> None:
@@ -382,7 +418,7 @@ def test_warm_up_longer_than_the_run_is_refused() -> None:
         TrainConfig(steps=4, warmup_steps=9)
     model, adapter = problem("numpy")
     with pytest.raises(ConfigError, match="warmup_steps is 9, but the run has only 3 steps"):
-        train(model, adapter, counting(), TrainConfig(batch_size=4, warmup_steps=9))
+        train(model, adapter, counting(), TrainConfig(epochs=1, batch_size=4, warmup_steps=9))
 
 
 def test_examples_are_checked_before_anything_runs() -> None:

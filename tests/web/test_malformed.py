@@ -3,6 +3,7 @@ body is; then the server still answers."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import random
@@ -55,6 +56,11 @@ WRONG_CHAT: list[tuple[dict[str, Any], str | None]] = [
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, None),
     ({"messages": [{"role": "assistant", "tool_calls": [{"id": 1}]}]}, None),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, None),
+    ({"messages": [{**MESSAGES[0], "name": 3}]}, "messages[0].name"),
+    ({"messages": [{**MESSAGES[0], "tool_call_id": []}]}, "messages[0].tool_call_id"),
+    ({"messages": [{**MESSAGES[0], "no_such": 1}]}, "messages[0].no_such"),
+    ({"messages": [*MESSAGES, {**MESSAGES[0], "function_call": {}}]}, "messages[1].function_call"),
+    ({"messages": [{**MESSAGES[0], "audio": {"id": "a"}}]}, "messages[0].audio"),
     ({"model": 3}, "model"),
     ({"model": ""}, "model"),
     ({"model": "no-such"}, "model"),
@@ -203,6 +209,16 @@ def test_what_is_no_body_of_json_no_method_no_path(client: Client) -> None:
     assert client.raw("POST", TEXT, b"{}", Content_Type="text/plain")[0] == 415
     assert client.raw("POST", TEXT, b"{}", Content_Type="multipart/form-data")[0] == 415
     assert client.raw("POST", TEXT, b" " * (1 << 17))[0] == 413
+    for headers in (
+        {"Content_Encoding": "gzip"},
+        {"Content_Type": "application/json; charset=utf-16"},
+    ):
+        status, _, data = client.raw("POST", TEXT, b'{"prompt": "a"}', **headers)
+        assert status == 415 and error_of(status, json.loads(data))
+    plain = client.raw(
+        "POST", TEXT, b'{"prompt": "a"}', Content_Type='application/json; charset="UTF-8"'
+    )
+    assert plain[0] == 200
     for method, path, wanted in (
         ("GET", TEXT, 405), ("DELETE", "/v1/models", 405), ("PUT", CHAT, 405),
         ("GET", "/v1/none", 404), ("GET", "/../etc/passwd", 404), ("POST", "/", 405),
@@ -215,18 +231,44 @@ def test_what_is_no_body_of_json_no_method_no_path(client: Client) -> None:
 
 def test_broken_http_is_no_trouble(server: Server, client: Client) -> None:
     for sent in (
-        b"\r\n\r\n", b"GET\r\n\r\n", b"POST / HTTP/9.9\r\n\r\n", b"\x16\x03\x01" * 50,
+        b"GET\r\n\r\n", b"POST / HTTP/9.9\r\nConnection: close\r\n\r\n", b"\x16\x03\x01" * 50,
         b"POST " + TEXT.encode() + b" HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
         b"POST " + TEXT.encode() + b" HTTP/1.1\r\nHost: x\r\nContent-Length: " + b"9" * 20
         + b"\r\nContent-Type: application/json\r\n\r\n{",
         b"POST " + TEXT.encode() + b" HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
         b"Content-Type: application/json\r\n\r\nzz\r\n",
     ):  # fmt: skip
-        with socket.create_connection((client.host, client.port), timeout=10) as wire:
+        answer = talk(client, sent)
+        assert answer.startswith((b"HTTP/1.1 400", b"HTTP/1.1 405", b"HTTP/1.1 413")), answer
+        error_of(400, json.loads(answer.partition(b"\r\n\r\n")[2]))
+    for long in (b"GET /" + b"a" * 200_000, b"GET / HTTP/1.1\r\nHost: x\r\nX-A: " + b"a" * 200_000):
+        assert talk(client, long).startswith(b"HTTP/1.1 431")
+
+
+def talk(client: Client, sent: bytes) -> bytes:
+    """What comes of some bytes."""
+    with socket.create_connection((client.host, client.port), timeout=10) as wire:
+        got = b""
+        with contextlib.suppress(ConnectionError):  # it closes on what it did not read
             wire.sendall(sent)
-            wire.shutdown(socket.SHUT_WR)
-            while wire.recv(65536):
-                pass
+            while more := wire.recv(65536):
+                got += more
+        return got
+
+
+def test_other_ways_of_http_are_answered(client: Client) -> None:
+    body, head = (
+        b'{"prompt": "a", "max_tokens": 2}',
+        b"Host: x\r\nContent-Type: application/json\r\n",
+    )
+    sized = head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    assert b'"choices"' in talk(client, b"POST " + TEXT.encode() + b" HTTP/1.0\r\n" + sized)
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
+    chunked = head + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks
+    assert b'"choices"' in talk(client, b"POST " + TEXT.encode() + b" HTTP/1.1\r\n" + chunked)
+    upgrade = b"Host: x\r\nConnection: Upgrade, close\r\nUpgrade: websocket\r\n\r\n"
+    answer = talk(client, b"GET " + TEXT.encode() + b" HTTP/1.1\r\n" + upgrade)
+    assert answer.startswith(b"HTTP/1.1 405")
 
 
 # ---- fuzz -------------------------------------------------------------------------------------

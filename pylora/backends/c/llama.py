@@ -231,6 +231,11 @@ class CLlama:
         c.ids, c.position, c.kv_row = at(step.ids, i64), at(step.position, i64), at(step.rows, i64)
         c.seg_start = at(step.start, i64)
         c.outputs, c.output = step.output.shape[0], at(step.output, i64)
+        if step.want_normed:
+            step.normed = np.empty((c.outputs, self.weights.embedding.shape[1]), np.float32)
+            normed = mat(step.normed)
+            c.normed = normed
+            held_arrays.append((step.normed, normed))
         tables = ffi.new("pylora_rope_table[]", max(len(step.rotations), 1))
         for table_of, r in zip(tables, step.rotations):
             cos = read("cos", r.cos, None, None)

@@ -33,6 +33,9 @@ _STORES = {  # what a precision makes of a float source
     "int4a8": lib.PYLORA_Q4_1_A8,
 }
 _BLOCKS = {kind: int(getattr(lib, f"PYLORA_{kind.upper()}")) for kind in BLOCKS}
+# How a packed weight's bytes are called where they are kept in a file (formats/panels.py).
+_KINDS = {"f32": lib.PYLORA_F32, "bf16": lib.PYLORA_BF16, "f32x3": lib.PYLORA_F32X3} | _BLOCKS
+_KIND_OF = {int(code): kind for kind, code in _KINDS.items()}
 _PANEL = int(lib.PYLORA_PANEL)
 _PART = 1 << 22  # bytes of a mapped file's blocks that are packed, and let go of, at a time
 
@@ -100,6 +103,31 @@ class Precision(Core):
                 )
             raise BackendError(f"this build cannot store a weight [{d}, {k}] in {precision}")
         return self._slabs.take(nbytes), ffi.new("pylora_packed *")
+
+    def panels_of(self, P: Packed) -> tuple[str, np.ndarray]:
+        """What `adopt` makes the same weight of: the kind of its panels, and their bytes. They are
+        the same whichever kernel table is in use."""
+        code = int(P.struct.dtype)
+        return _KIND_OF[code if code in _KIND_OF else code - lib.PYLORA_A8], P._data
+
+    @staticmethod
+    def panel_bytes(kind: str, d: int, k: int) -> int:
+        """Bytes of the panels of a weight [d, k]; 0 where there is no such kind or size."""
+        return int(lib.pylora_pack_bytes(_KINDS[kind], d, k)) if kind in _KINDS else 0
+
+    def adopt(self, kind: str, data: Array, shape: tuple[int, int], precision: str) -> Packed:
+        """Panels that lie somewhere, such as in a mapped file, as a weight: nothing is copied. They
+        must be 64-byte aligned, and not change while the weight lives."""
+        (d, k), code = shape, _KINDS[kind]
+        if self.panel_bytes(kind, d, k) != data.nbytes:
+            raise BackendError(
+                f"{data.nbytes} bytes are no panels of a weight [{d}, {k}] in {kind}"
+            )
+        if kind in _BLOCKS and precision != weights_of(precision):
+            code += lib.PYLORA_A8
+        struct = ffi.new("pylora_packed *")
+        check(lib.pylora_packed_at(code, d, k, at(data, "void *"), struct), "adopt")
+        return Packed((d, k), precision, data, struct)
 
     @staticmethod
     def _read_stored(W: Stored, precision: str) -> np.ndarray:

@@ -173,8 +173,10 @@ class CudaLlama:
 
     def _key(self, cache: Any, step: Step, max_q: int, max_k: int) -> Any:
         """What two steps have in common that may share a graph; None for one that is no graph's:
-        a prompt, whose shape hardly comes again."""
+        a prompt, whose shape hardly comes again, and one whose normed rows are wanted."""
         if self._no_graphs or os.environ.get("PYLORA_CUDA_GRAPHS") == "0" or max_q != 1:
+            return None
+        if step.want_normed:
             return None
         if step.output.size == 0 or any(
             a is not None and ((a.embedding_bias is not None and a.packed_B is None) or a.rescales)
@@ -259,6 +261,8 @@ class CudaLlama:
             product = ops.swiglu_forward(gate, up, dtype=w.dtype)
             (x,) = self._linear(product, start, step, (first + 6,), residual=x)
         x = ops.take_rows(x, at.output)
+        if step.want_normed:
+            step.normed, _ = ops.norm_forward(x, w.norm)
         normed, _ = ops.norm_forward(x, w.norm, w.dtype)
         outputs = np.searchsorted(step.output, step.start).tolist()
         (logits,) = self._linear(normed, outputs, step, (w.head_number,))

@@ -36,7 +36,8 @@ STORED = 2  # what dropout adds to the roundings to 16 bits: the factor, and wha
 def dropout_problems(  # type: ignore[no-untyped-def]
     draw, dtype: str = "float32", large: bool = False
 ) -> Problem:
-    """As lora_problems, of tame kinds, with p and a seed."""
+    """As lora_problems, with p and a seed: of one kind all, or one array beside ordinary others, so
+    that what is done to subnormal numbers, zeros or large ones in it shows."""
     m, k = (
         (draw(pick((64, 40))), draw(pick((32, 50))))
         if large
@@ -44,10 +45,11 @@ def dropout_problems(  # type: ignore[no-untyped-def]
     )
     d, r = draw(pick((1, 2, 3, 8, 17))), draw(pick((1, 2, 4)))
     rng = np.random.default_rng(draw(SEEDS))
-    kind = draw(pick(KINDS))
+    common, odd = draw(pick(KINDS)), draw(pick(("x", "W", "A", "B", "dy", None, None)))
     shapes = {"x": (m, k), "W": (d, k), "A": (r, k), "B": (d, r), "dy": (m, d)}
+    kinds = {n: common if odd in (None, n) else "normal" for n in shapes}
     return Problem(
-        **{name: elements(rng, shape, kind, dtype) for name, shape in shapes.items()},
+        **{name: elements(rng, shape, kinds[name], dtype) for name, shape in shapes.items()},
         scale=draw(pick((1.0, 2.0, -0.5))),
         p=draw(pick((0.5, 0.1, 0.25, 0.9))),
         seed=draw(st.integers(0, 2**31 - 1)),

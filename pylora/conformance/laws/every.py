@@ -1,9 +1,8 @@
 """Laws of all methods beyond the layer's own: sizes, layouts and NaN.
 
 What is right is said by the kit's correct implementation in float64, on the very numbers that were
-given (problems/every.py). Sums of small integers must be equal to it. The others must be near it:
-the numbers are such that what is wrong is far off, and how near is exactly right the methods' own
-laws say.
+given (problems/every.py). Sums of small integers must be equal to it, the others near it, within
+the bounds of near.py.
 """
 
 from __future__ import annotations
@@ -14,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from pylora.conformance.bounds.layer import NARROW, kind
 from pylora.conformance.correct.plain import Correct
+from pylora.conformance.laws import near
 from pylora.conformance.laws.law import Law
 from pylora.conformance.problems.every import (
+    COUNTS,
     DTYPES,
     KINDS,
     OPTIONS,
@@ -68,37 +68,24 @@ def expected(t: Trial, method: str, args: Args) -> list[tuple[Path, Array]]:
         return list(leaves(invoke(_CORRECT, method, mapped(args, wide))))
 
 
-def _near(t: Trial, method: str, args: Args, want: Array) -> Array | float:
-    """How far a result may be from what is expected."""
-    floats = [a for _, a in leaves(args) if a.dtype.kind not in "iub"]
-    narrow = kind(floats[0]) in NARROW
-    if KINDS[method].exact and not narrow and t.exact:
-        return 0.0
-    narrow |= t.precision != "fp32"  # what it keeps between products may have 8 bits
-    longest = max(max(a.shape, default=1) for a in floats)
-    wide = floats[0].dtype == np.float64
-    share = 2.0**-9 + (0.0 if wide else 2 * longest * 2.0**-24)
-    if narrow:
-        share = 2.0**-4
-    size = np.abs(np.where(np.isfinite(want), want, 0.0))
-    return share * (size + size.max(initial=0.0) * (1.0 if narrow else 2.0**-3)) + 1e-30
-
-
 def compare(t: Trial, what: str, method: str, args: Args, got: Any) -> list[Array]:
     """Every array of the result is the one that is expected."""
     found = list(leaves(got))
     wanted = expected(t, method, args)
     if [path for path, _ in found] != [path for path, _ in wanted]:
         t.fail(f"{what}: {method} gave {len(found)} arrays, expected {len(wanted)}", got)
+    wants = [want for _, want in wanted]
+    limits = near.bounds(t, method, args, wants)
     if len(found) > MANY:  # as one
-        if [a.shape for _, a in found] != [a.shape for _, a in wanted]:
+        if [a.shape for _, a in found] != [a.shape for a in wants]:
             t.fail(f"{what}: {method} gave arrays of other shapes than expected", got)
-        flat = [np.concatenate([a.reshape(-1) for _, a in each]) for each in (found, wanted)]
-        t.expect(f"{method} {what}", flat[0], flat[1], _near(t, method, args, flat[1]))
+        each = ([a for _, a in found], wants, limits)
+        flat = [np.concatenate([a.reshape(-1) for a in arrays]) for arrays in each]
+        t.expect(f"{method} {what}", flat[0], flat[1], flat[2])
         return [a for _, a in found]
-    for (_, a), (path, want) in zip(found, wanted):
+    for (_, a), (path, want), off in zip(found, wanted, limits):
         place = "".join(f"[{key!r}]" for key in path)
-        t.expect(f"{method}{place} {what}", a, want, _near(t, method, args, want))
+        t.expect(f"{method}{place} {what}", a, want, off)
     return [a for _, a in found]
 
 
@@ -120,15 +107,16 @@ def _sizes(t: Trial, p: Problem) -> None:
     compare(t, f"with {p.name} = {p.size}", method, args, invoke(t, method, args))
 
 
-def _size(method: str, dtype: str, name: str, size: int) -> Problem:
-    resized = lambda n: _size(method, dtype, name, max(KINDS[method].sizes[name], n))
-    return Problem(method=method, dtype=dtype, seed=1, name=name, size=size, resized=resized)
+def _size(method: str, dtype: str, name: str, size: int, seed: int = 1) -> Problem:
+    resized = lambda n: _size(method, dtype, name, max(KINDS[method].sizes[name], n), seed)
+    return Problem(method=method, dtype=dtype, seed=seed, name=name, size=size, resized=resized)
 
 
 def _all_sizes(dtype: str, examples: int) -> Iterator[Problem]:
     for method in METHODS:
         for name, size in walk(method, dtype, examples):
-            yield _size(method, dtype, name, size)
+            for seed in range(1, 1 + OPTIONS.get(method, 1) if name in COUNTS else 2):
+                yield _size(method, dtype, name, size, seed)  # what is clipped, and what is not
 
 
 @st.composite  # type: ignore[untyped-decorator]
@@ -209,7 +197,9 @@ def _odd(t: Trial, p: Problem) -> None:
     odd = mapped(args, put)
     named = "".join(f"[{key!r}]" for key in chosen)
     got, said = invoke(t, method, odd), f"with {p.odd} in {named}"
-    for (_, raw), (_, want) in zip(leaves(got), expected(t, method, odd)):
+    wants = [want for _, want in expected(t, method, odd)]
+    limits = near.bounds(t, method, odd, wants)
+    for (_, raw), want, off in zip(leaves(got), wants, limits):
         a = np.asarray(raw, np.float64)
         bad = ~np.isfinite(want)
         shown = np.isnan(a) if np.isnan(p.odd) else ~np.isfinite(a)
@@ -217,7 +207,6 @@ def _odd(t: Trial, p: Problem) -> None:
             t.fail(f"{method} {said}: an element that is computed from it does not show it", raw)
         if KINDS[method].spreads:
             continue
-        off = np.broadcast_to(np.asarray(_near(t, method, args, want), np.float64), want.shape)
         t.expect(f"{method} {said}, elsewhere", raw, want[~bad], off[~bad], at=~bad)
 
 

@@ -25,11 +25,14 @@ NAMES = ("dx", "dA", "dB")
 
 def poisoned(*names: str) -> Any:
     """Exact problems, one of whose arrays gets an odd number at a drawn place; as a function of
-    the dtype. A is all zeros at times, and s often 0."""
+    the dtype. A is all zeros at times, x or dy too, and s often 0."""
 
     def made(p: Problem, name: str, odd: float, at: tuple[int, int], scale: Any) -> Problem:
         A = p.A * p.A.dtype.type(at[1] % 5 > 0)
         more = {} if scale is None else {"scale": scale}
+        for factor, rest in (("x", 2), ("dy", 5)):  # of another length than A's and `ready`'s
+            if name != factor and at[1] % 7 == rest:
+                more[factor] = np.zeros_like(getattr(p, factor))
         return p.replaced(name=name, odd=odd, at=at, A=A, **more)
 
     def problems(dtype: str = "float32") -> Any:

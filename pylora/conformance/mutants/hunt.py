@@ -12,12 +12,14 @@ from functools import cache
 from typing import Any
 
 from pylora.conformance.correct.plain import Correct
+from pylora.conformance.laws.every import invoke
 from pylora.conformance.laws.law import Law
 from pylora.conformance.laws.registry import LAWS
 from pylora.conformance.mutants import mutants
 from pylora.conformance.mutants.registry import Mutant
-from pylora.conformance.problems.every import KINDS
+from pylora.conformance.problems.every import KINDS, OPTIONS, arguments
 from pylora.conformance.running.runner import BROKEN, FAILED, PROFILES, Outcome, Search, run_law
+from pylora.conformance.testcase import Problem
 
 
 def kills(
@@ -28,8 +30,10 @@ def kills(
     seed: int = 0,
 ) -> Iterator[Outcome]:
     """The outcomes of the laws that kill it, in the order of the laws, each with a fresh mutant."""
+    changed = _changed(mutant)
     for law in concerned(mutant, laws):
-        outcome = run_law(mutant.make(), law, examples=examples, seed=seed, shrink=False)
+        only = _narrowed(law, changed)
+        outcome = run_law(mutant.make(), only, examples=examples, seed=seed, shrink=False)
         if outcome.status in (FAILED, BROKEN):
             yield outcome
 
@@ -97,5 +101,33 @@ def _used(law: Law) -> frozenset[str]:
     recorder.read.clear()  # which methods there are was looked up
     search.run(law.share_of(12), 0, False)
     # A law of any method calls some of them only, in so few examples.
-    any_method = law.check.__module__.rpartition(".")[2] in ("every", "every_calls")
-    return frozenset(recorder.read).union(KINDS if any_method else ())
+    if not _of_any_method(law):
+        return frozenset(recorder.read)
+    return frozenset(recorder.read).union(*(_read_by(method) for method in KINDS))
+
+
+def _of_any_method(law: Law) -> bool:
+    return law.check.__module__.rpartition(".")[2] in ("every", "every_calls")
+
+
+def _narrowed(law: Law, changed: frozenset[str]) -> Law:
+    """A law of any method without what its list holds of methods that are the correct ones."""
+    if not _of_any_method(law):
+        return law
+    mine = {method for method in KINDS if changed & _read_by(method)}
+
+    def covering(dtype: str, examples: int) -> Iterator[Problem]:
+        for p in law.covering(dtype, examples) if law.covering else ():
+            if mine & set(vars(p).get("methods", ()) or (p.method,)):
+                yield p
+
+    return replace(law, covering=covering)
+
+
+@cache
+def _read_by(method: str) -> frozenset[str]:
+    """The attributes of an implementation that a call of the method has a use for."""
+    recorder = _Recorder()
+    for seed in range(OPTIONS.get(method, 1)):
+        invoke(recorder, method, arguments(method, "float32", seed))
+    return frozenset(recorder.read | {method})

@@ -51,6 +51,8 @@ class Numbers:
         ids = self.rng.integers(0, vocab, m)
         if m:
             ids[-1] = vocab - 1
+        if m > 1 and ids[0] == ids[-1]:  # read from the other end they are others
+            ids[0] = 0
         return ids.astype(np.int64)
 
     def pick(self, *options: Any) -> Any:
@@ -67,4 +69,6 @@ class Numbers:
         """Whose each row is: all, and the last of them above all, where there are enough rows."""
         rows = self.rng.integers(-1, adapters, m)
         rows[-min(m, adapters) :] = np.arange(adapters)[-min(m, adapters) :]
+        if m > 1 and rows[0] == rows[-1]:  # as with ids
+            rows[0] = -1
         return rows.astype(np.int64)

@@ -329,6 +329,8 @@ def walk(method: str, dtype: str, examples: int) -> Iterator[tuple[str, int]]:
             of = [limit for limit in of if limit <= (256 if name in COUNTS else 1024)][-1:]
         elif examples < 30:
             of = of[-1:]
+        elif name in COUNTS and examples < THOROUGH:  # each is a call, or several
+            of = [limit for limit in of if limit in (8, 64) or limit == of[-1]]
         for limit in of:
             yield name, limit + 1
 

@@ -1,8 +1,8 @@
 """Runs laws on an implementation: hypothesis finds and shrinks, the outcome says what happened.
 
-Runs are repeatable: the examples are a function of the law, the seed and the number of examples;
-nothing is stored. An implementation that raises, or returns what the protocol does not allow, is
-reported as broken there, with its smallest such example, and the search goes on.
+Runs are repeatable: the examples are a function of the law, the seed and the number of examples
+(repeatable.py); nothing is stored. An implementation that raises, or returns what the protocol does
+not allow, is reported as broken there, with its smallest such example, and the search goes on.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pylora.conformance.laws.law import Law
 from pylora.conformance.laws.registry import find
 from pylora.conformance.protocol import capabilities, instantiate, name_of, problems_of
 from pylora.conformance.running.counterexample import program, searched
+from pylora.conformance.running.repeatable import nothing_gathered
 from pylora.conformance.running.shrink import simpler, smallest
 from pylora.conformance.running.storage import elsewhere
 from pylora.conformance.testcase import Broken, NotTested, Problem, Trial, Violation
@@ -174,7 +175,7 @@ class Search:
             return
         wrapped = hypothesis.given(problem=self.problems())(check)
         try:
-            with elsewhere():
+            with elsewhere(), nothing_gathered():
                 hypothesis.seed(seed)(settings(wrapped))()
         except Violation:
             pass  # it is kept in self.failure
