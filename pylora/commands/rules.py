@@ -91,6 +91,7 @@ _ENGINE = (
     *_ENGINES, "convert", "adapters_by", "precision", "form", "api_key", "timeout", "bases",
     "tests",
 )  # fmt: skip
+_TEACHES, _DISTILLS = ("teacher", "teacher_adapter", "top_k"), partial(eq, "distill")
 _HUNT = "the kit's own wrong implementations are tried with every law"
 
 
@@ -132,6 +133,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
             Needs(o, "eval_data", "a file to evaluate on")
             for o in ("eval_every", "metric", "sample", "best_by", "patience")
         ),
+        *(Needs(o, "objective", "it is for distill", _DISTILLS) for o in _TEACHES),
+        Needs("classes", "objective", "it is for classify", partial(eq, "classify")),
         Excludes(
             "floor", "schedule", "a constant rate has no lower end", lambda v: v == "constant"
         ),

@@ -64,8 +64,8 @@ def after_training(screen: Console, result: TrainResult, out: Path) -> None:
         e = result.evaluation
         first = result.evaluations[0] if result.evaluations else (1, e)
         was = f" (was {first[1].nll:.4f} before training)" if first[0] == 0 else ""
-        more = "".join(f", {n.replace('_', ' ')} {v:.4g}" for n, v in e.metrics.items())
-        screen.say(f"evaluation: loss {e.nll:.4f}{was}, perplexity {e.perplexity:.2f}{more}")
+        words = e.words().partition(", ")[2]
+        screen.say(f"evaluation: loss {e.nll:.4f}{was}, {words}")
     if result.stopped_early:
         screen.say(f"ended after step {result.steps}: the evaluation got no better")
     if result.best_step is not None:
@@ -89,19 +89,25 @@ def how_long(config: TrainConfig, steps: int) -> str:
 
 
 def write_model_card(
-    out: Path, base: str, data: str, llama: Any, examples: Any, settings: str, result: TrainResult
+    out: Path,
+    base: str,
+    data: str,
+    llama: Any,
+    examples: Any,
+    data_digest: str,
+    settings: str,
+    result: TrainResult,
 ) -> None:
     """README.md in the run's folder and the adapter's; `settings` is the text of run.json."""
     from pylora.training.card import Source, card, write
     from pylora.training.checkpoint import fingerprint
-    from pylora.training.examples import digest
     from pylora.training.log import evaluation_records
 
     source = Source(
         base=base,
         base_digest=fingerprint(llama),
         data=data,
-        data_digest=digest(examples),
+        data_digest=data_digest,
         records=len(examples),
         tokens=sum(map(len, examples)),
         notes=examples.notes,

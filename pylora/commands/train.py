@@ -28,6 +28,7 @@ from pylora.commands.app import (
 from pylora.commands.evaluate import Metrics
 from pylora.commands.guard import unfinished
 from pylora.commands.inputs import file_or_stdin
+from pylora.commands.objectives import AIM, HEADS, NAMES, check_begun, check_teacher, taught
 from pylora.commands.outputs import check_folder
 from pylora.commands.run_said import after_training, how_long, saying_where, write_model_card
 from pylora.commands.template import TemplateArgs, refuse_unused, use_template
@@ -60,8 +61,8 @@ def train(
         Path,
         typer.Argument(
             metavar="DATA",
-            help="records (JSONL, JSON, CSV, parquet): prompt and completion, messages, or text; "
-            "- reads standard input",
+            help="records (JSONL, JSON, CSV, parquet): prompt and completion, messages, text, or "
+            "what --objective is about; - reads standard input",
         ),
     ],
     out: Annotated[
@@ -136,6 +137,49 @@ def train(
         ),
     ] = None,
     template_arg: TemplateArgs = None,
+    objective: Annotated[
+        str,
+        _option("--objective", part=AIM, metavar="NAME", help=f"one of {', '.join(NAMES)}"),
+    ] = "sft",
+    beta: Annotated[
+        float | None,
+        _option("--beta", "--lambda", part=AIM, help="of dpo, ipo (τ), simpo, orpo (λ), kto"),
+    ] = None,
+    label_smoothing: Annotated[
+        float | None,
+        _option("--label-smoothing", part=AIM, help="how often a preference is wrong: dpo, simpo"),
+    ] = None,
+    gamma: Annotated[
+        float | None,
+        _option("--gamma", "--simpo-gamma", part=AIM, help="the margin that simpo asks for"),
+    ] = None,
+    desirable_weight: Annotated[
+        float | None, _option("--desirable-weight", part=AIM, help="of kto's desirable answers")
+    ] = None,
+    undesirable_weight: Annotated[
+        float | None, _option("--undesirable-weight", part=AIM, help="of kto's others")
+    ] = None,
+    teacher: Annotated[
+        Path | None,
+        _option("--teacher", part=AIM, metavar="MODEL", help="of distill; default: MODEL itself"),
+    ] = None,
+    teacher_adapter: Annotated[
+        Path | None,
+        _option("--teacher-adapter", part=AIM, metavar="ADAPTER", help="that the teacher has"),
+    ] = None,
+    top_k: Annotated[
+        int, _option("--top-k", part=AIM, help="tokens of which a teacher's word is kept")
+    ] = 32,
+    temperature: Annotated[
+        float | None, _option("--temperature", part=AIM, help="of teacher and student")
+    ] = None,
+    mix: Annotated[
+        float | None, _option("--mix", part=AIM, help="of distill: the weight of the labels")
+    ] = None,
+    classes: Annotated[
+        str | None,
+        _option("--classes", part=AIM, metavar="N|A,B", help="of classify: how many, or names"),
+    ] = None,
     learning_rate: Annotated[
         float | None,
         _option(
@@ -288,8 +332,8 @@ def train(
     from pylora.model.llama import Llama
     from pylora.training.beginnings import begin, check_init, of_config
     from pylora.training.enough import settled, total_steps, undertrained
-    from pylora.training.examples import load_examples
     from pylora.training.mpi import world
+    from pylora.training.objectives.choose import choose, read
     from pylora.training.train import TrainConfig, check_out_dir
     from pylora.training.train import train as run
     from pylora.training.watching import interval
@@ -319,6 +363,18 @@ def train(
             best_by=None if eval_data is None or best_by == "last" else best_by,
             patience=patience,
         )
+        aim = choose(
+            objective,
+            beta=beta,
+            label_smoothing=label_smoothing,
+            gamma=gamma,
+            desirable_weight=desirable_weight,
+            undesirable_weight=undesirable_weight,
+            temperature=temperature,
+            mix=mix,
+        )
+        check_teacher(objective, teacher, teacher_adapter)
+        check_begun(objective, start, init, bool(metric or sample))
         check_choice(precision)
         asked = metrics(metric or ())
     except ConfigError as error:
@@ -345,15 +401,27 @@ def train(
         limit: dict[str, Any] = {"max_length": max_length, "fields": fields}
         limit["too_long"] = "truncate" if truncate else "error"
         data, eval_data = _files(data, eval_data)
-        examples = load_examples(data, tokenizer, **limit)
-        evals = load_examples(eval_data, tokenizer, **limit) if eval_data else None
+        examples, evals = read(objective, data, eval_data, tokenizer, classes=classes, **limit)
         refuse_unused_arguments()
         llama = Llama.from_checkpoint(checkpoint, precision=precision)
-        if start is None:
-            adapter = begin(init, lora, llama, checkpoint.load, examples, seed)
         judge = None
         if evals is not None and (asked or sample):
             judge = Judge(llama, tokenizer, evals, asked, sample or ())
+        if objective in HEADS:
+            adapter = aim.fresh(plan, lora, seed, llama, examples, checkpoint.load)
+        elif start is None:
+            adapter = begin(init, lora, llama, checkpoint.load, examples, seed)
+        if objective == "distill":
+            examples, evals = taught(
+                llama,
+                (examples, evals),
+                (data, eval_data),
+                limit,
+                teacher,
+                teacher_adapter,
+                top_k,
+                temperature,
+            )
     screen.say(
         f"{len(examples):,} examples; {adapter.num_parameters:,} trainable parameters "
         f"({100 * adapter.num_parameters / llama.config.num_parameters:.2f} %); "
@@ -395,11 +463,13 @@ def train(
             overwrite=overwrite,
             measure=judge,
             on_evaluation=show.evaluated,
+            objective=aim,
             ranks=world(),
         )
     if world().rank == 0:
         after_training(screen, result, out)
-        write_model_card(out, str(model), str(data), llama, examples, record, result)
+        shown = aim.digest(examples)
+        write_model_card(out, str(model), str(data), llama, examples, shown, record, result)
 
 
 def _files(data: Path, evals: Path | None) -> tuple[Path, Path | None]:

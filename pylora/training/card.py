@@ -94,9 +94,7 @@ def _losses(losses: Sequence[float]) -> str:
 def _evaluated(evaluation: Evaluation | None) -> list[str]:
     if evaluation is None:
         return []
-    figures = {"loss": evaluation.nll, "perplexity": evaluation.perplexity, **evaluation.metrics}
-    said = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
-    return [f"| evaluation of this adapter | {said} |"]
+    return [f"| evaluation of this adapter | {evaluation.words()} |"]
 
 
 def _curve(evaluations: Sequence[tuple[int, Mapping[str, Any]]]) -> list[str]:

@@ -17,7 +17,10 @@ from pylora.types import brief
 
 @dataclass(frozen=True)
 class Evaluation:
-    """nll: natural log, mean over the tokens that count; perplexity: exp(nll), inf if too large."""
+    """nll: natural log, mean over the tokens that count; perplexity: exp(nll), inf if too large.
+
+    Of another objective (training/objectives/) nll is its loss, there is no perplexity (NaN), and
+    `metrics` has what it is judged by."""
 
     __repr__ = brief
 
@@ -27,6 +30,14 @@ class Evaluation:
     seconds: float
     metrics: Mapping[str, float] = field(default_factory=dict)  # what else was measured, by name
     samples: Sequence[Mapping[str, str]] = ()  # answers to fixed prompts: prompt, answer
+
+    def words(self) -> str:
+        """ "loss 0.4210, perplexity 1.52, exact match 0.9": what there is."""
+        words = [f"loss {self.nll:.4f}"]
+        if not math.isnan(self.perplexity):
+            words.append(f"perplexity {self.perplexity:.2f}")
+        words += [f"{name.replace('_', ' ')} {value:.4g}" for name, value in self.metrics.items()]
+        return ", ".join(words)
 
 
 @dataclass(frozen=True)

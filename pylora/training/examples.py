@@ -185,6 +185,46 @@ def load_examples(
     record's chat_template_kwargs come first. Raises DataError naming file and line for anything
     that is not a usable record.
     """
+    check_options(tokenizer, max_length, too_long, template_args)
+    name, records = source(path)
+    if not tokenizer.eos_ids:
+        raise DataError(no_end(name))
+    named, notes = Fields.parse(fields), Notes()
+    examples: list[Example] = []
+    truncated, first = 0, ""
+    for where, record in records:
+        kind, content = interpret(record, where, named, notes)
+        if not first:
+            first, first_where = kind, where
+        elif kind != first:
+            raise DataError(
+                f"{where}: this record has {kind}, but the one at {first_where} has {first}; "
+                "keep one kind of record per file"
+            )
+        for tokens, counted in encoded(content, tokenizer, template_args or {}, where, notes):
+            if max_length is not None and len(tokens) > max_length:
+                tokens, counted = cut(tokens, counted, max_length, too_long, where)
+                truncated += 1
+            examples.append(Example.of(tokens, counted, where))
+    if not examples:
+        raise DataError(f"{name}: the file has no records")
+    return Examples(examples, truncated, notes.lines())
+
+
+def no_end(name: str) -> str:
+    return (
+        f"{name}: the tokenizer names no end-of-sequence token, "
+        "so the model could not learn where to stop"
+    )
+
+
+def check_options(
+    tokenizer: Tokenizer,
+    max_length: int | None,
+    too_long: str,
+    template_args: Mapping[str, Any] | None,
+) -> None:
+    """ConfigError or WrongTypeError for what `load_examples` cannot take."""
     if too_long not in ("error", "truncate"):
         raise ConfigError(f"too_long is {too_long!r}; it must be 'error' or 'truncate'")
     whole = isinstance(max_length, (int, np.integer)) and not isinstance(max_length, bool)
@@ -198,35 +238,9 @@ def load_examples(
     if max_length is not None and max_length < 2:
         raise ConfigError(f"max_length is {max_length}; a record needs at least 2 tokens")
     expect("tokenizer", tokenizer, "load_examples(path, tokenizer)")
-    name, records = _source(path)
-    if not tokenizer.eos_ids:
-        raise DataError(
-            f"{name}: the tokenizer names no end-of-sequence token, "
-            "so the model could not learn where to stop"
-        )
-    named, notes = Fields.parse(fields), Notes()
-    examples: list[Example] = []
-    truncated, first = 0, ""
-    for where, record in records:
-        kind, content = interpret(record, where, named, notes)
-        if not first:
-            first, first_where = kind, where
-        elif kind != first:
-            raise DataError(
-                f"{where}: this record has {kind}, but the one at {first_where} has {first}; "
-                "keep one kind of record per file"
-            )
-        for tokens, counted in _encoded(content, tokenizer, template_args or {}, where, notes):
-            if max_length is not None and len(tokens) > max_length:
-                tokens, counted = _cut(tokens, counted, max_length, too_long, where)
-                truncated += 1
-            examples.append(Example.of(tokens, counted, where))
-    if not examples:
-        raise DataError(f"{name}: the file has no records")
-    return Examples(examples, truncated, notes.lines())
 
 
-def _source(data: Any) -> tuple[str, Iterable[tuple[str, dict[str, Any]]]]:
+def source(data: Any) -> tuple[str, Iterable[tuple[str, dict[str, Any]]]]:
     """What errors call the data, and its records, each with its place: a file's, or a list's."""
     if isinstance(data, (str, os.PathLike)):
         return os.fspath(data), read_records(data)
@@ -249,7 +263,7 @@ def _source(data: Any) -> tuple[str, Iterable[tuple[str, dict[str, Any]]]]:
 Encoded = tuple[list[int], list[bool]]  # tokens, and which of them count in the loss
 
 
-def _cut(
+def cut(
     tokens: list[int], counted: list[bool], max_length: int, too_long: str, where: str
 ) -> Encoded:
     if too_long == "error":
@@ -266,7 +280,7 @@ def _cut(
     return tokens, counted
 
 
-def _encoded(
+def encoded(
     content: Text | Pair | Conversation,
     tokenizer: Tokenizer,
     template_args: Mapping[str, Any],
@@ -274,11 +288,11 @@ def _encoded(
     notes: Notes,
 ) -> list[Encoded]:
     if isinstance(content, Text):
-        return [_closed(tokenizer.encode(content.text, bos=tokenizer.add_bos), 0, tokenizer)]
+        return [closed(tokenizer.encode(content.text, bos=tokenizer.add_bos), 0, tokenizer)]
     if isinstance(content, Pair):
         bos = tokenizer.add_bos
         return [
-            _closed(*tokenizer.encode_pair(content.prompt, content.completion, bos=bos), tokenizer)
+            closed(*tokenizer.encode_pair(content.prompt, content.completion, bos=bos), tokenizer)
         ]
     options: dict[str, Any] = {}
     if content.tools:
@@ -301,7 +315,7 @@ def _encoded(
     return [(list(piece.ids), list(piece.trained)) for piece in made.pieces]
 
 
-def _closed(tokens: list[int], prompt: int, tokenizer: Tokenizer) -> Encoded:
+def closed(tokens: list[int], prompt: int, tokenizer: Tokenizer) -> Encoded:
     """With the end-of-sequence token at the end, unless one is there. The prompt does not count."""
     if not tokens or tokens[-1] not in tokenizer.eos_ids:
         tokens = [*tokens, tokenizer.eos_ids[0]]

@@ -33,7 +33,10 @@ CARRIED: dict[str, str] = {
     "chat_template_kwargs": "arguments of the chat template, such as enable_thinking",
 }
 
-_PREFERENCE = "is for learning from preferences, which pylora does not do"
+_PREFERENCE = (
+    "is for another objective: preferences (--objective dpo, kto, ...) or classes; see "
+    "docs/objectives.md"
+)
 _TOKENS = "is of a record that is tokenized already; give the text itself"
 _PICTURES = "cannot be trained on: pylora trains text"
 _WEIGHT = (
@@ -75,6 +78,9 @@ REFUSED: dict[str, str] = {
         "context suffix prefix system_prompt question answer query response".split(), _PLACE
     ),
 }
+
+# Fields of records of other objectives (training/objectives/), which may have other names, too.
+OF_OBJECTIVES = frozenset("chosen rejected label labels".split())
 
 # Names that are close to one above and mean another thing, which no tool acts on.
 PASSED = frozenset("prompt_id prompt_source source metadata category id score".split())
@@ -143,7 +149,7 @@ class Fields:
                 )
             elif ours in ROLES:
                 roles[theirs] = ours
-            elif ours in CARRIED or ours in ("role", "content"):
+            elif ours in CARRIED or ours in OF_OBJECTIVES or ours in ("role", "content"):
                 names[ours] = theirs
             else:
                 near = _near(ours, [*CARRIED, "role", "content", *ROLES])

@@ -29,6 +29,7 @@ def trainable(adapter: Mapping[str, LoRA]) -> dict[str, Array]:
         for field in ARRAYS
         if getattr(lora, field) is not None and getattr(lora, field).size
     }
+    found |= getattr(adapter, "beside", {})  # a head's matrix (objectives/headed.py)
     if not found:
         raise PlanError("the adapter has no modules, so there is nothing to train")
     for name, array in found.items():

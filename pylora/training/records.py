@@ -177,7 +177,7 @@ def _conversation(
                 "them, or pass it over: --fields=-prompt"
             )
         notes.say("'prompt' repeats the first user's message, and was passed over")
-    return _with_extras(messages, trained, record, where, notes)
+    return with_extras(messages, trained, record, where, notes)
 
 
 def _two_parts(record: Mapping[str, Any], where: str, fields: Fields, notes: Notes) -> Conversation:
@@ -190,7 +190,7 @@ def _two_parts(record: Mapping[str, Any], where: str, fields: Fields, notes: Not
             )
     before, _ = messages_of(record["prompt"], "prompt", where, fields, notes, learn=False)
     after, trained = messages_of(record["completion"], "completion", where, fields, notes)
-    return _with_extras(before + after, [False] * len(before) + trained, record, where, notes)
+    return with_extras(before + after, [False] * len(before) + trained, record, where, notes)
 
 
 def _instruction(record: Mapping[str, Any], where: str, notes: Notes) -> Conversation:
@@ -206,7 +206,7 @@ def _instruction(record: Mapping[str, Any], where: str, notes: Notes) -> Convers
     messages += [_turn("assistant", string(record, "output", where))]
     notes.say("Alpaca's instruction and input became the user's turn, output the assistant's")
     trained = [m["role"] == "assistant" for m in messages]
-    return _with_extras(messages, trained, record, where, notes, "instruction and output")
+    return with_extras(messages, trained, record, where, notes, "instruction and output")
 
 
 def _is_text(value: Any) -> bool:
@@ -217,7 +217,7 @@ def _turn(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
-def _with_extras(
+def with_extras(
     messages: list[Message],
     trained: list[bool],
     record: Mapping[str, Any],

@@ -30,10 +30,10 @@ from pylora.training.checkpoint import Progress
 from pylora.training.config import TrainConfig
 from pylora.training.enough import settled, total_steps
 from pylora.training.evaluate import Evaluation
-from pylora.training.examples import Example, check_examples, digest
 from pylora.training.held import Held
 from pylora.training.info import StepInfo, TrainResult
 from pylora.training.log import Interrupts, Log, step_line
+from pylora.training.objectives.base import NextToken, Objective
 from pylora.training.optimizer import Optimizer, gradients, trainable
 from pylora.training.places import ADAPTER, LOG, check_out_dir
 from pylora.training.ranks import ALONE, Ranks, check_share, same_everywhere
@@ -50,21 +50,23 @@ __all__ = [
 def train(
     model: Any,
     adapter: Mapping[str, LoRA],
-    examples: Sequence[Example],
+    examples: Sequence[Any],
     config: TrainConfig | None = None,
     out_dir: str | os.PathLike[str] | None = None,
-    eval_examples: Sequence[Example] | None = None,
+    eval_examples: Sequence[Any] | None = None,
     on_step: Callable[[StepInfo], None] | None = None,
     *,
     resume: bool = False,
     overwrite: bool = False,
     measure: Measure | None = None,
     on_evaluation: Callable[[int, Evaluation], None] | None = None,
+    objective: Objective | None = None,
     ranks: Ranks = ALONE,
 ) -> TrainResult:
     """Trains `adapter` in place (and leaves it attached to `model`).
 
-    Without out_dir nothing is written. With `resume` the newest checkpoint in out_dir is continued;
+    `examples` are `Example`s, or what `objective` (training/objectives/) is about. Without out_dir
+    nothing is written. With `resume` the newest checkpoint in out_dir is continued;
     ConfigError if there is none, or if it is of a run with other settings, data, model or adapter.
     More `steps` or `epochs` make the run longer: what was done stays, and the rate goes on along
     the longer schedule. An out_dir that has a run in it is refused unless `resume` or `overwrite`
@@ -86,28 +88,36 @@ def train(
     """
     expect("model", model, "train(model, adapter, examples, config)")
     expect("adapter", adapter, "train(model, adapter, examples, config)")
-    expect("examples", examples, "train(model, adapter, examples, config)")
+    if objective is None:
+        expect("examples", examples, "train(model, adapter, examples, config)")
     if config is not None:
         expect("training settings", config, "train(model, adapter, examples, config)")
     if out_dir is not None:
         expect("path", out_dir, "train(out_dir=...)")
-    if eval_examples is not None:
+    if eval_examples is not None and objective is None:
         expect("examples", eval_examples, "train(eval_examples=...)")
     if on_step is not None and not callable(on_step):
         wrong_type("train(on_step=...)", "a function of one StepInfo", on_step)
     config = config or TrainConfig()
-    check_examples(examples, model.config, "training", config.max_tokens)
+    if objective is None or isinstance(objective, NextToken):
+        objective = NextToken(ranks)
+    elif ranks.size > 1:
+        raise ConfigError(
+            f"objective {objective.name} is trained by one process; {ranks.size} were started"
+        )
+    objective.check(examples, model, "training", config.max_tokens)
     if eval_examples is not None:
-        check_examples(eval_examples, model.config, "evaluation")
+        objective.check(eval_examples, model, "evaluation")
     if config.best_by is not None and (eval_examples is None or out_dir is None):
         lacking = "eval_examples" if eval_examples is None else "out_dir"
         raise ConfigError(f"best_by needs {lacking}, to find the best adapter, and to keep it in")
     config = settled(config, [len(e) for e in examples], model.config.hidden_size)
     model.attach(adapter)
     where = None if out_dir is None else Path(out_dir)
-    run = _Run(model, adapter, examples, config, where, ranks)
-    run.watch = Watch(model, eval_examples, config, measure, ranks)
+    run = _Run(model, adapter, examples, config, where, objective, ranks)
+    run.watch = Watch(model, eval_examples, config, measure, objective, ranks)
     run.open(resume, overwrite)
+    run.prepare([*examples, *(eval_examples or ())])
     try:
         return run.finish(on_step, on_evaluation)
     finally:
@@ -121,23 +131,24 @@ class _Run:
         self,
         model: Any,
         adapter: Mapping[str, LoRA],
-        examples: Sequence[Example],
+        examples: Sequence[Any],
         config: TrainConfig,
         out_dir: Path | None,
+        objective: Objective,
         ranks: Ranks = ALONE,
     ) -> None:
         check_share(ranks, config.accumulation)
         self.ranks = ranks
         self.model, self.adapter, self.examples = model, adapter, examples
-        self.config, self.out_dir = config, out_dir
-        self.optimizer = Optimizer(model.ops, trainable(model.placed), config)
+        self.config, self.out_dir, self.objective = config, out_dir, objective
+        self.optimizer = Optimizer(model.ops, self._trained(), config)
         self.held = Held(getattr(adapter, "held", {}), self.optimizer.parameters)
         self.progress = Progress()
         self.saved = 0  # step of the newest checkpoint
         self.saved_at = time.monotonic()  # and when it was written, or the run begun
         self.log: Log | None = None
         self.identity: dict[str, Any] = {}
-        self.watch = Watch(model, None, config, None)
+        self.watch = Watch(model, None, config, None, objective)
         self.steps = total_steps(config, [len(example) for example in examples])
         if config.warmup_steps > self.steps:
             raise ConfigError(
@@ -181,10 +192,11 @@ class _Run:
         """What the run is a run of: equal in all its processes, and where it is resumed."""
         return {
             **self.config.identity(),
+            **self.objective.identity(),
             "backend": self.model.ops.name,
             "precision": self.model.precision_report,
             "base model": checkpoint.fingerprint(self.model),
-            "training data": digest(self.examples),
+            "training data": self.objective.digest(self.examples),
             **{
                 f"adapter of {path}": f"rank {lora.rank}, scale {lora.scale!r}, "
                 f"dropout {lora.dropout!r}"
@@ -215,7 +227,7 @@ class _Run:
         arrays, state = trainable(self.adapter), self.optimizer.state()
         self.ranks.copy([*arrays.values(), *state.values()])
         self.model.attach(self.adapter)
-        self.optimizer.parameters = trainable(self.model.placed)
+        self.optimizer.parameters = self._trained()
         self.optimizer.restore(state)
 
     def _restore(self, path: Path) -> None:
@@ -231,7 +243,7 @@ class _Run:
         stored = type(self.adapter).load(path, config, base=rows)  # type: ignore[attr-defined]
         checkpoint.restore_arrays(str(path), trainable(stored), trainable(self.adapter))
         self.model.attach(self.adapter)
-        self.optimizer.parameters = trainable(self.model.placed)
+        self.optimizer.parameters = self._trained()
         moments = {name: np.empty_like(a) for name, a in self.optimizer.state().items()}
         checkpoint.restore_moments(path, moments)
         self.optimizer.restore(moments)
@@ -249,6 +261,15 @@ class _Run:
         state, keep = self.optimizer.state(), self.config.keep
         checkpoint.write(self.out_dir, self.adapter, state, self.progress, self.identity, keep)
         self.watch.tidy()
+
+    def _trained(self) -> dict[str, Any]:
+        """The arrays that are trained, where the backend computes."""
+        return {**trainable(self.model.placed), **self.objective.parameters(self.model)}
+
+    def prepare(self, examples: Sequence[Any]) -> None:
+        """What the objective computes once."""
+        self.objective.prepare(self.model, examples, self.out_dir)
+        self.optimizer.parameters = self._trained()  # the adapter was away meanwhile
 
     # ---- the loop -----------------------------------------------------------------------------
 
@@ -363,13 +384,8 @@ class _Run:
         c, p, began = self.config, self.progress, time.perf_counter()
         number = p.step + 1
         assert c.learning_rate is not None  # settled
-        loss, rows, grads = step_gradients(
-            self.model,
-            self.examples,
-            step,
-            drop=DropKey(c.seed, number),
-            recompute=c.recompute,
-            ranks=self.ranks,
+        loss, rows, grads = self.objective.gradients(
+            self.model, self.examples, step, DropKey(c.seed, number), c.recompute
         )
         named = gradients(grads, self.optimizer.parameters)
         self.held.clear(named)

@@ -18,9 +18,9 @@ from typing import Any
 from pylora.errors import ConfigError
 from pylora.training.checkpoint import Progress, checkpoints
 from pylora.training.config import TrainConfig
-from pylora.training.evaluate import Evaluation, Measured, evaluate
-from pylora.training.examples import Example
+from pylora.training.evaluate import Evaluation, Measured
 from pylora.training.log import Log
+from pylora.training.objectives.base import Objective
 from pylora.training.ranks import ALONE, Ranks
 
 LOSS = "loss"
@@ -55,12 +55,13 @@ class Watch:
     def __init__(
         self,
         model: Any,
-        examples: Sequence[Example] | None,
+        examples: Sequence[Any] | None,
         config: TrainConfig,
         measure: Measure | None,
+        objective: Objective,
         ranks: Ranks = ALONE,
     ) -> None:
-        self.ranks = ranks
+        self.ranks, self.objective = ranks, objective
         self.model, self.examples, self.config, self.measure = model, examples, config, measure
         self.seen: list[tuple[int, Evaluation]] = []
         self.log: Log | None = None
@@ -74,10 +75,11 @@ class Watch:
     def now(self) -> Evaluation:
         """The evaluation of the adapter as it is."""
         size = self.config.batch_size
-        evaluation = evaluate(self.model, self.examples or (), batch_size=size, ranks=self.ranks)
+        evaluation = self.objective.evaluate(self.model, self.examples or (), size)
         if self.measure is not None:
             found = self.ranks.first(self.measure)  # one answer, whatever machines the others are
-            evaluation = replace(evaluation, metrics=dict(found.metrics), samples=found.samples)
+            figures = {**evaluation.metrics, **found.metrics}
+            evaluation = replace(evaluation, metrics=figures, samples=found.samples)
         return evaluation
 
     def look(self, step: int) -> Evaluation:

@@ -38,6 +38,10 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     records = [{"prompt": f"{w} exists:", "completion": f" {w}"} for w in ("truth", "life", "time")]
     data.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
     assert cli.main(["train", str(model), str(data), str(where / "run"), "--steps", "1"]) == 0
+    pairs = where / "pairs.jsonl"
+    pairs.write_text('{"prompt": "truth is", "chosen": " life", "rejected": " time"}\n')
+    texts = where / "texts.jsonl"
+    texts.write_text('{"text": "truth", "label": 0}\n{"text": "life", "label": 1}\n')
     prompts = where / "prompts.jsonl"
     prompts.write_text('{"prompt": "truth exists:"}\n', encoding="utf-8")
     config = where / "config.json"
@@ -47,7 +51,7 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     assert cli.main(pack) == 0
     return {
         "model": model, "data": data, "run": run, "other": run / "adapter", "prompts": prompts,
-        "c": config, "packed": where / "packed",
+        "c": config, "packed": where / "packed", "pairs": pairs, "texts": texts,
     }  # fmt: skip
 
 
@@ -93,6 +97,9 @@ VALUES: dict[str, Any] = {
     "families": "qwen2",
     "repetition_penalty": "1.5", "fields": "-label", "dropout": "0.25", "top_p": "0.5",
     "port": "{out}/port", "adapters": "{out}", "load_from": "{out}", "api_keys": "{data}",
+    "objective": "dpo", "label_smoothing": "0.1", "mix": "0.5", "temperature": "2", "beta": "0.5",
+    "gamma": "2", "desirable_weight": "2", "undesirable_weight": "2", "teacher": "{model}",
+    "teacher_adapter": "{run}", "classes": "3",
     "log_level": "error", "host": "0.0.0.0", "log_format": "json",
     "badge": "{out}/b.json", "markdown": "{out}/t.md",
 }  # fmt: skip
@@ -136,6 +143,23 @@ START: dict[tuple[str, str], list[str]] = {
     **{("conformance", o): _SUITE for o in ("engine", "restart", "convert")},
     ("conformance", "patience"): [*_SUITE, "--restart", "serve"],
 }
+# And of those that belong to an objective of training.
+_AIM: dict[str, tuple[str, str, list[str]]] = {
+    **dict.fromkeys(("beta", "label_smoothing"), ("dpo", "{pairs}", [])),
+    "gamma": ("simpo", "{pairs}", []),
+    **dict.fromkeys(("desirable_weight", "undesirable_weight"), ("kto", "{pairs}", [])),
+    **dict.fromkeys(
+        ("temperature", "mix", "top_k"), ("distill", "{data}", ["--teacher", "{model}"])
+    ),
+    "teacher": ("distill", "{data}", []),
+    "teacher_adapter": ("distill", "{data}", []),
+    "classes": ("classify", "{texts}", []),
+}
+START |= {
+    ("train", o): ["train", "{model}", data, "{out}/run", "--objective", name, *more]
+    for o, (name, data, more) in _AIM.items()
+}
+INSTEAD[("train", "objective")] = ["train", "{model}", "{pairs}", "{out}/run"]
 REFUSED = {"resume": "resume from", "template_arg": "has no argument 'a'"}
 
 
@@ -166,6 +190,9 @@ def handed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     spy("pylora.training.evaluate.evaluate")
     spy("pylora.generation.metrics.Judge")
     spy("pylora.training.examples.load_examples")
+    spy("pylora.training.objectives.choose.choose")
+    spy("pylora.training.objectives.choose.read")
+    spy("pylora.training.objectives.distill.teach")
     spy("pylora.adapters.plan.resolve")
     spy("pylora.generation.generate.generate", last=True)
     spy("pylora.commands.chat.Chat", last=True)

@@ -68,6 +68,9 @@ def two_hosts(folder: Path) -> Iterator[Hosts]:
     _ip("netns", "add", a)
     _ip("netns", "add", b)
     try:
+        for space in (a, b):  # an IPv6 address cannot be bound in its first second or two
+            off = "echo 1 > /proc/sys/net/ipv6/conf/default/disable_ipv6"
+            _ip("netns", "exec", space, "sh", "-c", f"{off} 2>/dev/null || true")
         _ip("link", "add", "cable", "netns", a, "type", "veth", "peer", "name", "cable", "netns", b)
         hosts = Hosts(a, b, folder / "login")
         for space, address in zip((a, b), hosts.addresses, strict=True):

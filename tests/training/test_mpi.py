@@ -114,7 +114,8 @@ def test_errors_are_said_once(model: Path, data: Path, tmp_path: Path) -> None:
         capture_output=True, text=True, env=ENV, timeout=120,
     )  # fmt: skip
     assert done.returncode != 0
-    assert done.stderr.count("rank 1 of 2 has another training data than rank 0") == 1
+    assert done.stderr.count("rank 1 of 2 has another ") == 1
+    assert "another training data than rank 0" in done.stderr
     # only one of them fails: the other does not wait for it for ever
     both[1][4] = str(tmp_path / "nothing")
     done = subprocess.run(
@@ -170,7 +171,10 @@ def test_a_dead_rank_ends_the_run_and_leaves_a_whole_checkpoint(
     assert isinstance(Adapter.load(newest, pylora.LlamaConfig.tiny().modules()), Adapter)
 
 
-@pytest.mark.skipif(not hosts.possible(), reason="no right to make network namespaces")
+@pytest.mark.skipif(
+    not (os.environ.get("PYLORA_NAMESPACES") and hosts.possible()),
+    reason="PYLORA_NAMESPACES is not set, or there is no right to make network namespaces",
+)
 def test_between_two_hosts(model: Path, data: Path, tmp_path: Path) -> None:
     """Two network namespaces with a cable between them: another MPI path, the same bits."""
     version = subprocess.run([MPIEXEC, "--version"], capture_output=True, text=True).stdout
