@@ -6,7 +6,7 @@ Tensors, for each merged module:
     <path>.rows       u32 [rows of W]             how many residue elements each row of W has
     <path>.columns    u16 or u32 [n]              their columns, ascending within a row
     <path>.bits       u16 or u32 [n]              the original bits there
-    <path>.weight     the original weight, in place of these three where it takes less
+    <path>.whole      all bits of the original weight, in place of these three if that takes less
     <path>.bias       the original bias, where the merge changed it
     <path>.weight     the original weight, where the adapter has another whole
 Metadata: one JSON text, `pylora_unmerge`: version, whether the base ties its embeddings, the size
@@ -76,7 +76,7 @@ class Record:
             f"{path}.columns": (lost.position % columns).astype(width),
             f"{path}.bits": lost.bits.astype(_BITS[dtype]),
         }
-        whole = {f"{path}.weight": np.ascontiguousarray(W).view(_BITS[dtype])}
+        whole = {f"{path}.whole": np.ascontiguousarray(W).view(_BITS[dtype])}
         new |= whole if sum(a.nbytes for a in kept.values()) > W.nbytes else kept
         if lora.magnitude is not None and lost.norm is not None:
             new[f"{path}.lora_magnitude_vector"] = np.asarray(lora.magnitude, np.float32)
@@ -176,8 +176,8 @@ class Reader:
             d = self._file.shape(f"{path}.lora_magnitude_vector")
             norm = self._tensor(f"{path}.norm", d, ("f32",))
         kind = "u32" if self.record.dtypes[path] == "f32" else "u16"
-        if f"{path}.weight" in self._file.tensors:
-            whole = self._tensor(f"{path}.weight", shape, (kind,)).astype(np.uint32)
+        if f"{path}.whole" in self._file.tensors:
+            whole = self._tensor(f"{path}.whole", shape, (kind,)).astype(np.uint32)
             return Residue(np.arange(rows * columns, dtype=np.int64), whole.reshape(-1), norm)
         counts = self._tensor(f"{path}.rows", (rows,), ("u32",)).astype(np.int64)
         n = int(counts.sum())

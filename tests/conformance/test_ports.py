@@ -277,7 +277,7 @@ def test_both_references_have_the_same_operations_in_the_same_order() -> None:
     """csrc/reference.c and pylora/reference.py are read side by side: sections and names agree.
 
     What families add is in a file of its own in Python (ops/formulas.py, ops/mixture.py) and stands
-    behind the gates in C.
+    behind the gates in C; so is merging (ops/merge.py). DoRA's (ops/decomposed.py) has no C.
     """
     root = PORTS.parents[1]
     in_c = (root / "csrc" / "reference.c").read_text(encoding="utf-8")
@@ -285,7 +285,10 @@ def test_both_references_have_the_same_operations_in_the_same_order() -> None:
     operations = re.compile(r"^\w+ pylora_ref_(\w+)\(|^/\* -{4} (.+?) -+ \*/", re.M)
     methods = re.compile(r"^    def ([a-z]\w+)\(|^    # -{4} (.+?) -+$", re.M)
     single = methods.findall(in_python)
-    assert len(single) == 25
+    assert len(single) == 22
+    merging = methods.findall((root / "pylora/ops/merge.py").read_text(encoding="utf-8"))
+    merges = single.index(("", "transformer"))
+    single[merges:merges] = [("", "merge and exact unmerge"), *merging]
     of_families = methods.findall((root / "pylora/ops/formulas.py").read_text(encoding="utf-8"))
     of_families.remove(("capped", ""))  # a part of the others
     gates = single.index(("swiglu_backward", "")) + 1

@@ -40,7 +40,7 @@ def promised(extra: str) -> str:
 
 @pytest.mark.parametrize("module", sorted(EXTRAS))
 def test_the_extra_that_an_error_names_brings_the_package(module: str) -> None:
-    package = module.replace("_", "[-_]")
+    package = {"yaml": "pyyaml"}.get(module, module).replace("_", "[-_]")
     assert re.search(rf'"{package}\b', promised(EXTRAS[module]), re.IGNORECASE)
 
 

@@ -150,7 +150,7 @@ WRONG: tuple[tuple[str, Any], ...] = (
     ("lora_alpha_pattern", {"x": 1}), ("bias", 1),
     ("use_bdlora", {"nblocks": 2}), ("use_qalora", True), ("alora_invocation_tokens", [1, 2]),
     ("layer_replication", [[0, 1], [0, 1]]), ("target_parameters", ["w"]),
-    ("trainable_token_indices", [1]), ("scaling", 2.0), ("no_such_field", 3), ("No_such", "x"),
+    ("scaling", 2.0), ("no_such_field", 3), ("No_such", "x"),
 )  # fmt: skip
 
 
