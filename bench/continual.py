@@ -3,7 +3,7 @@
     python bench/continual.py [--seeds 5] [--steps 300] [--only METHOD ...] [--out FILE.json]
     python bench/continual.py --show FILE.json     # the tables and pictures of a run, again
 
-Writes bench/results/continual-<date>.json, prints the tables of docs/continual.md and draws
+Writes bench/results/continual-<date>.json, prints its tables and draws
 docs/img/continual*.png. Accuracy is the share of right answer tokens on records never trained on,
 with the right answers before it (chance: a tenth). R[i][j] is that of task j after task i.
 
@@ -159,7 +159,7 @@ def bytes_per_task() -> list[dict[str, int]]:
     out = []
     for rank in (4, 8, 10, 16):
         config = LoraConfig(r=rank, target_modules=["proj"])
-        plan = resolve(config, [ModuleSpec("proj", 1000, 1000)])
+        plan = resolve(config, {"proj": ModuleSpec("linear", 1000, 1000)})
         adapter = Adapter.init(plan, config, seed=0)
         out.append({"rank": rank, "bytes": sum(a.A.nbytes + a.B.nbytes for a in adapter.values())})
     return out

@@ -46,26 +46,28 @@ class Progressive(Method):
     def setup(self) -> None:
         self.columns: list[Column] = []
 
-    def forward(self, column: int, batch: Records, caches: list[Any]) -> Stream:
-        """The streams of one column; those of the earlier ones are computed on the way. `caches`
-        gets what backward needs of the last one: of the embedding and of each layer."""
-        earlier = [self.forward(j, batch, []) for j in range(column)]
-        model, own = self.model, self.columns[column]
-        model.attach(own.change)
-        seqs, position = batch.seqs, positions(batch.seqs)
-        rotations = model.rope.rotations(seqs, position)
-        x, kept = model.embed_tokens.forward(batch.ids.reshape(-1))
-        caches.append(kept)
-        stream = [x]
-        for layer, block in enumerate(model.blocks):
-            if layer:
-                for j in range(column):
-                    x = x + earlier[j][layer] @ own.V[j, layer]
-            y, cache = block.forward(x, seqs, position=position, rotations=rotations)
-            caches.append((cache, [e[layer] for e in earlier]))
-            stream.append(y)
-            x = y
-        return stream
+    def forward(self, column: int, batch: Records) -> tuple[Stream, list[Any]]:
+        """The streams of one column, and what backward needs: of the embedding, then of each layer
+        (its cache, and the earlier columns' streams that it was fed). Each column runs once."""
+        streams: list[Stream] = []
+        caches: list[Any] = []
+        model, seqs = self.model, batch.seqs
+        position = positions(seqs)
+        for own in self.columns[: column + 1]:
+            model.attach(own.change)
+            rotations = model.rope.rotations(seqs, position)
+            x, kept = model.embed_tokens.forward(batch.ids.reshape(-1))
+            stream, caches = [x], [kept]
+            for layer, block in enumerate(model.blocks):
+                fed = [s[layer] for s in streams]
+                if layer:
+                    for j, other in enumerate(fed):
+                        x = x + other @ own.V[j, layer]
+                x, cache = block.forward(x, seqs, position=position, rotations=rotations)
+                caches.append((cache, fed))
+                stream.append(x)
+            streams.append(stream)
+        return streams[-1], caches
 
     def learn(self, task: int, train: Records) -> None:
         column = Column(self.model, task)
@@ -87,8 +89,7 @@ class Progressive(Method):
     def gradients(self, task: int, batch: Records) -> dict[Any, np.ndarray]:
         """Of the mean loss over the batch's answers, of the newest column's B and V."""
         model, column = self.model, self.columns[task]
-        caches: list[Any] = []
-        stream = self.forward(task, batch, caches)
+        stream, caches = self.forward(task, batch)
         n = batch.rows.size
         weight = np.full(n, 1 / n, np.float32)
         grads: Grads = {}
@@ -113,6 +114,6 @@ class Progressive(Method):
             self.model.attach({})
             logits, _ = self.model.forward(test.ids.reshape(-1), test.seqs, rows=test.rows)
         else:
-            stream = self.forward(min(task, len(self.columns) - 1), test, [])
+            stream, _ = self.forward(min(task, len(self.columns) - 1), test)
             logits, _ = self.model.head.forward(stream[-1][test.rows], None)
         return float((logits.argmax(axis=1) == test.answers.reshape(-1)).mean())

@@ -211,7 +211,7 @@ class Learner:
 
 
 def show(document: dict[str, Any]) -> None:
-    """The table of docs/continual.md."""
+    """The table of a run."""
     base = [b["prose"] for b in document["base"]]
     print("\n| | average | forgetting | forward | trained | prose, perplexity | seconds |")
     print("|---|---|---|---|---|---|---|")
