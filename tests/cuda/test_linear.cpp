@@ -85,7 +85,8 @@ struct Projection {
             r || below(2) ? at.data() : NULL,
             has_residual ? (in_place ? &y.mat : &residual.mat) : NULL,
             &y.mat,
-            h.cols ? &h.mat : NULL};
+            h.cols ? &h.mat : NULL,
+            NULL};
   }
 };
 
@@ -280,7 +281,7 @@ static void zero_adapter(void) {
     const pylora_lora lora = {9, A.mat.p, A.ld, B.mat.p, B.ld, 2, NULL, NULL}, *at = &lora;
     const float *some = below(2) ? bias.data() : NULL;
     const pylora_linear with = {&P, some, &at, NULL, &y.mat, NULL, NULL},
-                        without = {&P, some, NULL, NULL, &base.mat, NULL};
+                        without = {&P, some, NULL, NULL, &base.mat, NULL, NULL};
     Workspace ws(m, 1, d, k, 9, 1);
     OK(pylora_cuda_linear_forward(device_0(), NULL, &x, 1, &with, 1, NULL, ws.at(), ws.bytes));
     OK(pylora_cuda_linear_forward(device_0(), NULL, &x, 1, &without, 1, NULL, ws.at(), ws.bytes));
