@@ -1,4 +1,4 @@
-"""DoRA on every backend: lengths, forward, backward and what must hold bit for bit."""
+"""DoRA on the CPU's backends (not on a GPU yet): lengths, forward, backward and what must hold bit for bit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from pylora.ops.dora import factor
 from pylora.reference import Reference
 from pylora.types import Drop, LoRA
 
-ON_GPU = True  # `ops` may be a GPU's backend
 U = 2.0**-24
 EXACT = Reference()
 DROP = Drop(0.4, 5, 6, 3)
