@@ -1,4 +1,4 @@
-"""DoRA on the CPU's backends (not on a GPU yet): lengths, forward, backward and what must hold bit for bit."""
+"""DoRA on the CPU's backends: lengths, forward, backward and what must hold bit for bit."""
 
 from __future__ import annotations
 
