@@ -24,6 +24,7 @@ from pylora.web.fields import Record
 from pylora.web.flight import Flight, ended_badly
 from pylora.web.house import House
 from pylora.web.keys import Key
+from pylora.web.landing import landing
 from pylora.web.metrics import label
 from pylora.web.problem import Problem
 from pylora.web.shapes import Completion, Shape
@@ -142,31 +143,17 @@ class Course:
 
     async def send(self, send: Send) -> None:
         """The response. Whoever hangs up cancels this, and with it the requests."""
-        status, headers = 200, {"X-Request-Id": self.note.id}
-        try:
-            if self.asked.stream:
-                events = self.events()
-                await wire.send_events(send, events, headers, self._broke)
-            else:
-                await wire.send_json(send, wire.Json(await self.whole(), 200, headers))
-        except Problem as problem:
-            status, self.note.error = problem.status, str(problem)
-            await wire.send_json(send, wire.refused(problem, headers))
-        except asyncio.CancelledError:
-            status, self.note.error = 499, "the client has gone"
-            raise
-        except Exception as error:  # a fault of ours: the client gets a sentence, the log the rest
-            status = 500
-            log.failure(self.note, error)
-            raise
-        finally:
-            self.flight.close()
-            self.note.status = self.note.status or status
-            self.note.completion = sum(choice.tokens for choice in self.choices)
-            self.house.metrics.request(
-                self.way.path, self.note.status, time.monotonic() - self.began
-            )
-            log.answered(self.note)
+        headers = {"X-Request-Id": self.note.id}
+        way = (self.house, self.way.path, self.flight, self.note)
+        async with landing(*way, send, headers, self.began):
+            try:
+                if self.asked.stream:
+                    events = self.events()
+                    await wire.send_events(send, events, headers, self._broke)
+                else:
+                    await wire.send_json(send, wire.Json(await self.whole(), 200, headers))
+            finally:
+                self.note.completion = sum(choice.tokens for choice in self.choices)
 
     def _broke(self, problem: Problem) -> None:
         """A stream ended with an error."""

@@ -24,6 +24,7 @@ from pylora.web.ask import prompts_of
 from pylora.web.flight import Flight, ended_badly
 from pylora.web.house import House
 from pylora.web.keys import Key
+from pylora.web.landing import landing
 from pylora.web.metrics import label
 from pylora.web.problem import Problem, malformed
 from pylora.web.schemas import EMBEDDING
@@ -109,27 +110,12 @@ class _Job:
 
     async def send(self, send: Any) -> None:
         """The response. Whoever hangs up cancels it."""
-        headers, began = {"X-Request-Id": self.note.id}, time.monotonic()
-        status = 200
-        try:
+        headers = {"X-Request-Id": self.note.id}
+        way = (self.house, "/v1/embeddings", self.flight, self.note)
+        async with landing(*way, send, headers, time.monotonic()):
             await self.hear()
             said = await self.house.aside(self.answer)
             await wire.send_json(send, wire.Json(said, 200, headers))
-        except Problem as problem:
-            status, self.note.error = problem.status, str(problem)
-            await wire.send_json(send, wire.refused(problem, headers))
-        except asyncio.CancelledError:
-            status, self.note.error = 499, "the client has gone"
-            raise
-        except Exception as error:  # a fault of ours: the client gets a sentence, the log the rest
-            status = 500
-            log.failure(self.note, error)
-            raise
-        finally:
-            self.flight.close()
-            self.note.status = status
-            self.house.metrics.request("/v1/embeddings", status, time.monotonic() - began)
-            log.answered(self.note)
 
 
 def _written(row: np.ndarray, encoding: str) -> Any:
