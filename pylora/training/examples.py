@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, overload
+from typing import Any, Protocol, TypeVar, overload
 
 import numpy as np
 
@@ -25,6 +25,8 @@ from pylora.reference import IGNORE
 from pylora.training.fields import Fields
 from pylora.training.reading import read_records
 from pylora.training.records import Conversation, Notes, Pair, Text, interpret
+
+T = TypeVar("T")
 
 
 class Pieces(Protocol):
@@ -191,16 +193,9 @@ def load_examples(
         raise DataError(no_end(name))
     named, notes = Fields.parse(fields), Notes()
     examples: list[Example] = []
-    truncated, first = 0, ""
-    for where, record in records:
-        kind, content = interpret(record, where, named, notes)
-        if not first:
-            first, first_where = kind, where
-        elif kind != first:
-            raise DataError(
-                f"{where}: this record has {kind}, but the one at {first_where} has {first}; "
-                "keep one kind of record per file"
-            )
+    truncated = 0
+    read = ((where, *interpret(record, where, named, notes)) for where, record in records)
+    for where, content in of_one_kind(read):
         for tokens, counted in encoded(content, tokenizer, template_args or {}, where, notes):
             if max_length is not None and len(tokens) > max_length:
                 tokens, counted = cut(tokens, counted, max_length, too_long, where)
@@ -209,6 +204,20 @@ def load_examples(
     if not examples:
         raise DataError(f"{name}: the file has no records")
     return Examples(examples, truncated, notes.lines())
+
+
+def of_one_kind(records: Iterable[tuple[str, str, T]]) -> Iterator[tuple[str, T]]:
+    """(where, content) of each (where, kind, content); DataError where a second kind begins."""
+    first = first_where = ""
+    for where, kind, content in records:
+        if not first:
+            first, first_where = kind, where
+        elif kind != first:
+            raise DataError(
+                f"{where}: this record has {kind}, but the one at {first_where} has {first}; "
+                "keep one kind of record per file"
+            )
+        yield where, content
 
 
 def no_end(name: str) -> str:

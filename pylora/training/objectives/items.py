@@ -15,6 +15,7 @@ from pylora.training.examples import (
     cut,
     encoded,
     no_end,
+    of_one_kind,
     source,
 )
 from pylora.training.fields import Fields
@@ -66,18 +67,11 @@ class Reader:
 
     def read(self, interpret: Callable[[dict[str, Any], str], tuple[str, list[Any]]]) -> Items:
         """`interpret(record, where)` gives the record's kind and its items; one kind a file."""
-        items: list[Any] = []
-        first = first_where = ""
-        for where, record in self.records:
-            kind, some = interpret(self.fields.rename(record, where), where)
-            if not first:
-                first, first_where = kind, where
-            elif kind != first:
-                raise DataError(
-                    f"{where}: this record has {kind}, but the one at {first_where} has {first}; "
-                    "keep one kind of record per file"
-                )
-            items += some
+        read = (
+            (where, *interpret(self.fields.rename(record, where), where))
+            for where, record in self.records
+        )
+        items = [item for _, some in of_one_kind(read) for item in some]
         if not items:
             raise DataError(f"{self.name}: the file has no records")
         return Items(items, self.truncated, self.notes.lines())
