@@ -114,8 +114,8 @@ def train(
     config = settled(config, [len(e) for e in examples], model.config.hidden_size)
     model.attach(adapter)
     where = None if out_dir is None else Path(out_dir)
-    run = _Run(model, adapter, examples, config, where, objective, ranks)
-    run.watch = Watch(model, eval_examples, config, measure, objective, ranks)
+    watch = Watch(model, eval_examples, config, measure, objective, ranks)
+    run = _Run(model, adapter, examples, config, where, objective, watch, ranks)
     run.open(resume, overwrite)
     run.prepare([*examples, *(eval_examples or ())])
     try:
@@ -135,10 +135,11 @@ class _Run:
         config: TrainConfig,
         out_dir: Path | None,
         objective: Objective,
-        ranks: Ranks = ALONE,
+        watch: Watch,
+        ranks: Ranks,
     ) -> None:
         check_share(ranks, config.accumulation)
-        self.ranks = ranks
+        self.ranks, self.watch = ranks, watch
         self.model, self.adapter, self.examples = model, adapter, examples
         self.config, self.out_dir, self.objective = config, out_dir, objective
         self.optimizer = Optimizer(model.ops, self._trained(), config)
@@ -148,7 +149,6 @@ class _Run:
         self.saved_at = time.monotonic()  # and when it was written, or the run begun
         self.log: Log | None = None
         self.identity: dict[str, Any] = {}
-        self.watch = Watch(model, None, config, None, objective)
         self.steps = total_steps(config, [len(example) for example in examples])
         if config.warmup_steps > self.steps:
             raise ConfigError(
@@ -238,16 +238,20 @@ class _Run:
                 f"{path} is after step {progress.step}, and the run is to have {self.steps} steps; "
                 "what was done cannot be taken back: ask for more steps, or start a new run"
             )
-        whole, config = whole_of(self.adapter), self.model.home_config
-        rows = None if whole is None else whole.tensors.__getitem__
-        stored = type(self.adapter).load(path, config, base=rows)  # type: ignore[attr-defined]
-        checkpoint.restore_arrays(str(path), trainable(stored), trainable(self.adapter))
+        self._take(path)
         self.model.attach(self.adapter)
         self.optimizer.parameters = self._trained()
         moments = {name: np.empty_like(a) for name, a in self.optimizer.state().items()}
         checkpoint.restore_moments(path, moments)
         self.optimizer.restore(moments)
         self.progress, self.saved = progress, progress.step
+
+    def _take(self, path: Path) -> None:
+        """Brings the arrays that are trained to what a saved adapter of this run has."""
+        whole, config = whole_of(self.adapter), self.model.home_config
+        rows = None if whole is None else whole.tensors.__getitem__
+        stored = type(self.adapter).load(path, config, base=rows)  # type: ignore[attr-defined]
+        checkpoint.restore_arrays(str(path), trainable(stored), trainable(self.adapter))
 
     def save(self) -> None:
         """Writes a checkpoint of the present step, unless that is on disk already."""
@@ -342,8 +346,7 @@ class _Run:
         """Whether the best adapter is another than the last one, whose place it then takes."""
         best = self.watch.best_folder(self.progress)
         if best is not None:
-            kept = type(self.adapter).load(best, self.model.config.modules())  # type: ignore[attr-defined]
-            checkpoint.restore_arrays(str(best), trainable(kept), trainable(self.adapter))
+            self._take(best)
         return best is not None
 
     def _write_result(self) -> None:
