@@ -119,10 +119,10 @@ def total_gradients(
     found = [[_array(grads, p, f) for p, f in names] for grads in mine]
     there = [[a is not None for a in row] for row in found]
     everyone = [row for rows in ranks.gather(there) for row in rows]
-    some = [any(column) for column in zip(*everyone, strict=True)]
+    columns = list(zip(*everyone, strict=True))
     out: Grads = {}
     # Arrays that every micro-batch has travel as one vector; the few others on their own.
-    common = [i for i, column in enumerate(zip(*everyone, strict=True)) if all(column)]
+    common = [i for i, column in enumerate(columns) if all(column)]
     if common:
         vectors = [_flat([row[i] for i in common], ops) for row in found]
         vector = ranks.sums(vectors, counts)
@@ -130,10 +130,10 @@ def total_gradients(
         for i in common:
             _put(out, names[i], vector[at : at + sizes[i]].reshape(shapes[i]), ops)
             at += sizes[i]
-    for i, (name, wanted) in enumerate(zip(names, some, strict=True)):
-        if wanted and i not in set(common):
-            own = [_flat([row[i]], ops) for row in found if row[i] is not None]
-            _put(out, name, ranks.sums(own, ranks.gather(len(own))).reshape(shapes[i]), ops)
+    for i in (i for i, column in enumerate(columns) if any(column) and not all(column)):
+        own = [_flat([row[i]], ops) for row in found if row[i] is not None]
+        total = ranks.sums(own, ranks.gather(len(own)))
+        _put(out, names[i], total.reshape(shapes[i]), ops)
     return out
 
 

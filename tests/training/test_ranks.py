@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -98,6 +100,7 @@ def test_any_number_of_processes_has_the_bits_of_one(
     shapes = {"a": ((2, 3), (4, 2)), "b": ((1, 5), (2, 1)), "c": ((3, 2), (2, 3))}
     like = {p: LoRA(np.zeros(a, np.float32), np.zeros(b, np.float32), 1.0)
             for p, (a, b) in shapes.items()}  # fmt: skip
+    like["b"] = replace(like["b"], magnitude=np.ones(2, np.float32))  # DoRA has one array more
 
     def draw(shape: tuple[int, ...]) -> np.ndarray:
         x = rng.standard_normal(shape) * 10.0 ** rng.integers(-6, 7, shape)
@@ -105,7 +108,7 @@ def test_any_number_of_processes_has_the_bits_of_one(
 
     every: list[Grads] = [
         {
-            p: LoRAGrad(draw(a), draw(b))
+            p: LoRAGrad(draw(a), draw(b), magnitude=draw((2,)) if p == "b" else None)
             for j, (p, (a, b)) in enumerate(shapes.items())
             if (i, j) not in absent
         }
@@ -114,7 +117,7 @@ def test_any_number_of_processes_has_the_bits_of_one(
     alone: Grads = {}
     for grads in every:
         for path, grad in grads.items():
-            add_grad(alone, path, LoRAGrad(grad.A.copy(), grad.B.copy()))
+            add_grad(alone, path, deepcopy(grad))
     ops = backends.get("numpy")
     stretches = shares(micros, size)
 
@@ -127,6 +130,8 @@ def test_any_number_of_processes_has_the_bits_of_one(
         for path in alone:
             assert got[path].A.tobytes() == alone[path].A.tobytes()
             assert got[path].B.tobytes() == alone[path].B.tobytes()
+        if "b" in alone:
+            assert got["b"].magnitude.tobytes() == alone["b"].magnitude.tobytes()
 
 
 def test_another_order_would_be_seen() -> None:
