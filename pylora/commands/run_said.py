@@ -64,8 +64,7 @@ def after_training(screen: Console, result: TrainResult, out: Path) -> None:
         e = result.evaluation
         first = result.evaluations[0] if result.evaluations else (1, e)
         was = f" (was {first[1].nll:.4f} before training)" if first[0] == 0 else ""
-        words = e.words().partition(", ")[2]
-        screen.say(f"evaluation: loss {e.nll:.4f}{was}, {words}")
+        screen.say(", ".join([f"evaluation: loss {e.nll:.4f}{was}", *e.others()]))
     if result.stopped_early:
         screen.say(f"ended after step {result.steps}: the evaluation got no better")
     if result.best_step is not None:
@@ -89,25 +88,17 @@ def how_long(config: TrainConfig, steps: int) -> str:
 
 
 def write_model_card(
-    out: Path,
-    base: str,
-    data: str,
-    llama: Any,
-    examples: Any,
-    data_digest: str,
-    settings: str,
-    result: TrainResult,
+    out: Path, base: str, data: str, examples: Any, settings: str, result: TrainResult
 ) -> None:
     """README.md in the run's folder and the adapter's; `settings` is the text of run.json."""
     from pylora.training.card import Source, card, write
-    from pylora.training.checkpoint import fingerprint
     from pylora.training.log import evaluation_records
 
     source = Source(
         base=base,
-        base_digest=fingerprint(llama),
+        base_digest=result.identity["base model"],
         data=data,
-        data_digest=data_digest,
+        data_digest=result.identity["training data"],
         records=len(examples),
         tokens=sum(map(len, examples)),
         notes=examples.notes,

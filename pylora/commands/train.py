@@ -468,8 +468,7 @@ def train(
         )
     if world().rank == 0:
         after_training(screen, result, out)
-        shown = aim.digest(examples)
-        write_model_card(out, str(model), str(data), llama, examples, shown, record, result)
+        write_model_card(out, str(model), str(data), examples, record, result)
 
 
 def _files(data: Path, evals: Path | None) -> tuple[Path, Path | None]:

@@ -33,11 +33,12 @@ class Evaluation:
 
     def words(self) -> str:
         """ "loss 0.4210, perplexity 1.52, exact match 0.9": what there is."""
-        words = [f"loss {self.nll:.4f}"]
-        if not math.isnan(self.perplexity):
-            words.append(f"perplexity {self.perplexity:.2f}")
-        words += [f"{name.replace('_', ' ')} {value:.4g}" for name, value in self.metrics.items()]
-        return ", ".join(words)
+        return ", ".join([f"loss {self.nll:.4f}", *self.others()])
+
+    def others(self) -> list[str]:
+        """The figures beside the loss, each in words."""
+        some = [] if math.isnan(self.perplexity) else [f"perplexity {self.perplexity:.2f}"]
+        return some + [f"{n.replace('_', ' ')} {value:.4g}" for n, value in self.metrics.items()]
 
 
 @dataclass(frozen=True)

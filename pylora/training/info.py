@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from pylora.training.evaluate import Evaluation
 from pylora.types import LoRA, brief
@@ -43,6 +44,7 @@ class TrainResult:
     evaluations: list[tuple[int, Evaluation]] = field(default_factory=list)
     best_step: int | None = None  # whose adapter was kept, with `best_by`; None: the last
     stopped_early: bool = False  # by `patience`
+    identity: Mapping[str, Any] = field(default_factory=dict)  # what a run in out_dir is a run of
 
     def __repr__(self) -> str:
         losses, e = self.losses, self.evaluation

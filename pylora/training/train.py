@@ -340,6 +340,7 @@ class _Run:
             evaluations=self.watch.seen,
             best_step=p.best_step if best else None,
             stopped_early=p.step < self.steps,
+            identity=self.identity,
         )
 
     def _take_best(self) -> bool:
