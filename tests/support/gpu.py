@@ -66,7 +66,7 @@ class HostSide:
             there: list[tuple[np.ndarray, Any]] = []
             moved = [self._there(a, there) for a in args]
             result = value(*moved, **{k: self._there(a, there) for k, a in kw.items()})
-            if name == "adamw_step":
+            if name in ("adamw_step", "merge_in_place"):
                 for host, device in there:
                     if host.flags.writeable:
                         host[...] = self._ops.to_numpy(device)
@@ -92,7 +92,7 @@ class HostSide:
         if isinstance(a, (list, tuple)):
             return type(a)(self._here(x) for x in a)
         if isinstance(a, Residue):
-            return Residue(self._here(a.position), self._here(a.bits))
+            return Residue(self._here(a.position), self._here(a.bits), self._here(a.norm))
         return a
 
 

@@ -168,6 +168,14 @@ def where(condition: Any, a: Any, b: Any) -> ndarray:
     return call(np.where, condition, a, b)
 
 
+def einsum(subscripts: str, *arrays: ndarray) -> ndarray:
+    return call(lambda *a: np.einsum(subscripts, *a), *arrays)
+
+
+def diagonal(a: ndarray) -> ndarray:
+    return call(np.diagonal, a)
+
+
 def flatnonzero(a: ndarray) -> ndarray:
     return call(np.flatnonzero, a)
 
