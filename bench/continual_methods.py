@@ -12,6 +12,7 @@ task (shared-private). Progressive networks are in continual_columns.py.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
@@ -85,7 +86,7 @@ def accuracy(model: Llama, test: Records) -> float:
     return float((logits.argmax(axis=1) == test.answers.reshape(-1)).mean())
 
 
-class Method:
+class Method(ABC):
     """One way of learning. `learn` is called for each task in turn, `score` at any time."""
 
     label = ""
@@ -105,13 +106,13 @@ class Method:
         """The next records to learn from."""
         return train.take(self.rng.integers(0, len(train), BATCH))
 
+    @abstractmethod
     def learn(self, task: int, train: Records) -> None:
         """Learns task number `task` from its records."""
-        raise NotImplementedError
 
+    @abstractmethod
     def score(self, task: int, test: Records) -> float:
         """Accuracy on task number `task`, with what has been learned up to now."""
-        raise NotImplementedError
 
     def fit(self, training: Training, task: int, train: Records) -> None:
         """`steps` updates."""

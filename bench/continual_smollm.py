@@ -171,7 +171,7 @@ class Learner:
 
     def run(self, way: Way) -> dict[str, Any]:
         """All tasks in a row: the accuracy matrix, and what it cost."""
-        began, matrix, adapters = time.process_time(), [], {}
+        matrix, adapters = [], {}
         buffer: list[Example] = []
         fisher: dict[Any, np.ndarray] = {}
         anchored: dict[Any, np.ndarray] = {}
