@@ -100,7 +100,8 @@ class Method(ABC):
         self.setup()
 
     def setup(self) -> None:
-        """What exists before the first task."""
+        """What exists before the first task: nothing, where a method does not say otherwise."""
+        return
 
     def batch(self, task: int, train: Records) -> Records:
         """The next records to learn from."""
@@ -124,7 +125,8 @@ class Method(ABC):
             training.update(grads, self.steps)
 
     def adjust(self, grads: dict[Any, np.ndarray], training: Training) -> None:
-        """What a method adds to the gradients."""
+        """What a method adds to the gradients: nothing, as a rule."""
+        return
 
 
 class Full(Method):
