@@ -35,11 +35,6 @@ ALPHA, _TOKENS = "adapter.lora.alpha", "adapter.alora.invocation_tokens"
 _FLOATS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
-def is_adapter(path: Path) -> bool:
-    """Whether a GGUF file says that it is an adapter. Raises what `read_header` does."""
-    return read_header(path).metadata.get("general.type") == "adapter"
-
-
 # ---- names ---------------------------------------------------------------------------------------
 
 

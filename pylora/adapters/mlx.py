@@ -39,11 +39,6 @@ _LIMIT = 16 << 20  # bytes of the settings
 _FLOATS = ("f32", "f16", "bf16")
 
 
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter of mlx-lm."""
-    return (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file()
-
-
 # ---- reading -------------------------------------------------------------------------------------
 
 
