@@ -131,5 +131,5 @@ cudatest:
 clean:
 	rm -rf $(VENV) build dist pylora*.egg-info out
 	find pylora -name '_core*.so' -o -name '_core*.c' | xargs rm -f
-	rm -f pylora/backends/libpylora_cuda.so pylora/backends/_cuda_abi.py pylora/backends/_cuda_kernels.cu pylora/backends/_cuda_note.txt
+	rm -f pylora/backends/libpylora_cuda.so pylora/backends/_cuda_abi.py pylora/backends/_cuda_kernels.cu.gz pylora/backends/_cuda_note.txt
 	for d in tests/c tests/cuda tests/fuzz; do if [ -f $$d/Makefile ]; then $(MAKE) -C $$d clean; fi; done

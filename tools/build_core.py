@@ -50,8 +50,9 @@ MSVC = sys.platform == "win32"
 FLAGS = (
     ["/std:c11", "/O2", "/fp:precise", "/experimental:c11atomics"]
     if MSVC
-    else ["-std=c11", "-O2", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"]
-)
+    else ["-std=c11", "-O2", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden",
+          "-fno-asynchronous-unwind-tables"]
+)  # fmt: skip
 # What GCC's -O3 does for these kernels, in half its time: -O2 of clang does as much without.
 GCC_FLAGS = ["-ftree-vectorize", "-fvect-cost-model=dynamic", "-fpeel-loops"]
 # More flags for the core alone; CI's are -Wall -Wextra -Werror.
@@ -154,6 +155,7 @@ def builder(objects: list[str] | None = None) -> FFI:
         extra_compile_args=FLAGS,
         extra_objects=objects or [],
         libraries=[] if MSVC else ["m", "pthread"],
+        extra_link_args=["-Wl,-s"] if sys.platform == "linux" else [],  # no symbols but Python's
     )
     return ffi
 

@@ -12,6 +12,7 @@ Nothing of CUDA is linked but its static runtime: building needs no GPU, driver 
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import os
 import re
@@ -27,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
 LIBRARY = "libpylora_cuda.so"
 TOOLKIT = Path("/usr/local/cuda")  # where NVIDIA's installer puts it
-KERNELS = "_cuda_kernels.cu"
+KERNELS = "_cuda_kernels.cu.gz"
 NOTE = "_cuda_note.txt"
 
 # Machine code for A100 and H100, and PTX that drivers compile for what comes after.
@@ -162,7 +163,8 @@ def build(package: Path, objects: Path) -> list[Path]:
     package, objects = package.resolve(), objects.resolve()
     package.mkdir(parents=True, exist_ok=True)
     library, note = package / LIBRARY, package / NOTE
-    (package / KERNELS).write_text(flatten(SOURCES / "kernels.cu"), encoding="utf-8")
+    source = flatten(SOURCES / "kernels.cu").encode()
+    (package / KERNELS).write_bytes(gzip.compress(source, mtime=0))  # the same bytes every time
     library.unlink(missing_ok=True)
     want, nvcc = wanted(), None
     try:

@@ -3,7 +3,7 @@
     # needs cuobjdump and nvdisasm
     python tools/cuda_code.py library pylora/backends/libpylora_cuda.so
     # needs libnvrtc
-    python tools/cuda_code.py nvrtc pylora/backends/_cuda_kernels.cu
+    python tools/cuda_code.py nvrtc pylora/backends/_cuda_kernels.cu.gz
 
 `library`: every kernel is there for sm_80 and sm_90, and as PTX; none keeps variables in local
 memory (a spill, or an array that is indexed at run time) unless EXCEPTIONS says why; the kernels
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gzip
 import os
 import re
 import shutil
@@ -168,12 +169,12 @@ def load_nvrtc(path: str | None) -> ctypes.CDLL:
 
 def check_nvrtc(source: Path, nvrtc: ctypes.CDLL) -> int:
     """Compiles for every target, without any include path."""
-    text = source.read_bytes()
+    text = gzip.decompress(source.read_bytes())
     expected = set()
     for target in ("compute_80", "compute_90"):
         program = ctypes.c_void_p()
         status = nvrtc.nvrtcCreateProgram(
-            ctypes.byref(program), text, source.name.encode(), 0, None, None
+            ctypes.byref(program), text, source.stem.encode(), 0, None, None
         )
         if status:
             raise SystemExit(f"nvrtcCreateProgram failed ({status})")

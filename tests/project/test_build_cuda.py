@@ -3,6 +3,7 @@ only what changed is compiled again. Here nvcc is a script; CI's stage `cuda` ru
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import os
 import re
@@ -89,7 +90,7 @@ def test_off_does_not_look(
     nvcc(build.TOOLKIT / "bin", FAILS)
     monkeypatch.setenv("PYLORA_CUDA", "off")
     made = build.build(tmp_path / "package", tmp_path / "objects")
-    assert {f.name for f in made} == {"_cuda_kernels.cu", "_cuda_note.txt"}
+    assert {f.name for f in made} == {"_cuda_kernels.cu.gz", "_cuda_note.txt"}
     assert "off" in note(tmp_path / "package")
     assert capfd.readouterr() == ("", "")
 
@@ -109,7 +110,7 @@ def test_without_a_working_nvcc(
     package.mkdir()
     (package / "libpylora_cuda.so").write_text("of an earlier build")
     made = build.build(package, tmp_path / "objects")
-    assert {f.name for f in made} == {"_cuda_kernels.cu", "_cuda_note.txt"}
+    assert {f.name for f in made} == {"_cuda_kernels.cu.gz", "_cuda_note.txt"}
     assert not (package / "libpylora_cuda.so").exists()
     assert reason in note(package)
     assert reason in capfd.readouterr().err
@@ -144,7 +145,7 @@ def test_without_a_driver_nothing_is_compiled_unless_asked(
     if listing == "echo GPU 0: X":
         assert package / "libpylora_cuda.so" in made
         return
-    assert {f.name for f in made} == {"_cuda_kernels.cu", "_cuda_note.txt"}
+    assert {f.name for f in made} == {"_cuda_kernels.cu.gz", "_cuda_note.txt"}
     said = capfd.readouterr().err
     assert said.count("\n") == 1 and "no NVIDIA driver" in said and "PYLORA_CUDA=on" in said
     monkeypatch.setenv("PYLORA_CUDA", "on")
@@ -192,7 +193,7 @@ def test_only_what_changed_is_compiled(build: ModuleType, tmp_path: Path) -> Non
 
 def test_the_kernels_are_one_source(build: ModuleType, tmp_path: Path) -> None:
     build.build(tmp_path / "package", tmp_path / "objects")
-    text = (tmp_path / "package" / "_cuda_kernels.cu").read_text()
+    text = gzip.decompress((tmp_path / "package" / "_cuda_kernels.cu.gz").read_bytes()).decode()
     assert "#include" not in text
     assert [line for line in text.splitlines() if line.startswith("int")] == [
         "int device;",

@@ -79,7 +79,7 @@ def test_nothing_tells_to_install_somebody_elses_package() -> None:
     [
         "py.typed",
         "demo/data/notation/train.jsonl",
-        "backends/_cuda_kernels.cu",
+        "backends/_cuda_kernels.cu.gz",
         "backends/_cuda_note.txt",
     ],
 )

@@ -8,6 +8,7 @@ other the caller has the reference. CuPy keeps what it has compiled on disk.
 
 from __future__ import annotations
 
+import gzip
 import threading
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 from pylora.types import Array
 
 # Written into pylora/backends when pylora is built.
-SOURCE = Path(__file__).resolve().parents[1] / "_cuda_kernels.cu"
+SOURCE = Path(__file__).resolve().parents[1] / "_cuda_kernels.cu.gz"
 OPTIONS = ("-std=c++17", "-DPYLORA_SMALL_KERNELS")
 
 # struct View of csrc/cuda/device.cuh; CuPy passes a structured array of one element by value.
@@ -50,9 +51,8 @@ class Kernels:
         if self._module is not None or self.failure is not None:
             return
         try:
-            module = self._xp.RawModule(
-                code=SOURCE.read_text(encoding="utf-8"), options=OPTIONS, backend="nvrtc"
-            )
+            code = gzip.decompress(SOURCE.read_bytes()).decode()
+            module = self._xp.RawModule(code=code, options=OPTIONS, backend="nvrtc")
             module.compile()
             self._module = module
         except Exception as error:  # no file, no NVRTC, a compiler's message: the reference serves
