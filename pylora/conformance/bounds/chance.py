@@ -14,12 +14,16 @@ P(surprise >= L) <= 2 exp(-L), both tails together. An example that looks at T c
 dependent they are on each other, is a false alarm with a chance of at most 2 T exp(-L) (union
 bound): `limit(T)` is the L that makes this ALARM. A law looks at up to three such sets of counts in
 an example, so that with 10,000 examples it raises one with a chance of at most 3 · 10⁻¹¹, and the
-ten laws about chance together with less than 10⁻⁹.
+eighteen laws about chance together with less than 10⁻⁹.
 
 Where a count is not binomial itself but the sum of two that are, each of about n/2 independent
 trials (pairs that share an element, told apart by every second one: see `battery.py`), then by
 Cauchy and Schwarz E exp(λ(K₁ + K₂)) <= sqrt(E exp(2λ K₁) E exp(2λ K₂)), which is the bound above
 with n/2 for n: half the surprise.
+
+The same inequality bounds a sum of weights, one for each of n independent draws from cells of known
+shares (`weighted`): P(sum >= n t) <= exp(-n I(t)), I(t) = max over λ >= 0 of λ t - ln Σ share e^(λ w).
+It is maximized numerically; any λ gives a bound, so that what the search misses costs power only.
 
 **Power.** A wrong implementation makes the same count a Bin(n, π') with π' ≠ π. The law sees it
 unless the count stays between the ends of the interval of surprise < L; let k* be the end that lies
@@ -55,6 +59,51 @@ def surprise(count: Array | float, n: Array | float, share: Array | float) -> Ar
     2 exp(-L). 0 where n is 0."""
     count, n = np.asarray(count, np.float64), np.asarray(n, np.float64)
     return n * divergence(np.clip(count / np.maximum(n, 1), 0, 1), share)
+
+
+def _rate(t: float, weights: Array, shares: Array) -> float:
+    """I(t) for t at or above the mean of the weights, in nats for each draw: the function of λ is
+    concave, and its slope at λ is t less the mean under shares e^(λ w)."""
+
+    def slope(by: float) -> tuple[float, float]:
+        top = float((by * weights).max())
+        tilted = shares * np.exp(by * weights - top)
+        total = float(tilted.sum())
+        mean = float((tilted * weights).sum()) / total
+        return t - mean, by * t - (math.log(total) + top)
+
+    low, high = 0.0, 1.0 / float(np.abs(weights).max())
+    for _ in range(60):
+        if slope(high)[0] <= 0:
+            break
+        low, high = high, 2 * high
+    for _ in range(60):
+        half = (low + high) / 2
+        low, high = (half, high) if slope(half)[0] > 0 else (low, half)
+    return max(0.0, slope(low)[1])
+
+
+def weighted(counts: Array, weights: Array, shares: Array) -> float:
+    """Nats of the sum of the weights of `counts` draws from cells of these shares: L or more with a
+    chance of at most 2 exp(-L)."""
+    n = int(counts.sum())
+    mean, expected = float(counts @ weights) / n, float(shares @ weights)
+    sign = 1.0 if mean >= expected else -1.0
+    return n * _rate(sign * mean, sign * weights, shares)
+
+
+def weighted_power(n: int, weights: Array, shares: Array, other: Array, level: float) -> float:
+    """A lower bound on the chance that n draws from cells of the shares `other` have a sum of
+    weights of `level` nats or more as draws from cells of `shares`."""
+    sign = 1.0 if other @ weights >= shares @ weights else -1.0
+    w = sign * weights
+    near, far = float(shares @ w), float(other @ w)
+    if n * _rate(far, w, shares) < level:
+        return 0.0
+    for _ in range(50):
+        half = (near + far) / 2
+        near, far = (near, half) if n * _rate(half, w, shares) >= level else (half, far)
+    return float(-math.expm1(-n * _rate(-far, -w, other)))
 
 
 def limit(tests: int, alarm: float = ALARM) -> float:

@@ -189,7 +189,7 @@ class Adapted(Base):
     ) -> Array:
         """Word e of the stream dropout/<path>/<step> is at least floor(p 2³²): D-7."""
         m, k = shape
-        stream = random.stream("dropout", path, str(step))
+        seed, stream = random.check_seed(seed), random.stream("dropout", path, str(step))
         words = self.ops.philox(seed, stream, row0 * k, m * k)
         threshold = math.floor(float(np.float32(p)) * 2**32)
         return np.asarray(words).reshape(shape) >= threshold

@@ -38,7 +38,11 @@ def uniform(A: Array, k: int, method: str) -> Array:
 
 def coins(A: Array, k: int, method: str) -> dict[str, Array]:
     """Three bits of each element."""
-    u = uniform(A, k, method)
+    return of_u(uniform(A, k, method))
+
+
+def of_u(u: Array) -> dict[str, Array]:
+    """The same of numbers that are uniform on 0 .. 1."""
     magnitude = 2 * np.abs(u - 0.5)
     return {
         "signs": u < 0.5,

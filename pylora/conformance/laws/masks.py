@@ -47,7 +47,7 @@ def masks(draw, large: bool = True):  # type: ignore[no-untyped-def]
         other_path=draw(pick(tuple(q for q in PATHS if q != path))),
         other_step=draw(pick(tuple(q for q in STEPS if q != step))),
         other_seed=draw(pick(tuple(q for q in SEEDS if q != seed))),
-        row0=draw(pick((0, 1, 5, 1000, 2**20 + 3))),
+        row0=draw(pick((0, 1, 5, 1000, 2**20 + 3, 2**25 + 3, 2**33 + 1))),  # elements past 2³²
         cuts=sorted(draw(st.lists(st.integers(0, m), max_size=4))),
     )
 
