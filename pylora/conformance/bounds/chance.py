@@ -21,9 +21,10 @@ trials (pairs that share an element, told apart by every second one: see `batter
 Cauchy and Schwarz E exp(λ(K₁ + K₂)) <= sqrt(E exp(2λ K₁) E exp(2λ K₂)), which is the bound above
 with n/2 for n: half the surprise.
 
-The same inequality bounds a sum of weights, one for each of n independent draws from cells of known
-shares (`weighted`): P(sum >= n t) <= exp(-n I(t)), I(t) = max over λ >= 0 of λ t - ln Σ share e^(λ w).
-It is maximized numerically; any λ gives a bound, so that what the search misses costs power only.
+The same inequality bounds a sum of weights, one for each of n independent draws from cells of
+known shares (`weighted`): P(sum >= n t) <= exp(-n I(t)), with I(t) the maximum over λ >= 0 of
+λ t - ln Σ share e^(λ w). It is searched for; any λ gives a bound, so that what the search misses
+costs power only.
 
 **Power.** A wrong implementation makes the same count a Bin(n, π') with π' ≠ π. The law sees it
 unless the count stays between the ends of the interval of surprise < L; let k* be the end that lies

@@ -13,13 +13,14 @@ from pylora.conformance.laws.law import Law
 from pylora.conformance.laws.session import Block, transformer
 from pylora.conformance.problems.adapted import ALL_DTYPES
 from pylora.conformance.problems.attending import (
+    LAYOUTS,
     attending,
     beyond_attention,
     beyond_windows,
     blocks,
 )
 from pylora.conformance.problems.layers import pick, st
-from pylora.conformance.testcase import Problem, Trial
+from pylora.conformance.testcase import NotTested, Problem, Trial
 from pylora.types import Array
 
 
@@ -136,6 +137,21 @@ def _whole_block(t: Trial, p: Problem) -> None:
     t.expect("y", y, want.value, within(p) * want.error)
 
 
+def _all_options(dtype: str = "float32") -> Any:
+    return attending(dtype, window=True, layouts=LAYOUTS, scale=True, ragged=True)
+
+
+def _together(t: Trial, p: Problem) -> None:
+    """Those of the options that the implementation heeds, at once."""
+    can = getattr(t.implementation, "attention_options", ())
+    none: dict[str, Any] = {"window": 0} if "window" not in can else {}
+    none |= {"rope_layout": "half"} if "interleaved" not in can else {}
+    none |= {"scale": None} if "scale" not in can else {}
+    if len(none) > 1:
+        raise NotTested("attention has fewer than two options")
+    _both(t, p.replaced(shape=replace(p.shape, **none)))
+
+
 WINDOW = ("attention", "attention_window")
 LAWS = (
     Law(
@@ -211,6 +227,19 @@ LAWS = (
         ("attention", "attention_scale"),
         lambda dtype: attending(dtype, scale=True),
         _both,
+        ("x", "dy"),
+        dtypes=ALL_DTYPES,
+        cost=2,
+    ),
+    Law(
+        "A28",
+        "A window, a scale and interleaved pairs act together as each does alone.",
+        "A1 and A2 with all options of `attention_options` at once",
+        "a kernel for one option passes over another, forward or backward",
+        ("A-9", "A-10", "A-3", "A-5"),
+        ("attention",),
+        _all_options,
+        _together,
         ("x", "dy"),
         dtypes=ALL_DTYPES,
         cost=2,

@@ -92,8 +92,11 @@ def turned(items: Sequence[Item], seed: int) -> list[Item]:
 def law(
     id: str, sentence: str, maths: str, violation: str, spec: tuple[str, ...],
     check: Callable[[Trial, Problem], None], cost: int,
+    covering: Callable[[str, int], list[Problem]] | None = None,
 ) -> Law:  # fmt: skip
-    return Law(id, sentence, maths, violation, spec, PEFT, plans, check, (), cost=cost)
+    return Law(
+        id, sentence, maths, violation, spec, PEFT, plans, check, (), cost=cost, covering=covering
+    )
 
 
 def malformed(made: Made, i: int) -> dict[str, bytes]:

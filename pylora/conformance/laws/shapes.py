@@ -1,4 +1,4 @@
-"""The law of the shape of initial values' distribution: a cheap stand-in for the normal one, which no
+"""The law of the shape of initial values: a cheap stand-in for the normal distribution, which no
 count of a few ten thousand elements shows, is seen in half a million.
 
 The elements of many seeds are dealt out to cells whose shares are known. What is looked at is the
@@ -125,7 +125,7 @@ LAWS = (
     Law(
         "I22",
         "Initial values have the distribution's shape, not a likeness of it.",
-        "Σ over 524,288 elements of eight seeds of Hermite's polynomials 1 to 8 of z, or of cos jπu, "
+        "Σ over 524,288 elements of Hermite's polynomials 1 to 8 of z, or of cos jπu, "
         "each within its bound (Chernoff; together 10⁻¹⁵): an excess kurtosis of 0.1 is seen",
         "a sum of twelve uniform numbers, a table or a logistic curve stands for the normal one",
         ("I-3", "I-5", "I-2"),

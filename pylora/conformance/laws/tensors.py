@@ -50,6 +50,15 @@ def misfits(p: Problem) -> dict[str, list[tuple[str, Array, str]]]:
         "a tensor of no module": more(("step", zeros[0])),
         "a tensor under a wrong prefix as well": more((f"model.{name}", a)),
     }  # fmt: skip
+    for more_ranks, named in (
+        (-1, "one rank fewer"),
+        (1, "one rank more"),
+        (3, "three more"),
+    ):
+        if p.config["r"] + more_ranks > 0:
+            every, one = _with_ranks(p, more_ranks, ""), _with_ranks(p, more_ranks, path)
+            out[f"{named} in every tensor than the settings say"] = every
+            out[f"{named} in both tensors of a module than the settings say"] = one
     if a.shape[0] != a.shape[1]:
         out["a tensor that is transposed"] = swapped((name, np.ascontiguousarray(a.T)))
         out["a tensor with its numbers in another shape"] = swapped(
@@ -61,6 +70,28 @@ def misfits(p: Problem) -> dict[str, list[tuple[str, Array, str]]]:
             (f"{PREFIX}{other}.lora_B.weight", np.ones((p.modules[other][0], p.config["r"]), "f4")),
         )
     return out
+
+
+def _with_ranks(p: Problem, more: int, path: str) -> list[tuple[str, Array, str]]:
+    """All tensors, with so many ranks more (zeros) or fewer in those of the module, or in all."""
+    out = []
+    for name, a in tensors_of(p):
+        axis = 1 if name.endswith("lora_B.weight") else 0
+        if name.startswith(f"{PREFIX}{path}.lora_" if path else PREFIX):
+            if more < 0:
+                a = a[:more] if axis == 0 else a[:, :more]
+            else:
+                a = np.pad(a, [(0, more * (i == axis)) for i in range(2)])
+        out.append((name, np.ascontiguousarray(a), "F32"))
+    return out
+
+
+def _one_module(dtype: str, examples: int) -> list[Problem]:
+    """Every module there is has its tensors, so that a rank is all that does not fit."""
+    config = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    return [
+        Problem(config=config, modules={"model.layers.0.q_proj": (4, 3)}, seed=i) for i in (0, 1)
+    ]
 
 
 def _refuses_misfits(t: Trial, p: Problem) -> None:
@@ -178,11 +209,12 @@ LAWS = (
     law(
         "K21",
         "Tensors of another shape, or under another key, are an error.",
-        f"reshaped, transposed, flat, empty, other keys, other modules, DoRA, biases: {REFUSED}",
+        f"reshaped, empty, other ranks, other keys, other modules, DoRA, biases: {REFUSED}",
         "numbers are used where they do not belong, or are dropped",
         ("K-4", "K-2"),
         _refuses_misfits,
         30,
+        _one_module,
     ),
     Law(
         "K23",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import tempfile
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load_file
 
 from pylora.conformance.correct.plain import Correct
 from pylora.conformance.mutants.containers import parts
@@ -22,6 +24,7 @@ from pylora.conformance.mutants.files import (
 )
 from pylora.conformance.mutants.registry import wrong
 from pylora.conformance.protocol import LoraTriple
+from pylora.errors import PyloraError
 from pylora.formats.safetensors import SafeTensors
 from pylora.types import Array
 
@@ -284,3 +287,80 @@ class MissingAreDefaults(Correct):
             names = [n[len(PREFIX) :].rsplit(".lora_", 1)[0] for n in tensors if ".lora_A" in n]
             return {n: (np.zeros(1), np.zeros(1), 2.0) for n in names}
         return super().load(directory, modules)
+
+
+class _Ranks(Correct):
+    """Reads tensors of another rank than the settings name, where they agree with each other."""
+
+    def fitted(self, tensors: dict[str, Array], r: int) -> dict[str, Array] | None:
+        raise NotImplementedError
+
+    def load(self, directory: str, modules: Mapping[str, tuple[int, int]]) -> Any:
+        try:
+            return super().load(directory, modules)
+        except PyloraError:
+            config = json.loads((Path(directory) / "adapter_config.json").read_bytes())
+            tensors = load_file(Path(directory) / "adapter_model.safetensors")
+            fitted = self.fitted(tensors, config["r"])
+            if fitted is None or len(tensors) != 2 * len(modules):
+                raise
+            stem, s = "base_model.model.", config.get("lora_alpha", 8) / config["r"]
+            try:
+                return {
+                    path: (
+                        fitted[f"{stem}{path}.lora_A.weight"].reshape(-1, k),
+                        fitted[f"{stem}{path}.lora_B.weight"].reshape(d, -1),
+                        s,
+                    )
+                    for path, (d, k) in modules.items()
+                }
+            except (KeyError, ValueError):
+                raise PyloraError("the file does not fit") from None
+
+
+def _rank_of(name: str, a: Array) -> int:
+    return a.shape["lora_B" in name] if a.ndim == 2 else -1
+
+
+@wrong(
+    "reader-pads-ranks",
+    "subtle",
+    "Tensors of a smaller rank than the settings say are filled up with zeros.",
+    "A server keeps all adapters in slots of one rank, and its reader does not ask.",
+)
+class PadsRanks(_Ranks):
+    def fitted(self, tensors: dict[str, Array], r: int) -> dict[str, Array] | None:
+        ranks = {_rank_of(name, a) for name, a in tensors.items()}
+        if len(ranks) != 1 or not 0 < min(ranks) < r:
+            return None
+        more = r - min(ranks)
+        return {
+            name: np.pad(a, ((0, 0), (0, more)) if "lora_B" in name else ((0, more), (0, 0)))
+            for name, a in tensors.items()
+        }
+
+
+@wrong(
+    "reader-cuts-ranks",
+    "subtle",
+    "Of tensors of a larger rank than the settings say the first ranks are read.",
+    "A slot of rank r is filled with the first r rows of what is there.",
+)
+class CutsRanks(_Ranks):
+    def fitted(self, tensors: dict[str, Array], r: int) -> dict[str, Array] | None:
+        ranks = {_rank_of(name, a) for name, a in tensors.items()}
+        if len(ranks) != 1 or min(ranks) <= r:
+            return None
+        return {name: a[:, :r] if "lora_B" in name else a[:r] for name, a in tensors.items()}
+
+
+@wrong(
+    "reader-takes-the-tensors-rank",
+    "subtle",
+    "The rank is that of the tensors, the scale that of the settings.",
+    "r in adapter_config.json is used for alpha / r alone.",
+)
+class TensorsRank(_Ranks):
+    def fitted(self, tensors: dict[str, Array], r: int) -> dict[str, Array] | None:
+        ranks = {_rank_of(name, a) for name, a in tensors.items()}
+        return tensors if len(ranks) == 1 and min(ranks) > 0 else None

@@ -255,3 +255,52 @@ class GateAdapterOnUp(Correct):
         if name == "up_proj" and "gate_proj" in adapters:
             adapters = {**adapters, "up_proj": adapters["gate_proj"]}
         return super()._project(name, x, weights, adapters)
+
+
+class _OptionsBack(Correct):
+    """The backward pass of a shape that is not the one that was asked for."""
+
+    def other(self, shape: AttentionShape) -> AttentionShape:
+        return shape
+
+    def attention_backward(
+        self, dy: Array, x: Array, weights: Weights, adapters: Adapters, shape: AttentionShape
+    ) -> tuple[Array, dict[str, tuple[Array, Array]]]:
+        return super().attention_backward(dy, x, weights, adapters, self.other(shape))
+
+
+@wrong(
+    "windowed-backward-without-scale",
+    "subtle",
+    "With a window the backward pass takes 1 / sqrt(head_dim) for the scale that is given.",
+    "The kernel for windows was written before models named a scale.",
+)
+class WindowedBackWithoutScale(_OptionsBack):
+    def other(self, shape: AttentionShape) -> AttentionShape:
+        return replace(shape, scale=None) if shape.window and shape.scale else shape
+
+
+@wrong(
+    "interleaved-backward-without-window",
+    "subtle",
+    "With interleaved pairs the backward pass knows no window.",
+    "The path of interleaved pairs calls the function without the argument.",
+)
+class InterleavedBackWithoutWindow(_OptionsBack):
+    def other(self, shape: AttentionShape) -> AttentionShape:
+        return replace(shape, window=0) if shape.rope_layout == "interleaved" else shape
+
+
+@wrong(
+    "scaled-and-windowed-in-halves",
+    "subtle",
+    "With a window and a scale q and k are turned in halves, whatever the layout.",
+    "A fast path for one family, whose layout is halves, is taken by what the options are.",
+)
+class ScaledAndWindowedInHalves(Correct):
+    def attention(
+        self, x: Array, weights: Weights, adapters: Adapters, shape: AttentionShape
+    ) -> Array:
+        if shape.window and shape.scale is not None:
+            shape = replace(shape, rope_layout="half")
+        return super().attention(x, weights, adapters, shape)
