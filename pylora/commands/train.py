@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pylora.commands import arranging
+from pylora.commands import arranging, learning
 from pylora.commands.adapters import lora_config, refuse_too_large, warn_about_size
 from pylora.commands.app import (
     ADAPTER,
@@ -204,19 +204,16 @@ def train(
     accumulation: Annotated[
         int, _option("--accumulation", part=HOW, help="parts that an update is computed in")
     ] = 1,
-    schedule: Annotated[
-        str,
-        _option(
-            "--schedule", "--lr-scheduler-type", "--lr-scheduler",
-            part=HOW, metavar="NAME", help="of the rate: cosine, linear or constant",
-        ),
-    ] = "cosine",
+    schedule: learning.Schedule = "cosine",
     warmup: Annotated[
         int, _option("--warmup", "--warmup-steps", part=HOW, help="steps until the peak rate")
     ] = 0,
     floor: Annotated[
         float, _option("--floor", "--min-lr-ratio", part=HOW, help="rate at the end / peak rate")
     ] = 0.0,
+    decay_steps: learning.DecaySteps = None,
+    cycles: learning.Cycles = None,
+    optimizer: learning.Optim = "adamw",
     weight_decay: Annotated[
         float, _option("--weight-decay", part=HOW, help="decoupled, of A and B")
     ] = 0.0,
@@ -229,6 +226,9 @@ def train(
             "--lora-plus", "--loraplus-lr-ratio", part=HOW, help="rate of B over rate of A (LoRA+)"
         ),
     ] = 1.0,
+    label_smoothing_factor: learning.LabelSmoothing = 0.0,
+    neftune_noise_alpha: learning.Neftune = 0.0,
+    rank_dropout: learning.RankDropout = 0.0,
     precision: Precision = None,
     recompute: Annotated[
         bool,
@@ -350,6 +350,12 @@ def train(
             schedule=schedule,
             warmup_steps=warmup,
             floor=floor,
+            decay_steps=decay_steps,
+            cycles=cycles,
+            optimizer=optimizer,
+            label_smoothing_factor=label_smoothing_factor,
+            neftune_noise_alpha=neftune_noise_alpha,
+            rank_dropout=rank_dropout,
             weight_decay=weight_decay,
             max_grad_norm=max_grad_norm,
             lora_plus_ratio=lora_plus,

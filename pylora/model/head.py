@@ -82,8 +82,8 @@ class Head:
     ) -> tuple[Array, Array | None]:
         """nll and dx of some rows x [n, hidden] of the residual stream; no dx without a weight.
 
-        With `smoothing` e of V tokens the label's share is 1 - e + e / V and each other's e / V: the
-        nll grows by e (z_label - mean z), as transformers' label_smoothing_factor has it.
+        With `smoothing` e of V tokens the label's share is 1 - e + e / V and each other's e / V:
+        the nll grows by e (z_label - mean z), as transformers' label_smoothing_factor has it.
         """
         logits, cache = self.forward(x, drop, first_row)
         added = self._smoothed(logits, labels, smoothing) if smoothing else None

@@ -318,8 +318,8 @@ class Llama(HasWhole):
         labels[i] is the token that row i must predict (already shifted); IGNORE (-100) is not
         counted and gives 0. The gradient is that of sum_i weight[i] * nll[i]; `weight` is an array
         [m], a number, or None for 1 / number of labels. With `smoothing` that much of each label is
-        spread evenly over all tokens (Szegedy et al. 2016; `Head.loss`). The head runs in chunks of rows, on rows
-        with a label only, so that no [m, vocab] array exists.
+        spread evenly over all tokens (`Head.loss`). The head runs in chunks of rows, on rows with a
+        label only, so that no [m, vocab] array exists.
         """
         ids = token_ids(ids, self.config.vocab_size)
         labels = token_ids(labels, self.config.vocab_size, labels=True)

@@ -176,8 +176,9 @@ class TrainConfig:
         return dataclasses.asdict(self)
 
     def identity(self) -> dict[str, Any]:
-        """The fields that decide the numbers of a run: all but when to log, evaluate and save. Those
-        that older runs did not know are left out where they change nothing."""
+        """The fields that decide the numbers of a run: all but when to log, evaluate and save.
+
+        Those that older runs did not know are left out where they change nothing."""
         blank = TrainConfig.__dataclass_fields__
         return {
             name: value

@@ -1,13 +1,13 @@
 """AdamW whose moments are kept in 8 bits: a quarter of the memory of float32's.
 
-Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", as bitsandbytes' adamw_8bit: in
-blocks of 256 a moment is its block's largest absolute value times one of 256 numbers, the nearest
-one of a table whose steps are finer the smaller they are. m has a table with signs, v one without.
-Arrays of fewer than 4096 elements keep float32 moments. In a step one array's moments at a time are
-float32, and the update is AdamW's own.
+Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", as bitsandbytes' adamw_8bit:
+in blocks of 256 a moment is its block's largest absolute value times one of 256 numbers, the
+nearest one of a table whose steps are finer the smaller they are. m has a table with signs, v one
+without. Arrays of fewer than 4096 elements keep float32 moments. In a step one array's moments at a
+time are float32, and the update is AdamW's own.
 
-One thing differs: a v that is not zero never becomes zero, where bitsandbytes rounds it there, after
-which an element whose gradient stays away moves by m / eps. NumPy (or the GPU's array library) does
+One thing differs: a v that is not zero never becomes zero, where bitsandbytes rounds it there, and
+an element whose gradient stays away then moves by m / eps. NumPy (or the GPU's array library) does
 this, each operation rounded once, so a resumed run has the same bits on any machine.
 """
 

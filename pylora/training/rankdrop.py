@@ -25,7 +25,8 @@ def factors(p: float, ranks: int, path: str, *, seed: int, step: int) -> np.ndar
     """What each of a module's ranks is multiplied by in a step, float32 [ranks]: 0 or 1/(1 - p)."""
     words = philox(seed, stream("rank", path, str(step)), 0, ranks)
     low, keep = np.float32(p), np.float32(1) / (np.float32(1) - np.float32(p))
-    return np.where(words >= int(float(low) * 2**32), keep, np.float32(0)).astype(np.float32)
+    kept: np.ndarray = np.where(words >= int(float(low) * 2**32), keep, np.float32(0))
+    return kept.astype(np.float32)
 
 
 class RankDropout:

@@ -29,7 +29,8 @@ def step_gradients(
 ) -> tuple[float, int, Grads]:
     """(loss, rows, Grads) of a step: the mean over all labels of all its micro-batches.
 
-    `smoothing`: see `Llama.loss`. The loss is rounded once, so it does not depend on the split; gradients are added in order.
+    `smoothing`: see `Llama.loss`. The loss is rounded once, so it does not depend on the split;
+    gradients are added in order.
     """
     count = label_count(examples, step)
     more = {"smoothing": smoothing} if smoothing else {}
