@@ -4,8 +4,8 @@
     python bench/recipes.py --only ranks,rates  # some groups; "jobs" is the table of the defaults
     python bench/recipes.py --show              # the tables, of what is there
 
-A cell is one setting on one task with one seed: STEPS updates of 8 records, then exact match on 40
-records held out. The tasks are those of bench/continual_smollm.py. Each setting differs from the
+A cell is one setting on one task with one seed: 64 updates of 4 records, then exact match and loss
+on 40 records held out. The tasks are those of bench/continual_smollm.py. Each setting differs from the
 first in what its name says, and in nothing else. Each has a process of its own; a cell that is
 finished is a line of the results file at once, and is not computed again. Seconds are processor
 time of training alone, on one thread; memory is the most that the process held until its first cell
@@ -34,7 +34,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS, BATCH, HELD_OUT, RECORDS, RATE = 32, 8, 40, 400, 2e-3
+STEPS, BATCH, HELD_OUT, RECORDS, RATE = 64, 4, 40, 400, 2e-3
 TASKS = ("notation", "dates", "orders")
 JOBS = (("dates", 20), ("orders", 60), ("notation", 150), ("dates", 300), ("orders", 600))
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -83,12 +83,6 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
         Setting("LoRA+ 4, rate 1e-3", train={"lora_plus_ratio": 4.0, "learning_rate": 1e-3}),
         Setting("LoRA+ 16, rate 5e-4", train={"lora_plus_ratio": 16.0, "learning_rate": 5e-4}),
     ),
-    "regularizers": (
-        Setting("NEFTune 5", train={"neftune_noise_alpha": 5.0}),
-        Setting("label smoothing 0.1", train={"label_smoothing_factor": 0.1}),
-        Setting("dropout 0.1", {"lora_dropout": 0.1}),
-        Setting("rank dropout 0.1", train={"rank_dropout": 0.1}),
-    ),
     "schedules": (
         Setting("linear", train={"schedule": "linear"}),
         Setting("constant", train={"schedule": "constant"}),
@@ -96,6 +90,12 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
         Setting("cosine_with_restarts", train={"schedule": "cosine_with_restarts"}),
     ),
     "optimizers": (Setting("8-bit moments", train={"optimizer": "adamw_8bit"}),),
+    "regularizers": (
+        Setting("NEFTune 5", train={"neftune_noise_alpha": 5.0}),
+        Setting("label smoothing 0.1", train={"label_smoothing_factor": 0.1}),
+        Setting("dropout 0.1", {"lora_dropout": 0.1}),
+        Setting("rank dropout 0.1", train={"rank_dropout": 0.1}),
+    ),
     "muon": tuple(
         Setting(f"Muon, rate {rate:g}", train={"learning_rate": rate}, muon=True)
         for rate in (1e-3, 4e-3)
@@ -195,15 +195,16 @@ class Bench:
         from pylora.demo.items import answers, exact_match
         from pylora.training import train as module
         from pylora.training.config import TrainConfig
+        from pylora.training.evaluate import evaluate
         from pylora.training.examples import load_examples
 
         train, test = self.items(task, seed)
         if count is not None:
             train = (train + self.made[task](seed)[0][RECORDS:])[:count]
         examples = list(load_examples(train, self.tokenizer))
-        chosen: dict[str, Any] = {"batch_size": BATCH, "seed": seed}
+        chosen: dict[str, Any] = {"seed": seed}  # a job has the defaults
         if count is None:
-            chosen |= {"steps": STEPS, "learning_rate": RATE}
+            chosen |= {"batch_size": BATCH, "steps": STEPS, "learning_rate": RATE}
         adapter = self.adapter(setting, seed)
         usual = module.optimizer_of
         if setting.muon:
@@ -220,7 +221,8 @@ class Bench:
         trained += sum(0 if a.magnitude is None else a.magnitude.size for a in adapter.values())
         return {
             "right": exact_match(test, answers(self.model, self.tokenizer, test)),
-            "loss": float(np.mean(result.losses[-5:])), "steps": result.steps,
+            "loss": evaluate(self.model, list(load_examples(test, self.tokenizer))).nll,
+            "steps": result.steps, "trained_loss": float(np.mean(result.losses[-5:])),
             "seconds": seconds, "peak": self.peak, "bytes": 4 * trained,
         }  # fmt: skip
 
@@ -286,8 +288,8 @@ def finished(path: Path) -> set[tuple[Any, ...]]:
 
 def show(found: list[dict[str, Any]]) -> None:
     """The tables, as docs/recipes.md has them."""
-    print("| | notation | dates | orders | mean | s | MB held | MB adapter |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    print("| | notation | dates | orders | mean | loss | s | MB held | MB adapter |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for group, settings in GROUPS.items():
         for setting in settings:
             mine = [r for r in found if (r["group"], r["setting"]) == (group, setting.name)]
@@ -312,8 +314,9 @@ def _row(name: str, mine: list[dict[str, Any]]) -> str:
     means = [np.mean([100 * r["right"] for r in mine if r["seed"] == s]) for s in seeds]
     spread = f" ± {np.std(means, ddof=1):.1f}" if len(means) > 1 else ""
     seconds, peak = np.mean([r["seconds"] for r in mine]), max(r["peak"] for r in mine)
+    loss = np.mean([r["loss"] for r in mine])
     return (
-        f"| {name} | {' | '.join(each)} | {np.mean(means):.1f}{spread} | {seconds:.1f} "
+        f"| {name} | {' | '.join(each)} | {np.mean(means):.1f}{spread} | {loss:.3f} | {seconds:.1f} "
         f"| {peak / 1e6:.0f} | {mine[0]['bytes'] / 1e6:.1f} |"
     )
 
