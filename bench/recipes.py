@@ -5,8 +5,8 @@
     python bench/recipes.py --show              # the tables, of what is there
 
 A cell is one setting on one task with one seed: 64 updates of 4 records, then exact match and loss
-on 40 records held out. The tasks are those of bench/continual_smollm.py. Each setting differs from the
-first in what its name says, and in nothing else. Each has a process of its own; a cell that is
+on 40 records held out. The tasks are those of bench/continual_smollm.py. Each setting differs from
+the first in what its name says, and in nothing else. Each has a process of its own; a cell that is
 finished is a line of the results file at once, and is not computed again. Seconds are processor
 time of training alone, on one thread; memory is the most that the process held until its first cell
 was trained, less what it held before the model was read.
@@ -316,8 +316,8 @@ def _row(name: str, mine: list[dict[str, Any]]) -> str:
     seconds, peak = np.mean([r["seconds"] for r in mine]), max(r["peak"] for r in mine)
     loss = np.mean([r["loss"] for r in mine])
     return (
-        f"| {name} | {' | '.join(each)} | {np.mean(means):.1f}{spread} | {loss:.3f} | {seconds:.1f} "
-        f"| {peak / 1e6:.0f} | {mine[0]['bytes'] / 1e6:.1f} |"
+        f"| {name} | {' | '.join(each)} | {np.mean(means):.1f}{spread} | {loss:.3f} "
+        f"| {seconds:.1f} | {peak / 1e6:.0f} | {mine[0]['bytes'] / 1e6:.1f} |"
     )
 
 
