@@ -32,6 +32,13 @@ Cycles = Annotated[
     int | None,
     _option("--cycles", "--num-cycles", help="of cosine_with_restarts; default: 2"),
 ]
+FindLr = Annotated[
+    bool,
+    _option(
+        "--find-lr/--no-find-lr",
+        help="no training: try rates for a few steps, and draw what each does to the loss",
+    ),
+]
 Optim = Annotated[
     str,
     _option(

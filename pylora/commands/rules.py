@@ -94,11 +94,19 @@ _ENGINE = (
     "tests",
 )  # fmt: skip
 _TEACHES, _DISTILLS = ("teacher", "teacher_adapter", "top_k"), partial(eq, "distill")
+_RUNS = (  # what only a run has
+    "learning_rate", "epochs", "schedule", "warmup", "floor", "decay_steps", "cycles",
+    "rank_dropout", "eval_data", "save_every", "save_minutes", "keep", "log_every", "resume",
+)  # fmt: skip
 _HUNT = "the kit's own wrong implementations are tried with every law"
 
 
 def _falls_by(schedule: str) -> Callable[[Any], bool]:
     return lambda value: named(value) == schedule
+
+
+def _on(flag: bool) -> bool:
+    return flag is True
 
 
 def _warm(temperature: float) -> bool:
@@ -141,6 +149,10 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ),
         *(Needs(o, "objective", "it is for distill", _DISTILLS) for o in _TEACHES),
         Needs("classes", "objective", "it is for classify", partial(eq, "classify")),
+        *(
+            Excludes(o, "find_lr", "it tries rates, trains nothing and keeps nothing", _on)
+            for o in _RUNS
+        ),
         Needs(
             "decay_steps",
             "schedule",

@@ -26,6 +26,7 @@ from pylora.commands.app import (
     command,
 )
 from pylora.commands.evaluate import Metrics
+from pylora.commands.find_lr import check_alone, find_rate
 from pylora.commands.guard import unfinished
 from pylora.commands.inputs import file_or_stdin
 from pylora.commands.objectives import AIM, HEADS, NAMES, check_begun, check_teacher, taught
@@ -187,6 +188,7 @@ def train(
             part=HOW, help="peak learning rate; default: by the model's width, 1e-3 at 768",
         ),
     ] = None,
+    find_lr: learning.FindLr = False,
     epochs: Annotated[
         int | None,
         _option(
@@ -380,6 +382,8 @@ def train(
             mix=mix,
         )
         check_teacher(objective, teacher, teacher_adapter)
+        if find_lr:
+            check_alone()
         check_begun(objective, start, init, bool(metric or sample))
         check_choice(precision)
         asked = metrics(metric or ())
@@ -444,6 +448,9 @@ def train(
     if evals is not None and eval_every is None:
         every = interval(total, len(evals), settings.batch_size)
         settings = replace(settings, eval_every=every)
+    if find_lr:
+        find_rate(screen, (llama, adapter, examples, aim), settings, steps, out)
+        return
     screen.say(how_long(settings, total))
     if short := undertrained(total):
         screen.say(f"note: {short}")
