@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pylora.commands import arranging
+from pylora.commands import arranging, learning
 from pylora.commands.adapters import lora_config, refuse_too_large, warn_about_size
 from pylora.commands.app import (
     ADAPTER,
@@ -26,6 +26,7 @@ from pylora.commands.app import (
     command,
 )
 from pylora.commands.evaluate import Metrics
+from pylora.commands.find_lr import check_alone, find_rate
 from pylora.commands.guard import unfinished
 from pylora.commands.inputs import file_or_stdin
 from pylora.commands.objectives import AIM, HEADS, NAMES, check_begun, check_teacher, taught
@@ -187,6 +188,7 @@ def train(
             part=HOW, help="peak learning rate; default: by the model's width, 1e-3 at 768",
         ),
     ] = None,
+    find_lr: learning.FindLr = False,
     epochs: Annotated[
         int | None,
         _option(
@@ -204,19 +206,16 @@ def train(
     accumulation: Annotated[
         int, _option("--accumulation", part=HOW, help="parts that an update is computed in")
     ] = 1,
-    schedule: Annotated[
-        str,
-        _option(
-            "--schedule", "--lr-scheduler-type", "--lr-scheduler",
-            part=HOW, metavar="NAME", help="of the rate: cosine, linear or constant",
-        ),
-    ] = "cosine",
+    schedule: learning.Schedule = "cosine",
     warmup: Annotated[
         int, _option("--warmup", "--warmup-steps", part=HOW, help="steps until the peak rate")
     ] = 0,
     floor: Annotated[
         float, _option("--floor", "--min-lr-ratio", part=HOW, help="rate at the end / peak rate")
     ] = 0.0,
+    decay_steps: learning.DecaySteps = None,
+    cycles: learning.Cycles = None,
+    optimizer: learning.Optim = "adamw",
     weight_decay: Annotated[
         float, _option("--weight-decay", part=HOW, help="decoupled, of A and B")
     ] = 0.0,
@@ -229,6 +228,9 @@ def train(
             "--lora-plus", "--loraplus-lr-ratio", part=HOW, help="rate of B over rate of A (LoRA+)"
         ),
     ] = 1.0,
+    label_smoothing_factor: learning.LabelSmoothing = 0.0,
+    neftune_noise_alpha: learning.Neftune = 0.0,
+    rank_dropout: learning.RankDropout = 0.0,
     precision: Precision = None,
     recompute: Annotated[
         bool,
@@ -350,6 +352,12 @@ def train(
             schedule=schedule,
             warmup_steps=warmup,
             floor=floor,
+            decay_steps=decay_steps,
+            cycles=cycles,
+            optimizer=optimizer,
+            label_smoothing_factor=label_smoothing_factor,
+            neftune_noise_alpha=neftune_noise_alpha,
+            rank_dropout=rank_dropout,
             weight_decay=weight_decay,
             max_grad_norm=max_grad_norm,
             lora_plus_ratio=lora_plus,
@@ -374,6 +382,8 @@ def train(
             mix=mix,
         )
         check_teacher(objective, teacher, teacher_adapter)
+        if find_lr:
+            check_alone()
         check_begun(objective, start, init, bool(metric or sample))
         check_choice(precision)
         asked = metrics(metric or ())
@@ -438,6 +448,9 @@ def train(
     if evals is not None and eval_every is None:
         every = interval(total, len(evals), settings.batch_size)
         settings = replace(settings, eval_every=every)
+    if find_lr:
+        find_rate(screen, (llama, adapter, examples, aim), settings, steps, out)
+        return
     screen.say(how_long(settings, total))
     if short := undertrained(total):
         screen.say(f"note: {short}")
