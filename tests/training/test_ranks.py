@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pylora import backends
 from pylora.errors import ConfigError
 from pylora.model.linear import Grads, LoRAGrad, add_grad
+from pylora.training.optimizer import trainable
 from pylora.training.ranks import (
     ALONE,
     added,
@@ -121,9 +122,11 @@ def test_any_number_of_processes_has_the_bits_of_one(
     ops = backends.get("numpy")
     stretches = shares(micros, size)
 
+    names = trainable(like)
+
     def work(ranks: Any) -> Grads:
         mine = [every[i] for i in stretches[ranks.rank]]
-        return total_gradients(ranks, mine, [len(s) for s in stretches], like, ops)
+        return total_gradients(ranks, mine, [len(s) for s in stretches], names, ops)
 
     for got in together(size, work):
         assert got.keys() == alone.keys()
