@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from pylora.model.linear import Grads, LoRAGrad, add_grad
 from pylora.ops.heads import norm_heads_backward
 from pylora.ops.protocol import Backend
@@ -48,14 +50,15 @@ def through_heads(
 def _put(norm: Norm, dw: Array, db: Array | None, grads: Grads) -> None:
     """Cuts the gradient into those of the norm's tensors, in their order."""
     at = 0
+    found: dict[str, LoRAGrad] = {}
     for name, shape in norm.trained:
         path, _, part = name.rpartition(".")
+        grad = found.setdefault(path, LoRAGrad(None, None))
         if part == "bias":
-            add_grad(grads, path, LoRAGrad(None, None, bias=db))
+            grad.bias = db
             continue
-        size = 1
-        for n in shape:
-            size *= n
-        piece = dw[at : at + size].reshape(shape)
+        size = math.prod(shape)
+        grad.weight = dw[at : at + size].reshape(shape)
         at += size
-        add_grad(grads, path, LoRAGrad(None, None, weight=piece))
+    for path, grad in found.items():
+        add_grad(grads, path, grad)

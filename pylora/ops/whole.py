@@ -50,8 +50,8 @@ def head_norm_grads(
         return norm_grads(ops, dy, x, norm, rstd)[0]
     xp = ops.xp
     if how == "shared":
-        rows = (xp.ascontiguousarray(a).reshape(-1, head_dim) for a in (dy, x))
-        return norm_grads(ops, *rows, norm, rstd)[0]
+        dy, x = (xp.ascontiguousarray(a).reshape(-1, head_dim) for a in (dy, x))
+        return norm_grads(ops, dy, x, norm, rstd)[0]
     parts = []
     for h, first in enumerate(range(0, x.shape[1], head_dim)):
         one = slice(first, first + head_dim)
