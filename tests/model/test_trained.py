@@ -22,8 +22,12 @@ LAYER_NORM: dict[str, Any] = {"norm": "layer", "norm_bias": True}
 BIASES: dict[str, Any] = {"attention_bias": True, "attention_out_bias": True, "mlp_bias": True}
 STRUCTURES: dict[str, dict[str, Any]] = {
     "llama, tied": {},
-    "qwen3, biases": {"model_type": "qwen3", "qk_norm": True, "tie_word_embeddings": False, **BIASES},
-    "olmo2": {"model_type": "olmo2", "norm_places": "after", "qk_norm": True, "qk_norm_of": "whole"},
+    "qwen3, biases": {
+        "model_type": "qwen3", "qk_norm": True, "tie_word_embeddings": False, **BIASES,
+    },
+    "olmo2": {
+        "model_type": "olmo2", "norm_places": "after", "qk_norm": True, "qk_norm_of": "whole",
+    },
     "gemma2": {
         "model_type": "gemma2", "norm_places": "both", "activation": "gelu_tanh",
         "embedding_multiplier": 4.0, "logit_softcap": 3.0,
