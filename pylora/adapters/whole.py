@@ -237,22 +237,23 @@ class Tables:
                 )
         for tensor, key in found.deltas.items():
             self._lay_rows(file, key, tensor, out, read, base, shapes)
-        resized = vocab if vocab != self.model.vocab_size else None
+        resized, had_head = vocab if vocab != self.model.vocab_size else None, self.head in out
         if resized is None and base is not None:
             self._drop_copies(out, base)
-        had_head = self.head in out
         tied = self._tie(out)
         if not out:
             return None
         self._check_tables(file, out, vocab, tied)
-        twin = had_head and self.head not in out and self.head not in found.deltas
+        one = self.model.tie_word_embeddings and tied and self.embedding in out
+        twin = had_head and one and self.head not in out and self.head not in found.deltas
         return self._made(out, resized, tied, twin)
 
     def _made(self, out: dict[str, Array], resized: int | None, tied: bool, twin: bool) -> Whole:
         turned = frozenset(name for name in out if transposed(self.model, name))
         was = self.model.tie_word_embeddings
         pair = (self.embedding, self.head) if twin else None
-        trained = [name for name in out if name in self.saved or name in self.rows]
+        # In the model's order, whatever that of the file is: the optimizer goes along it.
+        trained = [n for n in self.shapes if n in out and (n in self.saved or n in self.rows)]
         return Whole(out, dict(self.rows), resized, tied, was, pair, turned).train(trained)
 
     # ---- beginning ------------------------------------------------------------------------------
@@ -277,7 +278,8 @@ class Tables:
         if not out:
             return None
         tied = self._tie(out)
-        return self._made(out, None, tied, tied and self.head in self.saved)
+        both = self.model.tie_word_embeddings and tied and self.embedding in self.saved
+        return self._made(out, None, tied, both)
 
     @property
     def sizes(self) -> dict[str, int]:
