@@ -186,7 +186,7 @@ def _read(
         except (PlanError, UnsupportedError) as error:
             raise type(error)(f"{directory / CONFIG}: {error}") from None
         wanted = tensor_names(plan)
-        _refuse_both(plan, whole, directory)
+        refuse_both(plan, whole, f"{directory / CONFIG}: ")
         source = _match(file, plan, wanted, base, claimed)
         rules = {e.path: f"r = {e.r} by {e.rule_r}" for e in plan.entries}
         arrays = {
@@ -214,12 +214,12 @@ def _read(
     return config, plan, loras, whole
 
 
-def _refuse_both(plan: Plan, whole: Whole | None, directory: Path) -> None:
+def refuse_both(plan: Plan, whole: Whole | None, where: str = "") -> None:
     """PEFT puts trained rows on a plain table, never on one with A and B."""
     for e in plan.entries:
         if whole is not None and f"{e.path}.weight" in whole.rows:
             raise PlanError(
-                f"{directory / CONFIG}: {e.path} has both LoRA (target_modules) and rows that are "
+                f"{where}{e.path} has both LoRA (target_modules) and rows that are "
                 "trained as they are (trainable_token_indices); a table takes one of them"
             )
 

@@ -18,9 +18,11 @@ from pylora.commands.app import (
     Alpha,
     EveryModule,
     Model,
+    ModulesToSave,
     Rank,
     RsLora,
     Targets,
+    TokenIndices,
     command,
 )
 from pylora.commands.guard import unfinished
@@ -43,6 +45,8 @@ def plan(
     alpha: Alpha = None,
     targets: Targets = "all-linear",
     rslora: RsLora = False,
+    modules_to_save: ModulesToSave = None,
+    trainable_token_indices: TokenIndices = None,
     every: EveryModule = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="one JSON object per module, unfolded")
@@ -51,19 +55,31 @@ def plan(
     """Show what an adapter would touch: r, alpha and scale of each module, and the rules behind."""
     from pylora.adapters.adapter import Adapter
     from pylora.adapters.plan import resolve
+    from pylora.adapters.whole import whole_named
     from pylora.formats import open_checkpoint
     from pylora.model.whole import whole_of
 
     with open_checkpoint(model) as checkpoint:
-        modules, whole = checkpoint.config.modules(), None
+        modules = checkpoint.config.modules()
         if adapter is not None and not (
             adapter.is_file() and adapter.suffix == ".json"
         ):  # its tensors must be what it says, too
             loaded = Adapter.load(adapter, checkpoint.config, base=checkpoint.load)
-            resolved, whole = loaded.plan, whole_of(loaded)
+            resolved = loaded.plan
+            whole = whole_named(loaded.config, checkpoint.config, whole_of(loaded))
         else:
-            config = lora_config(adapter, rank, alpha, targets, rslora, 0.0, checkpoint.path)
-            resolved = resolve(config, modules)
+            config = lora_config(
+                adapter,
+                rank,
+                alpha,
+                targets,
+                rslora,
+                0.0,
+                checkpoint.path,
+                modules_to_save=modules_to_save,
+                trainable_token_indices=trainable_token_indices,
+            )
+            resolved, whole = resolve(config, modules), whole_named(config, checkpoint.config)
         total = checkpoint.config.num_parameters
     warn_about_size(resolved, total)
     screen = Console()
@@ -80,11 +96,12 @@ def plan(
         screen.table(("modules", *columns), _folded(resolved), right=("modules", *numbers))
     if resolved.bias_only:
         screen.say(f"and the biases of {len(resolved.bias_only)} modules without LoRA")
-    for name in () if whole is None else whole.tensors:
-        screen.say(f"and, in place of the base's: {name}")
+    for name, what in whole.names.items():
+        screen.say(f"and, in place of the base's: {name}{what}")
+    trained = resolved.num_parameters + whole.trained
     screen.say(
-        f"{len(resolved.entries)} modules, {resolved.num_parameters:,} trainable parameters, "
-        f"{100 * resolved.num_parameters / total:.3f} % of {total:,}"
+        f"{len(resolved.entries)} modules, {trained:,} trainable parameters, "
+        f"{100 * trained / total:.3f} % of {total:,}"
     )
 
 

@@ -86,6 +86,7 @@ _FILE = "the file says what the adapter is; change it there, or leave {} out"
 _BACKEND = "this verb computes with NumPy alone (or nothing at all)"
 _DRAWS = ("top_k", "top_p", "min_p", "seed")
 _SHAPE = ("rank", "alpha", "targets", "rslora")  # of plan, too
+_WHOLE = ("modules_to_save", "trainable_token_indices")
 _LIST = "--list tests nothing"
 _ASKED = "an engine or a converter is asked what its suite holds"
 _ENGINES = ("engine", "restart")
@@ -124,11 +125,11 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "train": (
         *(
             Excludes(o, "adapter_config", _FILE.format("the file"))
-            for o in (*_SHAPE, "dora", "dropout")
+            for o in (*_SHAPE, *_WHOLE, "dora", "dropout")
         ),
         *(
             Excludes(o, "start", "the adapter that it starts from says so")
-            for o in (*_SHAPE, "dora", "dropout", "init", "adapter_config")
+            for o in (*_SHAPE, *_WHOLE, "dora", "dropout", "init", "adapter_config")
         ),
         Excludes("steps", "epochs", "each says how long to train"),
         Excludes("resume", "overwrite", "continue the run in OUT, or replace it"),
@@ -190,7 +191,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Excludes("precision", "verify", "MODEL is packed in the one that it is packed in"),
     ),
     "plan": (
-        *(Excludes(o, "adapter", _FILE.format("ADAPTER")) for o in _SHAPE),
+        *(Excludes(o, "adapter", _FILE.format("ADAPTER")) for o in (*_SHAPE, *_WHOLE)),
         Excludes("every", "as_json", "--json has an object for every module anyway"),
     ),
     "inspect": (

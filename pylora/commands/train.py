@@ -18,18 +18,28 @@ from pylora.commands.app import (
     RUN,
     Alpha,
     Model,
+    ModulesToSave,
     Precision,
     Rank,
     RsLora,
     Seed,
     Targets,
+    TokenIndices,
     command,
 )
 from pylora.commands.evaluate import Metrics
 from pylora.commands.find_lr import check_alone, find_rate
 from pylora.commands.guard import unfinished
 from pylora.commands.inputs import file_or_stdin
-from pylora.commands.objectives import AIM, HEADS, NAMES, check_begun, check_teacher, taught
+from pylora.commands.objectives import (
+    AIM,
+    HEADS,
+    NAMES,
+    check_begun,
+    check_teacher,
+    check_whole,
+    taught,
+)
 from pylora.commands.outputs import check_folder
 from pylora.commands.run_said import after_training, how_long, saying_where, write_model_card
 from pylora.commands.template import TemplateArgs, refuse_unused, use_template
@@ -91,6 +101,8 @@ def train(
             help="how A and B begin: kaiming, gaussian, pissa, olora, eva, loftq",
         ),
     ] = "kaiming",
+    modules_to_save: ModulesToSave = None,
+    trainable_token_indices: TokenIndices = None,
     adapter_config: Annotated[
         Path | None,
         _option(
@@ -329,6 +341,7 @@ def train(
     from pylora.adapters.adapter import Adapter
     from pylora.adapters.own_tokenizer import tokenizer_of
     from pylora.adapters.plan import resolve
+    from pylora.adapters.whole import num_whole
     from pylora.formats import open_checkpoint
     from pylora.generation.metrics import Judge, metrics
     from pylora.model.llama import Llama
@@ -401,13 +414,24 @@ def train(
             plan = adapter.plan
         else:
             lora = lora_config(
-                adapter_config, rank, alpha, targets, rslora, dropout, checkpoint.path, dora
+                adapter_config,
+                rank,
+                alpha,
+                targets,
+                rslora,
+                dropout,
+                checkpoint.path,
+                dora,
+                modules_to_save,
+                trainable_token_indices,
             )
+            check_whole(objective, lora)
             lora, init = of_config(lora, init)
             check_init(init, lora, precision or checkpoint.packed_as or "fp32")
             plan = resolve(lora, checkpoint.config.modules())
         warn_about_size(plan, checkpoint.config.num_parameters)
-        refuse_too_large(plan, backends.get().name)
+        lora = adapter.config if start is not None else lora
+        refuse_too_large(plan, backends.get().name, num_whole(lora, checkpoint.config))
         limit: dict[str, Any] = {"max_length": max_length, "fields": fields}
         limit["too_long"] = "truncate" if truncate else "error"
         data, eval_data = _files(data, eval_data)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from pylora.model.linear import DropKey, Grads, LinearCache, LoRALinear
+from pylora.model.normed import through_norm, trains
 from pylora.ops.protocol import Backend
 from pylora.reference import IGNORE
 from pylora.types import Array, Norm, brief
@@ -60,14 +61,17 @@ class Head:
     def backward(
         self, dlogits: Array, cache: HeadCache, grads: Grads, need_dx: bool
     ) -> Array | None:
-        """dx [n, hidden], where it is needed; the gradient of lm_head's adapter into `grads`."""
+        """dx [n, hidden], where it is needed; the gradients of lm_head's adapter, and of what is
+        trained whole here, into `grads`."""
         if self.multiplier != 1 or self.cap:
             kept = dlogits if cache.capped is None else cache.capped
             dlogits = self.ops.soft_cap_backward(dlogits, kept, self.multiplier, self.cap)
-        dn = self.lm_head.backward(dlogits, cache.linear, grads, need_dx=need_dx)
-        if not need_dx:
+        need_dn = need_dx or trains(self.norm)
+        dn = self.lm_head.backward(dlogits, cache.linear, grads, need_dx=need_dn)
+        if dn is None:
             return None
-        return self.ops.norm_backward(dn, cache.x, self.norm, cache.rstd)
+        dx = through_norm(self.ops, dn, cache.x, self.norm, cache.rstd, grads)
+        return dx if need_dx else None
 
     def loss(
         self,
@@ -87,7 +91,7 @@ class Head:
         """
         logits, cache = self.forward(x, drop, first_row)
         added = self._smoothed(logits, labels, smoothing) if smoothing else None
-        if weight is None or not (need_dx or self.lm_head.lora is not None):
+        if weight is None or not (need_dx or self.lm_head.trained or trains(self.norm)):
             nll = self.ops.cross_entropy_forward(logits, labels)[0]
             return nll if added is None else nll + added, None
         overwrite = cache.capped is None  # else backward reads them

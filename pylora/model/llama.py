@@ -16,7 +16,7 @@ import numpy as np
 
 from pylora import backends
 from pylora.errors import ShapeError, UnsupportedError, expect, wrong_type
-from pylora.model.attach import ARRAYS, Module, bring_back, check_fits, computed, place
+from pylora.model.attach import GRADS, Module, bring_back, check_fits, computed, place
 from pylora.model.attention import positions
 from pylora.model.block import Block
 from pylora.model.config import LlamaConfig
@@ -38,7 +38,8 @@ from pylora.model.weights import (
     source_of,
     weight_bytes,
 )
-from pylora.model.whole import HasWhole, check_whole, whole_of
+from pylora.model.whole import check_whole, whole_of
+from pylora.model.with_whole import HasWhole
 from pylora.numbers.precision import AUTO, QUANTIZED, Stored, check_precision, describe, fastest
 from pylora.ops.llama import LlamaOp
 from pylora.ops.protocol import Backend
@@ -128,7 +129,7 @@ class Llama(HasWhole):
         self.modules: dict[str, Module] = {names.embedding: self.embed_tokens}
         self.modules |= {p.path: p for block in self.blocks for p in block.linears}
         self.modules[names.head] = self.lm_head
-        self.whole, self._home = None, None
+        self.whole, self._home, self.trained = None, None, None
         self._adapter: Mapping[str, LoRA] | None = None
         self._steps = self.ops.repeated()
         self.placed: dict[str, LoRA] = {}  # its arrays, where the backend computes
@@ -219,7 +220,7 @@ class Llama(HasWhole):
         fit, DtypeError for arrays of another dtype than the model's; then nothing has changed.
         """
         self.check(adapter)
-        self._become(whole_of(adapter))
+        self._train_whole(new=self._become(whole_of(adapter)))
         placed = {path: place(lora, self.ops) for path, lora in adapter.items()}
         for path, module in self.modules.items():
             module.lora = placed.get(path)
@@ -230,6 +231,8 @@ class Llama(HasWhole):
         """Brings the attached adapter's numbers back into its own arrays, where they are copies."""
         for path, placed in self.placed.items():
             bring_back(placed, (self._adapter or {})[path], self.ops)
+        if self.trained is not None:
+            self.trained.collect(self.ops)
 
     def check(self, adapter: Mapping[str, LoRA]) -> None:
         """Raises what `attach` would for an adapter that does not fit; changes nothing."""
@@ -344,7 +347,7 @@ class Llama(HasWhole):
             return nll, None
         out: Grads = {}
         for path in dict.fromkeys(path for path, _ in found):
-            out[path] = LoRAGrad(*(found.get((path, name)) for name in ARRAYS))
+            out[path] = LoRAGrad(*(found.get((path, name)) for name in GRADS))
         return nll, out
 
     def _repeats(self, n: int, drop: DropKey | None, recompute: bool) -> Hashable:
@@ -359,7 +362,7 @@ class Llama(HasWhole):
         looks = self.rope.by_length or self.config.experts > 0  # at lengths, at numbers
         if not some or not n or not plain or dropped or added or looks:
             return None
-        if self.embed_tokens.lora is not None:
+        if self.embed_tokens.lora is not None or self.trained:
             return None
         return *loras, recompute
 
@@ -401,7 +404,7 @@ class Llama(HasWhole):
             self.trunk.backward(dx, trunk, out)
         found: dict[Any, Array] = {"nll": nll.reshape(m)}
         for path, grad in out.items():
-            each = {name: getattr(grad, name) for name in ARRAYS}
+            each = {name: getattr(grad, name) for name in GRADS}
             found |= {(path, name): a for name, a in each.items() if a is not None}
         return found
 

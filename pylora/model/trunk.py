@@ -13,7 +13,7 @@ import numpy as np
 from pylora.errors import PyloraError
 from pylora.model.block import Block, BlockCache
 from pylora.model.embedding import Embedding, EmbeddingCache
-from pylora.model.linear import DropKey, Grads
+from pylora.model.linear import DropKey, Grads, Own
 from pylora.model.noise import neftune
 from pylora.model.rope import Rope
 from pylora.ops.llama import LayerWeights
@@ -50,11 +50,13 @@ class Trunk:
         added to that."""
         self.embedding, self.blocks, self.rope = embedding, blocks, rope
         self.multiplier, self.positions = multiplier, positions
+        self.own: Own | None = None  # of the positions, where they are trained
 
     @property
     def lowest(self) -> int:
-        """The lowest layer with an adapter; -1: the embedding; number of layers: none of them."""
-        if self.embedding.lora is not None:
+        """The lowest layer with an adapter or a weight that is trained; -1: the embedding; number
+        of layers: none of them."""
+        if self.embedding.trained or self.own is not None:
             return -1
         trainable = (i for i, block in enumerate(self.blocks) if block.trainable)
         return next(trainable, len(self.blocks))
@@ -107,6 +109,9 @@ class Trunk:
                 )  # fmt: skip
             dx = block.backward(dx, one, grads, need_dx=i > lowest)
             del one
+        if self.own is not None:
+            size = int(self.positions.shape[0])
+            self.own.add_rows(self.embedding.ops, grads, cache.position, dx, size)
         if lowest < 0 and self.multiplier != 1:
             dx = dx * dx.dtype.type(self.multiplier)
         self.embedding.backward(dx, cache.embedding, grads)

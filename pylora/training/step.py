@@ -14,6 +14,7 @@ import numpy as np
 from pylora.model.linear import DropKey, Grads, add_grad
 from pylora.training.batching import Step, batches, label_count
 from pylora.training.examples import Example
+from pylora.training.optimizer import trainable
 from pylora.training.ranks import ALONE, Ranks, shares, total_gradients
 
 
@@ -53,6 +54,7 @@ def step_gradients(
             add_grad(total, path, grad)
     if ranks.size > 1:
         counts = [len(stretch) for stretch in stretches]
-        total = total_gradients(ranks, mine, counts, model.placed, model.ops)
+        like = {**trainable(model.placed), **model.whole_arrays}
+        total = total_gradients(ranks, mine, counts, like, model.ops)
     every = [part for one in ranks.gather(parts) for part in one]
     return math.fsum(every) / count, len(every), total

@@ -210,6 +210,10 @@ class _Run:
                 f"dropout {lora.dropout!r}"
                 for path, lora in self.adapter.items()
             },
+            **{
+                f"whole {name}": f"{list(array.shape)}"
+                for name, array in getattr(self.model.whole, "trained", {}).items()
+            },
         }
 
     def _open_files(self, resume: bool, overwrite: bool) -> None:
@@ -276,7 +280,8 @@ class _Run:
 
     def _trained(self) -> dict[str, Any]:
         """The arrays that are trained, where the backend computes."""
-        return {**trainable(self.model.placed), **self.objective.parameters(self.model)}
+        beside = {**self.model.whole_arrays, **self.objective.parameters(self.model)}
+        return {**trainable(self.model.placed), **beside}
 
     def prepare(self, examples: Sequence[Any]) -> None:
         """What the objective computes once."""
@@ -420,6 +425,7 @@ class _Run:
             raise TrainingError(self._diverged(number, loss, norm, rate))
         self.optimizer.update(named, norm, number, rate)
         self.held.restore(self.optimizer.parameters)
+        self.model.renew()
         seconds = time.perf_counter() - began
         p.step, p.position, p.tokens = number, p.position + 1, p.tokens + rows
         p.seconds += seconds

@@ -38,7 +38,7 @@ def test_each_rank_is_dropped_as_often_as_it_says() -> None:
 
 
 def test_the_gradient_is_that_of_the_adapter_without_the_ranks() -> None:
-    """As if the module had fewer ranks, each of which counts more: written out with other arrays."""
+    """As if the module had fewer ranks, each of which counts more: written out in other arrays."""
     low, some = adapter(b=True), examples(4)
     step = (tuple(range(4)),)
     arrays = trainable(low)

@@ -14,6 +14,7 @@ from pylora.adapters.adapter import Adapter
 from pylora.adapters.loraconfig import LoraConfig
 from pylora.adapters.peft import Load
 from pylora.adapters.plan import Plan
+from pylora.adapters.whole import fresh_whole
 from pylora.model.linear import DropKey, Grads
 from pylora.training.batching import Step
 from pylora.training.evaluate import Evaluation, evaluate
@@ -73,7 +74,8 @@ class Plain:
     def fresh(
         self, plan: Plan, config: LoraConfig, seed: int, model: Any, items: Any, base: Load | None
     ) -> Adapter:
-        return Adapter.init(plan, config, seed, base=base)
+        whole = None if base is None else fresh_whole(config, model.home_config, base)
+        return Adapter.init(plan, config, seed, base=base, whole=whole)
 
     def parameters(self, model: Any) -> Mapping[str, Array]:
         return {}
