@@ -95,12 +95,14 @@ def estimate(
     config: TrainConfig,
     lengths: Sequence[int],
     held: int | None = None,
+    whole: int = 0,
 ) -> Estimate:
     """Of training the adapter of `plan` on examples of these lengths (in rows) on `checkpoint`,
-    which is open and of which nothing was read. `held`: see `Estimate.process`; None: as it is."""
+    which is open and of which nothing was read. `held`: see `Estimate.process`; None: as it is.
+    `whole`: numbers of weights that are trained whole."""
     model = checkpoint.config
     rows, evaluated = most_rows(config, lengths)
-    numbers = plan.num_parameters
+    numbers = plan.num_parameters + whole
     largest = max(4 * int(np.prod(shape)) for shape in model.tensors().values())
     grown = 2 if config.accumulation > 1 or config.packing else 1  # the sum, and a part's
     if not config.packing and config.max_tokens is not None:
@@ -109,9 +111,9 @@ def estimate(
         held = held_bytes() or _INTERPRETER
     return Estimate(
         process=held,
-        weights=weights_of_checkpoint(checkpoint, precision),
+        weights=weights_of_checkpoint(checkpoint, precision) + _width(precision) * whole,
         adapter=4 * numbers,
-        optimizer=_moments(plan, config),
+        optimizer=_moments(plan, config, whole),
         gradients=4 * numbers * grown,
         activations=max(
             _activations(model, plan, precision, rows, config.recompute),
@@ -133,13 +135,13 @@ def most_rows(config: TrainConfig, lengths: Sequence[int]) -> tuple[int, int]:
     return rows, sum(some[-config.batch_size :])
 
 
-def _moments(plan: Plan, config: TrainConfig) -> int:
+def _moments(plan: Plan, config: TrainConfig, whole: int) -> int:
     if config.optimizer != "adamw_8bit":
-        return 8 * plan.num_parameters
+        return 8 * (plan.num_parameters + whole)
     sizes = [n for e in plan.entries for n in (e.r * e.k * e.experts, e.r * e.d * e.experts)]
     large = sum(n for n in sizes if n >= SMALLEST)
     working = 5 * 4 * max(sizes, default=0)  # one array at a time, in float32
-    return 8 * (plan.num_parameters - large) + int(2 * large * (1 + 4 / 256)) + working
+    return 8 * (plan.num_parameters - large) + int(2 * (large + whole) * (1 + 4 / 256)) + working
 
 
 def _width(precision: str) -> int:
@@ -199,6 +201,10 @@ class Fit:
     estimate: Estimate
     changed: tuple[str, ...] = ()
 
+    def words(self) -> str:
+        """The estimate's."""
+        return self.estimate.words()
+
 
 def ways(
     checkpoint: Any,
@@ -208,12 +214,14 @@ def ways(
     lengths: Sequence[int],
     held: int,
     narrower: Sequence[str] = ("bf16", "int8", "int4"),
+    *,
+    whole: int = 0,
 ) -> list[Fit]:
     """Ever smaller ways of the same run: as it is; with recompute; in more and more micro-batches
     (both give the same numbers but for rounding); then in narrower precisions."""
 
     def made(config: TrainConfig, precision: str, changed: tuple[str, ...]) -> Fit:
-        found = estimate(checkpoint, plan, precision, config, lengths, held)
+        found = estimate(checkpoint, plan, precision, config, lengths, held, whole)
         return Fit(config, precision, found, changed)
 
     out = [made(config, precision, ())]
