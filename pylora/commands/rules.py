@@ -193,6 +193,10 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "plan": (
         *(Excludes(o, "adapter", _FILE.format("ADAPTER")) for o in (*_SHAPE, *_WHOLE)),
         Excludes("every", "as_json", "--json has an object for every module anyway"),
+        *(
+            Excludes(o, "as_json", "--json has the modules, and says nothing of memory")
+            for o in ("batch_size", "length", "accumulation", "recompute", "optimizer", "precision")
+        ),
     ),
     "inspect": (
         OneOf(("adapter", "numbers"), "an adapter to inspect, or the known figures", at_least=True),

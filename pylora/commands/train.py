@@ -41,6 +41,7 @@ from pylora.commands.objectives import (
     taught,
 )
 from pylora.commands.outputs import check_folder
+from pylora.commands.room import Fits, Wanted, in_room
 from pylora.commands.run_said import after_training, how_long, saying_where, write_model_card
 from pylora.commands.template import TemplateArgs, refuse_unused, use_template
 from pylora.commands.together import together
@@ -244,6 +245,7 @@ def train(
     neftune_noise_alpha: learning.Neftune = 0.0,
     rank_dropout: learning.RankDropout = 0.0,
     precision: Precision = None,
+    fit: Fits = False,
     recompute: Annotated[
         bool,
         _option(
@@ -437,6 +439,9 @@ def train(
         data, eval_data = _files(data, eval_data)
         examples, evals = read(objective, data, eval_data, tokenizer, classes=classes, **limit)
         refuse_unused_arguments()
+        whole = 0 if start is not None else num_whole(lora, checkpoint.config)
+        wanted = Wanted(checkpoint, plan, precision, settings, list(map(len, examples)), whole)
+        settings, precision, fitted = in_room(screen, wanted, fit)
         llama = Llama.from_checkpoint(checkpoint, precision=precision)
         judge = None
         if evals is not None and (asked or sample):
@@ -479,6 +484,9 @@ def train(
     if short := undertrained(total):
         screen.say(f"note: {short}")
     chosen = {n: getattr(settings, n) for n in ("learning_rate", "epochs")}
+    if fitted:  # a resumed run is this one, whatever memory there is then
+        now = {"recompute": settings.recompute, "accumulation": settings.accumulation}
+        chosen |= {**now, "precision": precision, "fit": False}
     record = arranging.record(context.command, context.params | chosen)
     with saying_where(out, context.find_root().obj) as seen, screen.training() as show:
 

@@ -71,6 +71,11 @@ def find_rate(
         raise ConfigError(f"a rate finder of {steps} steps shows nothing; {_FEWEST} at least")
     objective = objective or NextToken(smoothing=config.label_smoothing_factor)
     objective.check(examples, model, "training", config.max_tokens)
+    if getattr(adapter, "whole", None) is not None:
+        raise ConfigError(
+            "a rate is looked for with A and B alone: leave modules_to_save out, and the rate that "
+            "is found will do for them, too"
+        )
     before = {name: np.array(a) for name, a in trainable(adapter).items()}
     model.attach(adapter)
     objective.prepare(model, examples, None)
