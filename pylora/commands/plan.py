@@ -14,11 +14,13 @@ import typer
 
 from pylora.commands.adapters import lora_config, warn_about_size
 from pylora.commands.app import (
+    HOW,
     LOOK,
     Alpha,
     EveryModule,
     Model,
     ModulesToSave,
+    Precision,
     Rank,
     RsLora,
     Targets,
@@ -26,12 +28,20 @@ from pylora.commands.app import (
     command,
 )
 from pylora.commands.guard import unfinished
+from pylora.commands.learning import Optim
 from pylora.commands.outputs import check_file
+from pylora.commands.room import Wanted, short
 from pylora.display.console import Console, megabytes
+from pylora.errors import ConfigError
+from pylora.numbers.precision import check_choice
 
 if TYPE_CHECKING:
     from pylora.adapters.inspect import ModuleStats
     from pylora.adapters.plan import Plan
+
+
+def _train(*names: str, help: str) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=HOW)
 
 
 @command(LOOK, "pylora plan SmolLM2.gguf -r 16", "pylora plan SmolLM2.gguf runs/tone --all")
@@ -51,14 +61,31 @@ def plan(
     as_json: Annotated[
         bool, typer.Option("--json", help="one JSON object per module, unfolded")
     ] = False,
+    batch_size: Annotated[int, _train("--batch-size", help="examples per update")] = 8,
+    length: Annotated[int, _train("--length", help="tokens of an example")] = 512,
+    accumulation: Annotated[int, _train("--accumulation", help="parts of an update")] = 1,
+    recompute: Annotated[
+        bool, _train("--recompute/--no-recompute", help="gradient checkpointing")
+    ] = False,
+    optimizer: Optim = "adamw",
+    precision: Precision = None,
 ) -> None:
-    """Show what an adapter would touch: r, alpha and scale of each module, and the rules behind."""
+    """Show what an adapter would touch: r, alpha and scale of each module, and the rules behind;
+    and what memory it would take to train it."""
+    from pylora import backends
     from pylora.adapters.adapter import Adapter
     from pylora.adapters.plan import resolve
     from pylora.adapters.whole import whole_named
     from pylora.formats import open_checkpoint
     from pylora.model.whole import whole_of
+    from pylora.training.config import TrainConfig
 
+    check_choice(precision)
+    settings = TrainConfig(
+        batch_size=batch_size, accumulation=accumulation, recompute=recompute, optimizer=optimizer
+    )
+    if length < 1:
+        raise ConfigError(f"--length is {length}; it must be at least 1")
     with open_checkpoint(model) as checkpoint:
         modules = checkpoint.config.modules()
         if adapter is not None and not (
@@ -81,6 +108,9 @@ def plan(
             )
             resolved, whole = resolve(config, modules), whole_named(config, checkpoint.config)
         total = checkpoint.config.num_parameters
+        lengths = [length] * batch_size
+        wanted = Wanted(checkpoint, resolved, precision, settings, lengths, whole.trained)
+        tried, room = wanted.ways(backends.get())
     warn_about_size(resolved, total)
     screen = Console()
     if as_json:
@@ -103,6 +133,13 @@ def plan(
         f"{len(resolved.entries)} modules, {trained:,} trainable parameters, "
         f"{100 * trained / total:.3f} % of {total:,}"
     )
+    first = tried[0]
+    screen.say(
+        f"to train it on {batch_size} examples of {length} tokens at a time, in {first.precision}: "
+        f"about {first.words()}"
+    )
+    if first.estimate.total > room:
+        screen.say(f"note: {short(tried, room)}")
 
 
 def _settings(e: Any) -> tuple[str, int, str, str]:

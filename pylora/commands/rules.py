@@ -14,6 +14,8 @@ from functools import partial
 from operator import eq
 from typing import Any
 
+from pylora.training.schedule import named
+
 ROOT = ""  # the name under which options before the verb stand; the verb is their "verb"
 
 
@@ -93,7 +95,19 @@ _ENGINE = (
     "tests",
 )  # fmt: skip
 _TEACHES, _DISTILLS = ("teacher", "teacher_adapter", "top_k"), partial(eq, "distill")
+_RUNS = (  # what only a run has
+    "learning_rate", "epochs", "schedule", "warmup", "floor", "decay_steps", "cycles",
+    "rank_dropout", "eval_data", "save_every", "save_minutes", "keep", "log_every", "resume",
+)  # fmt: skip
 _HUNT = "the kit's own wrong implementations are tried with every law"
+
+
+def _falls_by(schedule: str) -> Callable[[Any], bool]:
+    return lambda value: named(value) == schedule
+
+
+def _on(flag: bool) -> bool:
+    return flag is True
 
 
 def _warm(temperature: float) -> bool:
@@ -136,6 +150,23 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ),
         *(Needs(o, "objective", "it is for distill", _DISTILLS) for o in _TEACHES),
         Needs("classes", "objective", "it is for classify", partial(eq, "classify")),
+        *(
+            Excludes(o, "find_lr", "it tries rates, trains nothing and keeps nothing", _on)
+            for o in _RUNS
+        ),
+        Needs(
+            "decay_steps",
+            "schedule",
+            "it is for warmup_stable_decay",
+            _falls_by("warmup_stable_decay"),
+        ),
+        Needs(
+            "cycles",
+            "schedule",
+            "it is for cosine_with_restarts",
+            _falls_by("cosine_with_restarts"),
+        ),
+        Needs("label_smoothing_factor", "objective", "it is for sft", partial(eq, "sft")),
         Excludes(
             "floor", "schedule", "a constant rate has no lower end", lambda v: v == "constant"
         ),
@@ -162,6 +193,10 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "plan": (
         *(Excludes(o, "adapter", _FILE.format("ADAPTER")) for o in (*_SHAPE, *_WHOLE)),
         Excludes("every", "as_json", "--json has an object for every module anyway"),
+        *(
+            Excludes(o, "as_json", "--json has the modules, and says nothing of memory")
+            for o in ("batch_size", "length", "accumulation", "recompute", "optimizer", "precision")
+        ),
     ),
     "inspect": (
         OneOf(("adapter", "numbers"), "an adapter to inspect, or the known figures", at_least=True),

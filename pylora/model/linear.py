@@ -53,7 +53,7 @@ Grads = dict[str, LoRAGrad]  # by module path
 
 @dataclass(frozen=True)
 class DropKey:
-    """Which dropout a training step draws: the same key drops the same elements on every backend.
+    """What a training step draws: the same key drops the same elements on every backend.
 
     A module's element is keyed by (seed, module path, step, row0 + row, column), so micro-batches
     of one step that state their first row as `row0` draw what the whole batch would.
@@ -62,9 +62,14 @@ class DropKey:
     seed: int
     step: int
     row0: int = 0
+    noise: float = 0.0  # alpha of the noise on the embeddings (model/noise.py)
 
     def __post_init__(self) -> None:
         random.check_seed(self.seed)
+
+    def from_row(self, row: int) -> DropKey:
+        """The key of a micro-batch whose first row is this one of the rows that have this key."""
+        return replace(self, row0=self.row0 + row)
 
     def of(self, path: str, lora: LoRA, first_row: int = 0) -> Drop | None:
         """The dropout of one module, of rows from `first_row` on; None if it has none."""

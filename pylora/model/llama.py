@@ -314,13 +314,15 @@ class Llama(HasWhole):
         drop: DropKey | None = None,
         grads: bool = True,
         recompute: bool = False,
+        smoothing: float = 0.0,
     ) -> tuple[Array, Grads | None]:
         """Negative log likelihood of each row's label [m], and the adapter's gradients.
 
         labels[i] is the token that row i must predict (already shifted); IGNORE (-100) is not
         counted and gives 0. The gradient is that of sum_i weight[i] * nll[i]; `weight` is an array
-        [m], a number, or None for 1 / number of labels. The head runs in chunks of rows, on rows
-        with a label only, so that no [m, vocab] array exists.
+        [m], a number, or None for 1 / number of labels. With `smoothing` that much of each label is
+        spread evenly over all tokens (`Head.loss`). The head runs in chunks of rows, on rows with a
+        label only, so that no [m, vocab] array exists.
         """
         ids = token_ids(ids, self.config.vocab_size)
         labels = token_ids(labels, self.config.vocab_size, labels=True)
@@ -335,9 +337,10 @@ class Llama(HasWhole):
         arrays = ids, positions(seqs), rows, labels[rows], weight[rows]
 
         def work(arrays: Sequence[Array], seqs: Seqs) -> dict[Any, Array]:
-            return self._loss(arrays, seqs, drop, grads, recompute)
+            return self._loss(arrays, seqs, drop, grads, recompute, smoothing)
 
-        key = self._repeats(rows.size, drop, recompute) if grads else None
+        plain = grads and not smoothing and not (drop is not None and drop.noise)
+        key = self._repeats(rows.size, drop, recompute) if plain else None
         found = self._steps.run(key, arrays, seqs, work)
         nll = found.pop("nll")
         if not grads:
@@ -370,6 +373,7 @@ class Llama(HasWhole):
         drop: DropKey | None,
         grads: bool,
         recompute: bool,
+        smoothing: float,
     ) -> dict[Any, Array]:
         """The nll [m] by the name "nll", and gradients by (path, name).
 
@@ -388,8 +392,9 @@ class Llama(HasWhole):
             b = min(a + step, n)
             some = x[a:b] if n == m else ops.take_rows(x, rows[a:b])
             nll_some, dx_some = self.head.loss(
-                some, labels[a:b], weight[a:b] if grads else None, drop, a, dx is not None, out
-            )
+                some, labels[a:b], weight[a:b] if grads else None, drop, a, dx is not None, out,
+                smoothing,
+            )  # fmt: skip
             ops.put_rows(nll, rows[a:b], nll_some.reshape(-1, 1))
             if dx is not None:
                 ops.put_rows(dx, rows[a:b], dx_some)

@@ -14,6 +14,7 @@ from pylora.errors import PyloraError
 from pylora.model.block import Block, BlockCache
 from pylora.model.embedding import Embedding, EmbeddingCache
 from pylora.model.linear import DropKey, Grads, Own
+from pylora.model.noise import neftune
 from pylora.model.rope import Rope
 from pylora.ops.llama import LayerWeights
 from pylora.ops.protocol import Packed
@@ -75,6 +76,11 @@ class Trunk:
             x = x * x.dtype.type(self.multiplier)
         if self.positions is not None:
             x = x + self.embedding.ops.embedding_forward(position, self.positions)
+        if drop is not None and drop.noise:
+            noise = neftune(
+                drop.noise, seqs, int(x.shape[1]), seed=drop.seed, step=drop.step, row0=drop.row0
+            )
+            x = x + self.embedding.ops.asarray(noise.astype(x.dtype, copy=False))
         rotations = self.rope.rotations(seqs, position)
         cache = TrunkCache(seqs, position, rotations, drop, embedding, [])
         for i, block in enumerate(self.blocks):

@@ -8,7 +8,7 @@ the names of their tensors, "<module path>.weight" and ".bias".
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -91,8 +91,12 @@ class Optimizer:
                 weight_decay=c.weight_decay if decays else 0.0,
                 grad_scale=scale,
             )
-            updates.append((p, grads[name], self.m[name], self.v[name], settings))
-        self.ops.adamw_steps(updates)
+            updates.append((name, p, grads[name], settings))
+        self.apply(updates)
+
+    def apply(self, updates: Sequence[tuple[str, Array, Array, AdamW]]) -> None:
+        """AdamW's step on each (name, parameter, gradient, settings)."""
+        self.ops.adamw_steps([(p, g, self.m[n], self.v[n], o) for n, p, g, o in updates])
 
     def state(self) -> dict[str, np.ndarray]:
         """The moments as "m.<name>" and "v.<name>", on the host."""

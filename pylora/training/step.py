@@ -25,23 +25,27 @@ def step_gradients(
     *,
     drop: DropKey | None = None,
     recompute: bool = False,
+    smoothing: float = 0.0,
     ranks: Ranks = ALONE,
 ) -> tuple[float, int, Grads]:
     """(loss, rows, Grads) of a step: the mean over all labels of all its micro-batches.
 
-    The loss is rounded once, so it does not depend on the split; gradients are added in order.
+    `smoothing`: see `Llama.loss`. The loss is rounded once, so it does not depend on the split;
+    gradients are added in order.
     """
     count = label_count(examples, step)
+    more = {"smoothing": smoothing} if smoothing else {}
     stretches = shares(len(step), ranks.size)
     parts: list[float] = []
     mine: list[Grads] = []
     total: Grads = {}
     for batch in batches(examples, step, stretches[ranks.rank]):
         weight = np.full(batch.ids.size, 1 / count, np.float32)
-        key = None if drop is None else DropKey(drop.seed, drop.step, drop.row0 + batch.row0)
+        key = None if drop is None else drop.from_row(batch.row0)
         nll, grads = model.loss(
-            batch.ids, batch.labels, batch.seqs, weight=weight, drop=key, recompute=recompute
-        )
+            batch.ids, batch.labels, batch.seqs, weight=weight, drop=key, recompute=recompute,
+            **more,
+        )  # fmt: skip
         parts.extend(nll.tolist())
         if ranks.size > 1:
             mine.append(grads)

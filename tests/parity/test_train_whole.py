@@ -44,7 +44,9 @@ CASES: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "tables and norms": ("Llama", False, {"modules_to_save": ["lm_head", "embed_tokens", "norm"]}),
     "of tied": ("Qwen2", True, {"modules_to_save": ["embed_tokens", "lm_head"]}),
     "a layer": ("Qwen2", False, {"modules_to_save": ["layers.1"]}),
-    "stays tied": ("Llama", True, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+    "stays tied": (
+        "Llama", True, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ),
     "rows of tied": (
         "Qwen3", True, {"trainable_token_indices": [3, 14, 40], "modules_to_save": ["norm"]},
     ),
