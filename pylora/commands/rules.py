@@ -98,6 +98,7 @@ _TEACHES, _DISTILLS = ("teacher", "teacher_adapter", "top_k"), partial(eq, "dist
 _RUNS = (  # what only a run has
     "learning_rate", "epochs", "schedule", "warmup", "floor", "decay_steps", "cycles",
     "rank_dropout", "eval_data", "save_every", "save_minutes", "keep", "log_every", "resume",
+    "report_to",
 )  # fmt: skip
 _HUNT = "the kit's own wrong implementations are tried with every law"
 
