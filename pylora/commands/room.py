@@ -96,7 +96,8 @@ def short(tried: Sequence[Fit], room: float) -> str:
     from pylora.training.estimate import fitting, gigabytes
 
     first, found = tried[0], fitting(tried, room)
-    text = f"there is room for {gigabytes(room)} in all, and the run needs {first.words()}"
+    needed = gigabytes(first.estimate.total)
+    text = f"there is room for {gigabytes(room)} in all, and the run needs {needed}"
     if found is not None:
         how = " ".join(found.changed)
         return f"{text}; with {how} it needs {gigabytes(found.estimate.total)} (--fit does that)"
