@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pylora.commands.app import RUN
+from pylora.commands.guard import warn
 from pylora.display.console import Console
 from pylora.errors import ConfigError, DataError
 from pylora.training.launched import launched
@@ -89,6 +90,20 @@ def in_room(screen: Console, wanted: Wanted, fit: bool) -> tuple[TrainConfig, st
     screen.say(f"--fit: {', '.join(found.changed)}: about {found.estimate.words()}")
     narrowed = found.precision != first.precision
     return found.config, found.precision if narrowed else wanted.precision, True
+
+
+def beyond_its_positions(checkpoint: Any, items: Sequence[Any]) -> None:
+    """Gives the open checkpoint room for the longest of the records, with a warning where the model
+    was not made for it; one that can have no room stays, and its records are refused later."""
+    from pylora.training.longer import stretched
+
+    before, longest = checkpoint.config, max(map(len, items), default=0)
+    checkpoint.config = stretched(before, longest)
+    if checkpoint.config is not before:
+        warn(
+            f"a record has {longest:,} tokens, and the model was made for {before.max_positions:,}: "
+            "the rotation goes on by its rule, over positions that the model has never seen"
+        )
 
 
 def short(tried: Sequence[Fit], room: float) -> str:

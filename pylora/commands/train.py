@@ -42,7 +42,7 @@ from pylora.commands.objectives import (
     taught,
 )
 from pylora.commands.outputs import check_folder
-from pylora.commands.room import Fits, Wanted, in_room
+from pylora.commands.room import Fits, Wanted, beyond_its_positions, in_room
 from pylora.commands.run_said import after_training, how_long, saying_where, write_model_card
 from pylora.commands.template import TemplateArgs, refuse_unused, use_template
 from pylora.commands.together import together
@@ -445,6 +445,7 @@ def train(
         data, eval_data = _files(data, eval_data)
         examples, evals = read(objective, data, eval_data, tokenizer, classes=classes, **limit)
         refuse_unused_arguments()
+        beyond_its_positions(checkpoint, [*examples, *(evals or ())])
         whole = 0 if start is not None else num_whole(lora, checkpoint.config)
         wanted = Wanted(checkpoint, plan, precision, settings, list(map(len, examples)), whole)
         settings, precision, fitted = in_room(screen, wanted, fit)

@@ -85,3 +85,15 @@ def test_a_plan_says_it_too(
     assert cli.main(["plan", there[0]]) == 0
     assert "note: there is room for 0.00 GB" in capsys.readouterr().out
     assert cli.main(["plan", there[0], "--length", "0"]) == 1
+
+
+def test_records_beyond_the_positions_are_trained_with_a_warning(
+    there: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "long.jsonl"
+    words = " ".join(["truth", "life", "time"] * 60)  # the tiny model has 128 positions
+    data.write_text(json.dumps({"prompt": words, "completion": " yes"}) + "\n", encoding="utf-8")
+    args = ["train", there[0], str(data), str(tmp_path / "run"), "--recompute"]
+    assert cli.main([*args, "--steps", "1"]) == 0
+    assert "made for 128: the rotation goes on by its rule" in capsys.readouterr().err
+    assert cli.main(["train", "--resume", str(tmp_path / "run"), "--steps", "2"]) == 0
