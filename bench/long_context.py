@@ -4,7 +4,7 @@
 
 With recomputation, rank 8 on all linear modules, in bf16 where that is fast. Each length has a
 process of its own: the most that it held (VmHWM), what was estimated, processor time of the step.
-Attention's work grows with the square of the length, everything else and the memory with the length.
+Attention's work grows with the square of the length; everything else, and memory, with the length.
 """
 
 from __future__ import annotations
