@@ -102,7 +102,8 @@ def beyond_its_positions(checkpoint: Any, items: Sequence[Any]) -> None:
     if checkpoint.config is not before:
         warn(
             f"a record has {longest:,} tokens, and the model was made for "
-            f"{before.max_positions:,}: the rotation goes on by its rule, over positions that the model has never seen"
+            f"{before.max_positions:,}: the rotation goes on by its rule, over positions that the "
+            "model has never seen"
         )
 
 
