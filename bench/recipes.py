@@ -2,7 +2,7 @@
 
     python bench/recipes.py                     # everything that the results file lacks
     python bench/recipes.py --only ranks,rates  # some groups; "jobs" is the table of the defaults
-    python bench/recipes.py --show              # the tables, of what is there; --write docs/recipes.md
+    python bench/recipes.py --show              # the tables; --write docs/recipes.md
 
 A cell is one setting on one task with one seed: 64 updates of 4 records, then exact match and loss
 on 40 records held out. The tasks are those of bench/continual_smollm.py. Each setting differs from
@@ -293,7 +293,9 @@ def settings_table(found: list[dict[str, Any]]) -> list[str]:
     for group, settings in GROUPS.items():
         for setting in settings:
             mine = [r for r in found if (r["group"], r["setting"]) == (group, setting.name)]
-            if all(any(r["task"] == task for r in mine) for task in TASKS):
+            seeds = [r["seed"] for r in mine]
+            mine = [r for r in mine if seeds.count(r["seed"]) == len(TASKS)]  # whole ones
+            if mine:
                 lines.append(_row(setting.name, mine))
     return lines
 
