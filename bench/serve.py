@@ -5,10 +5,14 @@
 pylora's server, llama_cpp.server (llama-cpp-python[server]) on the same quantized file and, with
 --hf, `transformers serve` are started one after the other, in alternating rounds, and asked the
 same by OpenAI's streams over a socket: each of n clients asks one question after another, and its
-answers are as long as they may be. pylora is asked for one adapter, for distinct ones and for the
-base; the others for the base, since they cannot mix adapters. Beside it stands what the engine
-itself decodes at that batch, and the time of a request for one token less the engine's own: what
-HTTP costs.
+answers are as long as they may be. Before the clock runs each model has answered once. pylora is
+asked for one adapter, for distinct ones and for the base, drawn, with logprobs, with a schema; the
+others for the base, since they cannot mix adapters. The peers get all cores, and llama_cpp.server
+is told not to break an answer off when another request comes, which it does otherwise.
+
+Beside it stand what the engine itself decodes at that batch, what `generate` does for one prompt,
+the time of a request for one token less the engine's own (what HTTP costs), and the times between
+tokens of four clients while a prompt of 2,000 tokens comes every two seconds.
 
 --peer-python: an interpreter that has the peers. Writes bench/results/serve-<date>.json.
 """
@@ -27,14 +31,32 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "tests" / "support"))
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests" / "support")]
+os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
 RESULTS = HERE / "results"
 
 QUESTION = "Tell me a long story about {} and the sea, with many turns."
+LONG = "word " * 1990  # a prompt of about 2,000 tokens
+EVERY = 2.0  # seconds between two of them
+SCHEMA = {
+    "type": "object", "additionalProperties": False, "required": ["title", "lines"],
+    "properties": {"title": {"type": "string"}, "lines": {
+        "type": "array", "minItems": 30, "items": {"type": "string", "minLength": 20}}},
+}  # fmt: skip
+# What is asked of pylora besides: name -> fields of the body.
+KINDS: dict[str, dict[str, Any]] = {
+    "drawn": {"temperature": 0.8, "top_p": 0.95},
+    "logprobs": {"logprobs": True, "top_logprobs": 5},
+    "schema": {"ignore_eos": False, "response_format": {
+        "type": "json_schema", "json_schema": {"name": "story", "schema": SCHEMA}}},
+    "whole": {"stream": False},
+}  # fmt: skip
 SUBJECTS = ("a fox", "a clock", "two brothers", "an island", "a baker", "rain", "a map", "winter")
 
 
@@ -82,14 +104,19 @@ def get(port: int, path: str) -> Any:
 
 
 def ask(port: int, body: dict[str, Any]) -> list[float]:
-    """The instants at which a stream was asked for, and at which each of its pieces came."""
+    """The instants at which a stream was asked for, and at which each of its pieces came; of a
+    whole answer, at which it came, for each of its tokens."""
     wire = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     at = [time.perf_counter()]
-    data = json.dumps({**body, "stream": True}).encode()
+    data = json.dumps({"stream": True, **body}).encode()
     wire.request("POST", "/v1/chat/completions", data, {"Content-Type": "application/json"})
     answer = wire.getresponse()
     if answer.status != 200:
-        raise SystemExit(f"{answer.status}: {answer.read()[:500]!r}")
+        raise RuntimeError(f"{answer.status}: {answer.read()[:500]!r}")
+    if not body.get("stream", True):
+        tokens = json.loads(answer.read())["usage"]["completion_tokens"]
+        wire.close()
+        return at + [time.perf_counter()] * tokens
     for line in answer:
         if line.startswith(b"data: {") and _text(line):
             at.append(time.perf_counter())
@@ -107,20 +134,21 @@ def measure(
 ) -> dict[str, Any]:
     """n clients, each with a model of its own (in turn), for so many seconds."""
     runs: list[list[float]] = []
+
+    def body(model: str, subject: str, most: int) -> dict[str, Any]:
+        question = [{"role": "user", "content": QUESTION.format(subject)}]
+        asked = {"model": model, "messages": question, "max_tokens": most, "temperature": 0}
+        return {**asked, **more}
+
+    for model in dict.fromkeys(models):  # read, packed, and its words in the cache
+        ask(port, body(model, "a beginning", 2))
     lock, over = threading.Lock(), time.perf_counter() + seconds
 
     def client(number: int) -> None:
         turn = 0
         while time.perf_counter() < over:
             subject = SUBJECTS[(number + turn) % len(SUBJECTS)]
-            body = {
-                "model": models[number % len(models)],
-                "messages": [{"role": "user", "content": QUESTION.format(subject)}],
-                "max_tokens": tokens,
-                "temperature": 0,
-                **more,
-            }
-            at = ask(port, body)
+            at = ask(port, body(models[number % len(models)], subject, tokens))
             turn += 1
             with lock:
                 runs.append(at)
@@ -180,6 +208,51 @@ def engine_rate(model: Path, precision: str, batch: int, adapters: Path, steps: 
     return batch / statistics.median(seconds)
 
 
+def generate_rate(model: Path, precision: str, tokens: int, rounds: int = 5) -> float:
+    """Tokens/s of `generate` for one prompt, its prompt included."""
+    import pylora
+    from pylora.generation.generate import generate
+
+    with pylora.load(model, precision=precision) as loaded:
+        ids = loaded.tokenizer.encode(QUESTION.format("a fox"))
+        seconds = []
+        for _ in range(rounds):
+            began = time.perf_counter()
+            generate(loaded.llama, [ids], tokens, eos_ids=())
+            seconds.append(time.perf_counter() - began)
+    return tokens / statistics.median(seconds)
+
+
+def mixed(port: int, seconds: float, clients: int = 4) -> dict[str, float]:
+    """Milliseconds between the tokens of clients while long prompts come, and until those' first
+    token, in seconds."""
+    told: list[float] = []
+
+    def long(turn: int) -> None:
+        prompt = [{"role": "user", "content": f"{turn} {LONG}"}]
+        at = ask(port, {"messages": prompt, "max_tokens": 1, "temperature": 0, "ignore_eos": True})
+        told.append(at[1] - at[0] if len(at) > 1 else float("nan"))
+
+    over = time.perf_counter() + seconds
+
+    def arrive() -> None:
+        threads = []
+        while time.perf_counter() < over:
+            threads.append(threading.Thread(target=long, args=(len(threads),)))
+            threads[-1].start()
+            time.sleep(EVERY)
+        for thread in threads:
+            thread.join()
+
+    prompts = threading.Thread(target=arrive)
+    prompts.start()
+    row = measure(port, ["base"], clients, 256, seconds, {"ignore_eos": True})
+    prompts.join()
+    p50, p99 = row["between_ms"][50], row["between_ms"][99]
+    first = statistics.median(told)
+    return {"p50_ms": p50, "p99_ms": p99, "p99_of_p50": p99 / p50, "long_first_s": first}
+
+
 def overhead(port: int, n: int = 200) -> dict[str, float]:
     """Milliseconds of a request for one token over a connection that stays open, less those that
     the server's engine says it needed: its log and metrics have them."""
@@ -216,12 +289,17 @@ def head() -> dict[str, Any]:
     import pylora
 
     info = pylora.build_info()
+    versions = {}
+    for peer in ("llama-cpp-python", "transformers", "torch"):
+        with suppress(metadata.PackageNotFoundError):
+            versions[peer] = metadata.version(peer)
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True
     )
     return {
         **info,
         "commit": commit.stdout.strip(),
+        "peers": versions,
         "cpus": os.cpu_count(),
         "load": os.getloadavg(),
     }
@@ -260,6 +338,7 @@ def run(args: argparse.Namespace, where: Path) -> dict[str, Any]:
         write_adapter(args.model, adapters / name, seed=i, size=0.003, r=8)
     rows: list[dict[str, Any]] = []
     http_cost: list[dict[str, float]] = []
+    between: list[dict[str, float]] = []
 
     def say_row(row: dict[str, Any]) -> None:
         rows.append(row)
@@ -283,6 +362,12 @@ def run(args: argparse.Namespace, where: Path) -> dict[str, Any]:
                 for what, models in kinds.items():
                     row = measure(server.port, models, n, args.tokens, args.seconds, forever)
                     say_row({"server": "pylora", "what": what, "round": turn, **row})
+                for what, fields in KINDS.items():
+                    asked = {**forever, **fields}
+                    row = measure(server.port, names[:n], n, args.tokens, args.seconds, asked)
+                    say_row({"server": "pylora", "what": what, "round": turn, **row})
+            between.append(mixed(server.port, 2 * args.seconds))
+            say("  beside long prompts: " + json.dumps(between[-1]))
             http_cost.append(overhead(server.port))
             say(f"  a request costs {http_cost[-1]['overhead_ms']:.2f} ms beside the engine")
             server.stop()
@@ -290,6 +375,7 @@ def run(args: argparse.Namespace, where: Path) -> dict[str, Any]:
             port = free_port()
             command = [args.peer_python, "-m", "llama_cpp.server", "--model", str(args.model)]
             command += ["--port", str(port), "--n_ctx", "2048", "--verbose", "False"]
+            command += ["--interrupt_requests", "False", "--n_threads", str(os.cpu_count())]
             server = Server(command, port, where / "llama.log")
             for n in args.clients:
                 row = measure(server.port, ["base"], n, args.tokens, args.seconds, {})
@@ -297,14 +383,16 @@ def run(args: argparse.Namespace, where: Path) -> dict[str, Any]:
             server.stop()
         if "transformers" in args.only and args.hf is not None:
             port = free_port()
-            command = [str(Path(args.peer_python).parent / "transformers"), "serve"]
-            command += ["--port", str(port), "--device", "cpu"]
+            command = [str(Path(args.peer_python).parent / "transformers"), "serve", str(args.hf)]
+            command += ["--port", str(port), "--device", "cpu", "--continuous-batching"]
             server = Server(command, port, where / "transformers.log", "/health")
             for n in args.clients:
                 row = measure(server.port, [str(args.hf)], n, args.tokens, args.seconds, {})
                 say_row({"server": "transformers", "what": "base", "round": turn, **row})
             server.stop()
     rates = {n: engine_rate(args.model, args.precision, n, adapters) for n in args.clients}
+    alone = generate_rate(args.model, args.precision, args.tokens)
+    say(f"  generate, one prompt: {alone:.1f} tokens/s")
     for n, rate in rates.items():
         say(f"  the engine alone, {n} distinct adapters: {rate:.1f} tokens/s")
     return {
@@ -314,6 +402,8 @@ def run(args: argparse.Namespace, where: Path) -> dict[str, Any]:
         "rows": rows,
         "overhead": http_cost,
         "engine_tokens_per_second": rates,
+        "generate_tokens_per_second": alone,
+        "beside_long_prompts": between,
         "medians": medians(rows),
     }
 
