@@ -321,7 +321,7 @@ def test_adapters_of_fused_and_stacked_models(tmp_path: Path, case: str) -> None
     for one in adapter.values():
         one.B[...] = rng.standard_normal(one.B.shape) / 4
     adapter.save(tmp_path / "adapter")
-    convert(tmp_path / "adapter", tmp_path / "adapter.gguf", model=tmp_path / "m.gguf")
+    convert(tmp_path / "adapter", tmp_path / "adapter.gguf", tmp_path / "m.gguf")
     model = python_model(tmp_path / "m.gguf", "fp32")
     base = greedy(model, IDS, 4)[1]
     for path in (tmp_path / "adapter", tmp_path / "adapter.gguf"):
