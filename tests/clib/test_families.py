@@ -11,34 +11,18 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from clibrary import CError, CModel, greedy, needs_library, python_model
+from c_families import LONG, SIZES, refused, same, write
+from clibrary import needs_library
 from small_models import REAL
 
-from pylora.adapters.adapter import Adapter
-from pylora.adapters.convert import convert
-from pylora.adapters.loraconfig import LoraConfig
-from pylora.adapters.plan import resolve
-from pylora.formats.gguf_names import architecture, as_gguf, places
-from pylora.formats.hfnames import transposed
-from pylora.formats.safetensors import SafeTensors, save
 from pylora.model.config import LlamaConfig
 
 pytestmark = needs_library
-IDS = [3, 17, 4, 29, 29, 8, 1, 30]
-SIZES = {
-    "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
-    "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": 2,
-}  # fmt: skip
 LLAMA3 = {
     "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-LONG = {
-    "rope_type": "longrope", "short_factor": [1.0 + i / 16 for i in range(16)],
-    "long_factor": [1.5 + i * i / 8 for i in range(16)],
-}  # fmt: skip
 FAMILIES: dict[str, list[dict[str, Any]]] = {
     "gemma2": [
         {"sliding_window": 3, "query_pre_attn_scalar": 24},
@@ -130,42 +114,7 @@ FAMILIES: dict[str, list[dict[str, Any]]] = {
          "attention_bias": True, "tie_word_embeddings": True},
     ],
 }  # fmt: skip
-OWN = {  # keys that a family spells otherwise
-    "gpt2": {"n_embd": "hidden_size", "n_head": "num_attention_heads",
-             "n_layer": "num_hidden_layers", "n_positions": "max_position_embeddings"},
-    "gpt_neox": {"layer_norm_eps": "rms_norm_eps"},
-}  # fmt: skip
 CASES = [(name, i) for name, all_of in FAMILIES.items() for i in range(len(all_of))]
-
-
-def write(path: Path, settings: dict[str, Any]) -> None:
-    """A directory of random weights for a config.json of these settings."""
-    path.mkdir()
-    own = OWN.get(settings["model_type"], {})
-    spelt = {k: v for k, v in settings.items() if k not in own.values()}
-    spelt |= {k: settings[common] for k, common in own.items() if common in settings}
-    if settings["model_type"] == "gpt2":
-        spelt = {k: v for k, v in spelt.items() if k not in ("head_dim", "intermediate_size")}
-    (path / "config.json").write_text(json.dumps(spelt))
-    rng = np.random.default_rng(7)
-    config = LlamaConfig.from_hf(spelt)
-    tensors = {
-        name: (rng.standard_normal(shape) * 0.3).astype(np.float32)
-        for name, shape in config.tensors().items()
-    }
-    save(
-        path / "model.safetensors",
-        {n: np.ascontiguousarray(t.T) if transposed(config, n) else t for n, t in tensors.items()},
-        {"format": "pt"},
-    )
-
-
-def same(path: Path, precision: str) -> None:
-    tokens, logits = greedy(python_model(path, precision), IDS, 4)
-    with CModel(path, precision) as model:
-        got_tokens, got = model.generate(IDS, 4)
-    assert got_tokens == tokens
-    assert got.tobytes() == logits.tobytes()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int4"])
@@ -235,132 +184,6 @@ def test_a_gguf_file(tmp_path: Path, arch: str, precision: str) -> None:
     same(tmp_path / "m.gguf", precision)
 
 
-# model_type -> settings beside SIZES, and what the metadata say beside the common keys.
-_MORE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "phi3": ({}, {"rope.dimension_count": 8}),
-    "phi3-long": ({"head_dim": 16, "rope_scaling": {**LONG, "short_factor": [1.1] * 4,
-                                                    "long_factor": [1.3, 2.0, 4.5, 9.1]},
-                   "original_max_position_embeddings": 10, "partial_rotary_factor": 0.5},
-                  {"rope.dimension_count": 8, "rope.scaling.original_context_length": 10,
-                   "rope.scaling.attn_factor": 1.2, "attention.sliding_window": 3}),
-    "gpt2": ({}, {}),
-    "gpt_neox": ({"num_key_value_heads": 4, "head_dim": 16},
-                 {"rope.dimension_count": 8, "use_parallel_residual": True}),
-    "gpt_neox-serial": ({"num_key_value_heads": 4, "head_dim": 16, "attention_bias": False},
-                        {"rope.dimension_count": 16, "use_parallel_residual": False}),
-    "mixtral": ({"num_local_experts": 3}, {"expert_count": 3, "expert_used_count": 2}),
-    "qwen3_moe": ({"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
-                  {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 32}),
-    "olmoe": ({"num_experts": 4, "num_experts_per_tok": 2},
-              {"expert_count": 4, "expert_used_count": 2}),
-}  # fmt: skip
-
-
-def write_stacked(path: Path, case: str) -> LlamaConfig:
-    """A GGUF file of random weights, experts stacked, with the rows of llama.cpp's converter."""
-    kind, (settings, more) = case.split("-")[0], _MORE[case]
-    own = OWN.get(kind, {})
-    spelt = {"model_type": kind, **SIZES, **settings}
-    spelt |= {k: spelt[common] for k, common in own.items() if common in spelt}
-    if kind in ("gpt2", "phi3"):  # their heads are the width's
-        spelt["head_dim"] = spelt["hidden_size"] // spelt["num_attention_heads"]
-    if kind == "gpt2":
-        spelt["num_key_value_heads"] = spelt["num_attention_heads"]
-    config = LlamaConfig.from_hf(spelt)
-    arch = architecture(config)
-    writer = gguf.GGUFWriter(path, arch)
-    eps = "layer_norm_epsilon" if config.norm == "layer" else "layer_norm_rms_epsilon"
-    numbers = {
-        "context_length": 64, "embedding_length": 64, "block_count": 4, "feed_forward_length": 96,
-        "attention.head_count": 4, "attention.head_count_kv": config.num_key_value_heads,
-        "attention.key_length": config.head_dim, "attention.value_length": config.head_dim,
-        f"attention.{eps}": 1e-6,
-    } | more  # fmt: skip
-    for key, value in numbers.items():
-        add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
-        add = writer.add_bool if isinstance(value, bool) else add
-        add(f"{arch}.{key}", value)
-    if scaling := spelt.get("rope_scaling"):
-        for name in ("short", "long"):
-            factors = np.array(scaling[f"{name}_factor"], np.float32)
-            writer.add_tensor(f"rope_factors_{name}.weight", factors)
-    rng, stacks = np.random.default_rng(3), dict[str, list[np.ndarray]]()
-    shapes = config.tensors()
-    for hf, (name, expert) in places(config).items():
-        tensor = (rng.standard_normal(shapes[hf]) * 0.3 + 0.1).astype(np.float32)
-        stacks.setdefault(name, []).append(as_gguf(tensor, hf.rpartition(".")[0], config))
-        assert expert is None or expert == len(stacks[name]) - 1
-        if expert is None or expert == config.experts - 1:
-            whole = np.stack(stacks[name]) if expert is not None else stacks[name][0]
-            writer.add_tensor(name, np.ascontiguousarray(whole))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return config
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int4"])
-@pytest.mark.parametrize("case", list(_MORE))
-def test_a_gguf_file_of_fused_and_stacked_tensors(
-    tmp_path: Path, case: str, precision: str
-) -> None:
-    write_stacked(tmp_path / "m.gguf", case)
-    same(tmp_path / "m.gguf", precision)
-
-
-@pytest.mark.parametrize("case", ["phi3", "gpt2", "gpt_neox", "qwen3_moe", "mixtral"])
-def test_adapters_of_fused_and_stacked_models(tmp_path: Path, case: str) -> None:
-    """PEFT's and llama.cpp's, of every module that can take one."""
-    config = write_stacked(tmp_path / "m.gguf", case)
-    kind, rng = case.split("-")[0], np.random.default_rng(5)
-    targets = sorted({p.rsplit(".", 1)[-1] for p, s in config.modules().items()
-                      if s.kind == "linear" and p != config.names.head})  # fmt: skip
-    lora = LoraConfig(r=3, lora_alpha=5, target_modules=targets, fan_in_fan_out=kind == "gpt2")
-    adapter = Adapter.init(resolve(lora, config.modules()), lora, seed=1)
-    for one in adapter.values():
-        one.B[...] = rng.standard_normal(one.B.shape) / 4
-    adapter.save(tmp_path / "adapter")
-    convert(tmp_path / "adapter", tmp_path / "adapter.gguf", tmp_path / "m.gguf")
-    model = python_model(tmp_path / "m.gguf", "fp32")
-    base = greedy(model, IDS, 4)[1]
-    for path in (tmp_path / "adapter", tmp_path / "adapter.gguf"):
-        model.attach(Adapter.load(path, model.config))
-        tokens, logits = greedy(model, IDS, 4)
-        with CModel(tmp_path / "m.gguf") as c:
-            c.attach(path)
-            assert [m for m, *_ in c.plan()] == list(adapter)
-            got_tokens, got = c.generate(IDS, 4)
-        assert got_tokens == tokens and got.tobytes() == logits.tobytes()
-        assert got.tobytes() != base.tobytes()
-
-
-def test_a_file_of_the_base_model_alone(tmp_path: Path) -> None:
-    """GPT-2's own: without the prefix of the whole model, and with masks of older exporters."""
-    write(tmp_path / "m", {"model_type": "gpt2"} | SIZES)
-    with SafeTensors(tmp_path / "m" / "model.safetensors") as file:
-        tensors = {n.removeprefix("transformer."): np.array(file.view(n)) for n in file.tensors}
-    tensors["h.0.attn.bias"] = np.ones((1, 1, 4, 4), np.float32)
-    tensors["h.1.attn.masked_bias"] = np.float32(-1e4).reshape(())
-    save(tmp_path / "m" / "model.safetensors", tensors, {"format": "pt"})
-    same(tmp_path / "m", "fp32")
-    tensors["h.1.attn.scale"] = np.ones(1, np.float32)
-    save(tmp_path / "m" / "model.safetensors", tensors, {"format": "pt"})
-    assert "'h.1.attn.scale' is none of a gpt2 model" in refused(tmp_path / "m")
-
-
-def test_stacked_experts_that_do_not_fit(tmp_path: Path) -> None:
-    path = tmp_path / "m.gguf"
-    write_stacked(path, "qwen3_moe")
-    whole = path.read_bytes()
-    at = whole.index(b"qwen3moe.expert_count") + len(b"qwen3moe.expert_count") + 4
-    for count in (0, 3, 5, 65536, 2**32 - 1):
-        path.write_bytes(whole[:at] + count.to_bytes(4, "little") + whole[at + 4 :])
-        assert re.search("expert", refused(path))
-    path.write_bytes(whole.replace(b"blk.1.ffn_up_exps", b"blk.1.ffn_up_shex"))
-    assert "blk.1.ffn_up_exps" in refused(path)
-
-
 @pytest.mark.skipif(
     not (REAL.parent / "gemma-3-270m-q4_k_m.gguf").exists(), reason="needs the real Gemma 3 270M"
 )
@@ -368,29 +191,35 @@ def test_the_real_gemma() -> None:
     same(REAL.parent / "gemma-3-270m-q4_k_m.gguf", "int4")
 
 
-def refused(path: Path) -> str:
-    with pytest.raises(CError) as caught, CModel(path):
-        pass
-    return str(caught.value)
-
-
 @pytest.mark.parametrize(
     ("settings", "names"),
     [
         ({"model_type": "cohere"}, "'cohere'.*gemma3_text.*olmoe"),
         ({"model_type": "phi3"}, "qkv_proj"),
-        ({"model_type": "phi3", "rope_scaling": {**YARN, "rope_type": "linear"}}, "linear.*longrope"),
+        (
+            {"model_type": "phi3", "rope_scaling": {**YARN, "rope_type": "linear"}},
+            "linear.*longrope",
+        ),
         ({"model_type": "phi3", "rope_scaling": {"type": "longrope"}}, "short_factor.*16 numbers"),
-        ({"model_type": "phi3", "rope_scaling": {**LONG, "long_factor": [1.0] * 15}}, "long_factor"),
+        (
+            {"model_type": "phi3", "rope_scaling": {**LONG, "long_factor": [1.0] * 15}},
+            "long_factor",
+        ),
         ({"model_type": "phi3", "rope_scaling": {**LONG, "long_factor": [0.0] * 16}}, "positive"),
         ({"model_type": "phi3", "rope_scaling": {**LONG, "mscale": 2.0}}, "mscale"),
         ({"model_type": "phi3", "partial_rotary_factor": 0.1}, "3 numbers"),
         ({"model_type": "phi3", "partial_rotary_factor": 0.01}, "partial_rotary_factor"),
         ({"model_type": "phi3", "partial_rotary_factor": 1e300}, "partial_rotary_factor"),
         ({"model_type": "llama", "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"model_type": "llama", "rope_scaling": {"type": "longrope", "factor": 2}}, "short_factor"),
+        (
+            {"model_type": "llama", "rope_scaling": {"type": "longrope", "factor": 2}},
+            "short_factor",
+        ),
         ({"model_type": "llama", "rope_scaling": {"type": "dynamic"}}, "factor"),
-        ({"model_type": "llama", "rope_scaling": {"type": "dynamic", "factor": 2, "alpha": 3}}, "alpha"),
+        (
+            {"model_type": "llama", "rope_scaling": {"type": "dynamic", "factor": 2, "alpha": 3}},
+            "alpha",
+        ),
         ({"model_type": "qwen3_moe"}, "128 experts in 4 layers"),
         ({"model_type": "qwen3_moe", "num_experts": 10**12}, "experts"),
         ({"model_type": "qwen3_moe", "num_experts": 65536}, "65536 experts"),
@@ -416,7 +245,10 @@ def refused(path: Path) -> str:
         ({"model_type": "gemma2", "sliding_window": 0}, "sliding_window"),
         ({"model_type": "smollm3", "no_rope_layers": [0, 1, 2, 1]}, "no_rope_layers"),
         ({"model_type": "smollm3", "no_rope_layers": [0]}, "no_rope_layers"),
-        ({"model_type": "olmo2", "rope_scaling": {"rope_type": "ntk", "factor": 2}}, "ntk.*dynamic"),
+        (
+            {"model_type": "olmo2", "rope_scaling": {"rope_type": "ntk", "factor": 2}},
+            "ntk.*dynamic",
+        ),
         ({"model_type": "llama", "rope_scaling": {"rope_type": "yarn"}}, "factor"),
         ({"model_type": "llama", "rope_scaling": {**YARN, "wavelength": 3}}, "wavelength"),
         ({"model_type": "llama", "rope_scaling": {**YARN, "beta_fast": 0}}, "beta_fast"),

@@ -59,7 +59,11 @@ def any_scaling(draw: Any, c: dict[str, Any], part: float = 1.0) -> dict[str, An
     kind = draw(st.sampled_from(("", "", "", "dynamic", "longrope")))
     theta = draw(st.sampled_from((1e4, 500.0)))
     if kind == "dynamic":
-        grows = {"rope_type": kind, "factor": draw(st.sampled_from((3.0, 6.5))), "rope_theta": theta}
+        grows = {
+            "rope_type": kind,
+            "factor": draw(st.sampled_from((3.0, 6.5))),
+            "rope_theta": theta,
+        }
         return c | {"max_position_embeddings": ORIGINAL, "rope_parameters": grows}
     if kind == "longrope":
         head = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
@@ -106,8 +110,9 @@ def llama(draw: Any) -> dict[str, Any]:
 
 @st.composite
 def windowed(draw: Any, extra: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A window that is shorter or longer than the text of 30 tokens, by one as well."""
-    c = draw(sizes()) | {"sliding_window": draw(st.sampled_from((3, 7, 50, 1, 29, 30, 31)))}
+    """A window that is shorter or longer than the text of 30 tokens, by one as well. Of 2 at least:
+    of 1 transformers' cache keeps all keys, where it means none (`keys[-window + 1 :]`)."""
+    c = draw(sizes()) | {"sliding_window": draw(st.sampled_from((3, 7, 50, 2, 29, 30, 31)))}
     if "head_dim" in extra:
         c["head_dim"] = draw(st.sampled_from((4, 10, 2, 18)))
     if "layer_types" in extra:
@@ -168,7 +173,7 @@ def phi3(draw: Any) -> dict[str, Any]:
     c["hidden_size"] = head * c["num_attention_heads"]
     c["partial_rotary_factor"] = part
     if draw(st.booleans()):
-        return c | {"sliding_window": draw(st.sampled_from((None, 5, 1, 30)))}
+        return c | {"sliding_window": draw(st.sampled_from((None, 5, 2, 30)))}
     pairs = int(head * part) // 2
     factors = st.lists(st.sampled_from((1.0, 1.2, 3.0)), min_size=pairs, max_size=pairs)
     longrope = {
@@ -234,7 +239,7 @@ def mixtral(draw: Any) -> dict[str, Any]:
     n = draw(st.sampled_from((3, 4)))
     top = draw(st.sampled_from((1, 2, 3)))
     own = {"num_local_experts": n, "num_experts_per_tok": top}
-    own["sliding_window"] = draw(st.sampled_from((None, 5, 1)))
+    own["sliding_window"] = draw(st.sampled_from((None, 5, 2)))
     return draw(any_scaling(draw(sizes(experts=True)) | own))
 
 
@@ -294,7 +299,7 @@ def stablelm(draw: Any) -> dict[str, Any]:
 
 @st.composite
 def starcoder2(draw: Any) -> dict[str, Any]:
-    own = {"use_bias": draw(st.booleans()), "sliding_window": draw(st.sampled_from((None, 4, 1)))}
+    own = {"use_bias": draw(st.booleans()), "sliding_window": draw(st.sampled_from((None, 4, 2)))}
     return draw(any_scaling(layered(draw(sizes()), "norm_epsilon") | own))
 
 
