@@ -301,8 +301,39 @@ def adapters() -> dict[str, bytes]:
     }
 
 
+def configs() -> dict[str, bytes]:
+    """A config.json of each shape."""
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": 2,
+        "num_attention_heads": HEADS,
+        "max_position_embeddings": 64,
+    }
+    pairs = [1.0, 2.5, 3.0, 4.0]
+    longrope = {"type": "longrope", "short_factor": pairs, "long_factor": pairs}
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    both = {"full_attention": yarn, "sliding_attention": {"rope_type": "default"}}
+    small = {"n_embd": HIDDEN, "n_head": HEADS, "n_layer": 2, "n_positions": 64}
+    own: dict[str, dict[str, Any]] = {
+        "llama": {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "eos_token_id": [1, 2]},
+        "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+        "gemma3_text": {"sliding_window": 4, "head_dim": 8, "rope_parameters": both},
+        "smollm3": {"no_rope_layers": [0, 1]},
+        "phi3": {"rope_scaling": longrope, "original_max_position_embeddings": 8},
+        "gpt2": {**small, "scale_attn_by_inverse_layer_idx": True},
+        "gpt_neox": {"rotary_pct": 0.5, "use_parallel_residual": False},
+        "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": [1]},
+        "mixtral": {"num_local_experts": 4, "sliding_window": None},
+    }
+    return {
+        f"model-{k}": json.dumps({"model_type": k} | sizes | v).encode() for k, v in own.items()
+    }
+
+
 def write(folder: Path) -> None:
-    texts = {
+    texts = configs() | {
         "config": adapter_config(),
         "deep": b'{"a": [[[[1, -2.5e-3, true, null, "\\u00e9\\ud83d\\ude00\\n"]]]], "b": {}}',
         "numbers": b"[0, -0, 1e308, 123456789012345678, 9223372036854775807, 0.1]",
