@@ -240,7 +240,9 @@ def mixtral(draw: Any) -> dict[str, Any]:
     top = draw(st.sampled_from((1, 2, 3)))
     own = {"num_local_experts": n, "num_experts_per_tok": top}
     own["sliding_window"] = draw(st.sampled_from((None, 5, 2)))
-    return draw(any_scaling(draw(sizes(experts=True)) | own))
+    c = draw(sizes(experts=True)) | own
+    c["head_dim"] = c["hidden_size"] // c["num_attention_heads"]  # transformers' YaRN needs it
+    return draw(any_scaling(c))
 
 
 @st.composite
