@@ -16,8 +16,8 @@ import numpy as np
 
 from pylora.adapters.plan import Plan
 from pylora.model.config import LlamaConfig
-from pylora.model.llama import weight_bytes
 from pylora.model.tensors import norm_roles
+from pylora.model.weights import weight_bytes
 from pylora.numbers.blocks import BLOCKS, row_bytes
 from pylora.numbers.precision import QUANTIZED, weights_of
 from pylora.training.batching import epoch_steps
