@@ -67,9 +67,11 @@ static void product(const pylora_kernels *K, int64_t n, int64_t k, const void *r
 
 void pylora_panels_bf16(const pylora_kernels *K, panels_job j, int64_t kk) {
   const int64_t pairs = ceil_div(kk, 2), step = max64(1, ceil_div(pylora_piece(kk), 2));
+  const char *put = j.put.p;
   j.mode = GEMM_SET;
   for (int64_t t = 0; t == 0 || t < pairs; t += step) {
     j.pairs = min64(step, pairs - t);
+    j.put.p = t + step < pairs ? NULL : put;
     K->panels_bf16(&j);
     j.a += 2 * j.pairs, j.b += 2 * PANEL * j.pairs;
     j.mode = GEMM_ADD;
@@ -77,7 +79,7 @@ void pylora_panels_bf16(const pylora_kernels *K, panels_job j, int64_t kk) {
 }
 
 static void products(const pylora_kernels *K, int64_t n, int64_t w, int64_t k, const void *rows,
-                     size_t stride, const void *panels, float *tiles) {
+                     size_t stride, const void *panels, float *tiles, const pylora_put *put) {
   const panels_job j = {.m = n,
                         .n = (int)w,
                         .a = rows,
@@ -85,7 +87,8 @@ static void products(const pylora_kernels *K, int64_t n, int64_t w, int64_t k, c
                         .b = panels,
                         .step = (int64_t)(panel_bytes(k) / sizeof(uint16_t)),
                         .c = tiles,
-                        .step_c = n * PANEL};
+                        .step_c = n * PANEL,
+                        .put = *put};
   pylora_panels_bf16(K, j, k);
 }
 

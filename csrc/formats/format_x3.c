@@ -59,7 +59,7 @@ static void prepare(const pylora_kernels *K, const pylora_mat *x, int64_t first,
 }
 
 static void products(const pylora_kernels *K, int64_t n, int64_t w, int64_t k, const void *rows,
-                     size_t stride, const void *panels, float *tiles) {
+                     size_t stride, const void *panels, float *tiles, const pylora_put *put) {
   const panels_job j = {.m = n,
                         .n = (int)w,
                         .a = rows,
@@ -69,13 +69,14 @@ static void products(const pylora_kernels *K, int64_t n, int64_t w, int64_t k, c
                         .step = 2 * low_panel(k),
                         .low_b = low_panel(k),
                         .c = tiles,
-                        .step_c = n * PANEL};
+                        .step_c = n * PANEL,
+                        .put = *put};
   pylora_panels_bf16(K, j, k);
 }
 
 static void product(const pylora_kernels *K, int64_t n, int64_t k, const void *rows, size_t stride,
                     const void *panel, float *tile) {
-  products(K, n, 1, k, rows, stride, panel, tile);
+  products(K, n, 1, k, rows, stride, panel, tile, &(pylora_put){NULL, 0, 0});
 }
 
 static void transpose(const pylora_kernels *K, const void *panels, int64_t k, int64_t d0,
