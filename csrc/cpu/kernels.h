@@ -85,7 +85,6 @@ typedef struct panels_job {
   float *c;
   int64_t step_c;
   int mode;
-  pylora_put put;
 } panels_job;
 
 /* ---- what each kernel does */

@@ -67,11 +67,9 @@ static void product(const pylora_kernels *K, int64_t n, int64_t k, const void *r
 
 void pylora_panels_bf16(const pylora_kernels *K, panels_job j, int64_t kk) {
   const int64_t pairs = ceil_div(kk, 2), step = max64(1, ceil_div(pylora_piece(kk), 2));
-  const char *put = j.put.p;
   j.mode = GEMM_SET;
   for (int64_t t = 0; t == 0 || t < pairs; t += step) {
     j.pairs = min64(step, pairs - t);
-    j.put.p = t + step < pairs ? NULL : put;
     K->panels_bf16(&j);
     j.a += 2 * j.pairs, j.b += 2 * PANEL * j.pairs;
     j.mode = GEMM_ADD;
@@ -80,6 +78,7 @@ void pylora_panels_bf16(const pylora_kernels *K, panels_job j, int64_t kk) {
 
 static void products(const pylora_kernels *K, int64_t n, int64_t w, int64_t k, const void *rows,
                      size_t stride, const void *panels, float *tiles, const pylora_put *put) {
+  (void)put; /* asking for it early won nothing beside tiles */
   const panels_job j = {.m = n,
                         .n = (int)w,
                         .a = rows,
@@ -87,8 +86,7 @@ static void products(const pylora_kernels *K, int64_t n, int64_t w, int64_t k, c
                         .b = panels,
                         .step = (int64_t)(panel_bytes(k) / sizeof(uint16_t)),
                         .c = tiles,
-                        .step_c = n * PANEL,
-                        .put = *put};
+                        .step_c = n * PANEL};
   pylora_panels_bf16(K, j, k);
 }
 

@@ -60,6 +60,7 @@ static void prepare(const pylora_kernels *K, const pylora_mat *x, int64_t first,
 
 static void products(const pylora_kernels *K, int64_t n, int64_t w, int64_t k, const void *rows,
                      size_t stride, const void *panels, float *tiles, const pylora_put *put) {
+  (void)put; /* asking for it early won nothing beside tiles */
   const panels_job j = {.m = n,
                         .n = (int)w,
                         .a = rows,
@@ -69,14 +70,13 @@ static void products(const pylora_kernels *K, int64_t n, int64_t w, int64_t k, c
                         .step = 2 * low_panel(k),
                         .low_b = low_panel(k),
                         .c = tiles,
-                        .step_c = n * PANEL,
-                        .put = *put};
+                        .step_c = n * PANEL};
   pylora_panels_bf16(K, j, k);
 }
 
 static void product(const pylora_kernels *K, int64_t n, int64_t k, const void *rows, size_t stride,
                     const void *panel, float *tile) {
-  products(K, n, 1, k, rows, stride, panel, tile, &(pylora_put){NULL, 0, 0});
+  products(K, n, 1, k, rows, stride, panel, tile, NULL);
 }
 
 static void transpose(const pylora_kernels *K, const void *panels, int64_t k, int64_t d0,

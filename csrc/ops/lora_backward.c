@@ -204,8 +204,7 @@ static void dx_chunk(const bwd *w, const piece *c, float *tile) {
                           .b = (const uint16_t *)(const void *)c->chunk,
                           .low_b = three ? pad_panel(c->rows) * PANEL : 0,
                           .c = tile,
-                          .mode = GEMM_ADD,
-                          .put = put};
+                          .mode = GEMM_ADD};
   w->K->panels_bf16(&job);
 }
 
@@ -225,7 +224,7 @@ static void dx_block(void *ctx, int64_t task, int thread) {
   memset(tiles, 0, (size_t)((end - first) * n * PANEL) * sizeof(float));
   for (int64_t q = 0; q < w->n; q++) {
     const part *p = w->p + q;
-    const int64_t most = pylora_chunk_d(w->K, w->back->dtype, p->d);
+    const int64_t most = pylora_chunk_d(w->K, w->F->dtype, p->d);
     for (int64_t t = 0; t < p->d; t += most) {
       const int64_t rows = min64(most, p->d - t);
       for (int64_t s = first; s < end; s++) {
@@ -341,16 +340,16 @@ static int one_part(const bwd *all, part *p, const pylora_mat *x, arena *a, int 
 }
 
 /* Rows and strips of a task.  A piece of dy's columns goes through several strips while it is in L2, and W,
- * transposed, through all rows while it is in L1; where that is cheap it is done for fewer rows at a time.
+ * transposed, through all rows while it is in L1: of fewer rows where that is cheap, as it is in float32.
  * bfloat16 without tiles takes so long for its products that one strip of many rows is as good. */
 static void share_out(bwd *w, int threads) {
-  const int wide = w->back->dtype == PYLORA_F32;
+  const int cheap = w->F->dtype == PYLORA_F32;
   w->strips = ceil_div(w->k, PANEL);
   w->rows = min64(PYLORA_MAX_ROWS / 2, w->m);
   w->per_group = 1;
-  if (!wide && !w->K->tiles) return;
-  const int64_t blocks = ceil_div(w->m, w->F->dtype == PYLORA_F32 ? FLOAT_ROWS : TILE_ROWS),
-                step = wide ? 12 : 32; /* rows that the kernels take at once */
+  if (w->back->dtype != PYLORA_F32 && !w->K->tiles) return;
+  const int64_t blocks = ceil_div(w->m, cheap ? FLOAT_ROWS : TILE_ROWS),
+                step = cheap ? 12 : 32; /* rows that the kernels take at once */
   w->rows = min64(w->rows, ceil_div(ceil_div(w->m, blocks), step) * step);
   w->per_group = max64(
       1, min64(PYLORA_MAX_ROWS / w->rows, w->strips * ceil_div(w->m, w->rows) / (2 * threads)));

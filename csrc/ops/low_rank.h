@@ -13,10 +13,10 @@ enum {
       PYLORA_PANEL, /* floats of scratch per thread */
 };
 
-/* Backward: rows of W transposed at a time, to `back` (see pylora_format): 32 KiB where that is not to tiles,
- * which like them equal. */
-static inline int64_t pylora_chunk_d(const pylora_kernels *K, int back, int64_t d) {
-  if (back == PYLORA_F32) return 256;
+/* Backward: rows of a W of `dtype` transposed at a time.  Of float32 32 KiB, which fit in L1; tiles like them
+ * equal. */
+static inline int64_t pylora_chunk_d(const pylora_kernels *K, int dtype, int64_t d) {
+  if (dtype == PYLORA_F32) return 256;
   if (!K->tiles) return 512;
   return pad_panel(ceil_div(d, max64(1, ceil_div(d, PYLORA_CHUNK_D))));
 }
