@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import sys
 import time
@@ -61,6 +62,7 @@ METHODS: tuple[type[Method], ...] = (
 )  # fmt: skip
 TRAIN, TEST = 1000, 200  # records of a task
 RANKS = (1, 2, 4, 8, 16, 32, 64)
+RATES = (1e-2, 3e-3, 1e-3)  # of the study of ranks; the others take LoraPerTask's, the first
 VOLUMES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 PLACES: dict[str, Any] = {
     "all": "all-linear",
@@ -100,26 +102,32 @@ def in_a_row(material: Material, kind: type[Method], steps: int) -> dict[str, An
 
 
 def one_task(
-    material: Material, task: int, steps: int, rank: int = 8, targets: Any = "all-linear"
+    material: Material,
+    task: int,
+    steps: int,
+    rank: int = 8,
+    targets: Any = "all-linear",
+    rate: float = LoraPerTask.rate,
 ) -> Adapter:
     """A LoRA trained on one task alone."""
     adapter = low_rank(material.model, rank, material.seed, targets)
     method = LoraPerTask(material.model, material.seed, steps)
-    method.fit(Training(material.model, adapter, ("A", "B"), method.rate), task,
-               material.train[task])  # fmt: skip
+    training = Training(material.model, adapter, ("A", "B"), rate)
+    method.fit(training, task, material.train[task])
     return adapter
 
 
 def by_rank(material: Material, steps: int) -> list[dict[str, Any]]:
-    """Accuracy on each task of a LoRA of each rank."""
+    """Accuracy on each task of a LoRA of each rank, at each rate."""
     out = []
-    for rank in RANKS:
+    for rank, rate in itertools.product(RANKS, RATES):
         got = []
         for task, test in enumerate(material.test):
-            adapter = one_task(material, task, steps, rank)
+            adapter = one_task(material, task, steps, rank, rate=rate)
             got.append(accuracy(material.model, test))
         nbytes = sum(a.A.nbytes + a.B.nbytes for a in adapter.values())
-        out.append({"rank": rank, "seed": material.seed, "accuracy": got, "bytes": nbytes})
+        out.append({"rank": rank, "rate": rate, "seed": material.seed, "accuracy": got,
+                    "bytes": nbytes})  # fmt: skip
     return out
 
 

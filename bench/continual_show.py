@@ -71,11 +71,16 @@ def show(document: dict[str, Any], img: Path) -> None:
             f"| {np.mean([r['seconds'] for r in runs]):.0f} |"
         )
     if document.get("rank"):
-        print("\n| rank | accuracy | bytes |\n|---|---|---|")
+        rates = list(dict.fromkeys(r["rate"] for r in document["rank"]))
+        print("\n| rank | " + " | ".join(f"rate {rate:g}" for rate in rates) + " | bytes |")
+        print("|---" * (len(rates) + 2) + "|")
         for rank in sorted({r["rank"] for r in document["rank"]}):
             found = [r for r in document["rank"] if r["rank"] == rank]
-            scores = [float(np.mean(r["accuracy"])) for r in found]
-            print(f"| {rank} | {interval(scores)} | {size(found[0]['bytes'])} |")
+            cells = [
+                interval([float(np.mean(r["accuracy"])) for r in found if r["rate"] == rate])
+                for rate in rates
+            ]
+            print(f"| {rank} | {' | '.join(cells)} | {size(found[0]['bytes'])} |")
     if document.get("volume"):
         print("\n| volume | the task | the base's own skills |\n|---|---|---|")
         for volume, task, skills in volumes(document):
@@ -139,6 +144,7 @@ def draw(document: dict[str, Any], img: Path) -> None:
     if document.get("volume"):
         figure = Figure(figsize=(6.4, 3.6), facecolor=PAPER, layout="constrained")
         ax = figure.subplots()
+        ax.set_facecolor(PAPER)
         found = volumes(document)
         x = [v for v, _, _ in found]
         ax.plot(x, [np.mean(t) for _, t, _ in found], color=BLUE, marker="o", label="the task")

@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 Items = list[dict[str, str]]
 BATCH, RANK, RATE = 16, 8, 2e-3
 TEST = 50
+MODULES = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()  # every linear one
 MONTHS = ("January February March April May June July August September October November "
           "December").split()  # fmt: skip
 NUMBERS = "one two three four five six seven eight nine ten eleven twelve".split()
@@ -120,7 +121,7 @@ class Way:
         layers = model.config.num_hidden_layers
         some = list(range(layers - layers // 3, layers)) if self.last else None
         lora = LoraConfig(
-            r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", layers_to_transform=some
+            r=RANK, lora_alpha=2 * RANK, target_modules=MODULES, layers_to_transform=some
         )
         return Adapter.init(resolve(lora, model.config.modules()), lora, seed=seed)
 

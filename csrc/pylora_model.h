@@ -37,6 +37,7 @@ typedef struct pylora_about {
   int64_t eos[PYLORA_MAX_EOS];
   int32_t eos_count;
   int64_t weight_bytes; /* of the packed weights */
+  int32_t rotated;      /* numbers of a head that have a rotation: head_dim, or fewer, or none */
 } pylora_about;
 
 /* `path`: a GGUF file, or a directory with config.json and model.safetensors, whole or in shards.
@@ -51,7 +52,8 @@ const pylora_about *pylora_model_about(const pylora_model *model);
 /* The weights, for a program that calls pylora_decoder_forward itself, with many sequences or adapters.  Its
  * `rope` is NULL: a program has tables of its own (pylora_model_rope) in a copy of the struct. */
 const pylora_decoder *pylora_model_decoder(const pylora_model *model);
-/* cos, sin [positions, head_dim / 2] of the first positions, of table 0 .. ropes - 1 of pylora_decoder. */
+/* cos, sin [positions, rotated / 2] of table 0 .. ropes - 1 of pylora_decoder, for a sequence of so many tokens: where
+ * angles depend on its length (dynamic, longrope) a longer one has others. */
 int pylora_model_rope(const pylora_model *model, int32_t table, int64_t positions, float *cosines,
                       float *sines);
 

@@ -116,6 +116,8 @@ class Norm:
     eps: float
     kind: str = "rms"  # or "layer"
     b: Array | None = None  # [k], of a LayerNorm
+    # Tensors of w in their order, and of b, by name and shape, where they are trained themselves.
+    trained: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

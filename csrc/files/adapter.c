@@ -95,8 +95,7 @@ static int own_bias(const maker *x, const pylora_part *p, int64_t d, float **out
 
 /* The bias in effect where it is not the module's own: a replacement, and what B adds. */
 static int bias(const maker *x, int64_t i, const pylora_part *p, int64_t d) {
-  const float *own =
-      i < pylora_head_number(x->m) ? x->m->layer[i / MODULES].bias[i % MODULES] : NULL;
+  const float *own = i < pylora_head_number(x->m) ? x->m->bias[i] : NULL;
   float *more;
   TRY(own_bias(x, p, d, &more));
   const float *base = own;
@@ -183,12 +182,10 @@ static int make(const maker *x, const pylora_part *part) {
     const int64_t i = step ? step - 1 : n - 1;
     const pylora_part *p = &part[i];
     if (!p->r && !p->has_base_bias) continue;
-    int64_t d, k;
-    int biased;
-    pylora_module_size(&x->m->s, i, &d, &k, &biased);
+    const int64_t d = x->m->module[i].d, k = x->m->module[i].k;
     TRY(i == n - 1 ? embedding(x, i, p, d, k) : linear(x, i, p, d, k));
-    a->entry[a->entries++] = (pylora_plan_entry){
-        x->m->names + i * PYLORA_NAME, p->r, d, k, p->alpha, p->r ? p->scale : 1};
+    a->entry[a->entries++] =
+        (pylora_plan_entry){pylora_module_path(x->m, i), p->r, d, k, p->alpha, p->r ? p->scale : 1};
   }
   return PYLORA_OK;
 }

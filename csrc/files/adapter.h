@@ -22,6 +22,7 @@ typedef struct pylora_lora_config {
   int64_t r;
   double alpha;
   int rslora, lora_bias;
+  int fan_in_fan_out; /* how PEFT merges; only where the base is stored so */
   enum { BIAS_NONE, BIAS_LORA, BIAS_ALL } bias;
   const pylora_json_value *targets, *exclude;            /* a text, a list of texts, or NULL */
   const pylora_json_value *layers, *layers_pattern;      /* a list or one of them, or NULL */
@@ -42,7 +43,7 @@ typedef struct pylora_part {
   int has_lora_bias, has_base_bias;
   const pylora_tensor *A, *B, *bias, *base_bias;
   int A_transposed; /* A is [k,r] (an embedding's, in GGUF) */
-  int64_t heads;    /* of B's rows in llama.cpp's order; 0: Hugging Face's */
+  int64_t heads;    /* of B's rows in llama.cpp's order: pylora_source_row */
 } pylora_part;
 
 /* The part of each module, [pylora_module_count], zeroed; PYLORA_E_PLAN names what matches nothing. */

@@ -208,14 +208,9 @@ static int settings(pylora_lora_config *c, pylora_message *why) {
   v = get(c, "lora_dropout");
   if (v && (v->type != JSON_NUMBER || !(json_number(v) >= 0) || !(json_number(v) < 1)))
     WRONG("%.300s: lora_dropout must be a number in [0, 1)", c->path);
-  int transposed;
   TRY(flag(c, "use_rslora", &c->rslora, why));
   TRY(flag(c, "lora_bias", &c->lora_bias, why));
-  TRY(flag(c, "fan_in_fan_out", &transposed, why));
-  if (transposed)
-    REFUSE("%.300s: fan_in_fan_out is for layers that store W as [in, out]; every linear module of "
-           "the supported models stores [out, in]: set it to false",
-           c->path);
+  TRY(flag(c, "fan_in_fan_out", &c->fan_in_fan_out, why));
   v = get(c, "bias");
   c->bias = is_text(v, "all") ? BIAS_ALL : is_text(v, "lora_only") ? BIAS_LORA : BIAS_NONE;
   if (v && c->bias == BIAS_NONE && !is_text(v, "none"))

@@ -6,75 +6,7 @@
 #include <math.h>
 #include <stdio.h>
 
-#include "files/model.h"
-
-#define ROPE_FACTORS "rope_freqs.weight"
-
-typedef struct meta {
-  const pylora_file *file; /* the first, which has the metadata */
-  const pylora_files *files;
-  char arch[16];
-  pylora_message *why;
-} meta;
-
-typedef struct key {
-  char text[80];
-} key;
-
-static key key_of(const meta *m, const char *name) {
-  key k;
-  snprintf(k.text, sizeof k.text, "%s.%s", m->arch, name);
-  return k;
-}
-
-static int has(const meta *m, const char *name) {
-  return pylora_file_meta(m->file, key_of(m, name).text) != NULL;
-}
-
-static int wrong(const meta *m, const char *name, const char *kind) {
-  return pylora_fail(m->why, PYLORA_E_UNSUPPORTED,
-                     "%.300s: %s is not one %s; values that differ from layer to layer are not "
-                     "supported",
-                     m->file->name, key_of(m, name).text, kind);
-}
-
-/* A whole number; where the key is missing, `otherwise`, or an error where that is negative. */
-static int whole(const meta *m, const char *name, int64_t otherwise, int64_t *out) {
-  if (pylora_file_whole(m->file, key_of(m, name).text, out)) return PYLORA_OK;
-  if (has(m, name)) return wrong(m, name, "whole number");
-  if (otherwise < 0)
-    return pylora_fail(m->why, PYLORA_E_FILE, "%.300s: the metadata lack %s", m->file->name,
-                       key_of(m, name).text);
-  *out = otherwise;
-  return PYLORA_OK;
-}
-
-/* The file holds float32; the shortest decimal that gives it is what the author wrote. */
-static double shortest(double value) {
-  const float f = (float)value;
-  char text[40];
-  if (!isfinite(f)) return (double)f;
-  for (int digits = 1; digits <= 9; digits++) {
-    snprintf(text, sizeof text, "%.*e", digits - 1, (double)f);
-    if (strtof(text, NULL) == f) return strtod(text, NULL);
-  }
-  return (double)f;
-}
-
-/* A number; where the key is missing, `otherwise`, or an error where that is negative. */
-static int real(const meta *m, const char *name, double otherwise, double *out) {
-  double value;
-  if (pylora_file_real(m->file, key_of(m, name).text, &value)) {
-    *out = shortest(value);
-    return PYLORA_OK;
-  }
-  if (has(m, name)) return wrong(m, name, "number");
-  if (otherwise < 0)
-    return pylora_fail(m->why, PYLORA_E_FILE, "%.300s: the metadata lack %s", m->file->name,
-                       key_of(m, name).text);
-  *out = otherwise;
-  return PYLORA_OK;
-}
+#include "files/config_meta.h"
 
 /* ---- what must be so ---- */
 
@@ -82,7 +14,7 @@ static int architecture(meta *m, pylora_settings *s) {
   const char *text = "none";
   size_t n = 4;
   pylora_file_text(m->file, "general.architecture", &text, &n);
-  char list[160] = "";
+  char list[300] = "";
   for (int i = 0; i < FAMILIES; i++) {
     const char *name = pylora_families[i].arch;
     if (!name) continue;
@@ -125,16 +57,11 @@ static int refuse(const meta *m, pylora_family family) {
     if (has(m, refused[i].key) && !(refused[i].known & 1u << family))
       return pylora_fail(m->why, PYLORA_E_UNSUPPORTED, "%.300s: %s is set; it is not supported",
                          m->file->name, key_of(m, refused[i].key).text);
-  if (has(m, "use_parallel_residual"))
+  int parallel = 1;
+  const int given = has(m, "use_parallel_residual");
+  if (given && family != GPT_NEOX && (!truth(m, "use_parallel_residual", &parallel) || parallel))
     return pylora_fail(m->why, PYLORA_E_UNSUPPORTED, "%.300s: %s is set; it is not supported",
                        m->file->name, key_of(m, "use_parallel_residual").text);
-  return PYLORA_OK;
-}
-
-/* A number that is there, or `otherwise`. */
-static int maybe(const meta *m, const char *name, double otherwise, double *out) {
-  if (has(m, name)) return real(m, name, 0, out);
-  *out = otherwise;
   return PYLORA_OK;
 }
 
@@ -165,6 +92,11 @@ static int own(const meta *m, pylora_settings *s) {
     TRY(maybe(m, "logit_scale", 1, &scaling));
     s->logit_multiplier = 1 / scaling;
   }
+  if (s->family == GPT2)
+    for (int64_t i = 0; i < layers; i++) s->rope[i] = -1;
+  if (s->family == GPT_NEOX && has(m, "use_parallel_residual") &&
+      !truth(m, "use_parallel_residual", &s->parallel))
+    return wrong(m, "use_parallel_residual", "truth value");
   if (s->family == SMOLLM3)
     for (int64_t i = 0; i < layers; i++) s->rope[i] = (i + 1) % 4 ? 0 : -1;
   if (s->family == GEMMA) s->embedding_multiplier = sqrt((double)s->hidden);
@@ -199,88 +131,6 @@ static int own(const meta *m, pylora_settings *s) {
   return maybe(m, "rope.freq_base_swa", 1e4, &s->local_theta);
 }
 
-/* ---- rope scaling ---- */
-
-static double clip(double x) { return x < 0 ? 0 : x > 1 ? 1 : x; }
-
-/* Whether Llama 3's formula with these settings gives the stored factors. */
-static int gives(const float *stored, int64_t n, double theta, double factor, double original) {
-  for (int64_t i = 0; i < n; i++) {
-    const double wavelength = 2 * 3.14159265358979323846 * pow(theta, (double)i / (double)n);
-    const double smooth = clip((original / wavelength - 1.0) / 3.0);
-    const double got = 1 / ((1 - smooth) / factor + smooth);
-    if (!(fabs(got - stored[i]) <= 1e-4 * fabs((double)stored[i]))) return 0;
-  }
-  return 1;
-}
-
-/* Llama 3's settings, recovered from the factors that they gave: the published low 1, high 4 and every power of
- * two of original positions are tried. */
-static int llama3(const meta *m, const pylora_tensor *t, pylora_settings *s) {
-  const int64_t n = s->head_dim / 2;
-  if (strcmp(t->type, "F32") != 0 || t->dims != 1 || t->shape[0] != n)
-    return pylora_fail(m->why, PYLORA_E_FILE, "%.300s: tensor '%s' must be F32 of shape [%lld]",
-                       m->file->name, t->name, (long long)n);
-  float *stored = pylora_take((size_t)n, sizeof *stored);
-  if (!stored) return pylora_no_memory(m->why, m->file->name, (double)n * 4);
-  memcpy(stored, t->data, (size_t)n * sizeof *stored);
-  double largest = 0;
-  int odd = 0, plain = 1;
-  for (int64_t i = 0; i < n; i++) {
-    odd |= !(stored[i] >= 0.5f && stored[i] <= 1e4f); /* NaN, too */
-    plain &= stored[i] == 1;
-    largest = stored[i] > largest ? (double)stored[i] : largest;
-  }
-  int found = plain || odd;
-  const double near = nearbyint(largest);
-  const double factor = fabs(largest - near) < 1e-5 * largest ? near : largest;
-  for (int power = 9; power < 21 && !found; power++) {
-    found = gives(stored, n, s->theta, factor, (double)(1 << power));
-    if (found)
-      s->scaling = (pylora_scaling){.kind = ROPE_LLAMA3,
-                                    .factor = factor,
-                                    .low = 1,
-                                    .high = 4,
-                                    .original = (double)(1 << power)};
-  }
-  free(stored);
-  if (odd || !found)
-    return pylora_fail(
-        m->why, PYLORA_E_UNSUPPORTED, "%.300s: tensor '%s' holds factors %s", m->file->name,
-        t->name, odd ? "outside 0.5 to 10000" : "that are not those of Llama 3's rope scaling");
-  return PYLORA_OK;
-}
-
-static int scaling(const meta *m, pylora_settings *s) {
-  double linear, factor;
-  TRY(real(m, "rope.scale_linear", 1, &linear));
-  TRY(real(m, "rope.scaling.factor", linear, &factor));
-  const char *text = factor == 1 ? "none" : "linear";
-  size_t n = strlen(text);
-  if (has(m, "rope.scaling.type") &&
-      !pylora_file_text(m->file, key_of(m, "rope.scaling.type").text, &text, &n))
-    return wrong(m, "rope.scaling.type", "text");
-  if (n == 4 && memcmp(text, "yarn", 4) == 0) {
-    int64_t original;
-    TRY(whole(m, "rope.scaling.original_context_length", -1, &original));
-    s->scaling = (pylora_scaling){.kind = ROPE_YARN, .factor = factor};
-    s->scaling.original = (double)original;
-    TRY(maybe(m, "rope.scaling.yarn_beta_fast", 0, &s->scaling.beta_fast));
-    return maybe(m, "rope.scaling.yarn_beta_slow", 0, &s->scaling.beta_slow);
-  }
-  const int is_linear = n == 6 && memcmp(text, "linear", 6) == 0;
-  if (!is_linear && !(n == 4 && memcmp(text, "none", 4) == 0))
-    return pylora_fail(m->why, PYLORA_E_UNSUPPORTED, "%.300s: rope scaling of type '%.*s'",
-                       m->file->name, (int)(n < 40 ? n : 40), text);
-  const pylora_tensor *factors = pylora_files_find(m->files, ROPE_FACTORS);
-  if (is_linear) s->scaling = (pylora_scaling){.kind = ROPE_LINEAR, .factor = factor};
-  if (!factors) return PYLORA_OK;
-  if (is_linear)
-    return pylora_fail(m->why, PYLORA_E_UNSUPPORTED,
-                       "%.300s: linear rope scaling together with " ROPE_FACTORS, m->file->name);
-  return llama3(m, factors, s);
-}
-
 /* ---- all of it ---- */
 
 /* A token's id: -1 where there is none. */
@@ -292,26 +142,61 @@ static int token(const meta *m, const char *name, int64_t *out) {
   return PYLORA_OK;
 }
 
+/* Experts, where the family may have any; a llama that has is a Mixtral, unless a window makes it a Mistral. */
+static int mixture(const meta *m, pylora_settings *s) {
+  int64_t count, window, inner;
+  TRY(whole(m, "expert_count", 0, &count));
+  TRY(whole(m, "attention.sliding_window", 0, &window));
+  if (s->family == LLAMA && count && !window) s->family = MIXTRAL;
+  if (s->family != MIXTRAL && s->family != QWEN3_MOE && s->family != OLMOE)
+    return only(m, "expert_count", 0);
+  TRY(whole(m, "expert_count", -1, &s->experts));
+  TRY(whole(m, "expert_used_count", -1, &s->top_k));
+  TRY(whole(m, "feed_forward_length", -1, &inner));
+  TRY(whole(m, "expert_feed_forward_length", inner, &s->expert_size));
+  s->norm_experts = s->family != OLMOE;
+  if (s->experts < 1)
+    return pylora_fail(m->why, PYLORA_E_FILE, "%.300s: %s must be from 1 on", m->file->name,
+                       key_of(m, "expert_count").text);
+  return PYLORA_OK;
+}
+
+/* How much of a head is rotated: all of it, but in a few families. */
+static int rotated(const meta *m, pylora_settings *s) {
+  const int64_t head = s->heads > 0 ? s->hidden / s->heads : 0;
+  int64_t count;
+  if (s->family != PHI3 && s->family != GPT_NEOX)
+    return only(m, "rope.dimension_count", s->head_dim);
+  TRY(whole(m, "rope.dimension_count", head, &count));
+  s->partial = head > 0 ? (double)count / (double)head : 1;
+  if (!(s->partial > 0) || s->partial > 1)
+    return pylora_fail(m->why, PYLORA_E_FILE, "%.300s: %s must be from 2 to %lld", m->file->name,
+                       key_of(m, "rope.dimension_count").text, (long long)head);
+  return PYLORA_OK;
+}
+
 int pylora_settings_gguf(const pylora_files *files, pylora_settings *s, pylora_message *why) {
   const pylora_file *file = files->file[0];
+  static const char rms[] = "attention.layer_norm_rms_epsilon";
   meta m_ = {file, files, "", why}, *m = &m_;
   *s = (pylora_settings){.interleaved = 0};
   TRY(architecture(m, s));
-  s->interleaved = pylora_families[s->family].interleaved;
+  s->interleaved = 1; /* if the family's files are */
+  s->activation = pylora_usual_activation(s->family);
   TRY(whole(m, "attention.head_count", -1, &s->heads));
   TRY(whole(m, "embedding_length", -1, &s->hidden));
   TRY(whole(m, "attention.key_length", s->heads > 0 ? s->hidden / s->heads : 0, &s->head_dim));
   if (s->head_dim < 0) s->head_dim = 0; /* refused below, by its size */
   TRY(only(m, "attention.value_length", s->head_dim));
-  TRY(only(m, "rope.dimension_count", s->head_dim));
-  TRY(only(m, "expert_count", 0));
+  TRY(mixture(m, s));
+  TRY(rotated(m, s));
   TRY(only(m, "expert_shared_count", 0));
   TRY(refuse(m, s->family));
   TRY(real(m, "rope.freq_base", 10000, &s->theta));
   TRY(whole(m, "attention.sliding_window", 0, &s->window));
   const int gemma = s->family == GEMMA2 || s->family == GEMMA3;
   if (s->window && s->family == OLMO2) s->family = OLMO3;
-  if (s->window && s->family != LLAMA && s->family != OLMO3 && !gemma)
+  if (s->window && s->family != LLAMA && s->family != OLMO3 && s->family != PHI3 && !gemma)
     return pylora_fail(why, PYLORA_E_UNSUPPORTED, "%.300s: a sliding window in the architecture %s",
                        file->name, m->arch);
   /* llama.cpp has no architecture of Mistral's own; its window is all that tells it apart. */
@@ -325,7 +210,7 @@ int pylora_settings_gguf(const pylora_files *files, pylora_settings *s, pylora_m
   TRY(whole(m, "block_count", -1, &s->layers));
   TRY(whole(m, "attention.head_count_kv", s->heads > 0 ? s->heads : 0, &s->kv_heads));
   TRY(whole(m, "context_length", -1, &s->positions));
-  TRY(real(m, "attention.layer_norm_rms_epsilon", -1, &s->eps));
+  TRY(real(m, has(m, rms) ? rms : "attention.layer_norm_epsilon", -1, &s->eps));
   const int biased = pylora_files_find(files, "blk.0.attn_q.bias") != NULL;
   s->qkv_bias = s->family == QWEN2 || (biased && s->family != MISTRAL);
   s->o_bias = biased && s->family != QWEN2 && s->family != MISTRAL;
@@ -336,6 +221,12 @@ int pylora_settings_gguf(const pylora_files *files, pylora_settings *s, pylora_m
     s->mlp_bias = pylora_files_find(files, "blk.0.ffn_up.bias") != NULL;
   }
   if (s->family == ERNIE45) s->mlp_bias = biased;
+  if (s->family == PHI3 || s->family == MIXTRAL) s->qkv_bias = s->o_bias = 0;
+  if (s->family == GPT2 || s->family == GPT_NEOX) {
+    s->mlp_bias = 1;
+    s->qkv_bias = s->family == GPT2 || pylora_files_find(files, "blk.0.attn_qkv.bias") != NULL;
+    s->o_bias = s->qkv_bias;
+  }
   s->tied = pylora_files_find(files, "output.weight") == NULL;
   TRY(token(m, "tokenizer.ggml.bos_token_id", &s->bos));
   TRY(token(m, "tokenizer.ggml.eos_token_id", &s->eos[0]));
@@ -343,6 +234,7 @@ int pylora_settings_gguf(const pylora_files *files, pylora_settings *s, pylora_m
   if (s->heads < 1) return pylora_settings_check(file->name, s, why);
   TRY(own(m, s));
   TRY(pylora_settings_check(file->name, s, why));
-  TRY(scaling(m, s));
+  if (pylora_families[s->family].learned) return PYLORA_OK;
+  TRY(pylora_meta_rope(m, s));
   return pylora_settings_check(file->name, s, why);
 }

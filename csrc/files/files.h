@@ -72,9 +72,9 @@ static inline int pylora_is_float(const pylora_tensor *t) {
 }
 
 /* pylora_tensor_pack, which forgets what it has packed of the mapped file that the tensor is in (or NULL): else a
- * model would need its file's size twice. (tensor.c) */
+ * model would need its file's size twice.  `transposed`: the file has numbers [k,d]. (tensor.c) */
 int pylora_tensor_pack_from(const pylora_map *map, const pylora_tensor *t, int dtype, int64_t heads,
-                            void *buffer, pylora_packed *out, pylora_message *why);
+                            int transposed, void *buffer, pylora_packed *out, pylora_message *why);
 
 /* ---- an open file (open.c) ---- */
 
@@ -123,10 +123,15 @@ static inline uint64_t load64(const uint8_t *p) {
   return v;
 }
 
-/* The file's row of row i of d in Hugging Face's order: of each head of n rows llama.cpp's converter puts row
- * j n/2 + i to 2 i + j, for the interleaved rotation. heads = 0: the rows are where they were. */
+/* The file's row of row i of d in Hugging Face's order.  heads > 0: of each head of n rows llama.cpp's converter puts
+ * row j n/2 + i to 2 i + j, for the interleaved rotation.  heads < 0: of one projection whose heads have q, k and v
+ * each, -heads of them, it puts all q first, then all k, then all v.  0: the rows are where they were. */
 static inline int64_t pylora_source_row(int64_t d, int64_t heads, int64_t i) {
   if (!heads) return i;
+  if (heads < 0) {
+    const int64_t n = d / -heads / 3;
+    return i / n % 3 * (d / 3) + i / (3 * n) * n + i % n;
+  }
   const int64_t n = d / heads, in = i % n;
   return i - in + in % (n / 2) * 2 + in / (n / 2);
 }

@@ -1,8 +1,8 @@
 /* gguf_adapter.c - a LoRA adapter in a GGUF file, as llama.cpp's convert_lora_to_gguf.py writes it.
  *
  * Tensors are "<name of the base's tensor>.lora_a" and ".lora_b"; one alpha serves all, divided by each rank, and
- * without an alpha the scale is 1, as in llama.cpp.  The rows of B for q and k of the architecture "llama" are in
- * the order of the interleaved rotation; lora_a of the embedding is transposed. */
+ * without an alpha the scale is 1, as in llama.cpp.  The rows of B are in the order of the base's rows there (q and k
+ * of the architecture "llama": that of the interleaved rotation); lora_a of the embedding is transposed. */
 #include <math.h>
 #include <stdio.h>
 
@@ -17,6 +17,13 @@ static int is(const pylora_file *file, const char *key, const char *expected, co
   return *n == strlen(expected) && memcmp(*text, expected, *n) == 0;
 }
 
+/* llama.cpp's of a family; "" where it has none. */
+static const char *architecture(pylora_family family) {
+  if (family == MISTRAL || family == MIXTRAL) family = LLAMA; /* they have one */
+  if (family == OLMO3) family = OLMO2;
+  return pylora_families[family].arch ? pylora_families[family].arch : "";
+}
+
 static int metadata(const pylora_model *m, const pylora_file *file, double *alpha,
                     pylora_message *why) {
   const char *text;
@@ -28,8 +35,7 @@ static int metadata(const pylora_model *m, const pylora_file *file, double *alph
         "%.300s: this GGUF file is no LoRA adapter: general.type must be 'adapter' and "
         "adapter.type 'lora', and one of them is '%.*s'",
         file->name, (int)(n < 80 ? n : 80), text);
-  /* Mistral is an architecture of Hugging Face's alone */
-  const char *arch = pylora_families[m->s.family == MISTRAL ? LLAMA : m->s.family].arch;
+  const char *arch = architecture(m->s.family);
   if (!is(file, "general.architecture", arch, &text, &n))
     WRONG("%.300s: the adapter is for the architecture '%.*s', the model is a %s", file->name,
           (int)(n < 80 ? n : 80), text, arch);
@@ -51,21 +57,20 @@ static int metadata(const pylora_model *m, const pylora_file *file, double *alph
 
 /* The number of the module whose weight a tensor of the base is; -1: of none. */
 static int64_t module_of(const pylora_model *m, const char *name, size_t n) {
-  static const char end[] = ".weight";
   for (int64_t i = 0; i < pylora_module_count(m); i++) {
-    char hf[PYLORA_NAME + sizeof end], gguf[PYLORA_NAME];
-    snprintf(hf, sizeof hf, "%s%s", m->names + i * PYLORA_NAME, end);
-    if (pylora_gguf_name(hf, gguf) && strlen(gguf) == n && memcmp(gguf, name, n) == 0) return i;
+    const pylora_module *at = &m->module[i];
+    char own[PYLORA_NAME];
+    if (at->expert >= 0) continue; /* one tensor of all: no module */
+    pylora_tensor_name(m->s.family, 1, (pylora_role)at->role, at->layer, -1, ".weight", own);
+    if (strlen(own) == n && memcmp(own, name, n) == 0) return i;
   }
   return -1;
 }
 
 static int shapes(const pylora_model *m, const pylora_file *file, int64_t i, pylora_part *p,
                   pylora_message *why) {
-  int64_t d, k;
-  int bias;
-  const char *path = m->names + i * PYLORA_NAME;
-  pylora_module_size(&m->s, i, &d, &k, &bias);
+  const int64_t d = m->module[i].d, k = m->module[i].k;
+  const char *path = pylora_module_path(m, i);
   if (!p->A || !p->B)
     WRONG("%.300s: %s: '%.200s' is there without its other half", file->name, path,
           p->A ? p->A->name : p->B->name);
@@ -105,9 +110,7 @@ int pylora_gguf_adapter(const pylora_model *m, const pylora_file *file, pylora_p
     p->A_transposed = i == pylora_module_count(m) - 1;
     TRY(shapes(m, file, i, p, why));
     /* by the adapter's architecture, which is the model's: also for a model from Hugging Face's files */
-    const int llama = pylora_families[m->s.family].interleaved;
-    const int64_t place = i < pylora_head_number(m) ? i % MODULES : MODULES;
-    p->heads = !llama ? 0 : place == PYLORA_Q ? m->s.heads : place == PYLORA_K ? m->s.kv_heads : 0;
+    p->heads = pylora_rows_order(&m->s, (pylora_role)m->module[i].role);
     p->alpha = alpha ? alpha : (double)p->r;
     p->scale = p->alpha / (double)p->r;
     found++;

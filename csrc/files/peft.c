@@ -130,12 +130,11 @@ static int same_row(const pylora_tensor *copy, const pylora_tensor *base, int64_
 }
 
 static int check_copy(const matcher *x, int64_t module, const pylora_tensor *copy) {
-  const char *path = x->m->names + module * PYLORA_NAME;
-  char name[KEY];
-  snprintf(name, sizeof name, "%s.weight", path);
-  const pylora_tensor *base = pylora_model_tensor(&x->m->files, name);
-  if (!base)
-    base = pylora_model_tensor(&x->m->files, "model.embed_tokens.weight"); /* a tied head */
+  const pylora_module *at = &x->m->module[module];
+  const pylora_tensor *base =
+      pylora_model_tensor(x->m, (pylora_role)at->role, at->layer, at->expert, ".weight");
+  if (!base) /* a tied head */
+    base = pylora_model_tensor(x->m, ROLE_EMBEDDING, -1, -1, ".weight");
   if ((!pylora_is_float(copy) && !pylora_is_f64(copy)) || copy->dims != 2 ||
       copy->shape[0] != base->shape[0] || copy->shape[1] != base->shape[1])
     WRONG("%.300s: tensor '%.200s' is %s of shape %s, expected the base model's weight of shape %s",
@@ -144,7 +143,7 @@ static int check_copy(const matcher *x, int64_t module, const pylora_tensor *cop
   const int64_t d = base->shape[0], k = base->shape[1];
   float *rows = pylora_take((size_t)k, 2 * sizeof *rows);
   if (!rows) return pylora_no_memory(x->why, x->file->name, (double)k * 8);
-  const int64_t heads = pylora_module_heads(&x->m->s, module);
+  const int64_t heads = at->heads;
   int same = 1;
   for (int64_t i = 0; i < d && same; i++)
     same = same_row(copy, base, i, pylora_source_row(d, heads, i), rows, rows + k);
@@ -159,11 +158,9 @@ static int check_copy(const matcher *x, int64_t module, const pylora_tensor *cop
 /* ---- all of it ---- */
 
 static int module(const matcher *x, int64_t i, pylora_part *p) {
-  const char *path = x->m->names + i * PYLORA_NAME;
+  const char *path = pylora_module_path(x->m, i);
   const int embedding = i == pylora_module_count(x->m) - 1;
-  int64_t d, k;
-  int bias;
-  pylora_module_size(&x->m->s, i, &d, &k, &bias);
+  const int64_t d = x->m->module[i].d, k = x->m->module[i].k;
   if (p->r) {
     char key[KEY];
     if (embedding) {

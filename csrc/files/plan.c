@@ -2,6 +2,7 @@
  *
  * Matching is PEFT's; a target, an exclusion, a pattern or a layer that matches nothing is an error. */
 #include <math.h>
+#include <stdio.h>
 
 #include "files/adapter.h"
 
@@ -14,7 +15,24 @@ typedef struct planner {
 
 #define WRONG(...) return pylora_fail(p->why, PYLORA_E_PLAN, __VA_ARGS__)
 
-static const char *name_of(const planner *p, int64_t i) { return p->m->names + i * PYLORA_NAME; }
+static const char *name_of(const planner *p, int64_t i) { return pylora_module_path(p->m, i); }
+/* Experts' projections are one parameter to PEFT, and no modules. */
+static int adaptable(const planner *p, int64_t i) { return p->m->module[i].expert < 0; }
+
+/* The last names of the modules that can take LoRA, for a sentence. */
+static void list(const planner *p, char *out, size_t room) {
+  uint8_t seen[ROLES] = {0};
+  size_t n = 0;
+  out[0] = 0;
+  for (int64_t i = 0; i < p->n; i++) {
+    const char *path = name_of(p, i), *dot = strrchr(path, '.');
+    if (!adaptable(p, i) || seen[p->m->module[i].role]) continue;
+    seen[p->m->module[i].role] = 1;
+    const int put = snprintf(out + n, room - n, "%s%s", n ? ", " : "", dot ? dot + 1 : path);
+    if (put < 0 || (size_t)put >= room - n) return;
+    n += (size_t)put;
+  }
+}
 
 /* A name matches a path that equals it or ends in a dot and it. */
 static int ends_in(const char *path, const char *name) {
@@ -44,15 +62,15 @@ static int choose(const planner *p, const char *what, const pylora_json_value *v
     JSON_EACH(item, &p->c->j, v) {
       int any = 0;
       for (int64_t i = 0; i < p->n; i++) {
-        const int found = ends_in(name_of(p, i), item->u.text);
+        const int found = adaptable(p, i) && ends_in(name_of(p, i), item->u.text);
         hit[i] |= (uint8_t)found, any |= found;
-        whole[i] |= (uint8_t)(strcmp(name_of(p, i), item->u.text) == 0);
+        whole[i] |= (uint8_t)(found && strcmp(name_of(p, i), item->u.text) == 0);
       }
-      if (!any)
-        WRONG(
-            "%.300s: %s: '%.200s' matches no module that can take LoRA; there are q_proj, k_proj, "
-            "v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head and embed_tokens",
-            p->c->path, what, item->u.text);
+      if (any) continue;
+      char there[200];
+      list(p, there, sizeof there);
+      WRONG("%.300s: %s: '%.100s' matches no module that can take LoRA; there are %s", p->c->path,
+            what, item->u.text, there);
     }
     return PYLORA_OK;
   }
@@ -61,7 +79,8 @@ static int choose(const planner *p, const char *what, const pylora_json_value *v
   for (size_t i = 0; every && i < sizeof all - 1; i++)
     every = (v->u.text[i] | (all[i] == '-' ? 0 : 32)) == all[i];
   if (every) {
-    for (int64_t i = 0; i < p->n - 2; i++) hit[i] = 1; /* not the output layer, not the embedding */
+    for (int64_t i = 0; i < p->n - 2; i++)
+      hit[i] = (uint8_t)adaptable(p, i); /* not the output layer, not the embedding */
     return PYLORA_OK;
   }
   if (!v->u.text[0]) return PYLORA_OK;
@@ -69,7 +88,7 @@ static int choose(const planner *p, const char *what, const pylora_json_value *v
   TRY(open_regex(p, what, v->u.text, &r));
   int any = 0;
   for (int64_t i = 0; i < p->n; i++) {
-    const int found = pylora_regex_full(r, name_of(p, i), strlen(name_of(p, i)));
+    const int found = adaptable(p, i) && pylora_regex_full(r, name_of(p, i), strlen(name_of(p, i)));
     hit[i] |= (uint8_t)found, any |= found;
   }
   pylora_regex_close(r);
@@ -89,13 +108,13 @@ static int layers_named(const planner *p, int *named) {
     if (!list) break;
     pylora_regex *r;
     TRY(open_regex(p, "layers_pattern", item->u.text, &r));
-    *named |= pylora_regex_end(r, "model.layers");
+    *named |= pylora_regex_end(r, pylora_layers_path(p->m->s.family));
     pylora_regex_close(r);
   }
   if (!list) {
     pylora_regex *r;
     TRY(open_regex(p, "layers_pattern", v->u.text, &r));
-    *named = pylora_regex_end(r, "model.layers");
+    *named = pylora_regex_end(r, pylora_layers_path(p->m->s.family));
     pylora_regex_close(r);
   }
   if (!*named) WRONG("%.300s: layers_pattern matches no module path", p->c->path);
@@ -159,7 +178,7 @@ static int resolve(const planner *p, pylora_part *part, uint8_t *hit, uint8_t *w
   if (c->layers) {
     TRY(check_layers(p));
     for (int64_t i = 0; i < p->n; i++) /* a whole path is chosen whatever the layers say */
-      if (!whole[i] && (i >= p->n - 2 || !has_layer(p, i / MODULES))) hit[i] = 0;
+      if (!whole[i] && (i >= p->n - 2 || !has_layer(p, p->m->module[i].layer))) hit[i] = 0;
   }
   if (c->exclude && !pylora_json_empty(c->exclude)) {
     uint8_t *ignored = whole; /* not needed any more */
@@ -177,10 +196,15 @@ static int resolve(const planner *p, pylora_part *part, uint8_t *hit, uint8_t *w
   if (hit[p->n - 1] && c->lora_bias)
     return pylora_fail(p->why, PYLORA_E_UNSUPPORTED,
                        "%.300s: lora_bias is not defined for an embedding (as in PEFT)", c->path);
+  const int turned = pylora_families[p->m->s.family].transposed;
+  for (int64_t i = 0; i < p->n - 1 && c->fan_in_fan_out; i++)
+    if (hit[i] && !(turned && p->m->module[i].layer >= 0))
+      return pylora_fail(p->why, PYLORA_E_UNSUPPORTED,
+                         "%.300s: fan_in_fan_out is for layers that store W as [in, out] (GPT-2's "
+                         "Conv1D); %s stores [out, in]: set it to false",
+                         c->path, name_of(p, i));
   for (int64_t i = 0; i < p->n; i++) {
-    int64_t d, k;
-    int bias;
-    pylora_module_size(&p->m->s, i, &d, &k, &bias);
+    const int bias = p->m->module[i].bias;
     if (hit[i]) {
       const double r = (double)part[i].r;
       part[i].scale = c->rslora ? part[i].alpha / sqrt(r) : part[i].alpha / r;

@@ -12,23 +12,63 @@ struct pylora_session {
   void *cache, *ws; /* of all keys and values; of the last call */
   size_t ws_bytes;
   float *angles;    /* of each table cosines, then sines */
+  float *turned;    /* the same of a step's tokens alone, where angles depend on the length */
   int64_t *numbers; /* positions, which are the rows of the cache, too */
 };
+
+static void point(pylora_session *s, int32_t i, float *cosines, int64_t rows) {
+  const int64_t n = pylora_pairs(&s->model->s);
+  pylora_rope_table *t = &s->table[i];
+  t->cosines = (pylora_mat){cosines, rows, n, n, NULL, NULL};
+  t->sines = (pylora_mat){cosines + rows * n, rows, n, n, NULL, NULL};
+  t->layout = pylora_families[s->model->s.family].layout;
+  t->position = NULL;
+}
+
+/* The angles of a short sequence; those of a longer one are made in each step. */
+static int tables(pylora_session *s, int32_t i) {
+  const pylora_settings *m = &s->model->s;
+  const int64_t n = pylora_pairs(m), unchanged = pylora_rope_unchanged(m, i);
+  float *cosines = s->angles + i * 2 * s->capacity * n;
+  if (unchanged < s->capacity && !s->turned) {
+    s->turned = pylora_take((size_t)s->capacity,
+                            (size_t)(s->model->decoder.ropes * 2 * n) * sizeof *s->turned);
+    if (!s->turned) return PYLORA_E_MEMORY;
+  }
+  point(s, i, cosines, s->capacity);
+  return pylora_rope_rows(m, i, 0, 0, s->capacity, cosines, cosines + s->capacity * n);
+}
+
+/* Puts the angles of n new tokens in place, where their sequence is long enough to have others. */
+static int turn(pylora_session *s, int64_t n, int64_t total) {
+  const pylora_settings *m = &s->model->s;
+  const int64_t pairs = pylora_pairs(m);
+  for (int32_t i = 0; i < s->model->decoder.ropes; i++) {
+    float *cosines = s->angles + i * 2 * s->capacity * pairs;
+    point(s, i, cosines, s->capacity);
+    if (total <= pylora_rope_unchanged(m, i)) continue;
+    cosines = s->turned + i * 2 * s->capacity * pairs;
+    point(s, i, cosines, n);
+    s->table[i].position = s->numbers; /* one row for each */
+    TRY(pylora_rope_rows(m, i, total, total - n, n, cosines, cosines + n * pairs));
+  }
+  return PYLORA_OK;
+}
 
 int pylora_session_open(const pylora_model *m, int64_t capacity, pylora_session **out,
                         pylora_message *why) {
   if (why) why->text[0] = 0;
   if (!m || !out) return pylora_fail(why, PYLORA_E_NULL, "no model was given");
   *out = NULL;
-  if (capacity < 1 || capacity > m->s.positions)
+  if (capacity < 1 || capacity > m->about.positions)
     return pylora_fail(why, PYLORA_E_SHAPE,
                        "%.300s: a sequence of %lld tokens was asked for; the model's are from 1 to "
                        "%lld",
-                       m->path, (long long)capacity, (long long)m->s.positions);
+                       m->path, (long long)capacity, (long long)m->about.positions);
   pylora_session *s = pylora_take(1, sizeof *s);
   if (!s) return pylora_no_memory(why, m->path, sizeof *s);
   const int bf16 = m->decoder.activations == PYLORA_BF16;
-  const size_t layers = (size_t)m->s.layers, half = (size_t)m->s.head_dim / 2;
+  const size_t layers = (size_t)m->s.layers, half = (size_t)pylora_pairs(&m->s);
   const size_t width = (size_t)(m->s.kv_heads * m->s.head_dim);
   const double bytes = 2.0 * (double)layers * (double)width * (double)capacity * (bf16 ? 2 : 4);
   s->model = m, s->capacity = capacity, s->decoder = m->decoder;
@@ -51,14 +91,11 @@ int pylora_session_open(const pylora_model *m, int64_t capacity, pylora_session 
       a->p = (float *)s->cache + i * each;
   }
   for (int64_t i = 0; i < capacity; i++) s->numbers[i] = i;
-  for (int32_t i = 0; i < m->decoder.ropes; i++) {
-    float *cosines = s->angles + (size_t)i * 2 * (size_t)capacity * half,
-          *sines = cosines + (size_t)capacity * half;
-    pylora_model_rope(m, i, capacity, cosines, sines);
-    const int64_t n = (int64_t)half;
-    s->table[i].cosines = (pylora_mat){cosines, capacity, n, n, NULL, NULL};
-    s->table[i].sines = (pylora_mat){sines, capacity, n, n, NULL, NULL};
-    s->table[i].layout = pylora_families[m->s.family].layout;
+  int status = PYLORA_OK;
+  for (int32_t i = 0; i < m->decoder.ropes && !status; i++) status = tables(s, i);
+  if (status) {
+    pylora_session_close(s);
+    return pylora_no_memory(why, m->path, (double)capacity * (double)half * 16);
   }
   s->decoder.rope = s->table;
   *out = s;
@@ -71,6 +108,7 @@ void pylora_session_close(pylora_session *s) {
   pylora_give(s->ws);
   free(s->keys);
   free(s->angles);
+  free(s->turned);
   free(s->numbers);
   free(s);
 }
@@ -101,6 +139,7 @@ int pylora_session_forward(pylora_session *s, const pylora_adapter *adapter, con
       n,     ids, s->numbers + s->length, s->numbers + s->length, &seqs, 1, start, &adapter, 1,
       &last, NULL};
   const pylora_kv kv = {s->keys, s->keys + s->model->s.layers};
+  if (turn(s, n, total)) return pylora_no_memory(why, s->model->path, (double)n * 8);
   const size_t need = pylora_decoder_workspace(&s->decoder, &step);
   if (!need) return pylora_fail(why, PYLORA_E_SHAPE, "the adapter does not fit the model's sizes");
   if (need > s->ws_bytes) {

@@ -1,47 +1,14 @@
-/* settings.c - what every model's settings must keep, and the sizes of its modules. */
+/* settings.c - what every model's settings must keep. */
 #include <math.h>
 
 #include "files/model.h"
-
-const pylora_family_facts pylora_families[FAMILIES] = {
-    [LLAMA] = {"llama", "llama", 1, 0, 0, BEFORE, NO_NORM, PYLORA_ROPE_HALF},
-    [MISTRAL] = {"mistral", NULL, 1, 0, 0, BEFORE, NO_NORM, PYLORA_ROPE_HALF},
-    [QWEN2] = {"qwen2", "qwen2", 0, 0, 0, BEFORE, NO_NORM, PYLORA_ROPE_HALF},
-    [QWEN3] = {"qwen3", "qwen3", 0, 0, 0, BEFORE, OF_HEADS, PYLORA_ROPE_HALF},
-    [GEMMA2] = {"gemma2", "gemma2", 0, 1, 1, BOTH, NO_NORM, PYLORA_ROPE_HALF},
-    [GEMMA3] = {"gemma3_text", "gemma3", 0, 1, 1, BOTH, OF_HEADS, PYLORA_ROPE_HALF},
-    [GRANITE] = {"granite", "granite", 1, 0, 0, BEFORE, NO_NORM, PYLORA_ROPE_HALF},
-    [SMOLLM3] = {"smollm3", "smollm3", 1, 0, 0, BEFORE, NO_NORM, PYLORA_ROPE_HALF},
-    [OLMO2] = {"olmo2", "olmo2", 0, 0, 0, AFTER, OF_ALL, PYLORA_ROPE_HALF},
-    [OLMO3] = {"olmo3", NULL, 0, 0, 0, AFTER, OF_ALL, PYLORA_ROPE_HALF},
-    [GEMMA] = {"gemma", "gemma", 0, 1, 1, BEFORE, NO_NORM, PYLORA_ROPE_HALF},
-    [MINISTRAL] = {"ministral", NULL, 1, 0, 0, BEFORE, NO_NORM, PYLORA_ROPE_HALF},
-    [SEED_OSS] = {"seed_oss", "seed_oss", 0, 0, 0, BEFORE, NO_NORM, PYLORA_ROPE_HALF},
-    [ERNIE45] = {"ernie4_5", "ernie4_5", 0, 0, 0, BEFORE, NO_NORM, PYLORA_ROPE_INTERLEAVED},
-};
-
-const char *pylora_norm_stem(pylora_family family, int norm) {
-  static const char *const stems[NORMS] = {"attn_norm",     "ffn_norm",    "post_attention_norm",
-                                           "post_ffw_norm", "attn_q_norm", "attn_k_norm"};
-  return stems[family == SEED_OSS && norm == MID_NORM ? AFTER_ATTENTION : norm];
-}
-
-const char *pylora_norm_suffix(pylora_family family, int norm) {
-  const pylora_family_facts *f = &pylora_families[family];
-  static const char *const names[NORMS] = {"input_layernorm",          "pre_feedforward_layernorm",
-                                           "post_attention_layernorm", "post_feedforward_layernorm",
-                                           "self_attn.q_norm",         "self_attn.k_norm"};
-  if (norm >= Q_NORM) return f->qk_norm ? names[norm] : NULL;
-  if (f->places == BEFORE)
-    return norm == INPUT_NORM ? names[norm] : norm == MID_NORM ? names[AFTER_ATTENTION] : NULL;
-  return f->places == BOTH || norm >= AFTER_ATTENTION ? names[norm] : NULL;
-}
 
 static int bad(const char *where, pylora_message *why, const char *what, long long value) {
   return pylora_fail(why, PYLORA_E_FILE, "%.300s: %s, got %lld", where, what, value);
 }
 
-static int check_scaling(const char *where, const pylora_scaling *r, pylora_message *why) {
+static int check_scaling(const char *where, const pylora_scaling *r, int64_t pairs,
+                         pylora_message *why) {
   if (r->kind != ROPE_PLAIN && (!(r->factor > 0) || r->factor > 1e300))
     return pylora_fail(
         why, PYLORA_E_FILE,
@@ -54,10 +21,56 @@ static int check_scaling(const char *where, const pylora_scaling *r, pylora_mess
                        "high_freq_factor and a positive original length",
                        where);
   const double more[] = {r->beta_fast, r->beta_slow, r->attention_factor, r->mscale, r->mscale_all};
-  for (size_t i = 0; r->kind == ROPE_YARN && i < sizeof more / sizeof *more; i++)
-    if (!(more[i] >= 0) || more[i] > 1e300 || !(r->original > 0))
+  const int longer = r->kind == ROPE_LONG;
+  for (size_t i = 0; (longer || r->kind == ROPE_YARN) && i < sizeof more / sizeof *more; i++)
+    if (!(more[i] >= 0) || more[i] > 1e300 || !(r->original > 0) || r->original > 1e300)
       return pylora_fail(why, PYLORA_E_FILE,
-                         "%.300s: rope scaling of type yarn needs positive finite numbers", where);
+                         "%.300s: rope scaling of type %s needs positive finite numbers", where,
+                         longer ? "longrope" : "yarn");
+  for (int64_t i = 0; longer && i < 2 * pairs; i++)
+    if (!(r->divisors[i] > 0) || r->divisors[i] > 1e300)
+      return pylora_fail(why, PYLORA_E_FILE,
+                         "%.300s: the factors of rope scaling of type longrope must be positive "
+                         "finite numbers, got %g",
+                         where, r->divisors[i]);
+  return PYLORA_OK;
+}
+
+/* The part of a head that is rotated. */
+static int check_rotated(const char *where, const pylora_settings *s, pylora_message *why) {
+  if (pylora_families[s->family].learned) return PYLORA_OK;
+  const double part = s->partial == 0 ? 1 : s->partial;
+  if (s->head_dim % 2)
+    return pylora_fail(why, PYLORA_E_FILE,
+                       "%.300s: the size of a head must be even for rotary embedding, got %lld",
+                       where, (long long)s->head_dim);
+  const double turned = floor((double)s->head_dim * part);
+  if (!(part > 0) || !(part <= 1) || turned < 2)
+    return pylora_fail(why, PYLORA_E_FILE,
+                       "%.300s: partial_rotary_factor must leave 2 to %lld numbers of a head to "
+                       "rotate, got %g",
+                       where, (long long)s->head_dim, part);
+  if (fmod(turned, 2) != 0)
+    return pylora_fail(why, PYLORA_E_UNSUPPORTED,
+                       "%.300s: partial_rotary_factor %g of head_dim %lld rotates %.0f numbers of "
+                       "a head, which are no pairs",
+                       where, part, (long long)s->head_dim, turned);
+  return PYLORA_OK;
+}
+
+static int check_experts(const char *where, const pylora_settings *s, pylora_message *why) {
+  if (!s->experts) return PYLORA_OK;
+  const struct {
+    const char *what;
+    int64_t value, most;
+  } whole[] = {
+      {"the number of experts must be from 1 to 65536", s->experts, PYLORA_MAX_EXPERTS},
+      {"the number of experts of a token must be from 1 to that of experts", s->top_k, s->experts},
+      {"the size of an expert must be from 1 to 2147483647", s->expert_size, INT32_MAX},
+  };
+  for (size_t i = 0; i < sizeof whole / sizeof *whole; i++)
+    if (whole[i].value < 1 || whole[i].value > whole[i].most)
+      return bad(where, why, whole[i].what, whole[i].value);
   return PYLORA_OK;
 }
 
@@ -81,8 +94,8 @@ int pylora_settings_check(const char *where, const pylora_settings *s, pylora_me
   if (s->heads % s->kv_heads)
     return bad(where, why, "the number of heads must be a multiple of that of key-value heads",
                s->heads);
-  if (s->head_dim % 2)
-    return bad(where, why, "the size of a head must be even for rotary embedding", s->head_dim);
+  TRY(check_rotated(where, s, why));
+  TRY(check_experts(where, s, why));
   if (s->window < 0 || s->window > INT32_MAX)
     return bad(where, why, "the sliding window must be from 1 to 2147483647", s->window);
   if (!(s->eps > 0) || !(s->theta > 0) || s->eps > 1e300 || s->theta > 1e300)
@@ -92,7 +105,7 @@ int pylora_settings_check(const char *where, const pylora_settings *s, pylora_me
                        where, s->eps, s->theta);
   for (int i = 0; i < 1 + s->two_ropes; i++) {
     const pylora_scaling *r = i ? &s->local_scaling : &s->scaling;
-    TRY(check_scaling(where, r, why));
+    TRY(check_scaling(where, r, pylora_pairs(s), why));
   }
   const struct {
     const char *what;
@@ -117,38 +130,6 @@ int pylora_settings_check(const char *where, const pylora_settings *s, pylora_me
       return bad(where, why, "the tokens of beginning and end must be in the vocabulary", id);
   }
   return PYLORA_OK;
-}
-
-const char *const pylora_module_suffix[MODULES] = {
-    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-    "mlp.gate_proj",    "mlp.up_proj",      "mlp.down_proj",
-};
-
-void pylora_module_size(const pylora_settings *s, int64_t number, int64_t *d, int64_t *k,
-                        int *bias) {
-  const int64_t q = s->heads * s->head_dim, kv = s->kv_heads * s->head_dim;
-  const int64_t place = number - MODULES * s->layers; /* 0: the head, 1: the embedding */
-  if (place >= 0) {
-    *d = place ? s->hidden : s->vocab, *k = place ? s->vocab : s->hidden, *bias = 0;
-    return;
-  }
-  switch (number % MODULES) {
-  case PYLORA_Q:
-    *d = q, *k = s->hidden, *bias = s->qkv_bias;
-    break;
-  case PYLORA_K:
-  case PYLORA_V:
-    *d = kv, *k = s->hidden, *bias = s->qkv_bias;
-    break;
-  case PYLORA_O:
-    *d = s->hidden, *k = q, *bias = s->o_bias;
-    break;
-  case PYLORA_DOWN:
-    *d = s->hidden, *k = s->inner, *bias = s->mlp_bias;
-    break;
-  default:
-    *d = s->inner, *k = s->hidden, *bias = s->mlp_bias;
-  }
 }
 
 int pylora_prefix(pylora_message *why, const char *where, int status) {

@@ -45,6 +45,7 @@ typedef struct job {
   const pylora_kernels *K;
   int64_t d, k, heads;
   int as_they_are; /* the file's blocks; else they are decoded */
+  int transposed;  /* the file has [k,d] */
   char *out, *scratch;
   size_t panel, room; /* bytes of a panel, of a thread's scratch */
   int64_t first;      /* panel of this part */
@@ -64,19 +65,29 @@ static void panel(void *ctx, int64_t p, int thread) {
     j->F->pack_blocks(scratch, (int64_t)bytes, n, j->k, 0, to);
     return;
   }
-  for (int64_t i = 0; i < n; i++)
-    row(j->t, pylora_source_row(j->d, j->heads, first + i), (float *)(void *)scratch + i * j->k);
-  const pylora_mat W = {(float *)(void *)scratch, n, j->k, j->k, NULL, NULL};
+  float *rows = (float *)(void *)scratch;
+  if (j->transposed) {
+    const pylora_kind *kind = pylora_kind_of(j->t->kind); /* numbers: its blocks are of one */
+    for (int64_t c = 0; c < j->k; c++) {
+      float some[PYLORA_PANEL];
+      kind->decode((const uint8_t *)j->t->data + (c * j->d + first) * kind->bytes, n, some);
+      for (int64_t i = 0; i < n; i++) rows[i * j->k + c] = some[i];
+    }
+  }
+  for (int64_t i = 0; i < n && !j->transposed; i++)
+    row(j->t, pylora_source_row(j->d, j->heads, first + i), rows + i * j->k);
+  const pylora_mat W = {rows, n, j->k, j->k, NULL, NULL};
   j->F->pack(j->K, &W, 0, to);
 }
 
 int pylora_tensor_pack(const pylora_tensor *t, int dtype, int64_t heads, void *buffer,
                        pylora_packed *out, pylora_message *why) {
-  return pylora_tensor_pack_from(NULL, t, dtype, heads, buffer, out, why);
+  if (heads < 0) heads = INT64_MAX; /* refused below */
+  return pylora_tensor_pack_from(NULL, t, dtype, heads, 0, buffer, out, why);
 }
 
 int pylora_tensor_pack_from(const pylora_map *map, const pylora_tensor *t, int dtype, int64_t heads,
-                            void *buffer, pylora_packed *out, pylora_message *why) {
+                            int transposed, void *buffer, pylora_packed *out, pylora_message *why) {
   if (why) why->text[0] = 0;
   if (!t || !buffer || !out)
     return pylora_fail(why, PYLORA_E_NULL, "no tensor or no room was given");
@@ -84,7 +95,7 @@ int pylora_tensor_pack_from(const pylora_map *map, const pylora_tensor *t, int d
     return pylora_fail(why, PYLORA_E_SHAPE, "tensor '%.200s' has the shape %s; a matrix is wanted",
                        t->name, pylora_shape(t->dims, t->shape).text);
   const pylora_kind *kind = pylora_kind_of(t->kind);
-  const int64_t d = t->shape[0], k = t->shape[1];
+  const int64_t d = t->shape[transposed], k = t->shape[!transposed];
   const pylora_format *F = pylora_format_of(dtype);
   if (!kind->decode) return no_decoder(t, why);
   if (!F || !pylora_pack_bytes(dtype, d, k))
@@ -92,36 +103,33 @@ int pylora_tensor_pack_from(const pylora_map *map, const pylora_tensor *t, int d
                        "tensor '%.200s' of shape %s cannot be stored in this precision: quantized "
                        "weights have groups of 32 inputs",
                        t->name, pylora_shape(2, t->shape).text);
-  if (heads < 0 || (heads && (d % heads || d / heads % 2)))
+  if (heads > 0 ? d % heads || d / heads % 2 : heads && d % (-3 * heads))
     return pylora_fail(why, PYLORA_E_SHAPE,
                        "tensor '%.200s': %lld rows are not %lld heads of pairs", t->name,
                        (long long)d, (long long)heads);
-  const int threads = pylora_num_threads(),
-            as_they_are = F->pack_blocks && kind->dtype == (dtype & ~PYLORA_A8);
+  const int threads = pylora_num_threads(), numbers = pylora_is_float(t),
+            as_they_are = !transposed && F->pack_blocks && kind->dtype == (dtype & ~PYLORA_A8);
+  if (transposed && (!numbers || heads))
+    return pylora_fail(
+        why, PYLORA_E_UNSUPPORTED,
+        "tensor '%.200s' is %s and stored [inputs, outputs]; only numbers are turned", t->name,
+        t->type);
   if (!as_they_are && !F->pack)
     return pylora_fail(
         why, PYLORA_E_UNSUPPORTED,
         "tensor '%.200s' is %s, and only a file's own blocks are stored in this type", t->name,
         t->type);
-  job j = {t,
-           F,
-           pylora_table(),
-           d,
-           k,
-           heads,
-           as_they_are,
-           buffer,
-           NULL,
-           F->panel_bytes(k),
-           round_up((size_t)k * PYLORA_PANEL * sizeof(float)),
+  job j = {t,      F,     pylora_table(),    d,
+           k,      heads, as_they_are,       transposed,
+           buffer, NULL,  F->panel_bytes(k), round_up((size_t)k * PYLORA_PANEL * sizeof(float)),
            0};
   *out = (pylora_packed){PYLORA_MAGIC, dtype, d, k, buffer};
   if (!t->bytes) return PYLORA_OK;
   j.scratch = pylora_take_aligned((size_t)threads * j.room);
   if (!j.scratch) return pylora_no_memory(why, t->name, (double)threads * (double)j.room);
-  /* Heads in another order read rows from all over the tensor, which is small. */
+  /* Heads in another order, and columns, are read from all over the tensor, which is small. */
   const int64_t panels = ceil_div(d, PYLORA_PANEL), each = t->bytes / panels,
-                step = heads ? panels : max64(threads, PART / max64(1, each));
+                step = heads || transposed ? panels : max64(threads, PART / max64(1, each));
   for (; j.first < panels; j.first += step) {
     const int64_t n = min64(step, panels - j.first), row_bytes = t->bytes / d;
     pylora_parallel(panel, &j, n, threads);

@@ -6,33 +6,7 @@
 
 enum { MAX_INDEX = 64 << 20 }; /* bytes of model.safetensors.index.json */
 
-/* ---- names ---- */
-
-static const char *const gguf_stem[][2] = {
-    {"self_attn.q_proj", "attn_q"}, {"self_attn.k_proj", "attn_k"},
-    {"self_attn.v_proj", "attn_v"}, {"self_attn.o_proj", "attn_output"},
-    {"mlp.gate_proj", "ffn_gate"},  {"mlp.up_proj", "ffn_up"},
-    {"mlp.down_proj", "ffn_down"},
-};
-static const char *const gguf_top[][2] = {
-    {"model.embed_tokens", "token_embd"}, {"model.norm", "output_norm"}, {"lm_head", "output"}};
-
-int pylora_gguf_name(const char *name, char out[PYLORA_NAME]) {
-  const char *dot = strrchr(name, '.');
-  if (!dot) return 0;
-  const size_t n = (size_t)(dot - name);
-  for (size_t i = 0; i < sizeof gguf_top / sizeof *gguf_top; i++)
-    if (strlen(gguf_top[i][0]) == n && memcmp(gguf_top[i][0], name, n) == 0)
-      return snprintf(out, PYLORA_NAME, "%s%s", gguf_top[i][1], dot) > 0;
-  int layer = -1, used = 0;
-  if (sscanf(name, "model.layers.%5d.%n", &layer, &used) != 1 || !used || layer < 0) return 0;
-  for (size_t i = 0; i < sizeof gguf_stem / sizeof *gguf_stem; i++) {
-    const size_t length = strlen(gguf_stem[i][0]);
-    if (length == n - (size_t)used && memcmp(gguf_stem[i][0], name + used, length) == 0)
-      return snprintf(out, PYLORA_NAME, "blk.%d.%s%s", layer, gguf_stem[i][1], dot) > 0;
-  }
-  return 0;
-}
+/* ---- tensors ---- */
 
 const pylora_tensor *pylora_files_find(const pylora_files *files, const char *name) {
   for (int64_t i = 0; i < files->files; i++) {
@@ -42,10 +16,25 @@ const pylora_tensor *pylora_files_find(const pylora_files *files, const char *na
   return NULL;
 }
 
-const pylora_tensor *pylora_model_tensor(const pylora_files *files, const char *hf_name) {
+const pylora_tensor *pylora_model_tensor(const pylora_model *m, pylora_role role, int64_t layer,
+                                         int64_t expert, const char *ending) {
   char name[PYLORA_NAME];
-  if (!files->gguf) return pylora_files_find(files, hf_name);
-  return pylora_files_find(files, pylora_gguf_name(hf_name, name) ? name : hf_name);
+  const pylora_files *files = &m->files;
+  if (!pylora_tensor_name(m->s.family, files->gguf, role, layer, expert, ending, name)) return NULL;
+  const size_t skip = role == ROLE_HEAD ? 0 : files->bare;
+  const pylora_tensor *t = pylora_files_find(files, name + skip);
+  /* what older transformers call GPT-NeoX's head */
+  return t || files->gguf || role != ROLE_HEAD ? t : pylora_files_find(files, "embed_out.weight");
+}
+
+/* Hugging Face's files of the base model alone leave out what the whole one is called. */
+static size_t bare(const pylora_files *files, pylora_family family) {
+  const char *path = pylora_layers_path(family);
+  const size_t n = (size_t)(strchr(path, '.') - path) + 1;
+  for (int64_t f = 0; f < files->files; f++)
+    for (int64_t i = 0; i < files->file[f]->tensors; i++)
+      if (strncmp(files->file[f]->tensor[i].name, path, n) == 0) return 0;
+  return n;
 }
 
 /* ---- files ---- */
@@ -53,7 +42,7 @@ const pylora_tensor *pylora_model_tensor(const pylora_files *files, const char *
 void pylora_files_close(pylora_files *files) {
   for (int64_t i = 0; i < files->files; i++) pylora_file_close(files->file[i]);
   free(files->file);
-  *files = (pylora_files){NULL, 0, 0};
+  *files = (pylora_files){NULL, 0, 0, 0};
 }
 
 static int add(pylora_files *files, const char *path, pylora_message *why) {
@@ -248,7 +237,9 @@ static int open_file(const char *path, pylora_files *files, pylora_settings *s,
 
 int pylora_files_open(const char *path, pylora_files *files, pylora_settings *s,
                       pylora_message *why) {
-  *files = (pylora_files){NULL, 0, 0};
-  return pylora_is_directory(path) ? open_directory(path, files, s, why)
-                                   : open_file(path, files, s, why);
+  *files = (pylora_files){NULL, 0, 0, 0};
+  if (!pylora_is_directory(path)) return open_file(path, files, s, why);
+  TRY(open_directory(path, files, s, why));
+  files->bare = bare(files, s->family);
+  return PYLORA_OK;
 }

@@ -82,7 +82,13 @@ class Adapter(Mapping[str, LoRA]):
 
     @classmethod
     def init(
-        cls, plan: Plan, config: LoraConfig, seed: int = 0, *, base: Load | None = None
+        cls,
+        plan: Plan,
+        config: LoraConfig,
+        seed: int = 0,
+        *,
+        base: Load | None = None,
+        whole: Whole | None = None,
     ) -> Adapter:
         """A fresh adapter, which changes nothing (unless init_lora_weights is False): B = 0.
 
@@ -95,16 +101,20 @@ class Adapter(Mapping[str, LoRA]):
         and the model has biases, which start as the base's, and with use_dora, whose magnitudes
         start as the lengths of the rows of W + s B A. Where the model computes with other numbers
         than the file has (int8, bf16), give those: `Llama.load`.
+
+        `whole`: what config.modules_to_save and config.trainable_token_indices name, which
+        `fresh_whole` of pylora.adapters.whole makes of the base.
         """
         expect("plan", plan, "Adapter.init(plan, config)")
         expect("LoRA settings", config, "Adapter.init(plan, config)")
         for name in ("modules_to_save", "trainable_token_indices"):
-            if getattr(config, name):
-                raise UnsupportedError(
-                    f"{name} = {getattr(config, name)!r:.100}: whole weights are read, run and "
-                    "merged, but not trained here; target the modules with LoRA instead, or train "
-                    "them with PEFT"
+            if getattr(config, name) and whole is None:
+                raise ConfigError(
+                    f"{name} = {getattr(config, name)!r:.100}: these weights begin as the base "
+                    "model's; give whole=fresh_whole(config, llama_config, checkpoint.load) of "
+                    "pylora.adapters.whole"
                 )
+        peft.refuse_both(plan, whole)
         arrays: dict[str, Array] = {}
         entries = {e.path: e for e in plan.entries}
         for key, (path, field, shape) in peft.tensor_names(plan).items():
@@ -115,7 +125,7 @@ class Adapter(Mapping[str, LoRA]):
                 arrays[key] = _own_bias(path, shape, config, base)
             else:
                 arrays[key] = _initial(entries[path], field, shape, config, seed)
-        return cls(config, plan, peft.assemble(config, plan, arrays))
+        return cls(config, plan, peft.assemble(config, plan, arrays), whole)
 
     @classmethod
     def load(
@@ -174,6 +184,11 @@ class Adapter(Mapping[str, LoRA]):
         if self.whole is not None:
             arrays |= tensors_of(self.whole, {e.path for e in self.plan.entries})
         peft.write(directory, named_targets(self.config, self.plan), arrays)
+
+    @property
+    def beside(self) -> dict[str, Array]:
+        """The arrays that are trained beside A and B, by name: of whole weights, their rows."""
+        return {} if self.whole is None else dict(self.whole.trained)
 
     @property
     def num_parameters(self) -> int:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -139,12 +139,24 @@ def on_unchanged_base(
     how = takes_from_base(config)
     assert how is not None
     check_head(model, plan, how)
+    return without_first(config, plan, modules, lambda e: taken(how, weight(e.path), e), specs)
+
+
+def without_first(
+    config: LoraConfig,
+    plan: Plan,
+    modules: Mapping[str, LoRA],
+    first: Callable[[PlanEntry], tuple[Array, Array]],
+    specs: Mapping[str, Any],
+) -> tuple[LoraConfig, Plan, dict[str, LoRA]]:
+    """[A; A0] and [B, -B0] of every module: PEFT's conversion of an adapter whose first values,
+    A0 [r, k] and B0 [d, r], were taken from the base."""
     new = doubled(config)
     there = resolve(new, specs)
     out = dict(modules)
     scales = {e.path: e.scale for e in there.entries}
     for e in plan.entries:
-        A0, B0 = taken(how, weight(e.path), e)
+        A0, B0 = first(e)
         low = modules[e.path]
         A, B = np.concatenate([low.A, A0]), np.concatenate([low.B, -B0], axis=1)
         out[e.path] = dataclasses.replace(low, A=A, B=B, scale=scales[e.path])

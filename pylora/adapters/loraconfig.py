@@ -46,6 +46,12 @@ _CHANGES_BASE = {
     "loftq": "to its quantization by bitsandbytes",
     "lora_ga": "by its first gradients, and PEFT would load it as if it had not",
 }
+# What was saved before training has the values that were taken from the base: see first.py.
+_WAY_OUT = {
+    how: f"put the folder of the adapter as it was before training into its folder as {how}_init; "
+    "or, "
+    for how in ("corda", "lora_ga")
+}
 FRESH_TARGETS: str | tuple[str, ...] = "all-linear"  # as the literature recommends
 _FOREIGN = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "use_rslora"}
 # PEFT of some age does not know these names: they are written where they say something.
@@ -310,9 +316,9 @@ def _check_scalars(c: LoraConfig) -> None:
             raise UnsupportedError(
                 f"init_lora_weights = {init!r} changed the base weights before training, "
                 f"{_CHANGES_BASE[init.lower()]}, so this adapter does not fit the base model that "
-                "it names; in PEFT, save it as an ordinary one (save_pretrained(..., "
-                "path_initial_model_for_weight_conversion=...), which keeps the first values to "
-                "subtract), or merge it there"
+                f"it names; {_WAY_OUT.get(init.lower(), '')}in PEFT, save it as an ordinary one "
+                "(save_pretrained(..., path_initial_model_for_weight_conversion=...), which keeps "
+                "the first values to subtract), or merge it there"
             )
         raise UnsupportedError(
             f"init_lora_weights = {init!r} is not known; expected true, false, "

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from pylora.adapters.first import find_first
 from pylora.adapters.fit import misfit
-from pylora.adapters.inits import on_unchanged_base, takes_from_base
+from pylora.adapters.inits import on_unchanged_base, takes_from_base, without_first
 from pylora.adapters.locate import find_adapter
 from pylora.adapters.loraconfig import LoraConfig
 from pylora.adapters.older import fold_experts, text_part, under_names, with_experts
@@ -161,7 +162,8 @@ def _read(
     base: Load | None,
     shown: bool = False,
 ) -> tuple[LoraConfig, Plan, dict[str, LoRA], Whole | None]:
-    said = read_config(directory)
+    first = None if shown else find_first(directory)
+    said = read_config(directory) if first is None else first.config
     began = takes_from_base(said)
     config = dataclasses.replace(said, init_lora_weights=True) if began else said
     with SafeTensors(_weights_file(directory)) as file, _saying_why(file, config, modules):
@@ -186,7 +188,7 @@ def _read(
         except (PlanError, UnsupportedError) as error:
             raise type(error)(f"{directory / CONFIG}: {error}") from None
         wanted = tensor_names(plan)
-        _refuse_both(plan, whole, directory)
+        refuse_both(plan, whole, f"{directory / CONFIG}: ")
         source = _match(file, plan, wanted, base, claimed)
         rules = {e.path: f"r = {e.r} by {e.rule_r}" for e in plan.entries}
         arrays = {
@@ -198,7 +200,25 @@ def _read(
             config, plan, each = fold_experts(config, plan, each, modules)
             keys = {(path, field): key for key, (path, field, _) in tensor_names(plan).items()}
             arrays = {key: each[which] for which, key in keys.items()}
+        elif first is not None:
+            with SafeTensors(_weights_file(first.folder)) as there:
+                source = _match(there, plan, wanted, base, claimed)
+                began_as = {
+                    which[:2]: _load(there, source[key], which[2]) for key, which in wanted.items()
+                }
     loras = assemble(config, plan, arrays)
+    if first is not None:
+        first.check(plan, model)
+        return (
+            *without_first(
+                config,
+                plan,
+                loras,
+                lambda e: (began_as[e.path, "A"], began_as[e.path, "B"]),
+                modules,
+            ),
+            whole,
+        )
     if began and not shown:
         if base is None:
             raise PlanError(
@@ -214,12 +234,12 @@ def _read(
     return config, plan, loras, whole
 
 
-def _refuse_both(plan: Plan, whole: Whole | None, directory: Path) -> None:
+def refuse_both(plan: Plan, whole: Whole | None, where: str = "") -> None:
     """PEFT puts trained rows on a plain table, never on one with A and B."""
     for e in plan.entries:
         if whole is not None and f"{e.path}.weight" in whole.rows:
             raise PlanError(
-                f"{directory / CONFIG}: {e.path} has both LoRA (target_modules) and rows that are "
+                f"{where}{e.path} has both LoRA (target_modules) and rows that are "
                 "trained as they are (trainable_token_indices); a table takes one of them"
             )
 

@@ -9,6 +9,7 @@ Every tensor that the settings name must be there; what is no whole weight is le
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import numpy as np
 
 from pylora.adapters.loraconfig import LoraConfig
 from pylora.adapters.plan import saved_whole
-from pylora.errors import PlanError, UnsupportedError
+from pylora.errors import PlanError, UnsupportedError, expect
 from pylora.formats.base import Array
 from pylora.formats.hfnames import transposed
 from pylora.formats.safetensors import SafeTensors
@@ -87,8 +88,9 @@ class Tables:
         for tensor in self.saved:
             if self.model.experts and inside in tensor:
                 raise UnsupportedError(
-                    f"modules_to_save names {tensor.rpartition('.')[0]}: experts are not read "
-                    "whole; merge this adapter into its base model with PEFT"
+                    f"modules_to_save names {tensor.rpartition('.')[0]}: experts are neither "
+                    "read nor trained whole; adapt them with target_parameters, or merge an "
+                    "adapter that has them with PEFT"
                 )
 
     def _rows(self) -> dict[str, tuple[int, ...]]:
@@ -235,26 +237,67 @@ class Tables:
                 )
         for tensor, key in found.deltas.items():
             self._lay_rows(file, key, tensor, out, read, base, shapes)
-        resized = vocab if vocab != self.model.vocab_size else None
+        resized, had_head = vocab if vocab != self.model.vocab_size else None, self.head in out
         if resized is None and base is not None:
             self._drop_copies(out, base)
-        had_head = self.head in out
         tied = self._tie(out)
         if not out:
             return None
         self._check_tables(file, out, vocab, tied)
-        twin = had_head and self.head not in out and self.head not in found.deltas
+        one = self.model.tie_word_embeddings and tied and self.embedding in out
+        twin = had_head and one and self.head not in out and self.head not in found.deltas
+        return self._made(out, resized, tied, twin)
+
+    def _made(self, out: dict[str, Array], resized: int | None, tied: bool, twin: bool) -> Whole:
         turned = frozenset(name for name in out if transposed(self.model, name))
         was = self.model.tie_word_embeddings
-        return Whole(
-            out,
-            dict(self.rows),
-            resized,
-            tied,
-            was,
-            (self.embedding, self.head) if twin else None,
-            turned,
-        )
+        pair = (self.embedding, self.head) if twin else None
+        # In the model's order, whatever that of the file is: the optimizer goes along it.
+        trained = [n for n in self.shapes if n in out and (n in self.saved or n in self.rows)]
+        return Whole(out, dict(self.rows), resized, tied, was, pair, turned).train(trained)
+
+    # ---- beginning ------------------------------------------------------------------------------
+
+    def begin(self, base: Load) -> Whole | None:
+        """What the settings name, as the base has it; None where they name nothing."""
+        out: dict[str, Array] = {}
+        for tensor in self._begun:
+            array = np.array(base(self._source(tensor)), np.float32, order="C")
+            if array.shape != self.shapes[tensor]:
+                raise PlanError(
+                    f"the base's tensor {tensor!r} has shape {list(array.shape)}, expected "
+                    f"{list(self.shapes[tensor])}"
+                )
+            out[tensor] = array
+        for tensor, ids in self.rows.items():
+            if max(ids) >= self.shapes[tensor][0]:
+                raise PlanError(
+                    f"trainable_token_indices names the token {max(ids)}, and the vocabulary has "
+                    f"{self.shapes[tensor][0]}"
+                )
+        if not out:
+            return None
+        tied = self._tie(out)
+        both = self.model.tie_word_embeddings and tied and self.embedding in self.saved
+        return self._made(out, None, tied, both)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many numbers of each of the base's tensors are trained, without reading them."""
+        out = {}
+        for tensor in self._begun:
+            first, *more = self.shapes[tensor]
+            rows = len(self.rows[tensor]) if tensor in self.rows else first
+            out[tensor] = rows * math.prod(more)
+        return out
+
+    @property
+    def _begun(self) -> list[str]:
+        """The tensors that a fresh adapter brings. A tied head is its own from then on, unless PEFT
+        keeps it tied."""
+        follows = self.model.tie_word_embeddings and (self._head_follows or self.shared_rows)
+        named = dict.fromkeys((*self.saved, *self.rows))
+        return [tensor for tensor in named if not (tensor == self.head and follows)]
 
     def _drop_copies(self, out: dict[str, Array], base: Load) -> None:
         """Tables that PEFT wrote although they are the base's (save_embedding_layers=True)."""
@@ -350,6 +393,46 @@ class Tables:
                     "size; save the adapter with both tables (PEFT: modules_to_save = "
                     "['embed_tokens', 'lm_head'], or save_embedding_layers=True)"
                 )
+
+
+def fresh_whole(config: LoraConfig, model: LlamaConfig, base: Load) -> Whole | None:
+    """The base's weights that an adapter of these settings trains whole (modules_to_save) or in
+    rows (trainable_token_indices), as a new adapter begins with them; None where it trains none.
+
+    `base` is Checkpoint.load. PlanError for a name that matches nothing, for a token that there is
+    not, and for a table with LoRA and trained rows; UnsupportedError for experts.
+    """
+    expect("model configuration", model, "fresh_whole(config, model, base)")
+    return Tables(config, model).begin(base) if _names_any(config) else None
+
+
+def num_whole(config: LoraConfig, model: LlamaConfig) -> int:
+    """How many numbers of the base an adapter of these settings trains."""
+    return sum(Tables(config, model).sizes.values()) if _names_any(config) else 0
+
+
+@dataclass(frozen=True)
+class Named:
+    """What an adapter's settings train whole, for who shows it."""
+
+    names: dict[str, str]  # tensor -> " (n rows)", or nothing
+    trained: int  # numbers
+
+
+def whole_named(config: LoraConfig, model: LlamaConfig, brought: Whole | None = None) -> Named:
+    """Of the settings; and the tensors of an adapter that is there."""
+    names = {} if brought is None else dict.fromkeys(brought.tensors, "")
+    if not _names_any(config):
+        return Named(names, 0)
+    tables = Tables(config, model)
+    for tensor in tables.sizes:
+        rows = tables.rows.get(tensor)
+        names[tensor] = f" ({len(rows)} rows)" if rows else ""
+    return Named(names, sum(tables.sizes.values()))
+
+
+def _names_any(config: LoraConfig) -> bool:
+    return bool(config.modules_to_save or config.trainable_token_indices)
 
 
 def _matched(shapes: Mapping[str, Shape], name: str) -> set[str]:

@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from pylora.model.llama import Llama
 from pylora.numbers import random
 from pylora.reference import IGNORE
 from pylora.training.examples import Tokenizer, check_examples, load_examples
+from pylora.training.memory import free_bytes
 from pylora.types import LoRA, Seqs, brief
 
 FIELDS = ("A", "B", "bias", "base_bias", "magnitude")  # the arrays of a LoRA
@@ -194,17 +194,5 @@ def bytes_needed(config: LlamaConfig, *, whole: bool) -> int:
 
 def available_memory() -> float:
     """Bytes that this process may still use: the machine's, or less where a cgroup limits it."""
-    free = float("inf")
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(float(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
-            free = float(os.sysconf("SC_AVPHYS_PAGES")) * os.sysconf("SC_PAGE_SIZE")
-    try:
-        group = Path("/sys/fs/cgroup")
-        limit = float((group / "memory.max").read_text())
-        free = min(free, limit - float((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # no cgroup v2, or "max"
-        pass
+    free = free_bytes()
     return free if np.isfinite(free) else 2.0**32

@@ -82,6 +82,21 @@ RsLora = Annotated[
         rich_help_panel=ADAPTER,
     ),
 ]  # fmt: skip
+ModulesToSave = Annotated[
+    str | None,
+    typer.Option(
+        "--modules-to-save", metavar="NAMES", rich_help_panel=ADAPTER,
+        help="modules that are trained whole beside A and B, such as embed_tokens,lm_head,norm",
+    ),
+]  # fmt: skip
+TokenIndices = Annotated[
+    str | None,
+    typer.Option(
+        "--trainable-token-indices", metavar="IDS", rich_help_panel=ADAPTER,
+        help="tokens whose rows of the embedding are trained as they are: 151665,151666, or "
+        '{"embed_tokens": [...], "lm_head": [...]}',
+    ),
+]  # fmt: skip
 Precision = Annotated[
     str | None,
     typer.Option(

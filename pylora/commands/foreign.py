@@ -48,7 +48,6 @@ HINTS: dict[str, str] = {
         "which modules are adapted is --targets, a regular expression if you like, such as "
         "'.*layers\\.(2[0-9])\\..*'"
     ),
-    "--modules-to-save": "whole modules are not trained; target them with LoRA",
     "--bias": "write it into an adapter_config.json, for --config",
     "--resume-from-checkpoint": "--resume continues the newest checkpoint in OUT",
     "--verbose": "everything is in OUT/log.jsonl",

@@ -103,7 +103,7 @@ def generate(
     from pylora.generation.sampling import Sampling, whole_number
     from pylora.generation.text import TextStream
     from pylora.model.llama import Llama
-    from pylora.model.whole import alone
+    from pylora.model.with_whole import alone
 
     check_choice(precision)
     whole_number("--max-new-tokens", max_new_tokens, 0)  # before the model is loaded

@@ -28,6 +28,18 @@ def check_begun(objective: str, start: Path | None, init: str, judged: bool) -> 
         )
 
 
+def check_whole(objective: str, config: Any) -> None:
+    """ConfigError for whole weights beside a head that takes the place of the model's own."""
+    if objective in HEADS:
+        for name in ("modules_to_save", "trainable_token_indices"):
+            if getattr(config, name):
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} does not go with --objective {objective}, which "
+                    "trains a head of its own in place of the model's (PEFT's modules_to_save of "
+                    "its adapter names that)"
+                )
+
+
 def check_teacher(objective: str, teacher: Path | None, teacher_adapter: Path | None) -> None:
     """ConfigError where distill has no teacher."""
     if objective == "distill" and teacher is None and teacher_adapter is None:

@@ -14,22 +14,34 @@ import typer
 
 from pylora.commands.adapters import lora_config, warn_about_size
 from pylora.commands.app import (
+    HOW,
     LOOK,
     Alpha,
     EveryModule,
     Model,
+    ModulesToSave,
+    Precision,
     Rank,
     RsLora,
     Targets,
+    TokenIndices,
     command,
 )
 from pylora.commands.guard import unfinished
+from pylora.commands.learning import Optim
 from pylora.commands.outputs import check_file
+from pylora.commands.room import Wanted, short
 from pylora.display.console import Console, megabytes
+from pylora.errors import ConfigError
+from pylora.numbers.precision import check_choice
 
 if TYPE_CHECKING:
     from pylora.adapters.inspect import ModuleStats
     from pylora.adapters.plan import Plan
+
+
+def _train(*names: str, help: str) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=HOW)
 
 
 @command(LOOK, "pylora plan SmolLM2.gguf -r 16", "pylora plan SmolLM2.gguf runs/tone --all")
@@ -43,28 +55,62 @@ def plan(
     alpha: Alpha = None,
     targets: Targets = "all-linear",
     rslora: RsLora = False,
+    modules_to_save: ModulesToSave = None,
+    trainable_token_indices: TokenIndices = None,
     every: EveryModule = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="one JSON object per module, unfolded")
     ] = False,
+    batch_size: Annotated[int, _train("--batch-size", help="examples per update")] = 8,
+    length: Annotated[int, _train("--length", help="tokens of an example")] = 512,
+    accumulation: Annotated[int, _train("--accumulation", help="parts of an update")] = 1,
+    recompute: Annotated[
+        bool, _train("--recompute/--no-recompute", help="gradient checkpointing")
+    ] = False,
+    optimizer: Optim = "adamw",
+    precision: Precision = None,
 ) -> None:
-    """Show what an adapter would touch: r, alpha and scale of each module, and the rules behind."""
+    """Show what an adapter would touch: r, alpha and scale of each module, and the rules behind;
+    and what memory it would take to train it."""
+    from pylora import backends
     from pylora.adapters.adapter import Adapter
     from pylora.adapters.plan import resolve
+    from pylora.adapters.whole import whole_named
     from pylora.formats import open_checkpoint
     from pylora.model.whole import whole_of
+    from pylora.training.config import TrainConfig
 
+    check_choice(precision)
+    settings = TrainConfig(
+        batch_size=batch_size, accumulation=accumulation, recompute=recompute, optimizer=optimizer
+    )
+    if length < 1:
+        raise ConfigError(f"--length is {length}; it must be at least 1")
     with open_checkpoint(model) as checkpoint:
-        modules, whole = checkpoint.config.modules(), None
+        modules = checkpoint.config.modules()
         if adapter is not None and not (
             adapter.is_file() and adapter.suffix == ".json"
         ):  # its tensors must be what it says, too
             loaded = Adapter.load(adapter, checkpoint.config, base=checkpoint.load)
-            resolved, whole = loaded.plan, whole_of(loaded)
+            resolved = loaded.plan
+            whole = whole_named(loaded.config, checkpoint.config, whole_of(loaded))
         else:
-            config = lora_config(adapter, rank, alpha, targets, rslora, 0.0, checkpoint.path)
-            resolved = resolve(config, modules)
+            config = lora_config(
+                adapter,
+                rank,
+                alpha,
+                targets,
+                rslora,
+                0.0,
+                checkpoint.path,
+                modules_to_save=modules_to_save,
+                trainable_token_indices=trainable_token_indices,
+            )
+            resolved, whole = resolve(config, modules), whole_named(config, checkpoint.config)
         total = checkpoint.config.num_parameters
+        lengths = [length] * batch_size
+        wanted = Wanted(checkpoint, resolved, precision, settings, lengths, whole.trained)
+        tried, room = wanted.ways(backends.get())
     warn_about_size(resolved, total)
     screen = Console()
     if as_json:
@@ -80,12 +126,20 @@ def plan(
         screen.table(("modules", *columns), _folded(resolved), right=("modules", *numbers))
     if resolved.bias_only:
         screen.say(f"and the biases of {len(resolved.bias_only)} modules without LoRA")
-    for name in () if whole is None else whole.tensors:
-        screen.say(f"and, in place of the base's: {name}")
+    for name, what in whole.names.items():
+        screen.say(f"and, in place of the base's: {name}{what}")
+    trained = resolved.num_parameters + whole.trained
     screen.say(
-        f"{len(resolved.entries)} modules, {resolved.num_parameters:,} trainable parameters, "
-        f"{100 * resolved.num_parameters / total:.3f} % of {total:,}"
+        f"{len(resolved.entries)} modules, {trained:,} trainable parameters, "
+        f"{100 * trained / total:.3f} % of {total:,}"
     )
+    first = tried[0]
+    screen.say(
+        f"to train it on {batch_size} examples of {length} tokens at a time, in {first.precision}: "
+        f"about {first.words()}"
+    )
+    if first.estimate.total > room:
+        screen.say(f"note: {short(tried, room)}")
 
 
 def _settings(e: Any) -> tuple[str, int, str, str]:

@@ -267,6 +267,8 @@ def _value(param: Any, key: str, value: Any, place: str) -> Any:
     if _takes_words(param) and isinstance(value, list):
         if value and all(isinstance(one, str) for one in value):
             return ",".join(value)
+    if param.name == "trainable_token_indices" and isinstance(value, (list, dict)):
+        return json.dumps(value)
     if param.name == "fields" and isinstance(value, dict):
         return ",".join(f"{k}={v}" for k, v in value.items())
     raise ConfigError(f"{place}: {key} is {_shown(value)}; {_wanted(param, kind, value)}")

@@ -14,6 +14,8 @@ from functools import partial
 from operator import eq
 from typing import Any
 
+from pylora.training.schedule import named
+
 ROOT = ""  # the name under which options before the verb stand; the verb is their "verb"
 
 
@@ -84,6 +86,7 @@ _FILE = "the file says what the adapter is; change it there, or leave {} out"
 _BACKEND = "this verb computes with NumPy alone (or nothing at all)"
 _DRAWS = ("top_k", "top_p", "min_p", "seed")
 _SHAPE = ("rank", "alpha", "targets", "rslora")  # of plan, too
+_WHOLE = ("modules_to_save", "trainable_token_indices")
 _LIST = "--list tests nothing"
 _ASKED = "an engine or a converter is asked what its suite holds"
 _ENGINES = ("engine", "restart")
@@ -92,7 +95,19 @@ _ENGINE = (
     "tests",
 )  # fmt: skip
 _TEACHES, _DISTILLS = ("teacher", "teacher_adapter", "top_k"), partial(eq, "distill")
+_RUNS = (  # what only a run has
+    "learning_rate", "epochs", "schedule", "warmup", "floor", "decay_steps", "cycles",
+    "rank_dropout", "eval_data", "save_every", "save_minutes", "keep", "log_every", "resume",
+)  # fmt: skip
 _HUNT = "the kit's own wrong implementations are tried with every law"
+
+
+def _falls_by(schedule: str) -> Callable[[Any], bool]:
+    return lambda value: named(value) == schedule
+
+
+def _on(flag: bool) -> bool:
+    return flag is True
 
 
 def _warm(temperature: float) -> bool:
@@ -110,11 +125,11 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "train": (
         *(
             Excludes(o, "adapter_config", _FILE.format("the file"))
-            for o in (*_SHAPE, "dora", "dropout")
+            for o in (*_SHAPE, *_WHOLE, "dora", "dropout")
         ),
         *(
             Excludes(o, "start", "the adapter that it starts from says so")
-            for o in (*_SHAPE, "dora", "dropout", "init", "adapter_config")
+            for o in (*_SHAPE, *_WHOLE, "dora", "dropout", "init", "adapter_config")
         ),
         Excludes("steps", "epochs", "each says how long to train"),
         Excludes("resume", "overwrite", "continue the run in OUT, or replace it"),
@@ -135,6 +150,23 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ),
         *(Needs(o, "objective", "it is for distill", _DISTILLS) for o in _TEACHES),
         Needs("classes", "objective", "it is for classify", partial(eq, "classify")),
+        *(
+            Excludes(o, "find_lr", "it tries rates, trains nothing and keeps nothing", _on)
+            for o in _RUNS
+        ),
+        Needs(
+            "decay_steps",
+            "schedule",
+            "it is for warmup_stable_decay",
+            _falls_by("warmup_stable_decay"),
+        ),
+        Needs(
+            "cycles",
+            "schedule",
+            "it is for cosine_with_restarts",
+            _falls_by("cosine_with_restarts"),
+        ),
+        Needs("label_smoothing_factor", "objective", "it is for sft", partial(eq, "sft")),
         Excludes(
             "floor", "schedule", "a constant rate has no lower end", lambda v: v == "constant"
         ),
@@ -159,8 +191,12 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Excludes("precision", "verify", "MODEL is packed in the one that it is packed in"),
     ),
     "plan": (
-        *(Excludes(o, "adapter", _FILE.format("ADAPTER")) for o in _SHAPE),
+        *(Excludes(o, "adapter", _FILE.format("ADAPTER")) for o in (*_SHAPE, *_WHOLE)),
         Excludes("every", "as_json", "--json has an object for every module anyway"),
+        *(
+            Excludes(o, "as_json", "--json has the modules, and says nothing of memory")
+            for o in ("batch_size", "length", "accumulation", "recompute", "optimizer", "precision")
+        ),
     ),
     "inspect": (
         OneOf(("adapter", "numbers"), "an adapter to inspect, or the known figures", at_least=True),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pylora.commands import arranging
+from pylora.commands import arranging, learning
 from pylora.commands.adapters import lora_config, refuse_too_large, warn_about_size
 from pylora.commands.app import (
     ADAPTER,
@@ -18,18 +18,30 @@ from pylora.commands.app import (
     RUN,
     Alpha,
     Model,
+    ModulesToSave,
     Precision,
     Rank,
     RsLora,
     Seed,
     Targets,
+    TokenIndices,
     command,
 )
 from pylora.commands.evaluate import Metrics
+from pylora.commands.find_lr import check_alone, find_rate
 from pylora.commands.guard import unfinished
 from pylora.commands.inputs import file_or_stdin
-from pylora.commands.objectives import AIM, HEADS, NAMES, check_begun, check_teacher, taught
+from pylora.commands.objectives import (
+    AIM,
+    HEADS,
+    NAMES,
+    check_begun,
+    check_teacher,
+    check_whole,
+    taught,
+)
 from pylora.commands.outputs import check_folder
+from pylora.commands.room import Fits, Wanted, in_room
 from pylora.commands.run_said import after_training, how_long, saying_where, write_model_card
 from pylora.commands.template import TemplateArgs, refuse_unused, use_template
 from pylora.commands.together import together
@@ -90,6 +102,8 @@ def train(
             help="how A and B begin: kaiming, gaussian, pissa, olora, eva, loftq",
         ),
     ] = "kaiming",
+    modules_to_save: ModulesToSave = None,
+    trainable_token_indices: TokenIndices = None,
     adapter_config: Annotated[
         Path | None,
         _option(
@@ -187,6 +201,7 @@ def train(
             part=HOW, help="peak learning rate; default: by the model's width, 1e-3 at 768",
         ),
     ] = None,
+    find_lr: learning.FindLr = False,
     epochs: Annotated[
         int | None,
         _option(
@@ -204,19 +219,16 @@ def train(
     accumulation: Annotated[
         int, _option("--accumulation", part=HOW, help="parts that an update is computed in")
     ] = 1,
-    schedule: Annotated[
-        str,
-        _option(
-            "--schedule", "--lr-scheduler-type", "--lr-scheduler",
-            part=HOW, metavar="NAME", help="of the rate: cosine, linear or constant",
-        ),
-    ] = "cosine",
+    schedule: learning.Schedule = "cosine",
     warmup: Annotated[
         int, _option("--warmup", "--warmup-steps", part=HOW, help="steps until the peak rate")
     ] = 0,
     floor: Annotated[
         float, _option("--floor", "--min-lr-ratio", part=HOW, help="rate at the end / peak rate")
     ] = 0.0,
+    decay_steps: learning.DecaySteps = None,
+    cycles: learning.Cycles = None,
+    optimizer: learning.Optim = "adamw",
     weight_decay: Annotated[
         float, _option("--weight-decay", part=HOW, help="decoupled, of A and B")
     ] = 0.0,
@@ -229,7 +241,11 @@ def train(
             "--lora-plus", "--loraplus-lr-ratio", part=HOW, help="rate of B over rate of A (LoRA+)"
         ),
     ] = 1.0,
+    label_smoothing_factor: learning.LabelSmoothing = 0.0,
+    neftune_noise_alpha: learning.Neftune = 0.0,
+    rank_dropout: learning.RankDropout = 0.0,
     precision: Precision = None,
+    fit: Fits = False,
     recompute: Annotated[
         bool,
         _option(
@@ -327,6 +343,7 @@ def train(
     from pylora.adapters.adapter import Adapter
     from pylora.adapters.own_tokenizer import tokenizer_of
     from pylora.adapters.plan import resolve
+    from pylora.adapters.whole import num_whole
     from pylora.formats import open_checkpoint
     from pylora.generation.metrics import Judge, metrics
     from pylora.model.llama import Llama
@@ -350,6 +367,12 @@ def train(
             schedule=schedule,
             warmup_steps=warmup,
             floor=floor,
+            decay_steps=decay_steps,
+            cycles=cycles,
+            optimizer=optimizer,
+            label_smoothing_factor=label_smoothing_factor,
+            neftune_noise_alpha=neftune_noise_alpha,
+            rank_dropout=rank_dropout,
             weight_decay=weight_decay,
             max_grad_norm=max_grad_norm,
             lora_plus_ratio=lora_plus,
@@ -374,6 +397,8 @@ def train(
             mix=mix,
         )
         check_teacher(objective, teacher, teacher_adapter)
+        if find_lr:
+            check_alone()
         check_begun(objective, start, init, bool(metric or sample))
         check_choice(precision)
         asked = metrics(metric or ())
@@ -391,18 +416,32 @@ def train(
             plan = adapter.plan
         else:
             lora = lora_config(
-                adapter_config, rank, alpha, targets, rslora, dropout, checkpoint.path, dora
+                adapter_config,
+                rank,
+                alpha,
+                targets,
+                rslora,
+                dropout,
+                checkpoint.path,
+                dora,
+                modules_to_save,
+                trainable_token_indices,
             )
+            check_whole(objective, lora)
             lora, init = of_config(lora, init)
             check_init(init, lora, precision or checkpoint.packed_as or "fp32")
             plan = resolve(lora, checkpoint.config.modules())
         warn_about_size(plan, checkpoint.config.num_parameters)
-        refuse_too_large(plan, backends.get().name)
+        lora = adapter.config if start is not None else lora
+        refuse_too_large(plan, backends.get().name, num_whole(lora, checkpoint.config))
         limit: dict[str, Any] = {"max_length": max_length, "fields": fields}
         limit["too_long"] = "truncate" if truncate else "error"
         data, eval_data = _files(data, eval_data)
         examples, evals = read(objective, data, eval_data, tokenizer, classes=classes, **limit)
         refuse_unused_arguments()
+        whole = 0 if start is not None else num_whole(lora, checkpoint.config)
+        wanted = Wanted(checkpoint, plan, precision, settings, list(map(len, examples)), whole)
+        settings, precision, fitted = in_room(screen, wanted, fit)
         llama = Llama.from_checkpoint(checkpoint, precision=precision)
         judge = None
         if evals is not None and (asked or sample):
@@ -438,10 +477,16 @@ def train(
     if evals is not None and eval_every is None:
         every = interval(total, len(evals), settings.batch_size)
         settings = replace(settings, eval_every=every)
+    if find_lr:
+        find_rate(screen, (llama, adapter, examples, aim), settings, steps, out)
+        return
     screen.say(how_long(settings, total))
     if short := undertrained(total):
         screen.say(f"note: {short}")
     chosen = {n: getattr(settings, n) for n in ("learning_rate", "epochs")}
+    if fitted:  # a resumed run is this one, whatever memory there is then
+        now = {"recompute": settings.recompute, "accumulation": settings.accumulation}
+        chosen |= {**now, "precision": precision, "fit": False}
     record = arranging.record(context.command, context.params | chosen)
     with saying_where(out, context.find_root().obj) as seen, screen.training() as show:
 

@@ -165,10 +165,11 @@ class Trial:
 
         With `signs` +0 and -0 differ. `item`: keys that lead from `got` to a number in it.
         """
-        source, got, given = got, plain(got), want
-        got = got if at is None else got[plain(at)]
-        for key in item:
+        source, given = got, want
+        got = got if at is None else plain(got)[plain(at)]
+        for key in item:  # first: of a plan of thousands of modules each is asked by itself
             got = got[key]
+        got = plain(got)
         g, w = values(np.asarray(got)), values(np.asarray(plain(want)))
         if g.shape != w.shape:
             said = f"{what}: shape {g.shape}, expected {w.shape}"

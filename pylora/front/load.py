@@ -13,7 +13,7 @@ from pylora.formats import open_checkpoint
 from pylora.front.adapters import read_adapter
 from pylora.front.model import Model
 from pylora.model.llama import Llama
-from pylora.model.whole import alone
+from pylora.model.with_whole import alone
 from pylora.numbers.precision import check_choice
 from pylora.ops.protocol import Backend
 from pylora.training.train import TrainResult

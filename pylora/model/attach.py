@@ -21,6 +21,7 @@ from pylora.types import LoRA
 
 Module = LoRALinear | Embedding | ExpertParameter  # what an adapter may sit on
 ARRAYS = ("A", "B", "bias", "base_bias", "magnitude")  # of a LoRA
+GRADS = (*ARRAYS, "weight")  # of a LoRAGrad
 
 
 def check_fits(

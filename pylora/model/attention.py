@@ -25,11 +25,12 @@ from pylora.model.linear import (
     forward_together,
     projections_of,
 )
+from pylora.model.normed import through_heads, trains
 from pylora.model.rope import Rope
 from pylora.model.weights import Weights, head_norm
 from pylora.ops.dora import rescaled
 from pylora.ops.fused import join_qkv, split_qkv
-from pylora.ops.heads import norm_heads, norm_heads_backward
+from pylora.ops.heads import norm_heads
 from pylora.ops.protocol import Backend
 from pylora.types import Array, Attn, Norm, Rotation, Seqs, brief
 
@@ -61,7 +62,7 @@ class AttentionCache:
 
     __repr__ = brief
 
-    x: Array | None  # [m, hidden], only if q, k or v has an adapter; may be taken out and put back
+    x: Array | None  # [m, hidden], only where `input_lora`; may be taken out and put back
     q: Array
     k: Array
     v: Array
@@ -134,12 +135,16 @@ class Attention:
 
     @property
     def input_lora(self) -> bool:
-        """Whether q, k or v has an adapter: then backward needs x."""
-        return any(p.lora is not None for p in self.inputs)
+        """Whether q, k or v has an adapter, or is trained itself: then backward needs x."""
+        return any(p.trained for p in self.inputs)
 
     @property
     def trainable(self) -> bool:
-        return self.input_lora or self.o_proj.lora is not None
+        return self.input_lora or self.o_proj.trained or self._norms_trained
+
+    @property
+    def _norms_trained(self) -> bool:
+        return trains(self.q_norm) or trains(self.k_norm)
 
     def _turn(
         self, x: Array, norm: Norm | None, rotation: Rotation | None
@@ -160,6 +165,7 @@ class Attention:
         rstd: Array | None,
         norm: Norm | None,
         rotation: Rotation | None,
+        grads: Grads,
     ) -> Array:
         """The backward of `_turn`; `raw` is its input, of which only a norm has need."""
         ops, D, r = self.ops, self.shape.head_dim, rotation
@@ -168,7 +174,7 @@ class Attention:
             dx = ops.rope(dx, r.cos, r.sin, r.position, D, r.layout, inverse=True, dtype=dtype)
         if norm is None or rstd is None:
             return dx
-        return norm_heads_backward(ops, dx, raw, norm, rstd, D, self.norms)
+        return through_heads(ops, dx, raw, norm, rstd, D, self.norms, grads)
 
     def _project(
         self, x: Array, norm: Norm | None, rotation: Rotation | None, drop: DropKey | None
@@ -246,7 +252,7 @@ class Attention:
         """dy [m, hidden] -> dx [m, hidden], without the residual; None unless `need_dx`."""
         c, seqs, rotation = cache, cache.seqs, cache.rotation
         *qkv_caches, o_cache = c.projections
-        need_qkv = need_dx or self.input_lora
+        need_qkv = need_dx or self.input_lora or self._norms_trained
         o_cache.x = c.o
         do = self.o_proj.backward(dy, o_cache, grads, need_dx=need_qkv, dtype=self.dtype)
         o_cache.x = None
@@ -260,8 +266,8 @@ class Attention:
             do, q, k, c.v, c.o, c.lse, seqs, self.shape, self.dtype
         )
         del do
-        dq = self._turn_back(dq, c.q, q_rstd, self.q_norm, rotation)
-        dk = self._turn_back(dk, c.k, k_rstd, self.k_norm, rotation)
+        dq = self._turn_back(dq, c.q, q_rstd, self.q_norm, rotation, grads)
+        dk = self._turn_back(dk, c.k, k_rstd, self.k_norm, rotation, grads)
         dys = [dq, dk, dv]
         if self.fused:
             dys = [join_qkv(dq, dk, dv, self.fused, self.shape, self.ops.xp)]

@@ -21,6 +21,7 @@ from pylora.model.expert_lora import ExpertParameter
 from pylora.model.experts import Experts, ExpertsCache
 from pylora.model.linear import DropKey, Grads, LoRALinear
 from pylora.model.mlp import MLP, MLPCache
+from pylora.model.normed import through_norm, trains
 from pylora.model.rope import Rope
 from pylora.model.tensors import norm_roles
 from pylora.model.weights import Weights, norm_of
@@ -115,7 +116,8 @@ class Block:
 
     @property
     def trainable(self) -> bool:
-        return self.attention.trainable or self.mlp.trainable
+        norms = self.norms.values()
+        return self.attention.trainable or self.mlp.trainable or any(map(trains, norms))
 
     def layer_weights(self) -> LayerWeights:
         """The weights as a backend's whole-model operation takes them."""
@@ -187,20 +189,26 @@ class Block:
 
     # ---- backward -----------------------------------------------------------------------------
 
-    def _part(self, dy: Array, norm: Norm | None, after: After | None) -> Array:
+    def _part(self, dy: Array, norm: Norm | None, after: After | None, grads: Grads) -> Array:
         """The gradient of what a sublayer gave, of that of the sum."""
         dy = self._scaled(dy)
         if norm is None or after is None:
             return dy
-        return self.ops.norm_backward(dy, after.y, norm, after.rstd)
+        return through_norm(self.ops, dy, after.y, norm, after.rstd, grads)
 
     def _through(
-        self, dn: Array | None, x: Array, norm: Norm | None, rstd: Array | None, add: Array
+        self,
+        dn: Array | None,
+        x: Array,
+        norm: Norm | None,
+        rstd: Array | None,
+        add: Array,
+        grads: Grads,
     ) -> Array:
         """add + the gradient through the norm before a sublayer; `add` is given away."""
         if norm is None:
             return add if dn is None else add + dn
-        return self.ops.norm_backward(dn, x, norm, rstd, add)
+        return through_norm(self.ops, dn, x, norm, rstd, grads, add)
 
     def backward(
         self, dy: Array, cache: BlockCache, grads: Grads, *, need_dx: bool = True
@@ -211,22 +219,27 @@ class Block:
         """
         c = cache
         second = (self.mid_norm or self.input_norm) if self.parallel else self.mid_norm
-        need_mid = need_dx or (self.attention.trainable and not self.parallel)
-        part = self._part(dy, self.after_mlp, c.after[1])
+        need_in = need_dx or trains(self.input_norm)  # what comes out of attention
+        need_mid = need_in or self.attention.trainable or trains(self.after_attention)
+        need_dn = (need_dx if self.parallel else need_mid) or trains(second)
+        part = self._part(dy, self.after_mlp, c.after[1], grads)
         if self.mlp.input_lora:
             c.mlp.x = self._normed(c.mid, second)
-        dn = self.mlp.backward(part, c.mlp, grads, need_dx=need_mid)  # type: ignore[arg-type]
+        dn = self.mlp.backward(part, c.mlp, grads, need_dx=need_dn)  # type: ignore[arg-type]
         c.mlp.x = None
         if self.parallel:
             return self._parallel_backward(dy, dn, cache, grads, need_dx)
+        if not need_dn:
+            return None
+        dmid = self._through(dn, c.mid, second, c.mlp.rstd, dy, grads)
         if not need_mid:
             return None
-        dmid = self._through(dn, c.mid, second, c.mlp.rstd, dy)
-        part = self._part(dmid, self.after_attention, c.after[0])
-        dn = self._attention_backward(part, c, grads, need_dx)
-        if not need_dx:
+        part = self._part(dmid, self.after_attention, c.after[0], grads)
+        dn = self._attention_backward(part, c, grads, need_in)
+        if not need_in:
             return None
-        return self._through(dn, c.x, self.input_norm, c.attention.rstd, dmid)
+        dx = self._through(dn, c.x, self.input_norm, c.attention.rstd, dmid, grads)
+        return dx if need_dx else None
 
     def _normed(self, x: Array, norm: Norm | None) -> Array:
         return x if norm is None else self.ops.norm_forward(x, norm, self.dtype)[0]
@@ -244,9 +257,12 @@ class Block:
         self, dy: Array, dmlp: Array | None, c: BlockCache, grads: Grads, need_dx: bool
     ) -> Array | None:
         """Both sublayers read the same x, through one norm or through two."""
-        part = self._scaled(dy)
-        dn = self._attention_backward(part, c, grads, need_dx)
-        if not need_dx:
-            return None
-        dx = self._through(dn, c.x, self.input_norm, c.attention.rstd, dy)
-        return self._through(dmlp, c.x, self.mid_norm or self.input_norm, c.mlp.rstd, dx)
+        part, second = self._scaled(dy), self.mid_norm or self.input_norm
+        need_in = need_dx or trains(self.input_norm)
+        dn = self._attention_backward(part, c, grads, need_in)
+        dx = dy
+        if need_in:
+            dx = self._through(dn, c.x, self.input_norm, c.attention.rstd, dx, grads)
+        if need_dx or trains(second):
+            dx = self._through(dmlp, c.x, second, c.mlp.rstd, dx, grads)
+        return dx if need_dx else None

@@ -1,4 +1,4 @@
-"""The frozen token embedding with an optional LoRA: a token's x is its one-hot row.
+"""The token embedding with an optional LoRA: a token's x is its one-hot row.
 
     y[i] = W[ids[i]] + scale (A[:, ids[i]] Bᵀ + bias_B)          A [r, vocab], B [hidden, r]
 
@@ -16,6 +16,7 @@ from pylora.errors import PlanError
 from pylora.model.linear import (
     Grads,
     LoRAGrad,
+    Own,
     add_grad,
     bias_grads,
     check_lora,
@@ -55,11 +56,17 @@ class Embedding:
         self.W: Packed = W if is_packed(W) else ops.pack(W, precision)
         self.vocab, self.hidden = (int(n) for n in self.W.shape)
         self._lora: LoRA | None = None
+        self.own: Own | None = None  # what of W is trained
         self._squares: Array | None = None  # of W's columns, once a magnitude asked for them
 
     def __repr__(self) -> str:
         adapter = "no adapter" if self._lora is None else f"adapter of rank {self._lora.rank}"
         return f"Embedding({self.path}: [{self.vocab}, {self.hidden}], {adapter})"
+
+    @property
+    def trained(self) -> bool:
+        """Whether backward has a gradient to compute here."""
+        return self._lora is not None or self.own is not None
 
     @property
     def lora(self) -> LoRA | None:
@@ -104,8 +111,11 @@ class Embedding:
         return y, EmbeddingCache(ids, h)
 
     def backward(self, dy: Array, cache: EmbeddingCache, grads: Grads) -> None:
-        """dB = scale dyᵀ h; dA adds scale (dy B) to the columns of the tokens that were seen."""
+        """dB = scale dyᵀ h; dA adds scale (dy B) to the columns of the tokens that were seen; dW
+        adds dy to their rows."""
         lora, ops, dm = self._lora, self.ops, None
+        if self.own is not None:
+            self.own.add_rows(ops, grads, cache.ids, dy, self.vocab)
         if lora is None:
             return
         if cache.lora is not None:

@@ -2,8 +2,8 @@
 
 y = sum over the chosen experts of weight * down(act(gate(x)) * up(x)); the weights are the softmax
 of the router's logits, of the chosen ones alone where the family says so. Experts run one after the
-other, each on its tokens. The router and the experts are frozen; backward goes through both, the
-choice itself having no gradient.
+other, each on its tokens. The experts are frozen, and so is the router unless it is trained itself;
+backward goes through both, the choice itself having no gradient.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from pylora.model.config import LlamaConfig
 from pylora.model.expert_lora import ExpertParameter
-from pylora.model.linear import DropKey, Grads, LinearCache, LoRALinear, is_packed
+from pylora.model.linear import DropKey, Grads, LinearCache, LoRALinear, Own, is_packed
 from pylora.model.weights import Weights
 from pylora.ops.llama import EXPERT
 from pylora.ops.llama import Experts as Mix
@@ -26,7 +26,7 @@ from pylora.types import Array, Norm, Projection, ProjectionGrad, brief
 class ExpertsCache:
     __repr__ = brief
 
-    x: Array | None  # None; see `Experts.input_lora`
+    x: Array | None  # [m, hidden], put there where the router is trained
     rstd: Array | None
     choice: Choice
     inner: list[tuple[Array, Array, Array, list[LinearCache]] | None]  # gate, up, out of each
@@ -51,6 +51,7 @@ class Experts:
         router = weights(f"{at}.{names.router}.weight")
         router = router if is_packed(router) else ops.pack(router)  # never rounded: it chooses
         self.mix = Mix(router, config.experts, config.experts_per_token, config.norm_expert_weights)
+        self.own: Own | None = None  # of the router, where it is trained
         self.experts: list[tuple[LoRALinear, ...]] = []
         for e in range(config.experts):
             made = []
@@ -77,12 +78,12 @@ class Experts:
 
     @property
     def input_lora(self) -> bool:
-        """Never: each expert keeps the rows that it was given."""
-        return False
+        """Whether backward needs x: for the router. Each expert keeps the rows it was given."""
+        return self.own is not None
 
     @property
     def trainable(self) -> bool:
-        return any(p.lora is not None for p in self.parameters)
+        return self.own is not None or any(p.lora is not None for p in self.parameters)
 
     def forward(
         self,
@@ -144,8 +145,13 @@ class Experts:
                 dx[rows] += back
         for parameter in self.parameters:
             parameter.gather(grads)
-        if not need_dx:
+        if not need_dx and self.own is None:
             return None
         dlogits = choose_backward(dw, choice, mix.normalize, ops.xp)
+        if self.own is not None:
+            assert cache.x is not None
+            self.own.add(ops, grads, dlogits, cache.x)
+        if not need_dx:
+            return None
         grad = ProjectionGrad(ops.xp.ascontiguousarray(dlogits), mix.router)
         return ops.linear_backward(None, [grad], add=dx)[0]

@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from pylora.model.linear import DropKey, Grads, LinearCache, LoRALinear
+from pylora.model.normed import through_norm, trains
 from pylora.ops.protocol import Backend
+from pylora.reference import IGNORE
 from pylora.types import Array, Norm, brief
 
 
@@ -57,14 +61,17 @@ class Head:
     def backward(
         self, dlogits: Array, cache: HeadCache, grads: Grads, need_dx: bool
     ) -> Array | None:
-        """dx [n, hidden], where it is needed; the gradient of lm_head's adapter into `grads`."""
+        """dx [n, hidden], where it is needed; the gradients of lm_head's adapter, and of what is
+        trained whole here, into `grads`."""
         if self.multiplier != 1 or self.cap:
             kept = dlogits if cache.capped is None else cache.capped
             dlogits = self.ops.soft_cap_backward(dlogits, kept, self.multiplier, self.cap)
-        dn = self.lm_head.backward(dlogits, cache.linear, grads, need_dx=need_dx)
-        if not need_dx:
+        need_dn = need_dx or trains(self.norm)
+        dn = self.lm_head.backward(dlogits, cache.linear, grads, need_dx=need_dn)
+        if dn is None:
             return None
-        return self.ops.norm_backward(dn, cache.x, self.norm, cache.rstd)
+        dx = through_norm(self.ops, dn, cache.x, self.norm, cache.rstd, grads)
+        return dx if need_dx else None
 
     def loss(
         self,
@@ -75,12 +82,41 @@ class Head:
         first_row: int,
         need_dx: bool,
         grads: Grads,
+        smoothing: float = 0.0,
     ) -> tuple[Array, Array | None]:
-        """nll and dx of some rows x [n, hidden] of the residual stream; no dx without a weight."""
+        """nll and dx of some rows x [n, hidden] of the residual stream; no dx without a weight.
+
+        With `smoothing` e of V tokens the label's share is 1 - e + e / V and each other's e / V:
+        the nll grows by e (z_label - mean z), as transformers' label_smoothing_factor has it.
+        """
         logits, cache = self.forward(x, drop, first_row)
-        if weight is None or not (need_dx or self.lm_head.lora is not None):
-            return self.ops.cross_entropy_forward(logits, labels)[0], None
+        added = self._smoothed(logits, labels, smoothing) if smoothing else None
+        if weight is None or not (need_dx or self.lm_head.trained or trains(self.norm)):
+            nll = self.ops.cross_entropy_forward(logits, labels)[0]
+            return nll if added is None else nll + added, None
         overwrite = cache.capped is None  # else backward reads them
         nll, _, dlogits = self.ops.cross_entropy(logits, labels, weight, overwrite=overwrite)
+        if added is not None:
+            nll = nll + added
+            self._spread(dlogits, labels, weight, smoothing)
         del logits
         return nll, self.backward(dlogits, cache, grads, need_dx)
+
+    def _smoothed(self, logits: Array, labels: Array, smoothing: float) -> Array:
+        """What smoothing adds to the nll of each row [n]; nothing where there is no label."""
+        xp = self.ops.xp
+        labels = xp.asarray(labels)
+        rows, counted = xp.arange(labels.size), labels != IGNORE
+        own = logits[rows, xp.where(counted, labels, 0)]
+        mean = logits.mean(axis=1, dtype=np.float64)
+        added = smoothing * (own - mean) * counted
+        return added.astype(logits.dtype)
+
+    def _spread(self, dlogits: Array, labels: Array, weight: Array, smoothing: float) -> None:
+        """Makes the gradient of the labels that of smoothed ones, in place."""
+        xp = self.ops.xp
+        labels, weight = xp.asarray(labels), xp.asarray(weight)
+        counted = labels != IGNORE
+        part = weight * dlogits.dtype.type(smoothing) * counted
+        dlogits -= (part / dlogits.dtype.type(dlogits.shape[1]))[:, None]
+        dlogits[xp.arange(labels.size), xp.where(counted, labels, 0)] += part

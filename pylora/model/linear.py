@@ -4,9 +4,9 @@
 
 An adapter with a magnitude (DoRA) rescales each output: see pylora.ops.dora. The lengths of the
 rows of W + scale B A are computed at each forward, since training changes A and B in place; of W
-alone they are computed once. W is packed once and never written. The adapter is plain data that may
-be set, swapped or taken away at any time; that copies nothing. Also here: the gradients of an
-adapter and the key that dropout is drawn from.
+alone they are computed once. W is packed once, and never changes unless it is trained itself
+(`Own`). The adapter is plain data that may be set, swapped or taken away at any time; that copies
+nothing. Also here: the gradients of an adapter and the key that dropout is drawn from.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from pylora.numbers import random
 from pylora.numbers.precision import Stored
 from pylora.ops.dora import rescaled
 from pylora.ops.protocol import Backend, Packed
+from pylora.ops.whole import weight_grad, wide
 from pylora.types import Array, Drop, LoRA, Projection, ProjectionGrad, brief
 
 
 @dataclass(eq=False)
 class LoRAGrad:
-    """Gradients of one module's adapter, shaped like its arrays; None where it has none."""
+    """Gradients of one module's adapter, shaped like its arrays; None where it has none. Of a
+    module that is trained whole (own.py): those of its `weight` and `bias`."""
 
     __repr__ = brief
 
@@ -36,10 +38,11 @@ class LoRAGrad:
     bias: Array | None = None
     base_bias: Array | None = None
     magnitude: Array | None = None
+    weight: Array | None = None
 
     def add(self, other: LoRAGrad) -> None:
         """Adds another gradient of the same module to this one, in place."""
-        for name in ("A", "B", "bias", "base_bias", "magnitude"):
+        for name in ("A", "B", "bias", "base_bias", "magnitude", "weight"):
             mine = getattr(self, name)
             if mine is not None:
                 mine += getattr(other, name)
@@ -50,7 +53,7 @@ Grads = dict[str, LoRAGrad]  # by module path
 
 @dataclass(frozen=True)
 class DropKey:
-    """Which dropout a training step draws: the same key drops the same elements on every backend.
+    """What a training step draws: the same key drops the same elements on every backend.
 
     A module's element is keyed by (seed, module path, step, row0 + row, column), so micro-batches
     of one step that state their first row as `row0` draw what the whole batch would.
@@ -59,9 +62,14 @@ class DropKey:
     seed: int
     step: int
     row0: int = 0
+    noise: float = 0.0  # alpha of the noise on the embeddings (model/noise.py)
 
     def __post_init__(self) -> None:
         random.check_seed(self.seed)
+
+    def from_row(self, row: int) -> DropKey:
+        """The key of a micro-batch whose first row is this one of the rows that have this key."""
+        return replace(self, row0=self.row0 + row)
 
     def of(self, path: str, lora: LoRA, first_row: int = 0) -> Drop | None:
         """The dropout of one module, of rows from `first_row` on; None if it has none."""
@@ -103,6 +111,39 @@ def is_packed(W: Any) -> bool:
     return hasattr(W, "precision")
 
 
+@dataclass(frozen=True, eq=False)
+class Own:
+    """What of a module is trained itself, beside or in place of an adapter (model/trained.py)."""
+
+    __repr__ = brief
+
+    path: str  # where its gradients go: a tied head's to the embedding
+    bias: bool = False
+    # Of a table of which single rows are trained, int64 [n]; None: all of the weight.
+    rows: Array | None = None
+    place: Array | None = None  # int64 [vocab]: the place of each row in `rows`, or n
+
+    def add(self, ops: Backend, grads: Grads, dy: Array, x: Array) -> None:
+        """Adds dW = dyᵀ x of the trained rows of W, and db, the sum of dy; x [m,k], dy [m,d]."""
+        grad = grads.setdefault(self.path, LoRAGrad(None, None))
+        some = dy if self.rows is None else dy[:, self.rows]
+        grad.weight = weight_grad(ops, some, x, grad.weight)
+        if self.bias:
+            total = wide(ops, dy).sum(axis=0)
+            grad.bias = total if grad.bias is None else grad.bias + total
+
+    def add_rows(self, ops: Backend, grads: Grads, ids: Array, dy: Array, vocab: int) -> None:
+        """The same of a table that rows ids [m] were taken from: dy [m, hidden]."""
+        grad = grads.setdefault(self.path, LoRAGrad(None, None))
+        dy = wide(ops, dy)
+        if self.rows is None or self.place is None:
+            dW = ops.embedding_backward(ids, dy, vocab)
+        else:
+            n = self.rows.size
+            dW = ops.embedding_backward(self.place[ops.xp.asarray(ids)], dy, n + 1)[:n]
+        grad.weight = dW if grad.weight is None else grad.weight + dW
+
+
 def nonzero(a: Array | None) -> bool:
     """Whether there is anything to add: adding zeros could turn a -0.0 into 0.0."""
     return a is not None and bool((a != 0).any())
@@ -141,11 +182,17 @@ class LoRALinear:
         if bias is not None and bias.shape != (self.d,):
             raise ShapeError(f"{path}: bias has shape {bias.shape}, expected ({self.d},)")
         self._lora: LoRA | None = None
+        self.own: Own | None = None  # what of W and bias is trained
         self._squares: Array | None = None  # of W's rows, once a magnitude asked for them
 
     def __repr__(self) -> str:
         adapter = "no adapter" if self._lora is None else f"adapter of rank {self._lora.rank}"
         return f"LoRALinear({self.path}: [{self.d}, {self.k}], {self.W.precision}, {adapter})"
+
+    @property
+    def trained(self) -> bool:
+        """Whether backward has a gradient to compute here, for which it needs x."""
+        return self._lora is not None or self.own is not None
 
     @property
     def lora(self) -> LoRA | None:
@@ -209,7 +256,7 @@ class LoRALinear:
         self.check_input(x)
         p = self.projection(drop, first_row, residual, dtype)
         [y], [cache] = forward_together(self.ops, x, [p])
-        cache.x = x if p.lora is not None else None
+        cache.x = x if self.trained else None
         return y, cache
 
     def check_input(self, x: Array) -> None:
@@ -289,7 +336,11 @@ def backward_together(
     dtype: Any = None,
 ) -> Array | None:
     """The backward of modules that read the same x: dx = add + the sum of the modules'; None unless
-    `need_dx`. `x` is needed where a module has an adapter."""
+    `need_dx`. `x` is needed where a module has an adapter, or is trained itself."""
+    for p, dy in zip(layers, dys, strict=True):
+        if p.own is not None:
+            assert x is not None
+            p.own.add(p.ops, grads, dy, x)
     trained = [
         (p, dy, c)
         for p, dy, c in zip(layers, dys, caches, strict=True)

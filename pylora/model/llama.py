@@ -16,7 +16,7 @@ import numpy as np
 
 from pylora import backends
 from pylora.errors import ShapeError, UnsupportedError, expect, wrong_type
-from pylora.model.attach import ARRAYS, Module, bring_back, check_fits, computed, place
+from pylora.model.attach import GRADS, Module, bring_back, check_fits, computed, place
 from pylora.model.attention import positions
 from pylora.model.block import Block
 from pylora.model.config import LlamaConfig
@@ -38,7 +38,8 @@ from pylora.model.weights import (
     source_of,
     weight_bytes,
 )
-from pylora.model.whole import HasWhole, check_whole, whole_of
+from pylora.model.whole import check_whole, whole_of
+from pylora.model.with_whole import HasWhole
 from pylora.numbers.precision import AUTO, QUANTIZED, Stored, check_precision, describe, fastest
 from pylora.ops.llama import LlamaOp
 from pylora.ops.protocol import Backend
@@ -128,7 +129,7 @@ class Llama(HasWhole):
         self.modules: dict[str, Module] = {names.embedding: self.embed_tokens}
         self.modules |= {p.path: p for block in self.blocks for p in block.linears}
         self.modules[names.head] = self.lm_head
-        self.whole, self._home = None, None
+        self.whole, self._home, self.trained = None, None, None
         self._adapter: Mapping[str, LoRA] | None = None
         self._steps = self.ops.repeated()
         self.placed: dict[str, LoRA] = {}  # its arrays, where the backend computes
@@ -219,7 +220,7 @@ class Llama(HasWhole):
         fit, DtypeError for arrays of another dtype than the model's; then nothing has changed.
         """
         self.check(adapter)
-        self._become(whole_of(adapter))
+        self._train_whole(new=self._become(whole_of(adapter)))
         placed = {path: place(lora, self.ops) for path, lora in adapter.items()}
         for path, module in self.modules.items():
             module.lora = placed.get(path)
@@ -230,6 +231,8 @@ class Llama(HasWhole):
         """Brings the attached adapter's numbers back into its own arrays, where they are copies."""
         for path, placed in self.placed.items():
             bring_back(placed, (self._adapter or {})[path], self.ops)
+        if self.trained is not None:
+            self.trained.collect(self.ops)
 
     def check(self, adapter: Mapping[str, LoRA]) -> None:
         """Raises what `attach` would for an adapter that does not fit; changes nothing."""
@@ -311,13 +314,15 @@ class Llama(HasWhole):
         drop: DropKey | None = None,
         grads: bool = True,
         recompute: bool = False,
+        smoothing: float = 0.0,
     ) -> tuple[Array, Grads | None]:
         """Negative log likelihood of each row's label [m], and the adapter's gradients.
 
         labels[i] is the token that row i must predict (already shifted); IGNORE (-100) is not
         counted and gives 0. The gradient is that of sum_i weight[i] * nll[i]; `weight` is an array
-        [m], a number, or None for 1 / number of labels. The head runs in chunks of rows, on rows
-        with a label only, so that no [m, vocab] array exists.
+        [m], a number, or None for 1 / number of labels. With `smoothing` that much of each label is
+        spread evenly over all tokens (`Head.loss`). The head runs in chunks of rows, on rows with a
+        label only, so that no [m, vocab] array exists.
         """
         ids = token_ids(ids, self.config.vocab_size)
         labels = token_ids(labels, self.config.vocab_size, labels=True)
@@ -332,16 +337,17 @@ class Llama(HasWhole):
         arrays = ids, positions(seqs), rows, labels[rows], weight[rows]
 
         def work(arrays: Sequence[Array], seqs: Seqs) -> dict[Any, Array]:
-            return self._loss(arrays, seqs, drop, grads, recompute)
+            return self._loss(arrays, seqs, drop, grads, recompute, smoothing)
 
-        key = self._repeats(rows.size, drop, recompute) if grads else None
+        plain = grads and not smoothing and not (drop is not None and drop.noise)
+        key = self._repeats(rows.size, drop, recompute) if plain else None
         found = self._steps.run(key, arrays, seqs, work)
         nll = found.pop("nll")
         if not grads:
             return nll, None
         out: Grads = {}
         for path in dict.fromkeys(path for path, _ in found):
-            out[path] = LoRAGrad(*(found.get((path, name)) for name in ARRAYS))
+            out[path] = LoRAGrad(*(found.get((path, name)) for name in GRADS))
         return nll, out
 
     def _repeats(self, n: int, drop: DropKey | None, recompute: bool) -> Hashable:
@@ -356,7 +362,7 @@ class Llama(HasWhole):
         looks = self.rope.by_length or self.config.experts > 0  # at lengths, at numbers
         if not some or not n or not plain or dropped or added or looks:
             return None
-        if self.embed_tokens.lora is not None:
+        if self.embed_tokens.lora is not None or self.trained:
             return None
         return *loras, recompute
 
@@ -367,6 +373,7 @@ class Llama(HasWhole):
         drop: DropKey | None,
         grads: bool,
         recompute: bool,
+        smoothing: float,
     ) -> dict[Any, Array]:
         """The nll [m] by the name "nll", and gradients by (path, name).
 
@@ -385,8 +392,9 @@ class Llama(HasWhole):
             b = min(a + step, n)
             some = x[a:b] if n == m else ops.take_rows(x, rows[a:b])
             nll_some, dx_some = self.head.loss(
-                some, labels[a:b], weight[a:b] if grads else None, drop, a, dx is not None, out
-            )
+                some, labels[a:b], weight[a:b] if grads else None, drop, a, dx is not None, out,
+                smoothing,
+            )  # fmt: skip
             ops.put_rows(nll, rows[a:b], nll_some.reshape(-1, 1))
             if dx is not None:
                 ops.put_rows(dx, rows[a:b], dx_some)
@@ -396,7 +404,7 @@ class Llama(HasWhole):
             self.trunk.backward(dx, trunk, out)
         found: dict[Any, Array] = {"nll": nll.reshape(m)}
         for path, grad in out.items():
-            each = {name: getattr(grad, name) for name in ARRAYS}
+            each = {name: getattr(grad, name) for name in GRADS}
             found |= {(path, name): a for name, a in each.items() if a is not None}
         return found
 

@@ -32,7 +32,7 @@ from pylora.types import Array, Norm, brief
 class MLPCache:
     __repr__ = brief
 
-    x: Array | None  # [m, hidden], only if gate or up has an adapter; may be taken out and put back
+    x: Array | None  # [m, hidden], only where `input_lora`; may be taken out and put back
     gate: Array  # [m, intermediate]; without a gate it is up, and `up` is None
     up: Array | None
     projections: tuple[LinearCache, ...]
@@ -78,12 +78,12 @@ class MLP:
 
     @property
     def input_lora(self) -> bool:
-        """Whether gate or up has an adapter: then backward needs x."""
-        return any(p.lora is not None for p in self.inputs)
+        """Whether gate or up has an adapter, or is trained itself: then backward needs x."""
+        return any(p.trained for p in self.inputs)
 
     @property
     def trainable(self) -> bool:
-        return self.input_lora or self.down_proj.lora is not None
+        return self.input_lora or self.down_proj.trained
 
     def _project(
         self, x: Array, norm: Norm | None, drop: DropKey | None
@@ -133,7 +133,7 @@ class MLP:
         *input_caches, down_cache = cache.projections
         gate, up, kind = cache.gate, cache.up, self.activation
         need_inner = need_dx or self.input_lora
-        if self.down_proj.lora is not None:
+        if self.down_proj.trained:
             down_cache.x = self.ops.activation_forward(gate, up, kind, self.dtype)
         dz = self.down_proj.backward(dy, down_cache, grads, need_dx=need_inner, dtype=self.dtype)
         down_cache.x = None

@@ -13,7 +13,8 @@ import numpy as np
 from pylora.errors import PyloraError
 from pylora.model.block import Block, BlockCache
 from pylora.model.embedding import Embedding, EmbeddingCache
-from pylora.model.linear import DropKey, Grads
+from pylora.model.linear import DropKey, Grads, Own
+from pylora.model.noise import neftune
 from pylora.model.rope import Rope
 from pylora.ops.llama import LayerWeights
 from pylora.ops.protocol import Packed
@@ -49,11 +50,13 @@ class Trunk:
         added to that."""
         self.embedding, self.blocks, self.rope = embedding, blocks, rope
         self.multiplier, self.positions = multiplier, positions
+        self.own: Own | None = None  # of the positions, where they are trained
 
     @property
     def lowest(self) -> int:
-        """The lowest layer with an adapter; -1: the embedding; number of layers: none of them."""
-        if self.embedding.lora is not None:
+        """The lowest layer with an adapter or a weight that is trained; -1: the embedding; number
+        of layers: none of them."""
+        if self.embedding.trained or self.own is not None:
             return -1
         trainable = (i for i, block in enumerate(self.blocks) if block.trainable)
         return next(trainable, len(self.blocks))
@@ -73,6 +76,11 @@ class Trunk:
             x = x * x.dtype.type(self.multiplier)
         if self.positions is not None:
             x = x + self.embedding.ops.embedding_forward(position, self.positions)
+        if drop is not None and drop.noise:
+            noise = neftune(
+                drop.noise, seqs, int(x.shape[1]), seed=drop.seed, step=drop.step, row0=drop.row0
+            )
+            x = x + self.embedding.ops.asarray(noise.astype(x.dtype, copy=False))
         rotations = self.rope.rotations(seqs, position)
         cache = TrunkCache(seqs, position, rotations, drop, embedding, [])
         for i, block in enumerate(self.blocks):
@@ -101,6 +109,9 @@ class Trunk:
                 )  # fmt: skip
             dx = block.backward(dx, one, grads, need_dx=i > lowest)
             del one
+        if self.own is not None:
+            size = int(self.positions.shape[0])
+            self.own.add_rows(self.embedding.ops, grads, cache.position, dx, size)
         if lowest < 0 and self.multiplier != 1:
             dx = dx * dx.dtype.type(self.multiplier)
         self.embedding.backward(dx, cache.embedding, grads)

@@ -17,9 +17,11 @@ from pylora.adapters.inits import check_head, doubled, taken, takes_from_base
 from pylora.adapters.loraconfig import LoraConfig
 from pylora.adapters.peft import base_weight
 from pylora.adapters.plan import Plan, PlanEntry, resolve
+from pylora.adapters.whole import fresh_whole
 from pylora.errors import ConfigError, UnsupportedError
 from pylora.model.llama import Llama
 from pylora.model.watch import watching
+from pylora.model.whole import Whole
 from pylora.numbers.precision import QUANTIZED
 from pylora.training.examples import Example
 from pylora.types import Array
@@ -76,16 +78,18 @@ def begin(
     trained; it computes exactly what the base does, but for rounding. "loftq": B A makes up for
     what the model's precision takes from `base`, as far as the rank goes. "eva": A has the
     directions in which the inputs of `examples` vary, B = 0. Experts' parameters and embeddings
-    are refused. `resolve`'s errors, and those of `check_init`.
+    are refused. What the settings train whole begins as in `base`. `resolve`'s errors, and those of
+    `check_init` and `fresh_whole`.
     """
     check_init(how, config, model.precision)
+    whole = fresh_whole(config, model.home_config, base)
     if config.use_dora:  # its lengths are those of the weights that the model computes with
         base = model.load
     if how in ("kaiming", "gaussian"):
         init = config.init_lora_weights if how == "kaiming" else how
         config = dataclasses.replace(config, init_lora_weights=init)
         plan = resolve(config, model.config.modules())
-        return Adapter.init(plan, config, seed, base=base)
+        return Adapter.init(plan, config, seed, base=base, whole=whole)
     config = dataclasses.replace(config, init_lora_weights=True)
     plan = resolve(config, model.config.modules())
     for e in plan.entries:
@@ -94,8 +98,8 @@ def begin(
                 f"{e.path}: init {how} is for linear modules; leave it out of the targets"
             )
     if how in ("pissa", "olora"):
-        return _taken(how, config, plan, model, base, seed)
-    adapter = Adapter.init(plan, config, seed, base=base)
+        return _taken(how, config, plan, model, base, seed, whole)
+    adapter = Adapter.init(plan, config, seed, base=base, whole=whole)
     if how == "loftq":
         _loftq(adapter, model, base)
     else:
@@ -104,11 +108,18 @@ def begin(
 
 
 def _taken(
-    how: str, config: LoraConfig, plan: Plan, model: Llama, base: Load, seed: int
+    how: str,
+    config: LoraConfig,
+    plan: Plan,
+    model: Llama,
+    base: Load,
+    seed: int,
+    whole: Whole | None,
 ) -> Adapter:
     check_head(model.config, plan, how)
     new = doubled(config)
-    adapter = Adapter.init(resolve(new, model.config.modules()), new, seed, base=base)
+    modules = model.config.modules()
+    adapter = Adapter.init(resolve(new, modules), new, seed, base=base, whole=whole)
     for e in plan.entries:
         A, B = taken(how, base_weight(base, e.path), e)
         low = adapter[e.path]

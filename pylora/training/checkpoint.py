@@ -155,11 +155,12 @@ def _progress(file: Path, value: Any) -> Progress:
 def fingerprint(model: Any) -> str:
     """sha256 (hex) of the base model: its configuration, and of each weight the shape and up to
     65536 evenly spaced elements. Equal on every backend; the adapter does not count."""
+    ops, model = model.ops, model.home
     h = hashlib.sha256(json.dumps(model.config.to_hf(), sort_keys=True).encode())
     seen: set[int] = set()  # a tied head is the embedding's weight
 
     def take(name: str, array: Any) -> None:
-        flat = model.ops.to_numpy(array).reshape(-1)
+        flat = ops.to_numpy(array).reshape(-1)
         h.update(f"{name} {array.shape} {array.dtype}".encode())
         h.update(np.ascontiguousarray(flat[:: max(1, flat.size // 65536)]).tobytes())
 
@@ -167,7 +168,7 @@ def fingerprint(model: Any) -> str:
         if not hasattr(module, "W"):  # experts: below
             continue
         if id(module.W) not in seen:
-            take(path, model.ops.unpack(module.W))
+            take(path, ops.unpack(module.W))
         seen.add(id(module.W))
         if getattr(module, "bias", None) is not None:
             take(f"{path}.bias", module.bias)
@@ -177,11 +178,11 @@ def fingerprint(model: Any) -> str:
             if norm.b is not None:
                 take(f"{i}.{name}.bias", norm.b)
         if block.router is not None:
-            take(f"{i}.router", model.ops.unpack(block.router))
+            take(f"{i}.router", ops.unpack(block.router))
             for n, expert in enumerate(block.mlp.numbered):
-                take(f"{i}.experts.{n}", model.ops.unpack(expert.W))
+                take(f"{i}.experts.{n}", ops.unpack(expert.W))
     if model.trunk.positions is not None:
-        take("positions", model.ops.unpack(model.trunk.positions))
+        take("positions", ops.unpack(model.trunk.positions))
     take("norm", model.norm.w)
     return h.hexdigest()
 

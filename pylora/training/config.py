@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pylora.errors import ConfigError
-from pylora.training.schedule import SCHEDULES
+from pylora.training.schedule import ALIASES, SCHEDULES, named
 from pylora.types import brief
 
 # Settings that say when to look and what to keep. A run may be resumed with other values of these.
@@ -18,6 +19,19 @@ _BESIDE_THE_POINT = frozenset(
         "eval_every", "save_every", "save_minutes", "log_every", "keep", "best_by", "patience",
     }
 )  # fmt: skip
+
+# That checkpoints of older versions say nothing of.
+_NEWER = frozenset(
+    {
+        "decay_steps", "cycles", "optimizer", "label_smoothing_factor", "neftune_noise_alpha",
+        "rank_dropout",
+    }
+)  # fmt: skip
+# What an optimizer is called here and elsewhere -> which it is.
+OPTIMIZERS = {
+    "adamw": "adamw", "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw",
+    "adamw_8bit": "adamw_8bit", "adamw_bnb_8bit": "adamw_8bit", "adamw8bit": "adamw_8bit",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,15 +53,21 @@ class TrainConfig:
     accumulation: int = 1  # micro-batches per step
     packing: bool = False
     max_tokens: int | None = None  # per micro-batch; needed by packing
-    schedule: str = "cosine"  # or "linear", "constant"
+    schedule: str = "cosine"  # see schedule.py
     warmup_steps: int = 0
     floor: float = 0.0  # the rate at the end, as a fraction of learning_rate
+    decay_steps: int | None = None  # of warmup_stable_decay; None: a fifth of the run
+    cycles: int | None = None  # of cosine_with_restarts; None: 2
+    optimizer: str = "adamw"  # or "adamw_8bit": a quarter of its memory (optimizer8.py)
     weight_decay: float = 0.0  # decoupled (AdamW), of A and B, never of biases
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
     max_grad_norm: float | None = 1.0  # the global gradient norm is clipped to this; None: not
     lora_plus_ratio: float = 1.0  # the rate of B is this times that of A (Hayou et al. 2024)
+    label_smoothing_factor: float = 0.0  # how much of each label is spread over all tokens
+    neftune_noise_alpha: float = 0.0  # of the noise on embeddings (model/noise.py); 0: none
+    rank_dropout: float = 0.0  # how often a step goes without a rank of a module (rankdrop.py)
     recompute: bool = False  # gradient checkpointing: less memory, one more forward pass
     seed: int = 0  # of the order of the examples and of dropout
     log_every: int = 1  # steps between lines of the log
@@ -61,7 +81,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulation", "log_every", "keep"):
             self._integer(name, at_least=1)
-        for name in ("epochs", "steps", "max_tokens", "eval_every", "save_every", "patience"):
+        for name in (
+            "epochs", "steps", "max_tokens", "eval_every", "save_every", "patience",
+            "decay_steps", "cycles",
+        ):  # fmt: skip
             if getattr(self, name) is not None:
                 self._integer(name, at_least=1)
         self._integer("warmup_steps", at_least=0)
@@ -82,12 +105,17 @@ class TrainConfig:
         self._number("lora_plus_ratio", above=0)
         if self.max_grad_norm is not None:
             self._number("max_grad_norm", above=0)
-        if self.schedule not in SCHEDULES:
-            near = difflib.get_close_matches(str(self.schedule), SCHEDULES, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(
-                f"schedule is {self.schedule!r}; it must be one of {', '.join(SCHEDULES)}{hint}"
-            )
+        for name in ("label_smoothing_factor", "rank_dropout"):
+            self._number(name, at_least=0, below=1)
+        self._number("neftune_noise_alpha", at_least=0)
+        object.__setattr__(self, "schedule", named(self.schedule))
+        object.__setattr__(self, "optimizer", OPTIMIZERS.get(str(self.optimizer), self.optimizer))
+        self._one_of("schedule", SCHEDULES, ALIASES)
+        self._one_of("optimizer", tuple(dict.fromkeys(OPTIMIZERS.values())), OPTIMIZERS)
+        if self.decay_steps is not None and self.schedule != "warmup_stable_decay":
+            raise ConfigError(f"decay_steps is for warmup_stable_decay, not for {self.schedule}")
+        if self.cycles is not None and self.schedule != "cosine_with_restarts":
+            raise ConfigError(f"cycles is for cosine_with_restarts, not for {self.schedule}")
         if self.best_by is not None and (not isinstance(self.best_by, str) or not self.best_by):
             raise ConfigError(f"best_by is {self.best_by!r}; it must be 'loss' or a metric's name")
         if self.patience is not None and self.best_by is None:
@@ -103,6 +131,13 @@ class TrainConfig:
             raise ConfigError(
                 f"warmup_steps is {self.warmup_steps}, but the run has only {self.steps} steps"
             )
+
+    def _one_of(self, name: str, known: Sequence[str], also: Iterable[str]) -> None:
+        value = getattr(self, name)
+        if value not in known:
+            near = difflib.get_close_matches(str(value), [*known, *also], 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(known)}{hint}")
 
     def _integer(self, name: str, *, at_least: int) -> None:
         value = getattr(self, name)
@@ -141,5 +176,13 @@ class TrainConfig:
         return dataclasses.asdict(self)
 
     def identity(self) -> dict[str, Any]:
-        """The fields that decide the numbers of a run: all but when to log, evaluate and save."""
-        return {k: v for k, v in self.to_json().items() if k not in _BESIDE_THE_POINT}
+        """The fields that decide the numbers of a run: all but when to log, evaluate and save.
+
+        Those that older runs did not know are left out where they change nothing."""
+        blank = TrainConfig.__dataclass_fields__
+        return {
+            name: value
+            for name, value in self.to_json().items()
+            if name not in _BESIDE_THE_POINT
+            and not (name in _NEWER and value == blank[name].default)
+        }

@@ -1,13 +1,14 @@
 """AdamW over the arrays of an adapter, in place, with LoRA+ rates and clipping by the global norm.
 
 The moments are float32 arrays where the parameters are, by the same names:
-"<module path>.A", ".B", ".bias" (of B), ".base_bias" and ".magnitude" (of DoRA).
+"<module path>.A", ".B", ".bias" (of B), ".base_bias" and ".magnitude" (of DoRA); of whole weights
+the names of their tensors, "<module path>.weight" and ".bias".
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ def trainable(adapter: Mapping[str, LoRA]) -> dict[str, Array]:
         for field in ARRAYS
         if getattr(lora, field) is not None and getattr(lora, field).size
     }
-    found |= getattr(adapter, "beside", {})  # a head's matrix (objectives/headed.py)
+    found |= getattr(adapter, "beside", {})  # whole weights; a head (objectives/headed.py)
     if not found:
         raise PlanError("the adapter has no modules, so there is nothing to train")
     for name, array in found.items():
@@ -58,9 +59,10 @@ def gradients(grads: Mapping[str, Any], names: Mapping[str, Array]) -> dict[str,
 class Optimizer:
     """The moments of a run and the update rule.
 
-    Rates: A and biases lr, B and magnitudes lora_plus_ratio * lr (Hayou et al. 2024, "LoRA+"; PEFT
-    puts the magnitudes there). Weight decay is decoupled (Loshchilov & Hutter 2019) and applies to
-    A, B and magnitudes, not to biases: as transformers' Trainer has it.
+    Rates: A, biases and whole weights lr, B and magnitudes lora_plus_ratio * lr (Hayou et al. 2024,
+    "LoRA+"; PEFT puts the magnitudes there). Weight decay is decoupled (Loshchilov & Hutter 2019)
+    and applies to A, B, magnitudes and whole matrices, not to biases and norms: as transformers'
+    Trainer has it.
     """
 
     def __init__(self, ops: Any, parameters: dict[str, Array], config: TrainConfig) -> None:
@@ -89,8 +91,12 @@ class Optimizer:
                 weight_decay=c.weight_decay if decays else 0.0,
                 grad_scale=scale,
             )
-            updates.append((p, grads[name], self.m[name], self.v[name], settings))
-        self.ops.adamw_steps(updates)
+            updates.append((name, p, grads[name], settings))
+        self.apply(updates)
+
+    def apply(self, updates: Sequence[tuple[str, Array, Array, AdamW]]) -> None:
+        """AdamW's step on each (name, parameter, gradient, settings)."""
+        self.ops.adamw_steps([(p, g, self.m[n], self.v[n], o) for n, p, g, o in updates])
 
     def state(self) -> dict[str, np.ndarray]:
         """The moments as "m.<name>" and "v.<name>", on the host."""

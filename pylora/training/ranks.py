@@ -17,7 +17,6 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from pylora.errors import ConfigError
-from pylora.model.attach import ARRAYS
 from pylora.model.linear import Grads, LoRAGrad
 
 T = TypeVar("T")
@@ -111,10 +110,10 @@ def total_gradients(
     micro-batches; those that a micro-batch does not have (experts that it did not choose) are
     passed over, as one process would.
 
-    `like` is the adapter that is trained: its arrays say names and shapes.
+    `like`: the arrays that are trained, by parameter name ("<module path>.<field of LoRAGrad>").
     """
-    names = [(p, f) for p, lora in like.items() for f in ARRAYS if getattr(lora, f) is not None]
-    shapes = [tuple(getattr(like[p], f).shape) for p, f in names]
+    names = [(p, f) for p, _, f in (name.rpartition(".") for name in like)]
+    shapes = [tuple(array.shape) for array in like.values()]
     sizes = [int(np.prod(s)) for s in shapes]
     found = [[_array(grads, p, f) for p, f in names] for grads in mine]
     there = [[a is not None for a in row] for row in found]

@@ -34,10 +34,12 @@ from pylora.training.held import Held
 from pylora.training.info import StepInfo, TrainResult
 from pylora.training.log import Interrupts, Log, step_line
 from pylora.training.objectives.base import NextToken, Objective
-from pylora.training.optimizer import Optimizer, gradients, trainable
+from pylora.training.optimizer import gradients, trainable
+from pylora.training.optimizer8 import optimizer_of
 from pylora.training.places import ADAPTER, LOG, check_out_dir
+from pylora.training.rankdrop import RankDropout
 from pylora.training.ranks import ALONE, Ranks, check_share, same_everywhere
-from pylora.training.schedule import learning_rate
+from pylora.training.schedule import decay_of, learning_rate
 from pylora.training.step import step_gradients
 from pylora.training.watching import Measure, Watch, bests, remove_bests
 from pylora.types import LoRA
@@ -100,7 +102,12 @@ def train(
         wrong_type("train(on_step=...)", "a function of one StepInfo", on_step)
     config = config or TrainConfig()
     if objective is None or isinstance(objective, NextToken):
-        objective = NextToken(ranks)
+        objective = NextToken(ranks, config.label_smoothing_factor)
+    elif config.label_smoothing_factor:
+        raise ConfigError(
+            f"label_smoothing_factor is for the next token (sft); objective {objective.name} has "
+            "no labels to smooth with it"
+        )
     elif ranks.size > 1:
         raise ConfigError(
             f"objective {objective.name} is trained by one process; {ranks.size} were started"
@@ -142,7 +149,7 @@ class _Run:
         self.ranks, self.watch = ranks, watch
         self.model, self.adapter, self.examples = model, adapter, examples
         self.config, self.out_dir, self.objective = config, out_dir, objective
-        self.optimizer = Optimizer(model.ops, self._trained(), config)
+        self.optimizer = optimizer_of(model.ops, self._trained(), config)
         self.held = Held(getattr(adapter, "held", {}), self.optimizer.parameters)
         self.progress = Progress()
         self.saved = 0  # step of the newest checkpoint
@@ -154,6 +161,7 @@ class _Run:
             raise ConfigError(
                 f"warmup_steps is {config.warmup_steps}, but the run has only {self.steps} steps"
             )
+        decay_of(self.steps, config.warmup_steps, config.decay_steps)  # refuses what is too long
 
     def _epoch(self, epoch: int) -> list[Step]:
         c = self.config
@@ -201,6 +209,10 @@ class _Run:
                 f"adapter of {path}": f"rank {lora.rank}, scale {lora.scale!r}, "
                 f"dropout {lora.dropout!r}"
                 for path, lora in self.adapter.items()
+            },
+            **{
+                f"whole {name}": f"{list(array.shape)}"
+                for name, array in getattr(self.model.whole, "trained", {}).items()
             },
         }
 
@@ -268,7 +280,8 @@ class _Run:
 
     def _trained(self) -> dict[str, Any]:
         """The arrays that are trained, where the backend computes."""
-        return {**trainable(self.model.placed), **self.objective.parameters(self.model)}
+        beside = {**self.model.whole_arrays, **self.objective.parameters(self.model)}
+        return {**trainable(self.model.placed), **beside}
 
     def prepare(self, examples: Sequence[Any]) -> None:
         """What the objective computes once."""
@@ -388,10 +401,14 @@ class _Run:
         c, p, began = self.config, self.progress, time.perf_counter()
         number = p.step + 1
         assert c.learning_rate is not None  # settled
-        loss, rows, grads = self.objective.gradients(
-            self.model, self.examples, step, DropKey(c.seed, number), c.recompute
-        )
+        drop = DropKey(c.seed, number, noise=c.neftune_noise_alpha)
+        ranks = self._rank_dropout(number)
+        with ranks.applied():
+            loss, rows, grads = self.objective.gradients(
+                self.model, self.examples, step, drop, c.recompute
+            )
         named = gradients(grads, self.optimizer.parameters)
+        ranks.through(named)
         self.held.clear(named)
         norm = self.optimizer.norm(named)
         rate = learning_rate(
@@ -401,11 +418,14 @@ class _Run:
             schedule=c.schedule,
             warmup_steps=c.warmup_steps,
             floor=c.floor * c.learning_rate,
+            decay_steps=c.decay_steps,
+            cycles=c.cycles,
         )
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(self._diverged(number, loss, norm, rate))
         self.optimizer.update(named, norm, number, rate)
         self.held.restore(self.optimizer.parameters)
+        self.model.renew()
         seconds = time.perf_counter() - began
         p.step, p.position, p.tokens = number, p.position + 1, p.tokens + rows
         p.seconds += seconds
@@ -423,6 +443,11 @@ class _Run:
             seconds=p.seconds,
             evaluation=None,
         )
+
+    def _rank_dropout(self, step: int) -> RankDropout:
+        c, held = self.config, getattr(self.adapter, "held", {})
+        xp, arrays = self.model.ops.xp, self.optimizer.parameters
+        return RankDropout(c.rank_dropout, arrays, held, seed=c.seed, step=step, xp=xp)
 
     def _diverged(self, step: int, loss: float, norm: float, rate: float) -> str:
         if self.out_dir is None:

@@ -6,9 +6,8 @@ The same for chat, completions and llama.cpp's completion; what differs is how t
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ from pylora.web import log, wire
 from pylora.web.ask import Asked
 from pylora.web.choice import Choice, Piece
 from pylora.web.fields import Record
-from pylora.web.flight import Flight, ended_badly
+from pylora.web.flight import Flight, Heard, ended_badly
 from pylora.web.house import House
 from pylora.web.keys import Key
 from pylora.web.landing import landing
@@ -29,6 +28,7 @@ from pylora.web.metrics import label
 from pylora.web.problem import Problem
 from pylora.web.shapes import Completion, Shape
 
+Event = dict[str, Any]
 _IDLE = 15.0  # seconds without a token, after which a comment keeps the connection open
 
 
@@ -47,7 +47,7 @@ class Course:
 
     def __init__(self, house: House, way: Way, who: Key, note: log.Note) -> None:
         self.house, self.way, self.who, self.note = house, way, who, note
-        self.flight = Flight(house.engine, asyncio.get_running_loop())
+        self.flight = Flight(house.engine, house.bell())
         self.began = time.monotonic()
         self.asked: Asked
         self.choices: list[Choice] = []
@@ -66,16 +66,14 @@ class Course:
         self.note.adapter, self.note.prompt = label(asked.adapters), self.prompt_tokens
         self.flight.submit(asked.requests)
 
-    async def pieces(self) -> AsyncIterator[tuple[Choice, Piece, bool] | None]:
-        """(an answer, what became certain of it, whether that is its end); None: still waiting."""
-        async for heard in self.flight.events(_IDLE):
-            if heard is None:
-                yield None
-                continue
-            choice, event = self.choices[heard[0]], heard[1]
+    def pieces(self, heard: Iterable[Heard]) -> Iterator[tuple[Choice, Piece, bool]]:
+        """(an answer, what became certain of it, whether that is its end) by what was heard."""
+        for i, event in heard:
+            choice = self.choices[i]
             if isinstance(event, Token):
+                ended = choice.ended
                 piece = choice.take(event, self.asked.logs)
-                if choice.ended:
+                if choice.ended and not ended:
                     self.flight.cancel(choice.number)
                 yield choice, piece, False
                 continue
@@ -110,36 +108,40 @@ class Course:
     async def whole(self) -> dict[str, Any]:
         """The answer in one."""
         said = [Piece() for _ in self.choices]
-        async for found in self.pieces():
-            if found is not None:
-                choice, piece, _ = found
+        async for heard in self.flight.events():
+            for choice, piece, _ in self.pieces(heard or ()):
                 all_of = said[choice.number]
                 all_of.text += piece.text
                 all_of.entries += piece.entries
                 all_of.calls += piece.calls
         return self.shape.whole(self.choices, said, self.usage())
 
-    async def events(self) -> AsyncIterator[Mapping[str, Any] | None]:
-        """The answer in pieces."""
+    async def events(self) -> AsyncIterator[list[Event] | None]:
+        """The answer in pieces, as many as there are at a time."""
         opened: set[int] = set()
-        async for found in self.pieces():
-            if found is None:
+        async for heard in self.flight.events(_IDLE):
+            if heard is None:
                 yield None
                 continue
-            choice, piece, last = found
-            if choice.number not in opened:
-                opened.add(choice.number)
-                for event in self.shape.opening(choice):
-                    yield event
-            if last:
-                for event in self.shape.closing(choice, piece):
-                    yield event
-            elif piece:
-                for event in self.shape.piece(choice, piece):
-                    yield event
+            events: list[Event] = []
+            try:
+                for choice, piece, last in self.pieces(heard):
+                    if choice.number not in opened:
+                        opened.add(choice.number)
+                        events += self.shape.opening(choice)
+                    if last:
+                        events += self.shape.closing(choice, piece)
+                    elif piece:
+                        events += self.shape.piece(choice, piece)
+            except Problem:
+                if events:  # what came before is said before
+                    yield events
+                raise
+            if events:
+                yield events
         used = self.shape.used(self.usage())
         if used is not None:
-            yield used
+            yield [used]
 
     async def send(self, send: Send) -> None:
         """The response. Whoever hangs up cancels this, and with it the requests."""

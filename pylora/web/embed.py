@@ -8,7 +8,6 @@ adapters that the request names, with the bits that each text has alone.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import time
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ import numpy as np
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from pylora.serving.request import Done, Pooled, Request
+from pylora.serving.request import Done, Event, Pooled, Request
 from pylora.web import log, wire
 from pylora.web.ask import prompts_of
 from pylora.web.flight import Flight, ended_badly
@@ -35,7 +34,7 @@ class _Job:
 
     def __init__(self, house: House, who: Key, note: log.Note) -> None:
         self.house, self.who, self.note = house, who, note
-        self.flight = Flight(house.engine, asyncio.get_running_loop())
+        self.flight = Flight(house.engine, house.bell())
         self.model, self.encoding, self.adapters = "", "float", ""
         self.rows: list[np.ndarray | None] = []
         self.tokens = 0
@@ -83,20 +82,22 @@ class _Job:
     async def hear(self) -> None:
         """Waits for all rows. Problem where one does not come."""
         async for heard in self.flight.events():
-            if heard is None:
-                continue
-            i, event = heard
-            if isinstance(event, Pooled):
-                self.rows[i] = event.row
-            if isinstance(event, Done):
-                self.house.metrics.answer(self.adapters, event.reason, event.usage)
-                if event.reason == "deadline":
-                    raise Problem(
-                        408, "the server's time for one request is over", code="request_timeout"
-                    )
-            problem = ended_badly(event)
-            if problem is not None:
-                raise problem
+            for i, event in heard or ():
+                self._take(i, event)
+
+    def _take(self, i: int, event: Event) -> None:
+        """One event of one text. Problem where its row does not come."""
+        if isinstance(event, Pooled):
+            self.rows[i] = event.row
+        if isinstance(event, Done):
+            self.house.metrics.answer(self.adapters, event.reason, event.usage)
+            if event.reason == "deadline":
+                raise Problem(
+                    408, "the server's time for one request is over", code="request_timeout"
+                )
+        problem = ended_badly(event)
+        if problem is not None:
+            raise problem
 
     def answer(self) -> Mapping[str, Any]:
         """OpenAI's object."""

@@ -1,6 +1,7 @@
 """The requests of one body on their way through the engine, and what comes of them, in order.
 
 Events come on the engine's thread and are handed to the event loop; nothing else is done there.
+Tokens that come faster than eyes follow are given out together, since each time costs as much.
 Whoever stops listening cancels what has not ended, so that no token is computed for nobody.
 """
 
@@ -9,7 +10,6 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
 from functools import partial
 
 from pylora.serving.engine import Engine, Ticket
@@ -20,20 +20,26 @@ from pylora.serving.request import (
     Failed,
     QueueFull,
     Request,
+    Token,
     UnknownAdapter,
 )
+from pylora.web.bell import Bell
 from pylora.web.problem import Problem, busy, closing
 
 Heard = tuple[int, Event]
+REST = 1 / 60  # seconds: as long as a screen shows one picture
 
 
 class Flight:
     """`submit` in any thread; then `events` on the loop; `close` always."""
 
-    def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop) -> None:
-        self._engine, self._loop = engine, loop
+    def __init__(self, engine: Engine, bell: Bell) -> None:
+        self._engine, self._bell, self._loop = engine, bell, bell.loop
         self._heard: deque[Heard] = deque()  # appended to on the engine's thread
         self._asleep: asyncio.Future[bool] | None = None  # whoever waits for more
+        self._resting = False  # whether more tokens may wait for those behind them
+        self._urgent = False  # an end was heard: that waits for nothing
+        self._due = 0.0  # when the next tokens are given out
         self._tickets: list[Ticket] = []
         self._open: set[int] = set()
         self._closed = False
@@ -61,33 +67,53 @@ class Flight:
 
     def _hear(self, i: int, event: Event) -> None:
         self._heard.append((i, event))
-        if self._asleep is not None:
-            with suppress(RuntimeError):  # the loop has ended before the engine
-                self._loop.call_soon_threadsafe(self._wake, True)
+        last = isinstance(event, (Done, Failed))
+        self._urgent = self._urgent or last
+        if self._asleep is not None and (last or not self._resting):
+            self._bell.ring(self._wake)
 
-    def _wake(self, heard: bool) -> None:
+    def _wake(self, heard: bool = True) -> None:
         if self._asleep is not None and not self._asleep.done():
             self._asleep.set_result(heard)
 
-    async def events(self, patience: float | None = None) -> AsyncIterator[Heard | None]:
-        """(number of the request, event), until all have ended. With `patience`, None whenever
-        nothing was heard for so many seconds. Others have their turn between any two batches."""
+    async def events(self, patience: float | None = None) -> AsyncIterator[list[Heard] | None]:
+        """(number of the request, event), in order, as many as have come, until all have ended.
+        With `patience`, None whenever nothing was heard for so many seconds. The first token is
+        given out at once, those behind it every `REST` seconds. Others have their turn between."""
         while self._open:
-            await asyncio.sleep(0)
-            for _ in range(len(self._heard)):
-                found = self._heard.popleft()
-                if isinstance(found[1], (Done, Failed)):
-                    self._open.discard(found[0])
-                yield found
-            if self._open and not await self._more(patience):
+            if not await self._more(patience):
                 yield None
+                continue
+            self._urgent = False
+            found = [self._heard.popleft() for _ in range(len(self._heard))]
+            for i, event in found:
+                if isinstance(event, (Done, Failed)):
+                    self._open.discard(i)
+                elif isinstance(event, Token):
+                    self._due = self._loop.time() + REST
+            if found:
+                yield found
 
     async def _more(self, patience: float | None) -> bool:
         """Waits until something is heard; False if nothing was for so long."""
+        if self._due > self._loop.time() and not self._urgent:
+            self._resting = True
+            await self._sleep(self._due)
+            self._resting = False
+        else:
+            await asyncio.sleep(0)
+        if self._heard:
+            return True
+        return await self._sleep(None if patience is None else self._loop.time() + patience)
+
+    async def _sleep(self, until: float | None) -> bool:
+        """Waits until woken; False if it was by the clock."""
         self._asleep = self._loop.create_future()  # from here on `_hear` wakes it
-        late = None if patience is None else self._loop.call_later(patience, self._wake, False)
+        late = None if until is None else self._loop.call_at(until, self._wake, False)
         try:
-            return True if self._heard else await self._asleep
+            if self._urgent or (self._heard and not self._resting):
+                return True
+            return await self._asleep
         finally:
             self._asleep = None
             if late is not None:

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
 from pylora.serving.engine import Engine
+from pylora.web.bell import Bell
 from pylora.web.grammars import Grammars
 from pylora.web.keys import Keys
 from pylora.web.limits import Limits
@@ -58,6 +59,7 @@ class House:
         self._steps = (0, time.monotonic())
         self.ending = False  # set when no new requests are taken
         self._own: dict[int, tuple[Tokenizer, Grammars]] = {}
+        self._bell: Bell | None = None
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(_ASIDE, "pylora-aside")
 
@@ -79,6 +81,13 @@ class House:
         if self.ending:
             raise closing()
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def bell(self) -> Bell:
+        """Of the event loop that this is called on."""
+        loop = asyncio.get_running_loop()
+        if self._bell is None or self._bell.loop is not loop:
+            self._bell = Bell(loop)
+        return self._bell
 
     def stuck(self) -> bool:
         """Whether there is work, and the engine has made no step for long."""

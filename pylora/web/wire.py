@@ -21,7 +21,7 @@ from pylora.web.problem import Problem, malformed
 
 _CHARSET = re.compile(r'charset\s*=\s*"?([^\s";]+)')
 _PATIENCE = 60.0  # seconds for a body to come
-Events = AsyncIterator[Mapping[str, Any] | None]
+Events = AsyncIterator[list[dict[str, Any]] | None]
 
 
 async def read_bytes(request: Request, limit: int) -> bytes:
@@ -175,12 +175,12 @@ async def send_events(
     headers: Mapping[str, str],
     broke: Callable[[Problem], None] = lambda problem: None,
 ) -> None:
-    """Events as a stream; None keeps the connection open. A Problem that comes on the way is the
-    last event, and `broke` hears of it. One that comes before the first event is raised: nothing
-    has been sent then."""
-    first: list[Mapping[str, Any] | None] = []
-    async for event in events:
-        first.append(event)
+    """Events as a stream, those of a list at once; None keeps the connection open. A Problem that
+    comes on the way is the last event, and `broke` hears of it. One that comes before the first
+    event is raised: nothing has been sent then."""
+    first: list[list[dict[str, Any]] | None] = []
+    async for some in events:
+        first.append(some)
         break
     raw = [(k.lower().encode(), v.encode()) for k, v in headers.items()]
     raw += [
@@ -194,16 +194,18 @@ async def send_events(
         await send({"type": "http.response.body", "body": body, "more_body": True})
 
     try:
-        for event in first:
-            await part(_line(event))
-        async for event in events:
-            await part(_line(event))
+        for some in first:
+            await part(_lines(some))
+        async for some in events:
+            await part(_lines(some))
         await part(b"data: [DONE]\n\n")
     except Problem as problem:
         broke(problem)
-        await part(_line(problem.body()))
+        await part(_lines([problem.body()]))
     await send({"type": "http.response.body", "body": b""})
 
 
-def _line(event: Mapping[str, Any] | None) -> bytes:
-    return b": waiting\n\n" if event is None else b"data: " + dumped(event) + b"\n\n"
+def _lines(events: list[dict[str, Any]] | None) -> bytes:
+    if events is None:
+        return b": waiting\n\n"
+    return b"".join([b"data: " + dumped(event) + b"\n\n" for event in events])

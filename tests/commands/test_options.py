@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -170,7 +171,10 @@ class Enough(Exception):
 @pytest.fixture
 def handed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """What reaches the functions that do the work, in words: the verbs' own code runs, theirs not,
-    but for what only reads files."""
+    but for what only reads files. Modules that take these functions' names for good are loaded
+    before, lest they keep the recorder for the tests that come after."""
+    for holder in ("pylora.front.model", "pylora.generation.metrics"):
+        importlib.import_module(holder)
     log: list[str] = []
 
     def spy(target: str, last: bool = False, result: Any = None) -> None:

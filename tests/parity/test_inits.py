@@ -273,3 +273,61 @@ def test_what_cannot_begin_so_is_refused() -> None:
         begin("corda", LoraConfig(target_modules=["q_proj"]), llama, base)
     with pytest.raises(ConfigError, match="tokens"):
         begin("eva", LoraConfig(target_modules=["q_proj"]), llama, base)
+
+
+@pytest.mark.parametrize("how", ["corda", "lora_ga"])
+def test_what_took_from_the_base_by_data_is_read_with_its_first_values(
+    how: str, tmp_path: Path
+) -> None:
+    """PEFT's model before it is saved computes what the adapter does here on the unchanged base."""
+    base = base_of("Llama", tmp_path / "base")
+    before, ids = logits(base), torch.from_numpy(IDS)[None]
+    fields: dict[str, Any] = {"r": 3, "lora_alpha": 7, "target_modules": TARGETS}
+    work = copy.deepcopy(base)
+    if how == "corda":
+        from peft.tuners.lora.config import CordaConfig
+        from peft.tuners.lora.corda import preprocess_corda
+
+        config = peft.LoraConfig(
+            **fields, task_type="CAUSAL_LM", init_lora_weights=how,
+            corda_config=CordaConfig(corda_method="kpm"),
+        )  # fmt: skip
+        many = torch.arange(3 * 40).reshape(3, 40) * 7 % int(SIZES["vocab_size"])
+        preprocess_corda(work, config, run_model=lambda: work(many))
+    else:
+        from peft import LoraGAConfig, preprocess_loraga
+
+        config = peft.LoraConfig(
+            **fields, task_type="CAUSAL_LM", init_lora_weights=how, lora_ga_config=LoraGAConfig()
+        )
+        preprocess_loraga(work, config, lambda: work(ids, labels=ids).loss.backward())
+    model = peft.get_peft_model(work, config).eval()
+    close(logits(model), before, 20)  # CorDA inverts a covariance
+    rest = logits(model)
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / f"{how}_init")
+    model.peft_config["default"].init_lora_weights = how
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "trained")
+    want = logits(model)
+    assert abs(want - rest).max() > 100 * abs(rest - before).max()
+    with open_checkpoint(tmp_path / "base") as checkpoint:
+        read = Adapter.load(tmp_path / "trained", checkpoint.config, base=checkpoint.load)
+        llama = Llama.from_checkpoint(checkpoint)
+        llama.attach(read)
+        close(llama.forward(IDS)[0], want, 20)
+        assert read.config.r == 6 and read.config.init_lora_weights is True
+        # Within the adapter's folder it counts, too; two are not clear; without it the error says.
+        (tmp_path / f"{how}_init").rename(tmp_path / "trained" / f"{how}_init")
+        again = Adapter.load(tmp_path / "trained", checkpoint.config, base=checkpoint.load)
+        assert again.digest() == read.digest()
+        shutil.copytree(tmp_path / "trained" / f"{how}_init", tmp_path / f"{how}_init")
+        with pytest.raises(PlanError, match="both look like the adapter before training"):
+            Adapter.load(tmp_path / "trained", checkpoint.config, base=checkpoint.load)
+        for folder in (tmp_path / "trained", tmp_path):
+            shutil.rmtree(folder / f"{how}_init")
+        with pytest.raises(UnsupportedError, match=f"as {how}_init; or, in PEFT"):
+            Adapter.load(tmp_path / "trained", checkpoint.config, base=checkpoint.load)

@@ -23,6 +23,7 @@ from pylora.formats.safetensors import SafeTensors
 from pylora.merging.merge import merge_checkpoint, unmerge_checkpoint
 from pylora.model.decoder import Batch
 from pylora.model.llama import Llama
+from pylora.training.optimizer import trainable
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -140,7 +141,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     grads = {
         n.replace(".default", ""): p.grad.numpy()
         for n, p in model.named_parameters()
-        if p.grad is not None and "lora_" in n
+        if p.grad is not None
     }
     return Case(
         request.param,
@@ -158,6 +159,19 @@ def close(got: Any, want: np.ndarray, scale: float = 1.0) -> None:
     )
 
 
+AB = (".A", ".B")
+
+
+def _trained(key: str) -> tuple[str, str]:
+    """The path and the part of a whole weight by PEFT's name of its parameter."""
+    key = key.removeprefix("base_model.model.")
+    if ".trainable_tokens_delta" in key:
+        return key.partition(".token_adapter")[0], "weight"
+    path, _, part = key.partition(".modules_to_save")
+    path, _, part = f"{path}{part}".rpartition(".")
+    return path, part
+
+
 def opened(case: Case) -> tuple[Llama, Adapter]:
     with open_checkpoint(case.base) as checkpoint:
         adapter = Adapter.load(case.adapter, checkpoint.config, base=checkpoint.load)
@@ -173,9 +187,16 @@ def test_logits_and_gradients_are_pefts(case: Case) -> None:
     labels = np.append(case.ids[1:], -100)
     _, grads = model.loss(case.ids, labels)
     assert grads is not None
+    seen = set()
     for key, want in case.grads.items():
-        path, _, part = key.removeprefix("base_model.model.").partition(".lora_")
-        close(getattr(grads[path], part.replace("embedding_", "")[0]), want, 5)
+        if "lora_" in key:
+            path, _, part = key.removeprefix("base_model.model.").partition(".lora_")
+            close(getattr(grads[path], part.replace("embedding_", "")[0]), want, 5)
+            continue
+        path, part = _trained(key)
+        close(getattr(grads[path], part), want, 5)
+        seen.add(f"{path}.{part}")
+    assert seen == set(model.whole_arrays) == {n for n in trainable(adapter) if n[-2:] not in AB}
     model.detach()
     assert np.array_equal(model.forward(case.ids % VOCAB)[0], before)
 

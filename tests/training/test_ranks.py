@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -12,10 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rank_threads import together
 
 from pylora import backends
 from pylora.errors import ConfigError
 from pylora.model.linear import Grads, LoRAGrad, add_grad
+from pylora.training.optimizer import trainable
 from pylora.training.ranks import (
     ALONE,
     added,
@@ -25,55 +25,6 @@ from pylora.training.ranks import (
     total_gradients,
 )
 from pylora.types import LoRA
-
-
-class Threads:
-    """Ranks that are threads of this process, and add as one process would."""
-
-    def __init__(self, rank: int, size: int, barrier: threading.Barrier, table: list[Any]) -> None:
-        self.rank, self.size, self.barrier, self.table = rank, size, barrier, table
-
-    def gather(self, value: Any) -> list[Any]:
-        self.table[self.rank] = value
-        self.barrier.wait(20)
-        out = list(self.table)
-        self.barrier.wait(20)
-        return out
-
-    def first(self, work: Callable[[], Any]) -> Any:
-        return self.gather(work() if self.rank == 0 else None)[0]
-
-    def copy(self, arrays: Iterable[np.ndarray]) -> None:
-        mine = list(arrays)
-        for own, theirs in zip(mine, self.gather(mine)[0], strict=True):
-            own[...] = theirs
-
-    def sums(self, mine: Sequence[np.ndarray], counts: Sequence[int]) -> np.ndarray:
-        assert counts[self.rank] == len(mine)
-        return added([v for one in self.gather(list(mine)) for v in one])
-
-
-def together(size: int, work: Callable[[Any], Any]) -> list[Any]:
-    """What `work(ranks)` gives on each of `size` ranks; the first error is raised."""
-    barrier, table = threading.Barrier(size), [None] * size
-    out: list[Any] = [None] * size
-
-    def one(rank: int) -> None:
-        try:
-            out[rank] = work(Threads(rank, size, barrier, table))
-        except Exception as error:
-            out[rank] = error
-            barrier.abort()
-
-    threads = [threading.Thread(target=one, args=(r,)) for r in range(size)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    for got in out:
-        if isinstance(got, Exception) and not isinstance(got, threading.BrokenBarrierError):
-            raise got
-    return out
 
 
 @given(n=st.integers(0, 200), size=st.integers(1, 70))
@@ -121,9 +72,11 @@ def test_any_number_of_processes_has_the_bits_of_one(
     ops = backends.get("numpy")
     stretches = shares(micros, size)
 
+    names = trainable(like)
+
     def work(ranks: Any) -> Grads:
         mine = [every[i] for i in stretches[ranks.rank]]
-        return total_gradients(ranks, mine, [len(s) for s in stretches], like, ops)
+        return total_gradients(ranks, mine, [len(s) for s in stretches], names, ops)
 
     for got in together(size, work):
         assert got.keys() == alone.keys()

@@ -86,7 +86,7 @@ def chain(X: Array, Y: Array, Z: Array, s: float, dtype: str) -> tuple[Array, Ar
     left = s * (_floor(X, Y, dtype) @ Z + _floor(XY, Z, dtype))
     right = s * (X @ _floor(Y, Z, dtype) + _floor(X, YZ, dtype))
     scaled = t * (1 + s) * (X.sum(axis=1)[:, None] + 1) * (Z.sum(axis=0)[None, :] + 1)
-    inner = t * (1 + s) * (np.ones_like(X) @ YZ + XY @ np.ones_like(Z))
+    inner = t * (1 + s) * (YZ.sum(axis=0)[None, :] + XY.sum(axis=1)[:, None])
     low = left + right + scaled + inner + t * (1 + s)
     if dtype == "float16":  # what may be stored on the way, with the scale or without it
         rows, columns = (

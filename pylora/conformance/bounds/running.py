@@ -34,10 +34,20 @@ class Running:
         self.u, self.tiny, self.narrow = _of_dtype(dtype)
         self.sums = np.float32 if self.narrow else dtype  # what sums are accumulated in
 
+    def _with(self, value: Array, error: Array) -> Running:
+        """Of the same dtype; both float64 and of one shape, which is not looked at again: there are
+        a hundred operations in a block, most of a few numbers."""
+        new = object.__new__(Running)
+        new.value, new.error, new.known = value, error, False
+        new.dtype, new.u, new.tiny = self.dtype, self.u, self.tiny
+        new.narrow, new.sums = self.narrow, self.sums
+        return new
+
     def _of(self, value: Array, error: Array, roundings: float = 1) -> Running:
-        relative = gamma(roundings, self.sums) + (gamma(1, self.dtype) if self.narrow else 0.0)
-        rounding = relative * (np.abs(value) + error) + self.tiny
-        return Running(value, error + rounding, self.dtype)
+        relative = _gamma(roundings, self.sums)
+        if self.narrow:
+            relative += _gamma(1, self.dtype)
+        return self._with(value, error + (relative * (np.abs(value) + error) + self.tiny))
 
     def _other(self, other: Any) -> Running:
         return other if isinstance(other, Running) else Running(other, 0.0, self.dtype)
@@ -69,7 +79,7 @@ class Running:
             error = a @ o.error
         if not self.known:
             error = error + self.error @ (b if o.known else b + o.error)
-        error = error + gamma(max(n, 1), self.sums) * (size + error) + 2 * n * self.tiny
+        error = error + _gamma(max(n, 1), self.sums) * (size + error) + 2 * n * self.tiny
         return self._stored(self.value @ o.value, error)
 
     def exp(self) -> Running:
@@ -82,12 +92,12 @@ class Running:
         n = self.value.shape[-1]
         value = self.value.sum(axis=-1, keepdims=True)
         size = (np.abs(self.value) + self.error).sum(axis=-1, keepdims=True)
-        error = self.error.sum(axis=-1, keepdims=True) + gamma(n, self.sums) * size
+        error = self.error.sum(axis=-1, keepdims=True) + _gamma(n, self.sums) * size
         return self._stored(value, error + n * self.tiny)
 
     def _stored(self, value: Array, error: Array) -> Running:
         """A sum as it is stored: rounded once more where the dtype is narrower than the sum."""
-        return self._of(value, error, 0) if self.narrow else Running(value, error, self.dtype)
+        return self._of(value, error, 0) if self.narrow else self._with(value, error)
 
     def softmax(self) -> Running:
         """Over the last axis, of values of which the largest is 0.
@@ -105,14 +115,18 @@ class Running:
 
     def wider(self, other: Running) -> Running:
         """The same value with the sum of both errors: for two ways to compute it."""
-        return Running(self.value, self.error + other.error, self.dtype)
+        return self._with(self.value, self.error + other.error)
 
     def __getitem__(self, at: Any) -> Running:
-        return Running(self.value[at], 0.0 if self.known else self.error[at], self.dtype)
+        if self.known:
+            return Running(self.value[at], 0.0, self.dtype)
+        return self._with(self.value[at], self.error[at])
 
     @property
     def T(self) -> Running:
-        return Running(self.value.T, 0.0 if self.known else self.error.T, self.dtype)
+        if self.known:
+            return Running(self.value.T, 0.0, self.dtype)
+        return self._with(self.value.T, self.error.T)
 
     @property
     def mT(self) -> Running:
@@ -125,6 +139,11 @@ class Running:
 def _of_dtype(dtype: Any) -> tuple[float, float, bool]:
     """u, the smallest normal number, and whether sums are wider."""
     return unit(dtype), tiny(dtype), str(dtype) in ("bfloat16", "float16")
+
+
+@cache
+def _gamma(n: float, dtype: Any) -> float:
+    return gamma(n, dtype)
 
 
 def join(parts: list[Running], axis: int) -> Running:

@@ -67,7 +67,8 @@ def stacked(t: Trial, p: Problem, **changed: Any) -> Allowed:
         scales, inner = [float(s) for _, _, s in q.adapters], [_size(q.W)]
         for A, B, s in q.adapters:
             h, up = X @ _size(A).T, _size(B).T
-            y, inner = y + max(1.0, abs(s)) * (h @ up), [*inner, h, up, _size(A).T @ up]
+            y = y + max(1.0, abs(s)) * (h @ up)
+            inner += h, up, _size(A).T @ up  # in place: there may be 98,307 adapters
         if _fits(q.x, scales, *inner, y / max([1.0, *(abs(s) for s in scales)])):
             return 0.0
     return bounds.forward(q.x, t.weight(q.W), q.adapters, q.bias, precision=t.precision)

@@ -14,6 +14,7 @@ from pylora.adapters.adapter import Adapter
 from pylora.adapters.loraconfig import LoraConfig
 from pylora.adapters.peft import Load
 from pylora.adapters.plan import Plan
+from pylora.adapters.whole import fresh_whole
 from pylora.model.linear import DropKey, Grads
 from pylora.training.batching import Step
 from pylora.training.evaluate import Evaluation, evaluate
@@ -73,7 +74,8 @@ class Plain:
     def fresh(
         self, plan: Plan, config: LoraConfig, seed: int, model: Any, items: Any, base: Load | None
     ) -> Adapter:
-        return Adapter.init(plan, config, seed, base=base)
+        whole = None if base is None else fresh_whole(config, model.home_config, base)
+        return Adapter.init(plan, config, seed, base=base, whole=whole)
 
     def parameters(self, model: Any) -> Mapping[str, Array]:
         return {}
@@ -84,9 +86,10 @@ class NextToken(Plain):
 
     name = "sft"
 
-    def __init__(self, ranks: Ranks = ALONE) -> None:
-        """`ranks`: the processes that share the work."""
-        self.ranks = ranks
+    def __init__(self, ranks: Ranks = ALONE, smoothing: float = 0.0) -> None:
+        """`ranks`: the processes that share the work. `smoothing`: of the labels that are trained
+        on; evaluation looks at the labels as they are."""
+        self.ranks, self.smoothing = ranks, smoothing
 
     def digest(self, items: Sequence[Any]) -> str:
         return digest(items)
@@ -99,7 +102,10 @@ class NextToken(Plain):
     def gradients(
         self, model: Any, items: Sequence[Any], step: Step, drop: DropKey | None, recompute: bool
     ) -> tuple[float, int, Grads]:
-        return step_gradients(model, items, step, drop=drop, recompute=recompute, ranks=self.ranks)
+        return step_gradients(
+            model, items, step, drop=drop, recompute=recompute, smoothing=self.smoothing,
+            ranks=self.ranks,
+        )  # fmt: skip
 
     def evaluate(self, model: Any, items: Sequence[Any], batch_size: int) -> Evaluation:
         return evaluate(model, items, batch_size=batch_size, ranks=self.ranks)

@@ -22,7 +22,7 @@ from pylora.adapters.adapter import Adapter, parameters
 from pylora.adapters.locate import find_adapter
 from pylora.adapters.loraconfig import LoraConfig
 from pylora.adapters.plan import Plan, named_targets, resolve
-from pylora.errors import FileFormatError, PlanError
+from pylora.errors import FileFormatError, PlanError, UnsupportedError
 from pylora.files.bounded import read_text
 from pylora.files.whole import atomic_write
 from pylora.formats.base import check_finite
@@ -72,7 +72,15 @@ class HeadedAdapter(Adapter):
         classes: Sequence[str],
         base: peft.Load | None = None,
     ) -> HeadedAdapter:
-        """A fresh adapter (`Adapter.init`), and a head drawn from N(0, 0.02²)."""
+        """A fresh adapter (`Adapter.init`), and a head drawn from N(0, 0.02²). UnsupportedError
+        where the settings train other weights whole."""
+        others = set(config.modules_to_save or ()) - set(_SAVED)
+        if others or config.trainable_token_indices:
+            raise UnsupportedError(
+                f"an adapter with a head for classes trains that whole ({', '.join(_SAVED)}), and "
+                f"no other weights of the base: {', '.join(sorted(others)) or 'rows of tables'}"
+            )
+        config = replace(config, modules_to_save=None)
         made = Adapter.init(plan, config, seed, base=base)
         shape = max(1, len(classes)), hidden
         score = random.normal(shape, _STD, seed=seed, stream=random.stream("init", "score"))

@@ -41,7 +41,7 @@ class Sum:
     def add(self, ids: np.ndarray, seqs: Seqs, top: Top) -> None:
         """One micro-batch; dropout draws what the whole step would."""
         drop = self.drop
-        key = None if drop is None else DropKey(drop.seed, drop.step, drop.row0 + self.rows)
+        key = None if drop is None else drop.from_row(self.rows)
         found = through(self.model, ids, seqs, top, drop=key, recompute=self.recompute)
         for path, grad in (found or {}).items():
             add_grad(self.grads, path, grad)
