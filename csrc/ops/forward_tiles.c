@@ -98,10 +98,7 @@ static void sums(const forward *f, const projection *p, int64_t i, int64_t n, in
              *panels = (const char *)l->W->data + (size_t)q * bytes;
   const int products = pylora_in_panels(f, n), together = !products && n == 1 && f->F->few;
   if (products) {
-    const pylora_vec y = row_at(l->y, i, q * PANEL);
-    const int64_t size = y.b ? sizeof *y.b : sizeof *y.p;
-    const pylora_put put = {y.b ? (const char *)y.b : (const char *)y.p, l->y->ld * size,
-                            PANEL * size};
+    const pylora_put put = pylora_put_at(l->y, i, q * PANEL);
     f->F->products(f->K, n, w, f->k, rows, f->stride, panels, tiles, &put);
   }
   for (int64_t u = 0; together && u < w; u += PYLORA_FEW)

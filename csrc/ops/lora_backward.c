@@ -157,12 +157,10 @@ static void add_low(const bwd *w, const part *p, int64_t i, int64_t n, int64_t j
   }
 }
 
-/* Rows t .. t + rows - 1 of dy's columns times W's, which come transposed as `chunk`, for strip number s of
- * 32 columns of dx. */
+/* For strip number s of 32 columns of dx: rows t .. t + rows - 1 of dy's columns times W's, transposed in `chunk`. */
 typedef struct piece {
   const part *p;
-  int64_t i, n; /* rows of dx */
-  int64_t t, rows, s;
+  int64_t i, n, t, rows, s; /* rows of dx from i on */
   const float *chunk;
   int last; /* of the sum */
 } piece;
@@ -172,25 +170,22 @@ typedef struct piece {
 static void dx_chunk(const bwd *w, const piece *c, float *tile) {
   const part *p = c->p;
   const char *dy = (const char *)p->dy + (int64_t)p->stride * c->i;
-  const pylora_vec dx = row_at(w->dx, c->i, c->s * PANEL);
-  const int64_t size = dx.b ? sizeof *dx.b : sizeof *dx.p;
-  pylora_put put = {dx.b ? (const char *)dx.b : (const char *)dx.p, w->dx->ld * size, PANEL * size};
-  if (!c->last || w->k - c->s * PANEL < PANEL) put.p = NULL;
   if (w->back->dtype == PYLORA_F32) {
+    const int whole = c->last && w->k - c->s * PANEL >= PANEL;
     const int64_t panel = (int64_t)w->F->panel_bytes(w->k), strip = panel / w->strips;
-    const rows_job job = {.m = c->n,
-                          .kk = c->rows,
-                          .a = (const float *)(const void *)dy + c->t,
-                          .lda = (int64_t)p->stride / 4,
-                          .b = c->chunk,
-                          .c = tile,
-                          .mode = GEMM_ADD,
-                          .put = put,
-                          .next = (const char *)p->l->W->data + c->t / PANEL * panel +
-                                  (c->s + 1) * strip,
-                          .pieces = c->s + 1 < w->strips ? c->rows / PANEL : 0,
-                          .piece_step = panel,
-                          .piece_bytes = strip};
+    const rows_job job = {
+        .m = c->n,
+        .kk = c->rows,
+        .a = (const float *)(const void *)dy + c->t,
+        .lda = (int64_t)p->stride / 4,
+        .b = c->chunk,
+        .c = tile,
+        .mode = GEMM_ADD,
+        .put = whole ? pylora_put_at(w->dx, c->i, c->s * PANEL) : (pylora_put){NULL, 0, 0},
+        .next = (const char *)p->l->W->data + c->t / PANEL * panel + (c->s + 1) * strip,
+        .pieces = c->s + 1 < w->strips ? c->rows / PANEL : 0,
+        .piece_step = panel,
+        .piece_bytes = strip};
     w->K->rows_f32(&job);
     return;
   }

@@ -56,6 +56,14 @@ static inline const float *low_bt(const low_pack *P, int64_t panel) {
   return (const float *)(const void *)((const char *)P + P->bt) + panel * P->r * PYLORA_PANEL;
 }
 
+/* The tiles of rows from i on and columns from j on of y. */
+static inline pylora_put pylora_put_at(const pylora_mat *y, int64_t i, int64_t j) {
+  const pylora_vec at = row_at(y, i, j);
+  const int64_t size = at.b ? sizeof *at.b : sizeof *at.p;
+  return (pylora_put){at.b ? (const char *)at.b : (const char *)at.p, y->ld * size,
+                      PYLORA_PANEL * size};
+}
+
 /* A piece of work this small is not worth handing to another thread. */
 static inline int pylora_threads_for(double flops, int threads) {
   return flops < 2e5 ? 1 : threads;
