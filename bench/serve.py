@@ -5,10 +5,14 @@
 pylora's server, llama_cpp.server (llama-cpp-python[server]) on the same quantized file and, with
 --hf, `transformers serve` are started one after the other, in alternating rounds, and asked the
 same by OpenAI's streams over a socket: each of n clients asks one question after another, and its
-answers are as long as they may be. pylora is asked for one adapter, for distinct ones and for the
-base; the others for the base, since they cannot mix adapters. Beside it stands what the engine
-itself decodes at that batch, and the time of a request for one token less the engine's own: what
-HTTP costs.
+answers are as long as they may be. Before the clock runs each model has answered once. pylora is
+asked for one adapter, for distinct ones and for the base, drawn, with logprobs, with a schema; the
+others for the base, since they cannot mix adapters. The peers get all cores, and llama_cpp.server
+is told not to break an answer off when another request comes, which it does otherwise.
+
+Beside it stand what the engine itself decodes at that batch, what `generate` does for one prompt,
+the time of a request for one token less the engine's own (what HTTP costs), and the times between
+tokens of four clients while a prompt of 2,000 tokens comes every two seconds.
 
 --peer-python: an interpreter that has the peers. Writes bench/results/serve-<date>.json.
 """
@@ -16,26 +20,25 @@ HTTP costs.
 from __future__ import annotations
 
 import argparse
-import http.client
 import json
 import os
-import re
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "tests" / "support"))
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests" / "support")]
+os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
 RESULTS = HERE / "results"
 
-QUESTION = "Tell me a long story about {} and the sea, with many turns."
-SUBJECTS = ("a fox", "a clock", "two brothers", "an island", "a baker", "rain", "a map", "winter")
+from serve_clients import KINDS, QUESTION, get, measure, mixed, overhead  # noqa: E402
 
 
 def free_port() -> int:
@@ -72,85 +75,6 @@ class Server:
             self.process.wait()
 
 
-def get(port: int, path: str) -> Any:
-    """A JSON answer; None where it is none."""
-    wire = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-    wire.request("GET", path)
-    answer = wire.getresponse()
-    data = answer.read()
-    return json.loads(data) if answer.status == 200 else None
-
-
-def ask(port: int, body: dict[str, Any]) -> list[float]:
-    """The instants at which a stream was asked for, and at which each of its pieces came."""
-    wire = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
-    at = [time.perf_counter()]
-    data = json.dumps({**body, "stream": True}).encode()
-    wire.request("POST", "/v1/chat/completions", data, {"Content-Type": "application/json"})
-    answer = wire.getresponse()
-    if answer.status != 200:
-        raise SystemExit(f"{answer.status}: {answer.read()[:500]!r}")
-    for line in answer:
-        if line.startswith(b"data: {") and _text(line):
-            at.append(time.perf_counter())
-    wire.close()
-    return at
-
-
-def _text(line: bytes) -> bool:
-    choices = json.loads(line[6:]).get("choices")
-    return bool(choices and choices[0].get("delta", {}).get("content"))
-
-
-def measure(
-    port: int, models: list[str], clients: int, tokens: int, seconds: float, more: dict[str, Any]
-) -> dict[str, Any]:
-    """n clients, each with a model of its own (in turn), for so many seconds."""
-    runs: list[list[float]] = []
-    lock, over = threading.Lock(), time.perf_counter() + seconds
-
-    def client(number: int) -> None:
-        turn = 0
-        while time.perf_counter() < over:
-            subject = SUBJECTS[(number + turn) % len(SUBJECTS)]
-            body = {
-                "model": models[number % len(models)],
-                "messages": [{"role": "user", "content": QUESTION.format(subject)}],
-                "max_tokens": tokens,
-                "temperature": 0,
-                **more,
-            }
-            at = ask(port, body)
-            turn += 1
-            with lock:
-                runs.append(at)
-
-    threads = [threading.Thread(target=client, args=(i,)) for i in range(clients)]
-    began = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    took = time.perf_counter() - began
-    pieces = sum(len(at) - 1 for at in runs)
-    between = sorted(b - a for at in runs for a, b in zip(at[1:], at[2:]))
-    first = sorted(at[1] - at[0] for at in runs if len(at) > 1)
-    return {
-        "clients": clients,
-        "answers": len(runs),
-        "tokens_per_second": pieces / took,
-        "first_ms": {p: 1e3 * _share(first, p) for p in (50, 99)},
-        "between_ms": {p: 1e3 * _share(between, p) for p in (50, 99)},
-    }
-
-
-def _share(values: list[float], percent: int) -> float:
-    """The value that so many percent of them do not exceed."""
-    if not values:
-        return float("nan")
-    return values[min(len(values) - 1, len(values) * percent // 100)]
-
-
 def engine_rate(model: Path, precision: str, batch: int, adapters: Path, steps: int = 48) -> float:
     """Tokens/s of the engine's own decoding with that many distinct adapters, without a server."""
     import numpy as np
@@ -180,30 +104,19 @@ def engine_rate(model: Path, precision: str, batch: int, adapters: Path, steps: 
     return batch / statistics.median(seconds)
 
 
-def overhead(port: int, n: int = 200) -> dict[str, float]:
-    """Milliseconds of a request for one token over a connection that stays open, less those that
-    the server's engine says it needed: its log and metrics have them."""
-    wire = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    body = json.dumps({"prompt": "The sea", "max_tokens": 1, "temperature": 0}).encode()
-    took = []
-    before = _sums(port)
-    for _ in range(n):
-        began = time.perf_counter()
-        wire.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
-        wire.getresponse().read()
-        took.append(time.perf_counter() - began)
-    engine = (_sums(port) - before) / n
-    return {"request_ms": 1e3 * statistics.median(took), "engine_ms": 1e3 * engine,
-            "overhead_ms": 1e3 * (statistics.median(took) - engine)}  # fmt: skip
+def generate_rate(model: Path, precision: str, tokens: int, rounds: int = 5) -> float:
+    """Tokens/s of `generate` for one prompt, its prompt included."""
+    import pylora
+    from pylora.generation.generate import generate
 
-
-def _sums(port: int) -> float:
-    """Seconds to first tokens, of all answers so far."""
-    wire = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    wire.request("GET", "/metrics")
-    text = wire.getresponse().read().decode()
-    found = re.findall(r"^pylora_first_token_seconds_sum\S* (\S+)$", text, re.M)
-    return sum(map(float, found))
+    with pylora.load(model, precision=precision) as loaded:
+        ids = loaded.tokenizer.encode(QUESTION.format("a fox"))
+        seconds = []
+        for _ in range(rounds):
+            began = time.perf_counter()
+            generate(loaded.llama, [ids], tokens, eos_ids=())
+            seconds.append(time.perf_counter() - began)
+    return tokens / statistics.median(seconds)
 
 
 def say(line: str) -> None:
@@ -216,12 +129,17 @@ def head() -> dict[str, Any]:
     import pylora
 
     info = pylora.build_info()
+    versions = {}
+    for peer in ("llama-cpp-python", "transformers", "torch"):
+        with suppress(metadata.PackageNotFoundError):
+            versions[peer] = metadata.version(peer)
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True
     )
     return {
         **info,
         "commit": commit.stdout.strip(),
+        "peers": versions,
         "cpus": os.cpu_count(),
         "load": os.getloadavg(),
     }
@@ -260,6 +178,7 @@ def run(args: argparse.Namespace, where: Path) -> dict[str, Any]:
         write_adapter(args.model, adapters / name, seed=i, size=0.003, r=8)
     rows: list[dict[str, Any]] = []
     http_cost: list[dict[str, float]] = []
+    between: list[dict[str, float]] = []
 
     def say_row(row: dict[str, Any]) -> None:
         rows.append(row)
@@ -283,6 +202,12 @@ def run(args: argparse.Namespace, where: Path) -> dict[str, Any]:
                 for what, models in kinds.items():
                     row = measure(server.port, models, n, args.tokens, args.seconds, forever)
                     say_row({"server": "pylora", "what": what, "round": turn, **row})
+                for what, fields in KINDS.items():
+                    asked = {**forever, **fields}
+                    row = measure(server.port, names[:n], n, args.tokens, args.seconds, asked)
+                    say_row({"server": "pylora", "what": what, "round": turn, **row})
+            between.append(mixed(server.port, 2 * args.seconds))
+            say("  beside long prompts: " + json.dumps(between[-1]))
             http_cost.append(overhead(server.port))
             say(f"  a request costs {http_cost[-1]['overhead_ms']:.2f} ms beside the engine")
             server.stop()
@@ -290,6 +215,7 @@ def run(args: argparse.Namespace, where: Path) -> dict[str, Any]:
             port = free_port()
             command = [args.peer_python, "-m", "llama_cpp.server", "--model", str(args.model)]
             command += ["--port", str(port), "--n_ctx", "2048", "--verbose", "False"]
+            command += ["--interrupt_requests", "False", "--n_threads", str(os.cpu_count())]
             server = Server(command, port, where / "llama.log")
             for n in args.clients:
                 row = measure(server.port, ["base"], n, args.tokens, args.seconds, {})
@@ -297,14 +223,16 @@ def run(args: argparse.Namespace, where: Path) -> dict[str, Any]:
             server.stop()
         if "transformers" in args.only and args.hf is not None:
             port = free_port()
-            command = [str(Path(args.peer_python).parent / "transformers"), "serve"]
-            command += ["--port", str(port), "--device", "cpu"]
+            command = [str(Path(args.peer_python).parent / "transformers"), "serve", str(args.hf)]
+            command += ["--port", str(port), "--device", "cpu", "--continuous-batching"]
             server = Server(command, port, where / "transformers.log", "/health")
             for n in args.clients:
                 row = measure(server.port, [str(args.hf)], n, args.tokens, args.seconds, {})
                 say_row({"server": "transformers", "what": "base", "round": turn, **row})
             server.stop()
     rates = {n: engine_rate(args.model, args.precision, n, adapters) for n in args.clients}
+    alone = generate_rate(args.model, args.precision, args.tokens)
+    say(f"  generate, one prompt: {alone:.1f} tokens/s")
     for n, rate in rates.items():
         say(f"  the engine alone, {n} distinct adapters: {rate:.1f} tokens/s")
     return {
@@ -314,6 +242,8 @@ def run(args: argparse.Namespace, where: Path) -> dict[str, Any]:
         "rows": rows,
         "overhead": http_cost,
         "engine_tokens_per_second": rates,
+        "generate_tokens_per_second": alone,
+        "beside_long_prompts": between,
         "medians": medians(rows),
     }
 

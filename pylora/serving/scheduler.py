@@ -39,6 +39,8 @@ class Scheduler:
     def admit(self, waiting: Waiting) -> list[Run]:
         """Lets requests join while there is room for them, in the order of `waiting`; those that
         have for the first time."""
+        if not len(waiting):
+            return []
         joined: list[Run] = []
         passed: set[Run] = set()  # those that wait for another's prefix
         while self._free and (run := waiting.next(self.running, passed)) is not None:

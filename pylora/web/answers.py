@@ -20,7 +20,7 @@ from pylora.web import log, wire
 from pylora.web.ask import Asked
 from pylora.web.choice import Choice, Piece
 from pylora.web.fields import Record
-from pylora.web.flight import Flight, Heard, ended_badly
+from pylora.web.flight import ASLEEP, REST, Flight, Heard, ended_badly
 from pylora.web.house import House
 from pylora.web.keys import Key
 from pylora.web.landing import landing
@@ -108,7 +108,9 @@ class Course:
     async def whole(self) -> dict[str, Any]:
         """The answer in one."""
         said = [Piece() for _ in self.choices]
-        async for heard in self.flight.events():
+        # A stop string is looked for as tokens come: none behind it should be computed for long.
+        rest = REST if self.asked.stop else ASLEEP
+        async for heard in self.flight.events(rest=rest):
             for choice, piece, _ in self.pieces(heard or ()):
                 all_of = said[choice.number]
                 all_of.text += piece.text

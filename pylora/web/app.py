@@ -7,8 +7,10 @@ elsewhere: its policy forbids it.
 from __future__ import annotations
 
 import mimetypes
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from importlib.resources import files
+from urllib.parse import quote
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -16,6 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route as At
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pylora.web import wire
 from pylora.web.house import House
@@ -32,12 +35,34 @@ _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+_WHOLE = re.compile(r"https?://[^/?#]+(/.*)?", re.I | re.S)
 _SAFE = {
     "Content-Security-Policy": _POLICY,
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
+
+
+class _Targets:
+    """What a request is about. A whole address, as proxies send it, is the path in it: RFC 9112 has
+    every server take that. `OPTIONS *` is about the server; what else is no path is refused."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path, answer = scope["path"], self.app
+        whole = _WHOLE.fullmatch(path)
+        if whole is not None:
+            rest = whole[1] or "/"
+            scope = {**scope, "path": rest, "raw_path": quote(rest).encode()}
+        elif path == "*" and scope["method"] == "OPTIONS":
+            answer = Response(status_code=204, headers={"Allow": "GET, HEAD, POST"})
+        elif not path.startswith("/"):
+            said = f"the target of a request is a path that begins with '/', got {path[:200]!r}"
+            answer = wire.refused(Problem(400, said, code="bad_http"))
+        await answer(scope, receive, send)
 
 
 def application(house: House, cors: Sequence[str] = (), page: bool = True) -> Starlette:
@@ -50,7 +75,7 @@ def application(house: House, cors: Sequence[str] = (), page: bool = True) -> St
     routes: list[At] = [at for some in paths.values() for at in some]
     if page:
         routes += [At(path, _file(name)) for path, name in page_files().items()]
-    middleware = []
+    middleware = [Middleware(_Targets)]
     if cors:
         middleware.append(
             Middleware(
@@ -66,8 +91,10 @@ def application(house: House, cors: Sequence[str] = (), page: bool = True) -> St
         status = getattr(error, "status_code", 404)
         path = request.url.path[:200]
         known = sorted({r.method for r in ROUTES if r.path == request.url.path})
+        if "GET" in known:
+            known.insert(1, "HEAD")
         if status == 405:
-            allowed = ", ".join(known) or "GET"
+            allowed = ", ".join(known) or "GET, HEAD"
             said = f"{path} is asked by {allowed}, not by {request.method[:20]}"
             return wire.refused(
                 Problem(405, said, code="method_not_allowed", headers={"Allow": allowed})

@@ -1,7 +1,8 @@
 """The requests of one body on their way through the engine, and what comes of them, in order.
 
 Events come on the engine's thread and are handed to the event loop; nothing else is done there.
-Tokens that come faster than eyes follow are given out together, since each time costs as much.
+Waking the loop costs more than what a token needs there, so tokens that come very fast are given
+out together, and those of an answer that is sent as a whole a few times a second.
 Whoever stops listening cancels what has not ended, so that no token is computed for nobody.
 """
 
@@ -27,7 +28,8 @@ from pylora.web.bell import Bell
 from pylora.web.problem import Problem, busy, closing
 
 Heard = tuple[int, Event]
-REST = 1 / 60  # seconds: as long as a screen shows one picture
+REST = 1 / 250  # seconds that lie between two wakings at least, where tokens are seen as they come
+ASLEEP = 1 / 10  # where they are seen at the end
 
 
 class Flight:
@@ -76,10 +78,13 @@ class Flight:
         if self._asleep is not None and not self._asleep.done():
             self._asleep.set_result(heard)
 
-    async def events(self, patience: float | None = None) -> AsyncIterator[list[Heard] | None]:
+    async def events(
+        self, patience: float | None = None, rest: float = REST
+    ) -> AsyncIterator[list[Heard] | None]:
         """(number of the request, event), in order, as many as have come, until all have ended.
-        With `patience`, None whenever nothing was heard for so many seconds. The first token is
-        given out at once, those behind it every `REST` seconds. Others have their turn between."""
+        With `patience`, None whenever nothing was heard for so many seconds. The first token and
+        the ends are given out at once, what is between every `rest` seconds at most. Others have
+        their turn between."""
         while self._open:
             if not await self._more(patience):
                 yield None
@@ -90,20 +95,22 @@ class Flight:
                 if isinstance(event, (Done, Failed)):
                     self._open.discard(i)
                 elif isinstance(event, Token):
-                    self._due = self._loop.time() + REST
+                    self._due = self._loop.time() + rest
             if found:
                 yield found
 
     async def _more(self, patience: float | None) -> bool:
         """Waits until something is heard; False if nothing was for so long."""
-        if self._due > self._loop.time() and not self._urgent:
+        if self._urgent or self._due <= self._loop.time():
+            if self._heard:
+                await asyncio.sleep(0)
+                return True
+        else:
             self._resting = True
             await self._sleep(self._due)
             self._resting = False
-        else:
-            await asyncio.sleep(0)
-        if self._heard:
-            return True
+            if self._heard:
+                return True
         return await self._sleep(None if patience is None else self._loop.time() + patience)
 
     async def _sleep(self, until: float | None) -> bool:

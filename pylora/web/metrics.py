@@ -6,7 +6,9 @@ looks. A mixture of adapters is called "(mix)", the base "(base)".
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from pylora.extras import need
@@ -16,6 +18,8 @@ from pylora.serving.stats import Stats, StepReport
 
 BASE, MIX = "(base)", "(mix)"
 _TIMES = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 300)  # fmt: skip
+
+_STEPS = 64  # steps that are counted together
 
 
 def label(mix: Sequence[tuple[str, float]]) -> str:
@@ -58,6 +62,7 @@ class Metrics:
             buckets=(0, 1, 2, 4, 8, 16, 32, 64, 128, 256), registry=self.registry,
         )  # fmt: skip
         self._step = times("step", "one step of the model")
+        self._steps: deque[StepReport] = deque()  # that are not counted yet
 
     def watch(self, engine: Engine) -> None:
         """Shows how this engine stands, too."""
@@ -65,8 +70,16 @@ class Metrics:
 
     def step(self, report: StepReport) -> None:
         """A step of the engine, on its thread."""
-        self._batch.observe(report.decoding)
-        self._step.observe(report.seconds)
+        self._steps.append(report)
+        if len(self._steps) >= _STEPS:  # many at once cost each of them less
+            self._count_steps()
+
+    def _count_steps(self) -> None:
+        while self._steps:
+            with suppress(IndexError):  # another thread has just taken the last
+                report = self._steps.popleft()
+                self._batch.observe(report.decoding)
+                self._step.observe(report.seconds)
 
     def request(self, endpoint: str, status: int, seconds: float) -> None:
         """A request was answered."""
@@ -89,6 +102,7 @@ class Metrics:
 
     def text(self) -> tuple[bytes, str]:
         """(what Prometheus reads, its content type)."""
+        self._count_steps()
         return self._library.generate_latest(self.registry), self._library.CONTENT_TYPE_LATEST
 
 

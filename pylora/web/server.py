@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 PORT = 8080
 _ADAPTER_BYTES = 2 << 30
 _BACKLOG = 2048
+_SWITCH = 5e-4  # seconds that the engine's thread waits at most for one that reads a request
 
 
 class Server:
@@ -214,9 +216,12 @@ class Server:
         told = {"url": self.url, "model": self.house.shelf.base, "precision": self.house.precision,
                 "adapters": len(self.registry.list())}  # fmt: skip
         log.logger.info("listening", extra={"fields": told})
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(_SWITCH)  # the process is the server's
         try:
             asyncio.run(self._http.serve(sockets=[self._socket]))
         finally:
+            sys.setswitchinterval(interval)
             self._shut()
 
     def start(self) -> Server:

@@ -32,15 +32,13 @@ async def _turns() -> None:
         await asyncio.sleep(0)
 
 
-def test_the_first_token_at_once_those_behind_it_together_the_end_without_delay(monkeypatch):
-    monkeypatch.setattr(flight, "REST", 3600.0)  # none of this is by the clock
-
+def test_the_first_token_at_once_those_behind_it_together_the_end_without_delay():
     async def go() -> None:
         engine = Taken()
         one = flight.Flight(engine, Bell(asyncio.get_running_loop()))
         one.submit([Request([1], 3), Request([1], 3)])
         say = engine.heard
-        events = one.events()
+        events = one.events(rest=3600.0)  # none of this is by the clock
         asked = asyncio.ensure_future(anext(events))
         await _turns()
         say[0](Token(7))

@@ -266,6 +266,18 @@ def test_other_ways_of_http_are_answered(client: Client) -> None:
     chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
     chunked = head + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks
     assert b'"choices"' in talk(client, b"POST " + TEXT.encode() + b" HTTP/1.1\r\n" + chunked)
+    for whole, status in (
+        (b"GET http://any.where:81/v1/models", 200), (b"GET HTTPS://any.where", 200),
+        (b"GET http://any.where/v1/none?a=b", 404), (b"POST http://any.where/v1/models", 405),
+        (b"OPTIONS *", 204), (b"GET *", 400), (b"GET v1/models", 400), (b"GET http:///x", 400),
+        (b"CONNECT any.where:443", 400),
+    ):  # fmt: skip
+        answer = talk(client, whole + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 %d " % status), (whole, answer)
+        if status >= 400:
+            error_of(status, json.loads(answer.partition(b"\r\n\r\n")[2]))
+    assert client.raw("PUT", "/v1/models")[1]["allow"] == "GET, HEAD"
+    assert client.raw("PUT", CHAT)[1]["allow"] == "POST"
     upgrade = b"Host: x\r\nConnection: Upgrade, close\r\nUpgrade: websocket\r\n\r\n"
     answer = talk(client, b"GET " + TEXT.encode() + b" HTTP/1.1\r\n" + upgrade)
     assert answer.startswith(b"HTTP/1.1 405")
