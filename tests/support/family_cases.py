@@ -289,13 +289,20 @@ def layered(c: dict[str, Any], name: str = "layer_norm_eps") -> dict[str, Any]:
     return {k: v for k, v in c.items() if k != "rms_norm_eps"} | {name: c["rms_norm_eps"]}
 
 
+def pairs_of(c: dict[str, Any], *parts: float) -> st.SearchStrategy[float]:
+    """Parts of a head that are pairs: of others transformers rotates more than it says."""
+    head = c["hidden_size"] // c["num_attention_heads"]
+    return st.sampled_from([part for part in parts if int(head * part) % 2 == 0])
+
+
 @st.composite
 def stablelm(draw: Any) -> dict[str, Any]:
-    return layered(draw(sizes())) | {
+    c = layered(draw(sizes()))
+    return c | {
         "use_qkv_bias": draw(st.booleans()),
         "use_parallel_residual": draw(st.booleans()),
         "qk_layernorm": draw(st.booleans()),
-        "partial_rotary_factor": draw(st.sampled_from((0.5, 1.0))),
+        "partial_rotary_factor": draw(pairs_of(c, 0.5, 1.0)),
     }
 
 
@@ -311,9 +318,7 @@ def gpt_neox(draw: Any) -> dict[str, Any]:
     c |= {"attention_bias": draw(st.booleans())}
     c["hidden_act"] = draw(st.sampled_from(("gelu", "gelu_new", "silu")))
     del c["num_key_value_heads"]
-    head = c["hidden_size"] // c["num_attention_heads"]
-    parts = [part for part in (0.25, 0.5, 1.0) if int(head * part) % 2 == 0]
-    return c | {"rotary_pct": draw(st.sampled_from(parts))}
+    return c | {"rotary_pct": draw(pairs_of(c, 0.5, 1.0, 0.25))}
 
 
 @st.composite
@@ -361,7 +366,7 @@ def cohere2(draw: Any) -> dict[str, Any]:
 def nemotron(draw: Any) -> dict[str, Any]:
     c = layered(draw(sizes()), "norm_eps") | {"hidden_act": "relu2"}
     bias = {"attention_bias": draw(st.booleans()), "mlp_bias": draw(st.booleans())}
-    return c | bias | {"partial_rotary_factor": draw(st.sampled_from((0.5, 1.0)))}
+    return c | bias | {"partial_rotary_factor": draw(pairs_of(c, 0.5, 1.0))}
 
 
 @st.composite
