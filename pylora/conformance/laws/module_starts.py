@@ -134,6 +134,7 @@ def _strangers(t: Trial, what: str, a: Any, b: Any) -> None:
     one, other = (np.signbit(np.asarray(v, np.float64)).reshape(-1)[:n][None] for v in (a, b))
     found = battery.Found()
     battery.across(found, f"signs of {what}", one, other, 0.5)
+    battery.across(found, f"signs of {what}, one backwards", one, other[:, ::-1], 0.5)
     if said := found.broken():
         t.fail(said)
 

@@ -246,15 +246,15 @@ class BentLogistic(_Starts):
 
 
 @wrong(
-    "embedding-sum-of-fourteen",
+    "embedding-sum-of-ten",
     "subtle",
-    "An embedding's normal numbers are sums of fourteen uniform ones.",
+    "An embedding's normal numbers are sums of ten uniform ones.",
     "As that of twelve, with another divisor.",
 )
-class SumOfFourteen(_Starts):
+class SumOfTen(_Starts):
     def embedding_init(
         self, vocab: int, hidden: int, r: int, seed: int, random: bool
     ) -> tuple[Array, Array]:
         A, B = super().embedding_init(vocab, hidden, r, seed, random)
-        u = np.random.default_rng(seed).random((14, *B.shape)).sum(axis=0) - 7
-        return A, (u * math.sqrt(12 / 14)).astype(np.float32)
+        u = np.random.default_rng(seed).random((10, *B.shape)).sum(axis=0) - 5
+        return A, (u * math.sqrt(12 / 10)).astype(np.float32)
