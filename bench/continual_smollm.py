@@ -129,7 +129,7 @@ class Way:
 WAYS = (
     Way("one LoRA for all"),
     Way("one LoRA, last third of the layers", last=True),
-    Way("one LoRA, EWC", ewc=3e3),
+    Way("one LoRA, EWC", ewc=3e5),
     Way("one LoRA, replay", replay=40),
     Way("LoRA per task", apart=True),
 )
@@ -235,6 +235,8 @@ def main() -> int:
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--steps", type=int, default=80)
     p.add_argument("--precision", default="auto")
+    labels = [w.label for w in WAYS]
+    p.add_argument("--only", nargs="*", default=labels, choices=labels, help="ways, by name")
     p.add_argument("--out", type=Path, default=None)
     a = p.parse_args()
     today = date.today().isoformat()
@@ -248,7 +250,7 @@ def main() -> int:
         learner = Learner(model, tokenizer, seed, a.steps)
         before = [learner.score(n, None) for n in TASKS]
         document["base"].append({"seed": seed, "scores": before, "prose": learner.prose(None)})
-        for way in WAYS:
+        for way in (w for w in WAYS if w.label in a.only):
             print(f"  seed {seed}, {way.label}", flush=True)
             document["runs"].append({**learner.run(way), "base": before})
             out.write_text(json.dumps(document, indent=1) + "\n", "utf-8")

@@ -2,7 +2,7 @@
 
     python bench/recipes.py                     # everything that the results file lacks
     python bench/recipes.py --only ranks,rates  # some groups; "jobs" is the table of the defaults
-    python bench/recipes.py --show              # the tables, of what is there
+    python bench/recipes.py --show              # the tables; --write docs/recipes.md
 
 A cell is one setting on one task with one seed: 64 updates of 4 records, then exact match and loss
 on 40 records held out. The tasks are those of bench/continual_smollm.py. Each setting differs from
@@ -286,25 +286,45 @@ def finished(path: Path) -> set[tuple[Any, ...]]:
     return {_key(r) for r in records(path)}
 
 
-def show(found: list[dict[str, Any]]) -> None:
-    """The tables, as docs/recipes.md has them."""
-    print("| | notation | dates | orders | mean | loss | s | MB held | MB adapter |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+def settings_table(found: list[dict[str, Any]]) -> list[str]:
+    """The lines of the table of settings."""
+    lines = ["| | notation | dates | orders | mean | loss | s | MB held | MB adapter |"]
+    lines.append("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for group, settings in GROUPS.items():
         for setting in settings:
             mine = [r for r in found if (r["group"], r["setting"]) == (group, setting.name)]
+            seeds = [r["seed"] for r in mine]
+            mine = [r for r in mine if seeds.count(r["seed"]) == len(TASKS)]  # whole ones
             if mine:
-                print(_row(setting.name, mine))
-    print("\n| job | " + " | ".join(CHOICES) + " |\n|---|" + "---:|" * len(CHOICES))
+                lines.append(_row(setting.name, mine))
+    return lines
+
+
+def jobs_table(found: list[dict[str, Any]]) -> list[str]:
+    """Those of the table of the defaults; none where no job is there."""
+    jobs = [r for r in found if r["group"] == "jobs"]
+    names = [name for name in CHOICES if any(r["setting"] == name for r in jobs)]
+    if not names:
+        return []
+    lines = ["| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
     for task, count in JOBS:
-        mine = [
-            r for r in found if r["group"] == "jobs" and (r["task"], r["count"]) == (task, count)
-        ]
         row = []
-        for name in CHOICES:
-            right = [r["right"] for r in mine if r["setting"] == name]
-            row.append(f"{100 * np.mean(right):.0f}" if right else "")
-        print(f"| {count} records, {task} | {' | '.join(row)} |")
+        for name in names:
+            mine = [r for r in jobs if (r["setting"], r["task"], r["count"]) == (name, task, count)]
+            row.append(f"{100 * mine[0]['right']:.0f} ({mine[0]['steps']})" if mine else "")
+        lines.append(f"| {count} records, {task} | {' | '.join(row)} |")
+    return lines
+
+
+def write(path: Path, found: list[dict[str, Any]]) -> None:
+    """Puts the tables between a page's marks."""
+    text = path.read_text("utf-8")
+    for name, lines in (("settings", settings_table(found)), ("jobs", jobs_table(found))):
+        first, last = f"<!-- recipes: {name} -->", f"<!-- end of {name} -->"
+        before, rest = text.split(first, 1)
+        after = rest.split(last, 1)[1]
+        text = "".join((before, first, "\n", *(f"{line}\n" for line in lines), last, after))
+    path.write_text(text, "utf-8")
 
 
 def _row(name: str, mine: list[dict[str, Any]]) -> str:
@@ -330,6 +350,7 @@ def main() -> int:
     p.add_argument("--precision", default="auto")
     p.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "recipes.jsonl")
     p.add_argument("--show", action="store_true", help="the tables, and nothing is computed")
+    p.add_argument("--write", type=Path, help="also put the tables into this page")
     p.add_argument("--group", help=argparse.SUPPRESS)
     p.add_argument("--setting", help=argparse.SUPPRESS)
     a = p.parse_args()
@@ -352,7 +373,10 @@ def main() -> int:
         ]  # fmt: skip
         if subprocess.run(command, env={**os.environ, **environment}).returncode:
             print(f"{group}: {setting.name} failed", file=sys.stderr)
-    show(records(a.out))
+    found = records(a.out)
+    print("\n".join([*settings_table(found), "", *jobs_table(found)]))
+    if a.write:
+        write(a.write, found)
     return 0
 
 

@@ -50,6 +50,27 @@ typedef struct merge_job {
   uint16_t *lossy;
 } merge_job;
 
+/* Where tiles will be stored, so that it can be asked for early: row i of panel u is `bytes` at
+ * p + i * step + u * bytes.  p may be NULL. */
+typedef struct pylora_put {
+  const char *p;
+  int64_t step, bytes;
+} pylora_put;
+
+/* A tile c [m][32] = sum over kk terms of a's rows times b [kk][32], as `mode` says, and what is asked for
+ * meanwhile: where it will be stored, and `pieces` of what is read next, piece_step bytes apart. */
+typedef struct rows_job {
+  int64_t m, kk;
+  const float *a;
+  int64_t lda;
+  const float *b;
+  float *c;
+  int mode;
+  pylora_put put;
+  const char *next;
+  int64_t pieces, piece_step, piece_bytes;
+} rows_job;
+
 /* Tiles of bfloat16 products: c [n][m][32] = (GEMM_SET) or += the rows of a times n panels of 32 outputs,
  * [pairs][32][2].  With low_b, float32 in halves: the lower ones lie low_a and low_b elements after
  * the upper ones, and a b is a1 b1 + a1 b2 + a2 b1. */
@@ -73,6 +94,8 @@ typedef struct panels_job {
 typedef void pylora_kernel_gemm(int64_t m, int n, int64_t kk, const float *a, int64_t ars,
                                 int64_t acs, const float *b, int64_t ldb, float *c, int64_t ldc,
                                 int mode);
+/* gemm of many rows and a panel, in the same order of sums. */
+typedef void pylora_kernel_rows_f32(const rows_job *j);
 /* dst[j*ldd + i] = src[i*lds + j]  for i < m, j < n: any 32-bit words, whose bits stay. */
 typedef void pylora_kernel_transpose(int64_t m, int64_t n, const float *src, int64_t lds,
                                      float *dst, int64_t ldd);
@@ -228,7 +251,7 @@ typedef void pylora_kernel_merge_rows(int dtype, int mode, const merge_job *f);
 /* ---- tables of them */
 
 /* The kernels by the file that makes them; a table may have those of another table. */
-#define PYLORA_F32_KERNELS(K) K(gemm) K(transpose) K(few_rows)
+#define PYLORA_F32_KERNELS(K) K(gemm) K(rows_f32) K(transpose) K(few_rows)
 #define PYLORA_PAIR_KERNELS(K) K(gemm_pairs) K(transpose32_bf16) K(to_bf16) K(from_bf16) K(halves)
 #define PYLORA_PRODUCT_KERNELS(K) \
   K(gemm_bf16) K(panels_bf16) K(few_rows_bf16) K(few_scores) K(gemm_q) K(gemm_k)

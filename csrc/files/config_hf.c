@@ -216,6 +216,7 @@ static int read(config *c, pylora_settings *s) {
   const pylora_json_value *percent = s->family == GPT_NEOX ? get(c, "rotary_pct") : NULL;
   if (s->family == GPT_NEOX) part = 0.25;
   if (percent) TRY(number(c, percent, "rotary_pct", &part));
+  s->theta = d->theta;
   if (!pylora_families[s->family].learned) TRY(pylora_config_rope(c, s, d->theta, part));
   TRY(pylora_config_own(c, s));
   TRY(tokens(c, s));

@@ -5,7 +5,7 @@
 const pylora_family_facts pylora_families[FAMILIES] = {
     [LLAMA] = {"llama", "llama", .interleaved = 1},
     [MISTRAL] = {"mistral", NULL, .interleaved = 1},
-    [QWEN2] = {"qwen2", "qwen2"},
+    [QWEN2] = {.name = "qwen2", .arch = "qwen2"},
     [QWEN3] = {"qwen3", "qwen3", .qk_norm = OF_HEADS},
     [GEMMA2] = {"gemma2", "gemma2", .offset = 1, .places = BOTH},
     [GEMMA3] = {"gemma3_text", "gemma3", .offset = 1, .places = BOTH, .qk_norm = OF_HEADS},
@@ -15,7 +15,7 @@ const pylora_family_facts pylora_families[FAMILIES] = {
     [OLMO3] = {"olmo3", NULL, .places = AFTER, .qk_norm = OF_ALL},
     [GEMMA] = {"gemma", "gemma", .offset = 1},
     [MINISTRAL] = {"ministral", NULL, .interleaved = 1},
-    [SEED_OSS] = {"seed_oss", "seed_oss"},
+    [SEED_OSS] = {.name = "seed_oss", .arch = "seed_oss"},
     [ERNIE45] = {"ernie4_5", "ernie4_5", .layout = PYLORA_ROPE_INTERLEAVED},
     [PHI3] = {"phi3", "phi3", .fused = PYLORA_QKV_BLOCKS, .mlp = GATE_UP_IN_ONE},
     [GPT2] = {"gpt2", "gpt2", .norm = PYLORA_LAYER, .fused = PYLORA_QKV_BLOCKS, .mlp = NO_GATE,

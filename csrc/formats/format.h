@@ -36,9 +36,10 @@ typedef struct pylora_format {
   /* `stride` is the distance of prepared rows in bytes. Sums longer than PYLORA_CHUNK in pieces. */
   void (*product)(const pylora_kernels *K, int64_t n, int64_t k, const void *rows, size_t stride,
                   const void *panel, float *tile);
-  /* The same for w panels: tiles [w][n][32].  NULL: they are taken one after the other. */
+  /* The same for w panels: tiles [w][n][32], which go to `put`.  NULL: they are taken one after the other. */
   void (*products)(const pylora_kernels *K, int64_t n, int64_t w, int64_t k, const void *rows,
-                   size_t stride, const void *panels, float *tiles);
+                   size_t stride, const void *panels, float *tiles, const pylora_put *put);
+  int many; /* `products` is for so many rows and more; 0: for any, on tiles alone */
   /* Up to PYLORA_FEW single rows, each with a panel of its own, or with a matrix of w <= 32 columns in the
    * order of a panel.  NULL where a format has no such kernel. */
   void (*few)(const pylora_kernels *K, int n, int w, int64_t k, const void *const *rows,

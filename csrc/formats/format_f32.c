@@ -53,6 +53,26 @@ static void product(const pylora_kernels *K, int64_t n, int64_t k, const void *r
                  PANEL);
 }
 
+static void products(const pylora_kernels *K, int64_t n, int64_t w, int64_t k, const void *rows,
+                     size_t stride, const void *panels, float *tiles, const pylora_put *put) {
+  const int64_t step = max64(1, pylora_piece(k)), panel = k * PANEL;
+  rows_job j = {
+      .m = n, .lda = (int64_t)(stride / sizeof(float)), .mode = GEMM_SET, .put = *put, .pieces = 1};
+  for (int64_t t = 0; t == 0 || t < k; t += step, j.mode = GEMM_ADD)
+    for (int64_t u = 0; u < w; u++) {
+      const int last = u + 1 == w;
+      j.kk = min64(step, k - t);
+      j.a = (const float *)rows + t;
+      j.b = (const float *)panels + u * panel + t * PANEL;
+      j.c = tiles + u * n * PANEL;
+      j.put.p = put->p && t + step >= k ? put->p + u * put->bytes : NULL;
+      j.next = (const char *)(last ? (const float *)panels + (t + step) * PANEL : j.b + panel);
+      j.piece_bytes =
+          (last ? max64(0, min64(step, k - t - step)) : j.kk) * PANEL * (int64_t)sizeof(float);
+      K->rows_f32(&j);
+    }
+}
+
 static void few(const pylora_kernels *K, int n, int w, int64_t k, const void *const *rows,
                 const void *const *panels, float *const *tiles) {
   const int64_t step = max64(1, pylora_piece(k));
@@ -89,6 +109,8 @@ const pylora_format pylora_format_f32 = {
     .row_bytes = row_bytes,
     .prepare = prepare,
     .product = product,
+    .products = products,
+    .many = 48,
     .few = few,
     .back = PYLORA_F32,
     .transpose = transpose,

@@ -59,7 +59,8 @@ static void prepare(const pylora_kernels *K, const pylora_mat *x, int64_t first,
 }
 
 static void products(const pylora_kernels *K, int64_t n, int64_t w, int64_t k, const void *rows,
-                     size_t stride, const void *panels, float *tiles) {
+                     size_t stride, const void *panels, float *tiles, const pylora_put *put) {
+  (void)put; /* asking for it early won nothing beside tiles */
   const panels_job j = {.m = n,
                         .n = (int)w,
                         .a = rows,
@@ -75,7 +76,7 @@ static void products(const pylora_kernels *K, int64_t n, int64_t w, int64_t k, c
 
 static void product(const pylora_kernels *K, int64_t n, int64_t k, const void *rows, size_t stride,
                     const void *panel, float *tile) {
-  products(K, n, 1, k, rows, stride, panel, tile);
+  products(K, n, 1, k, rows, stride, panel, tile, NULL);
 }
 
 static void transpose(const pylora_kernels *K, const void *panels, int64_t k, int64_t d0,

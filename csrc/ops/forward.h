@@ -64,6 +64,11 @@ static inline const float *factor_in(const projection *p, int64_t segment) {
   return p->scaled ? p->l->factor[segment] : NULL;
 }
 
+/* Are tiles of n rows made of several panels at a time? */
+static inline int pylora_in_panels(const forward *f, int64_t n) {
+  return f->F->products && (f->F->many ? n >= f->F->many : f->K->tiles);
+}
+
 /* The last segment that starts at or before row i; from there on they are in order. */
 static inline int64_t segment_of(const forward *f, int64_t i) {
   int64_t s = 0, top = f->segments - 1;

@@ -96,8 +96,11 @@ static void sums(const forward *f, const projection *p, int64_t i, int64_t n, in
   const size_t bytes = f->F->panel_bytes(f->k);
   const char *rows = (const char *)f->rows + (size_t)i * f->stride,
              *panels = (const char *)l->W->data + (size_t)q * bytes;
-  const int products = f->F->products && f->K->tiles, together = !products && n == 1 && f->F->few;
-  if (products) f->F->products(f->K, n, w, f->k, rows, f->stride, panels, tiles);
+  const int products = pylora_in_panels(f, n), together = !products && n == 1 && f->F->few;
+  if (products) {
+    const pylora_put put = pylora_put_at(l->y, i, q * PANEL);
+    f->F->products(f->K, n, w, f->k, rows, f->stride, panels, tiles, &put);
+  }
   for (int64_t u = 0; together && u < w; u += PYLORA_FEW)
     one_row(f, rows, panels + (size_t)u * bytes, (int)min64(PYLORA_FEW, w - u), tiles + u * PANEL);
   for (int64_t u = 0; u < w; u++) {

@@ -10,7 +10,8 @@
 enum {
   PANEL = PYLORA_PANEL,
   ROWS = 64,       /* rows per task of g */
-  TILE_ROWS = 512, /* rows of dx per task, where products run on tiles */
+  TILE_ROWS = 512, /* rows of dx per task: see share_out */
+  FLOAT_ROWS = 256,
 };
 
 typedef struct part {
@@ -156,24 +157,47 @@ static void add_low(const bwd *w, const part *p, int64_t i, int64_t n, int64_t j
   }
 }
 
-/* tile [n][32] += rows t .. t + rows - 1 of dy's columns times W's, which come transposed as `chunk` */
-static void dx_chunk(const bwd *w, const part *p, int64_t i, int64_t n, int64_t t, int64_t rows,
-                     const float *chunk, float *tile) {
-  const char *dy = (const char *)p->dy + (int64_t)p->stride * i;
+/* For strip number s of 32 columns of dx: rows t .. t + rows - 1 of dy's columns times W's, transposed in `chunk`. */
+typedef struct piece {
+  const part *p;
+  int64_t i, n, t, rows, s; /* rows of dx from i on */
+  const float *chunk;
+  int last; /* of the sum */
+} piece;
+
+/* tile [n][32] += the product.  What is needed next is asked for meanwhile: W's part of the next strip, and
+ * where the tile will be stored. */
+static void dx_chunk(const bwd *w, const piece *c, float *tile) {
+  const part *p = c->p;
+  const char *dy = (const char *)p->dy + (int64_t)p->stride * c->i;
   if (w->back->dtype == PYLORA_F32) {
-    w->K->gemm(n, PANEL, rows, (const float *)(const void *)dy + t, (int64_t)p->stride / 4, 1,
-               chunk, PANEL, tile, PANEL, GEMM_ADD);
+    const int whole = c->last && w->k - c->s * PANEL >= PANEL;
+    const int64_t panel = (int64_t)w->F->panel_bytes(w->k), strip = panel / w->strips;
+    const rows_job job = {
+        .m = c->n,
+        .kk = c->rows,
+        .a = (const float *)(const void *)dy + c->t,
+        .lda = (int64_t)p->stride / 4,
+        .b = c->chunk,
+        .c = tile,
+        .mode = GEMM_ADD,
+        .put = whole ? pylora_put_at(w->dx, c->i, c->s * PANEL) : (pylora_put){NULL, 0, 0},
+        .next = (const char *)p->l->W->data + c->t / PANEL * panel + (c->s + 1) * strip,
+        .pieces = c->s + 1 < w->strips ? c->rows / PANEL : 0,
+        .piece_step = panel,
+        .piece_bytes = strip};
+    w->K->rows_f32(&job);
     return;
   }
   const int three = w->back->dtype == PYLORA_F32X3;
-  const panels_job job = {.m = n,
+  const panels_job job = {.m = c->n,
                           .n = 1,
-                          .pairs = ceil_div(rows, 2),
-                          .a = (const uint16_t *)(const void *)dy + t,
+                          .pairs = ceil_div(c->rows, 2),
+                          .a = (const uint16_t *)(const void *)dy + c->t,
                           .lda = (int64_t)p->stride / 2,
                           .low_a = three ? pylora_x3_low(p->d) : 0,
-                          .b = (const uint16_t *)(const void *)chunk,
-                          .low_b = three ? pad_panel(rows) * PANEL : 0,
+                          .b = (const uint16_t *)(const void *)c->chunk,
+                          .low_b = three ? pad_panel(c->rows) * PANEL : 0,
                           .c = tile,
                           .mode = GEMM_ADD};
   w->K->panels_bf16(&job);
@@ -195,12 +219,13 @@ static void dx_block(void *ctx, int64_t task, int thread) {
   memset(tiles, 0, (size_t)((end - first) * n * PANEL) * sizeof(float));
   for (int64_t q = 0; q < w->n; q++) {
     const part *p = w->p + q;
-    const int64_t most = pylora_chunk_d(w->K, p->d);
+    const int64_t most = pylora_chunk_d(w->K, w->F->dtype, p->d);
     for (int64_t t = 0; t < p->d; t += most) {
       const int64_t rows = min64(most, p->d - t);
       for (int64_t s = first; s < end; s++) {
         w->F->transpose(w->K, p->l->W->data, w->k, t, pad_panel(rows), s * PANEL, chunk);
-        dx_chunk(w, p, i, n, t, rows, chunk, tiles + (s - first) * n * PANEL);
+        const piece one = {p, i, n, t, rows, s, chunk, q + 1 == w->n && t + most >= p->d};
+        dx_chunk(w, &one, tiles + (s - first) * n * PANEL);
       }
     }
     for (int64_t s = first; p->low && s < end; s++)
@@ -309,15 +334,18 @@ static int one_part(const bwd *all, part *p, const pylora_mat *x, arena *a, int 
   return PYLORA_OK;
 }
 
-/* Rows and strips of a task.  On tiles a product takes so little time that dy and W must come from the
- * cache; without, one strip of many rows is as good, and W is transposed less often. */
+/* Rows and strips of a task.  A piece of dy's columns goes through several strips while it is in L2, and W,
+ * transposed, through all rows while it is in L1: of fewer rows where that is cheap, as it is in float32.
+ * bfloat16 without tiles takes so long for its products that one strip of many rows is as good. */
 static void share_out(bwd *w, int threads) {
+  const int cheap = w->F->dtype == PYLORA_F32;
   w->strips = ceil_div(w->k, PANEL);
   w->rows = min64(PYLORA_MAX_ROWS / 2, w->m);
   w->per_group = 1;
-  if (!w->K->tiles) return;
-  const int64_t blocks = ceil_div(w->m, TILE_ROWS);
-  w->rows = min64(w->rows, ceil_div(ceil_div(w->m, blocks), 32) * 32);
+  if (w->back->dtype != PYLORA_F32 && !w->K->tiles) return;
+  const int64_t blocks = ceil_div(w->m, cheap ? FLOAT_ROWS : TILE_ROWS),
+                step = cheap ? 12 : 32; /* rows that the kernels take at once */
+  w->rows = min64(w->rows, ceil_div(ceil_div(w->m, blocks), step) * step);
   w->per_group = max64(
       1, min64(PYLORA_MAX_ROWS / w->rows, w->strips * ceil_div(w->m, w->rows) / (2 * threads)));
 }

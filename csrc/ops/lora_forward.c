@@ -216,7 +216,8 @@ int pylora_fused_forward(const pylora_mat *x, const pylora_norm *norm, int64_t n
 
   const int64_t bytes = max64(1, (int64_t)f.F->row_bytes(k));
   f.block = min64(PYLORA_MAX_ROWS / 2, max64(48, BLOCK_BYTES / bytes / 12 * 12));
-  if (f.K->tiles && f.F->products) /* equal blocks: long rows are multiplied in pieces */
+  if (f.K->tiles && f.F->products &&
+      !f.F->many) /* equal blocks: long rows are multiplied in pieces */
     f.block = ceil_div(ceil_div(m, ceil_div(m, TILE_ROWS)), 32) * 32;
   for (int64_t i = 0; i < n; i++) {
     p[i] = (projection){.l = linear + i, .panels = ceil_div(linear[i].W->d, PANEL), .pair = 1};

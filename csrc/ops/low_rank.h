@@ -13,8 +13,10 @@ enum {
       PYLORA_PANEL, /* floats of scratch per thread */
 };
 
-/* Backward: rows of W transposed at a time.  Tiles like them equal. */
-static inline int64_t pylora_chunk_d(const pylora_kernels *K, int64_t d) {
+/* Backward: rows of a W of `dtype` transposed at a time.  Of float32 32 KiB, which fit in L1; tiles like them
+ * equal. */
+static inline int64_t pylora_chunk_d(const pylora_kernels *K, int dtype, int64_t d) {
+  if (dtype == PYLORA_F32) return 256;
   if (!K->tiles) return 512;
   return pad_panel(ceil_div(d, max64(1, ceil_div(d, PYLORA_CHUNK_D))));
 }
@@ -52,6 +54,14 @@ void pylora_down_few(const pylora_kernels *K, int n, const low_pack *const *P,
 
 static inline const float *low_bt(const low_pack *P, int64_t panel) {
   return (const float *)(const void *)((const char *)P + P->bt) + panel * P->r * PYLORA_PANEL;
+}
+
+/* The tiles of rows from i on and columns from j on of y. */
+static inline pylora_put pylora_put_at(const pylora_mat *y, int64_t i, int64_t j) {
+  const pylora_vec at = row_at(y, i, j);
+  const int64_t size = at.b ? sizeof *at.b : sizeof *at.p;
+  return (pylora_put){at.b ? (const char *)at.b : (const char *)at.p, y->ld * size,
+                      PYLORA_PANEL * size};
 }
 
 /* A piece of work this small is not worth handing to another thread. */

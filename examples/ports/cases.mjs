@@ -1,6 +1,7 @@
 // cases.mjs - what each operation of the golden vectors means, in terms of lora.mjs and llama.mjs.
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
+import { dora } from "./dora.mjs";
 import * as features from "./features.mjs";
 import * as lora from "./lora.mjs";
 import * as llama from "./llama.mjs";
@@ -35,6 +36,7 @@ export const OPS = {
     const L = { W: lora.T(m.W), A: m.A, B: m.B, s: p.scale }, { y, h } = lora.loraForward(x, L);
     return { y, ...lora.loraBackward(m.dy, x, h, L) };
   },
+  dora: (m, p, v) => dora(m, [...v("magnitude")], m.bias && [...v("bias")], p.scale),
   merge(m, p, v) {
     const format = lora.FORMATS[p.dtype], W = v("W");
     const out = lora.merge(format, W, m.A, m.B, p.scale);

@@ -16,6 +16,7 @@ static const struct {
     {"lora16", lora16_case},
     {"embedding", embedding_case},
     {"rows", rows_case},
+    {"dora", dora_case},
     {"stacked", stacked_case},
     {"mixed", mixed_case},
     {"merge", merge_case},

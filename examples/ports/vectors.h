@@ -63,6 +63,7 @@ void rows_case(testcase *c);
 void stacked_case(testcase *c);
 void mixed_case(testcase *c);
 void embedding_case(testcase *c);
+void dora_case(testcase *c);
 void merge_case(testcase *c);
 void unmerge_case(testcase *c);
 void philox_case(testcase *c);

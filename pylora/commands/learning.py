@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pylora.commands.app import HOW
+from pylora.commands.app import HOW, RUN
 
 
 def _option(*names: str, help: str, metavar: str | None = None) -> Any:
@@ -37,6 +37,15 @@ FindLr = Annotated[
     _option(
         "--find-lr/--no-find-lr",
         help="no training: try rates for a few steps, and draw what each does to the loss",
+    ),
+]
+ReportTo = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--report-to",
+        metavar="NAME",
+        rich_help_panel=RUN,
+        help="tensorboard (files in OUT/tensorboard), wandb, trackio; may be repeated",
     ),
 ]
 Optim = Annotated[

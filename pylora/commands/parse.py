@@ -191,10 +191,10 @@ def unknown_option(typed: str, ctx: Any) -> str:
     near = [n for i, n in enumerate(near) if owners.get(n) not in map(owners.get, near[:i])][:2]
     group = getattr(command if ctx.parent is None else ctx.parent.command, "commands", {})
     homes = [v for v, c in group.items() if name in _names(c)]
-    if near:
-        hint = f"; did you mean {' or '.join(near)}?"
-    elif homes:
+    if homes:  # it is spelt right
         hint = f"; it is an option of {' and '.join(homes)}"
+    elif near:
+        hint = f"; did you mean {' or '.join(near)}?"
     else:
         hint = ""
     return f"there is no option {typed}{hint}"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pylora.commands.app import RUN
+from pylora.commands.guard import warn
 from pylora.display.console import Console
 from pylora.errors import ConfigError, DataError
 from pylora.training.launched import launched
@@ -91,12 +92,28 @@ def in_room(screen: Console, wanted: Wanted, fit: bool) -> tuple[TrainConfig, st
     return found.config, found.precision if narrowed else wanted.precision, True
 
 
+def beyond_its_positions(checkpoint: Any, items: Sequence[Any]) -> None:
+    """Gives the open checkpoint room for the longest of the records, with a warning where the model
+    was not made for it; one that can have no room stays, and its records are refused later."""
+    from pylora.training.longer import stretched
+
+    before, longest = checkpoint.config, max(map(len, items), default=0)
+    checkpoint.config = stretched(before, longest)
+    if checkpoint.config is not before:
+        warn(
+            f"a record has {longest:,} tokens, and the model was made for "
+            f"{before.max_positions:,}: the rotation goes on by its rule, over positions that the "
+            "model has never seen"
+        )
+
+
 def short(tried: Sequence[Fit], room: float) -> str:
     """A sentence about a run that there is no room for, with what would make room."""
     from pylora.training.estimate import fitting, gigabytes
 
     first, found = tried[0], fitting(tried, room)
-    text = f"there is room for {gigabytes(room)} in all, and the run needs {first.words()}"
+    needed = gigabytes(first.estimate.total)
+    text = f"there is room for {gigabytes(room)} in all, and the run needs {needed}"
     if found is not None:
         how = " ".join(found.changed)
         return f"{text}; with {how} it needs {gigabytes(found.estimate.total)} (--fit does that)"

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
-from operator import eq
+from operator import eq, ne
 from typing import Any
 
 from pylora.training.schedule import named
@@ -98,6 +98,7 @@ _TEACHES, _DISTILLS = ("teacher", "teacher_adapter", "top_k"), partial(eq, "dist
 _RUNS = (  # what only a run has
     "learning_rate", "epochs", "schedule", "warmup", "floor", "decay_steps", "cycles",
     "rank_dropout", "eval_data", "save_every", "save_minutes", "keep", "log_every", "resume",
+    "report_to",
 )  # fmt: skip
 _HUNT = "the kit's own wrong implementations are tried with every law"
 
@@ -166,7 +167,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
             "it is for cosine_with_restarts",
             _falls_by("cosine_with_restarts"),
         ),
-        Needs("label_smoothing_factor", "objective", "it is for sft", partial(eq, "sft")),
+        Excludes("label_smoothing_factor", "objective", "it is for sft", partial(ne, "sft")),
         Excludes(
             "floor", "schedule", "a constant rate has no lower end", lambda v: v == "constant"
         ),

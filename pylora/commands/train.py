@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -41,7 +42,7 @@ from pylora.commands.objectives import (
     taught,
 )
 from pylora.commands.outputs import check_folder
-from pylora.commands.room import Fits, Wanted, in_room
+from pylora.commands.room import Fits, Wanted, beyond_its_positions, in_room
 from pylora.commands.run_said import after_training, how_long, saying_where, write_model_card
 from pylora.commands.template import TemplateArgs, refuse_unused, use_template
 from pylora.commands.together import together
@@ -51,6 +52,7 @@ from pylora.numbers.precision import check_choice
 from pylora.training.launched import launched
 
 if TYPE_CHECKING:
+    from pylora.training.evaluate import Evaluation
     from pylora.training.train import StepInfo
 
 
@@ -308,6 +310,7 @@ def train(
             part=RUN, help="steps between lines of OUT/log.jsonl",
         ),
     ] = 1,
+    report_to: learning.ReportTo = None,
     resume: Annotated[
         bool,
         _option(
@@ -349,11 +352,13 @@ def train(
     from pylora.model.llama import Llama
     from pylora.training.beginnings import begin, check_init, of_config
     from pylora.training.enough import settled, total_steps, undertrained
+    from pylora.training.log import step_line
     from pylora.training.mpi import world
     from pylora.training.objectives.choose import choose, read
+    from pylora.training.reporting import Reports, check_names
     from pylora.training.train import TrainConfig, check_out_dir
     from pylora.training.train import train as run
-    from pylora.training.watching import interval
+    from pylora.training.watching import evaluation_line, interval
 
     try:
         settings = TrainConfig(
@@ -402,6 +407,7 @@ def train(
         check_begun(objective, start, init, bool(metric or sample))
         check_choice(precision)
         asked = metrics(metric or ())
+        check_names(report_to or ())
     except ConfigError as error:
         raise ConfigError(arranging.place_of(context, str(error))) from None
     check_folder(out)
@@ -439,6 +445,7 @@ def train(
         data, eval_data = _files(data, eval_data)
         examples, evals = read(objective, data, eval_data, tokenizer, classes=classes, **limit)
         refuse_unused_arguments()
+        beyond_its_positions(checkpoint, [*examples, *(evals or ())])
         whole = 0 if start is not None else num_whole(lora, checkpoint.config)
         wanted = Wanted(checkpoint, plan, precision, settings, list(map(len, examples)), whole)
         settings, precision, fitted = in_room(screen, wanted, fit)
@@ -488,13 +495,20 @@ def train(
         now = {"recompute": settings.recompute, "accumulation": settings.accumulation}
         chosen |= {**now, "precision": precision, "fit": False}
     record = arranging.record(context.command, context.params | chosen)
-    with saying_where(out, context.find_root().obj) as seen, screen.training() as show:
+    names = (report_to or ()) if world().rank == 0 else ()
+    reports = Reports(names, out, json.loads(record), lambda text: screen.say(f"note: {text}"))
+    with saying_where(out, context.find_root().obj) as seen, screen.training() as show, reports:
 
         def on_step(info: StepInfo) -> None:
             if not seen and world().rank == 0:  # the run is what its folder says now
                 arranging.write_record(out, record)
             seen.append((info.step, info.steps))
             show(info)
+            reports.add(step_line(info, llama.precision_report))
+
+        def on_evaluation(step: int, evaluation: Evaluation) -> None:
+            show.evaluated(step, evaluation)
+            reports.add(evaluation_line(step, evaluation))
 
         result = run(
             llama,
@@ -507,7 +521,7 @@ def train(
             resume=resume,
             overwrite=overwrite,
             measure=judge,
-            on_evaluation=show.evaluated,
+            on_evaluation=on_evaluation,
             objective=aim,
             ranks=world(),
         )

@@ -3,7 +3,7 @@
 An adapter needs some number of updates before it does anything, however few records there are: 60
 records in steps of 8 are 8 updates an epoch, and 8 updates teach nothing. So the epochs are chosen
 for the updates that they make. The rate falls with the width of the model. Both were measured on
-five small jobs (docs/training.md, "Defaults that teach"); nothing is looked at but sizes.
+five small jobs (docs/recipes.md, "The defaults"); nothing is looked at but sizes.
 """
 
 from __future__ import annotations

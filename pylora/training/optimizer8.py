@@ -52,14 +52,14 @@ class Code:
         # a look-up and a comparison, not a search.
         upper = np.arange(2**16, dtype=np.uint32) << np.uint32(16)
         least = np.where(upper >> 31, upper | np.uint32(0xFFFF), upper).view(np.float32)
-        first = np.searchsorted(middles, least).astype(np.uint8)
+        first = np.searchsorted(middles, least).astype(np.int32)
         ends = np.append(middles, np.float32(np.inf))
         self.xp, self.zero = xp, int(np.searchsorted(values, np.float32(0)))
         self.values, self._first = xp.asarray(values), xp.asarray(first)
         self._middles = xp.asarray(ends)
 
     def nearest(self, x: Array) -> Array:
-        """uint8 of x's shape: the number of the nearest value of float32 x in [-1, 1], the lower
+        """int32 of x's shape: the number of the nearest value of float32 x in [-1, 1], the lower
         one of two that are as near."""
         first = self._first[x.view(np.uint32) >> np.uint32(16)]
         return first + (x > self._middles[first])
@@ -75,7 +75,7 @@ class Moment:
     def read(self, code: Code) -> Array:
         """float32 [n]."""
         n, whole = self.codes.size, self.largest.size * BLOCK
-        x = code.values[self.codes]
+        x = code.values[self.codes.astype(np.int32)]
         if whole == n:
             return (x.reshape(-1, BLOCK) * self.largest[:, None]).reshape(-1)
         return x * code.xp.repeat(self.largest, BLOCK)[:n]

@@ -266,12 +266,12 @@ def test_token_indices_are_ids(value: Any, message: str) -> None:
         LoraConfig(target_modules=["q_proj"], trainable_token_indices=value)
 
 
-def test_whole_modules_get_no_lora_and_are_not_trained_here() -> None:
+def test_whole_modules_get_no_lora_and_begin_as_the_base() -> None:
     both = plan(target_modules=["q_proj", "v_proj"], modules_to_save=["1.self_attn.q_proj"])
     assert "model.layers.1.self_attn.q_proj" not in both
     assert len(both) == len(plan(target_modules=["q_proj", "v_proj"])) - 1
     config = LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"])
-    with pytest.raises(UnsupportedError, match=r"modules_to_save = \('norm',\).*not trained"):
+    with pytest.raises(ConfigError, match=r"modules_to_save = \('norm',\).*give whole=fresh_whole"):
         Adapter.init(resolve(config, MODULES), config)
 
 

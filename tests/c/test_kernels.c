@@ -144,6 +144,27 @@ static void products(void) {
   }
 }
 
+/* Many rows and a panel: gemm's bits, whatever is asked for meanwhile, and nothing of that is written. */
+static void many_rows(void) {
+  for (int64_t m = 0; m <= 60; m++) {
+    rows_job j = {.m = m, .kk = PICK(0, 1, 3, 17, 40), .mode = below(3)};
+    j.lda = j.kk + PICK(0, 1, 6);
+    j.a = floats(m * j.lda, 1), j.b = floats(j.kk * PYLORA_PANEL, 1);
+    j.c = floats(m * PYLORA_PANEL, 1);
+    float *other = copy_floats(j.c, m * PYLORA_PANEL), *near = floats(m * 48 + 4096, 1);
+    const float *kept = copy_floats(near, m * 48 + 4096);
+    if (below(2)) j.put = (pylora_put){(const char *)near, 48 * sizeof(float), 128};
+    if (below(2)) j.next = (const char *)near, j.pieces = below(70), j.piece_bytes = 256;
+    j.piece_step = 512;
+    K->rows_f32(&j);
+    K->gemm(m, PYLORA_PANEL, j.kk, j.a, j.lda, 1, j.b, PYLORA_PANEL, other, PYLORA_PANEL, j.mode);
+    for (int64_t i = 0; i < m * PYLORA_PANEL; i++)
+      EXPECT(same(j.c[i], other[i]), "mode %d, number %d of %d rows", j.mode, (int)i, (int)m);
+    EXPECT(memcmp(near, kept, (size_t)(m * 48 + 4096) * sizeof(float)) == 0, "m = %d", (int)m);
+    release();
+  }
+}
+
 /* One term at a time, so that it is known what inf, NaN and zeros give. */
 static void specials(void) {
   static const uint16_t x[] = {0x3f80, 0xc000, 0, 0x8000, 0x7f80, 0xff80, 0x7fc0, 0xffc1};
@@ -253,6 +274,7 @@ static void all(void) {
   K = pylora_table();
   chain = strcmp(K->name, "amx") != 0;
   products();
+  many_rows();
   specials();
   transposed();
   conversions();

@@ -11,19 +11,13 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from clibrary import CError, CModel, greedy, needs_library, python_model
+from c_families import LONG, SIZES, refused, same, write
+from clibrary import needs_library
 from small_models import REAL
 
-from pylora.formats.safetensors import save
 from pylora.model.config import LlamaConfig
 
 pytestmark = needs_library
-IDS = [3, 17, 4, 29, 29, 8, 1, 30]
-SIZES = {
-    "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
-    "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": 2,
-}  # fmt: skip
 LLAMA3 = {
     "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
@@ -75,30 +69,52 @@ FAMILIES: dict[str, list[dict[str, Any]]] = {
         {"rope_scaling": {**YARN, "factor": None, "mscale": 0.7, "mscale_all_dim": 1.5},
          "original_max_position_embeddings": 16},
     ],
-    "llama": [{"rope_parameters": {**YARN, "rope_theta": 5e5}}],
+    "llama": [
+        {"rope_parameters": {**YARN, "rope_theta": 5e5}},
+        {"max_position_embeddings": 10, "rope_scaling": {"type": "dynamic", "factor": 3.5}},
+        {"rope_scaling": {**LONG, "original_max_position_embeddings": 10, "factor": 8.0}},
+        {"rope_scaling": {**LONG, "attention_factor": 1.25}},
+    ],
+    "phi3": [
+        {"head_dim": 16},
+        {"head_dim": 64, "partial_rotary_factor": 0.5, "rope_scaling": LONG,
+         "original_max_position_embeddings": 10, "num_key_value_heads": 4},
+        {"rope_parameters": {**LONG, "type": "su", "rope_type": None, "rope_theta": 5e4},
+         "original_max_position_embeddings": 10, "tie_word_embeddings": True},
+        {"sliding_window": 3, "rope_scaling": {**LONG, "type": "yarn", "rope_type": None}},
+    ],
+    "gpt2": [
+        {},
+        {"scale_attn_weights": False, "activation_function": "gelu", "n_inner": 96},
+        {"scale_attn_by_inverse_layer_idx": True, "activation_function": "relu2",
+         "tie_word_embeddings": False},
+    ],
+    "gpt_neox": [
+        {"num_key_value_heads": None},
+        {"num_key_value_heads": None, "rotary_pct": 0.5, "use_parallel_residual": False,
+         "hidden_act": "gelu_new", "rotary_emb_base": 500},
+        {"num_key_value_heads": None, "attention_bias": False, "tie_word_embeddings": True,
+         "rope_scaling": {"type": "linear", "factor": 2.0}},
+    ],
+    "mixtral": [
+        {"num_local_experts": 3},
+        {"num_local_experts": 4, "num_experts_per_tok": 1, "sliding_window": 3,
+         "layer_types": ["sliding_attention"] * 4},
+    ],
+    "qwen3_moe": [
+        {"num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 32},
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+         "norm_topk_prob": True, "mlp_only_layers": [1], "attention_bias": True,
+         "use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2},
+        {"num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 2},
+    ],
+    "olmoe": [
+        {"num_experts": 4, "num_experts_per_tok": 2},
+        {"num_experts": 3, "num_experts_per_tok": 3, "norm_topk_prob": True,
+         "attention_bias": True, "tie_word_embeddings": True},
+    ],
 }  # fmt: skip
 CASES = [(name, i) for name, all_of in FAMILIES.items() for i in range(len(all_of))]
-
-
-def write(path: Path, settings: dict[str, Any]) -> None:
-    """A directory of random weights for a config.json of these settings."""
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps(settings))
-    rng = np.random.default_rng(7)
-    shapes = LlamaConfig.from_hf(settings).tensors()
-    save(
-        path / "model.safetensors",
-        {n: (rng.standard_normal(s) * 0.3).astype(np.float32) for n, s in shapes.items()},
-        {"format": "pt"},
-    )
-
-
-def same(path: Path, precision: str) -> None:
-    tokens, logits = greedy(python_model(path, precision), IDS, 4)
-    with CModel(path, precision) as model:
-        got_tokens, got = model.generate(IDS, 4)
-    assert got_tokens == tokens
-    assert got.tobytes() == logits.tobytes()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int4"])
@@ -175,18 +191,48 @@ def test_the_real_gemma() -> None:
     same(REAL.parent / "gemma-3-270m-q4_k_m.gguf", "int4")
 
 
-def refused(path: Path) -> str:
-    with pytest.raises(CError) as caught, CModel(path):
-        pass
-    return str(caught.value)
-
-
 @pytest.mark.parametrize(
     ("settings", "names"),
     [
-        ({"model_type": "phi3"}, "phi3.*gemma3_text"),
-        ({"model_type": "qwen3_moe"}, "qwen3_moe"),
-        ({"model_type": "gpt2"}, "gpt2"),
+        ({"model_type": "cohere"}, "'cohere'.*gemma3_text.*olmoe"),
+        ({"model_type": "phi3"}, "qkv_proj"),
+        (
+            {"model_type": "phi3", "rope_scaling": {**YARN, "rope_type": "linear"}},
+            "linear.*longrope",
+        ),
+        ({"model_type": "phi3", "rope_scaling": {"type": "longrope"}}, "short_factor.*16 numbers"),
+        (
+            {"model_type": "phi3", "rope_scaling": {**LONG, "long_factor": [1.0] * 15}},
+            "long_factor",
+        ),
+        ({"model_type": "phi3", "rope_scaling": {**LONG, "long_factor": [0.0] * 16}}, "positive"),
+        ({"model_type": "phi3", "rope_scaling": {**LONG, "mscale": 2.0}}, "mscale"),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.1}, "3 numbers"),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.01}, "partial_rotary_factor"),
+        ({"model_type": "phi3", "partial_rotary_factor": 1e300}, "partial_rotary_factor"),
+        ({"model_type": "llama", "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        (
+            {"model_type": "llama", "rope_scaling": {"type": "longrope", "factor": 2}},
+            "short_factor",
+        ),
+        ({"model_type": "llama", "rope_scaling": {"type": "dynamic"}}, "factor"),
+        (
+            {"model_type": "llama", "rope_scaling": {"type": "dynamic", "factor": 2, "alpha": 3}},
+            "alpha",
+        ),
+        ({"model_type": "qwen3_moe"}, "128 experts in 4 layers"),
+        ({"model_type": "qwen3_moe", "num_experts": 10**12}, "experts"),
+        ({"model_type": "qwen3_moe", "num_experts": 65536}, "65536 experts"),
+        ({"model_type": "qwen3_moe", "num_experts": 0}, "num_experts"),
+        ({"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 5}, "per_tok"),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": {"a": 1}}, "mlp_only_layers"),
+        ({"model_type": "qwen3_moe", "shared_expert_intermediate_size": 8}, "shared_expert"),
+        ({"model_type": "olmoe", "clip_qkv": 8.0}, "clip_qkv"),
+        ({"model_type": "mixtral", "layer_types": ["sliding_attention"] * 4}, "layer_types"),
+        ({"model_type": "gpt2", "n_positions": 8}, "wpe.weight|wte.weight"),
+        ({"model_type": "gpt2", "add_cross_attention": True}, "add_cross_attention"),
+        ({"model_type": "gpt2", "activation_function": "relu"}, "relu"),
+        ({"model_type": "gpt_neox", "rotary_pct": 2.0}, "partial_rotary_factor"),
         ({"model_type": "llama", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
         ({"model_type": "llama", "embedding_multiplier": 2}, "embedding_multiplier"),
         ({"model_type": "llama", "num_local_experts": 8}, "num_local_experts"),
@@ -199,11 +245,14 @@ def refused(path: Path) -> str:
         ({"model_type": "gemma2", "sliding_window": 0}, "sliding_window"),
         ({"model_type": "smollm3", "no_rope_layers": [0, 1, 2, 1]}, "no_rope_layers"),
         ({"model_type": "smollm3", "no_rope_layers": [0]}, "no_rope_layers"),
-        ({"model_type": "olmo2", "rope_scaling": {"rope_type": "dynamic", "factor": 2}}, "dynamic"),
+        (
+            {"model_type": "olmo2", "rope_scaling": {"rope_type": "ntk", "factor": 2}},
+            "ntk.*dynamic",
+        ),
         ({"model_type": "llama", "rope_scaling": {"rope_type": "yarn"}}, "factor"),
         ({"model_type": "llama", "rope_scaling": {**YARN, "wavelength": 3}}, "wavelength"),
         ({"model_type": "llama", "rope_scaling": {**YARN, "beta_fast": 0}}, "beta_fast"),
-        ({"model_type": "gpt_neox"}, "gpt_neox.*ernie4_5"),
+        ({"model_type": "gpt_neox"}, "gpt_neox.embed_in"),
     ],
 )
 def test_refused(tmp_path: Path, settings: dict[str, Any], names: str) -> None:

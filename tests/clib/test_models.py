@@ -231,7 +231,7 @@ def set_u32(key: str, value: int) -> Any:
         ({"arch": "mamba"}, "mamba"),
         ({"skip": ("block_count",)}, "llama.block_count"),
         ({"more": lambda w: w.add_float32("llama.attn_logit_softcapping", 30.0)}, "softcapping"),
-        ({"more": set_u32("llama.expert_count", 8)}, "llama.expert_count"),
+        ({"more": set_u32("llama.expert_count", 8)}, "llama.expert_used_count"),
         ({"more": set_u32("llama.rope.dimension_count", 32)}, "rope.dimension_count"),
         ({"more": lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN)}, "yarn"),
         ({"more": lambda w: w.add_tensor("blk.0.extra.weight", np.ones(3, np.float32))}, "extra"),

@@ -102,12 +102,16 @@ VALUES: dict[str, Any] = {
     "gamma": "2", "desirable_weight": "2", "undesirable_weight": "2", "teacher": "{model}",
     "teacher_adapter": "{run}", "classes": "3",
     "log_level": "error", "host": "0.0.0.0", "log_format": "json",
+    "decay_steps": "1", "cycles": "3", "optimizer": "adamw_8bit", "rank_dropout": "0.5",
+    "label_smoothing_factor": "0.1", "neftune_noise_alpha": "5", "report_to": "tensorboard",
     "badge": "{out}/b.json", "markdown": "{out}/t.md",
 }  # fmt: skip
 # What an option needs beside it (and what the least command line then has, too), or takes away.
 BESIDE: dict[tuple[str, str], list[str]] = {
     ("train", "truncate"): ["--max-length", "64"],
     ("train", "packing"): ["--max-tokens", "64"],
+    ("train", "decay_steps"): ["--schedule", "wsd"],
+    ("train", "cycles"): ["--schedule", "cosine_with_restarts"],
     **{
         ("train", o): ["--eval", "{data}"]
         for o in ("eval_every", "metric", "sample", "best_by", "patience")
@@ -191,6 +195,9 @@ def handed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     spy("pylora.training.train.train", last=True)
     spy("pylora.training.train.check_out_dir")
+    spy("pylora.training.findrate.find_rate", last=True)
+    spy("pylora.training.reporting.Reports")
+    spy("pylora.training.estimate.ways")
     spy("pylora.training.evaluate.evaluate")
     spy("pylora.generation.metrics.Judge")
     spy("pylora.training.examples.load_examples")

@@ -1,4 +1,4 @@
-/* fuzz_json.c - any bytes as JSON: what is read is walked, and is the whole text. */
+/* fuzz_json.c - any bytes as JSON: what is read is walked, and is the whole text; and as a model's config.json. */
 #include "fuzz.h"
 
 static int64_t walk(const pylora_json *j, const pylora_json_value *v, int depth) {
@@ -16,6 +16,24 @@ static int64_t walk(const pylora_json *j, const pylora_json_value *v, int depth)
   return n;
 }
 
+/* What is taken as a model's settings must be safe to make modules and angles of. */
+static void configure(const uint8_t *bytes, size_t size) {
+  static pylora_settings s; /* too large for some stacks */
+  pylora_message why = {""};
+  const int status = pylora_settings_hf(path_of(bytes, size), &s, &why);
+  check_message(status, &why);
+  if (!status) {
+    MUST(pylora_modules_of(&s) > s.layers && pylora_longest(&s) >= s.positions);
+    const int64_t pairs = pylora_pairs(&s), lengths[2] = {1, pylora_longest(&s)};
+    double *out = malloc(((size_t)pairs + 1) * sizeof *out);
+    for (int i = 0; out && i < 4; i++)
+      pylora_frequencies(&s, s.two_ropes && i / 2, lengths[i % 2], out);
+    free(out);
+  }
+  free(s.scaling.divisors);
+  free(s.local_scaling.divisors);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
   pylora_message why = {""};
   pylora_json j;
@@ -23,6 +41,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
   check_message(status, &why);
   if (!status) MUST(walk(&j, j.value, 0) == j.values);
   pylora_json_free(&j);
+  configure(bytes, size);
   int supported; /* the same bytes as a pattern: any answer, in time */
   char pattern[512];
   if (size < sizeof pattern && !memchr(bytes, 0, size)) {

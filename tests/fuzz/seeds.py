@@ -138,6 +138,39 @@ def weights(kind: int = 0, norms: bool = False, biases: bool = False) -> dict[st
     return out
 
 
+def fused(up: int, norms: bool) -> dict[str, Tensor]:
+    """With q, k and v in one projection, and what else such families have."""
+    q, kv, b = HEADS * HEAD, KV_HEADS * HEAD, "blk.0."
+    kv = q if norms else kv
+    out: dict[str, Tensor] = {
+        "token_embd.weight": (0, (VOCAB, HIDDEN)),
+        "output_norm.weight": (0, (HIDDEN,)),
+        b + "attn_norm.weight": (0, (HIDDEN,)),
+        b + "ffn_norm.weight": (0, (HIDDEN,)),
+        b + "attn_qkv.weight": (0, (q + 2 * kv, HIDDEN)),
+        b + "attn_output.weight": (0, (HIDDEN, q)),
+        b + "ffn_up.weight": (0, (up, HIDDEN)),
+        b + "ffn_down.weight": (0, (HIDDEN, INNER)),
+    }
+    if norms:  # LayerNorms, and biases everywhere
+        for name in [n for n in out if n != "token_embd.weight"]:
+            out[name.replace(".weight", ".bias")] = (0, (out[name][1][0],))
+    return out
+
+
+def mixture(count: int) -> dict[str, Tensor]:
+    """With so many experts of half the size, stacked."""
+    b, half = "blk.0.", INNER // 2
+    out = {n: t for n, t in weights(0, norms=True).items() if ".ffn_" not in n}
+    return out | {
+        b + "ffn_norm.weight": (0, (HIDDEN,)),
+        b + "ffn_gate_inp.weight": (0, (count, HIDDEN)),
+        b + "ffn_gate_exps.weight": (0, (count, half, HIDDEN)),
+        b + "ffn_up_exps.weight": (1, (count, half, HIDDEN)),
+        b + "ffn_down_exps.weight": (0, (count, HIDDEN, half)),
+    }
+
+
 def adapter_config(**over: Any) -> bytes:
     base = {
         "peft_type": "LORA",
@@ -200,6 +233,36 @@ def models() -> dict[str, bytes]:
         "linear": gguf(scaled, weights()),
         "factors": gguf(settings(), weights() | factors, raw=plain),
         "window": gguf(settings(**{"attention.sliding_window": 4}), weights()),
+        **others(),
+    }
+
+
+def others() -> dict[str, bytes]:
+    """Families beyond Llama's shape."""
+    half = {"rope.dimension_count": HEAD // 2}
+    factors: dict[str, Tensor] = {
+        f"rope_factors_{name}.weight": (0, (HEAD // 4,)) for name in ("short", "long")
+    }
+    raw = {name: struct.pack("<2f", 1.5, 2.5) for name in factors}
+    experts = {"expert_count": 3, "expert_used_count": 2, "expert_feed_forward_length": INNER // 2}
+    eps = "attention.layer_norm_rms_epsilon"
+    layered = {"attention.layer_norm_epsilon": 1e-5, "attention.head_count_kv": HEADS}
+
+    def norm(arch: str, **over: Any) -> dict[str, Any]:
+        return {k: v for k, v in settings(arch, **(layered | over)).items() if eps not in k}
+
+    table: dict[str, Tensor] = {"position_embd.weight": (0, (64, HIDDEN))}
+    stretched = half | {"rope.scaling.original_context_length": 3}
+    return {
+        "phi3": gguf(settings("phi3", **half), fused(2 * INNER, norms=False)),
+        "longrope": gguf(
+            settings("phi3", **stretched), fused(2 * INNER, norms=False) | factors, raw=raw
+        ),
+        "gpt2": gguf(norm("gpt2"), fused(INNER, norms=True) | table),
+        "gptneox": gguf(
+            norm("gptneox", **half, use_parallel_residual=True), fused(INNER, norms=True)
+        ),
+        "qwen3moe": gguf(settings("qwen3moe", **experts), mixture(3)),
     }
 
 
@@ -238,8 +301,39 @@ def adapters() -> dict[str, bytes]:
     }
 
 
+def configs() -> dict[str, bytes]:
+    """A config.json of each shape."""
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": 2,
+        "num_attention_heads": HEADS,
+        "max_position_embeddings": 64,
+    }
+    pairs = [1.0, 2.5, 3.0, 4.0]
+    longrope = {"type": "longrope", "short_factor": pairs, "long_factor": pairs}
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    both = {"full_attention": yarn, "sliding_attention": {"rope_type": "default"}}
+    small = {"n_embd": HIDDEN, "n_head": HEADS, "n_layer": 2, "n_positions": 64}
+    own: dict[str, dict[str, Any]] = {
+        "llama": {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "eos_token_id": [1, 2]},
+        "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+        "gemma3_text": {"sliding_window": 4, "head_dim": 8, "rope_parameters": both},
+        "smollm3": {"no_rope_layers": [0, 1]},
+        "phi3": {"rope_scaling": longrope, "original_max_position_embeddings": 8},
+        "gpt2": {**small, "scale_attn_by_inverse_layer_idx": True},
+        "gpt_neox": {"rotary_pct": 0.5, "use_parallel_residual": False},
+        "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": [1]},
+        "mixtral": {"num_local_experts": 4, "sliding_window": None},
+    }
+    return {
+        f"model-{k}": json.dumps({"model_type": k} | sizes | v).encode() for k, v in own.items()
+    }
+
+
 def write(folder: Path) -> None:
-    texts = {
+    texts = configs() | {
         "config": adapter_config(),
         "deep": b'{"a": [[[[1, -2.5e-3, true, null, "\\u00e9\\ud83d\\ude00\\n"]]]], "b": {}}',
         "numbers": b"[0, -0, 1e308, 123456789012345678, 9223372036854775807, 0.1]",

@@ -9,6 +9,7 @@ import pytest
 from bounds import gamma
 from whole_model import SEQS, TOLERANCE, M, a_batch, an_adapter, bits
 
+from pylora import Adapter, LoraConfig, resolve
 from pylora.errors import UnsupportedError
 from pylora.model.config import LlamaConfig
 from pylora.model.llama import IGNORE, DropKey, Llama
@@ -97,3 +98,43 @@ def test_head_dropout_is_keyed_by_row_whatever_is_counted(
     assert some[1::2].tobytes() == whole[1::2].tobytes()
     with pytest.raises(UnsupportedError, match="lm_head"):
         net.forward(ids, SEQS, drop=key, rows=[0])
+
+
+def test_smoothed_labels_by_the_formula_and_by_differences() -> None:
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model = Llama.random(LlamaConfig.tiny(), seed=3)
+    low = Adapter.init(resolve(config, model.config.modules()), config, seed=0)
+    model.attach(low)
+    rng, e, V = np.random.default_rng(0), 0.1, model.config.vocab_size
+    ids, labels = rng.integers(0, V, 12), rng.integers(0, V, 12)
+    labels[:3] = IGNORE
+    z = model.forward(ids)[0].astype(np.float64)
+    logs = z - np.log(np.exp(z).sum(axis=1, keepdims=True))
+    want = -((1 - e) * logs[np.arange(12), np.maximum(labels, 0)] + e * logs.mean(axis=1))
+    nll, grads = model.loss(ids, labels, smoothing=e)
+    assert np.allclose(nll, np.where(labels == IGNORE, 0, want), atol=2e-6)
+    path = next(iter(grads))
+    A, step = low[path].A, np.float32(1e-2)
+    for at in ((0, 0), (1, 2)):
+        before, found = A[at], []
+        for value in (before + step, before - step):
+            A[at] = value
+            found.append(model.loss(ids, labels, smoothing=e, grads=False)[0].sum() / 9)
+        A[at] = before
+        assert grads[path].A[at] == pytest.approx((found[0] - found[1]) / (2 * step), rel=2e-3)
+    plain = model.loss(ids, labels)[0]
+    assert (model.loss(ids, labels, smoothing=0.0)[0] == plain).all() and (plain != nll).any()
+
+
+@pytest.mark.parity
+def test_smoothed_labels_are_transformers() -> None:
+    torch = pytest.importorskip("torch")
+    smoother = pytest.importorskip("transformers.trainer_pt_utils").LabelSmoother(epsilon=0.1)
+    model = Llama.random(LlamaConfig.tiny(), seed=3)
+    rng, V = np.random.default_rng(1), model.config.vocab_size
+    ids, labels = rng.integers(0, V, 15), rng.integers(0, V, 15)
+    labels[::4] = IGNORE
+    logits = torch.from_numpy(model.forward(ids)[0])[None]
+    theirs = float(smoother({"logits": logits}, torch.from_numpy(labels)[None]))
+    nll, _ = model.loss(ids, labels, smoothing=0.1, grads=False)
+    assert nll.sum() / (labels != IGNORE).sum() == pytest.approx(theirs, rel=1e-5)

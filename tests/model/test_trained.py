@@ -18,6 +18,7 @@ from pylora.model.linear import DropKey
 from pylora.model.llama import Grads, Llama, random_weights
 from pylora.model.whole import Whole
 
+ON_GPU = True
 LAYER_NORM: dict[str, Any] = {"norm": "layer", "norm_bias": True}
 BIASES: dict[str, Any] = {"attention_bias": True, "attention_out_bias": True, "mlp_bias": True}
 STRUCTURES: dict[str, dict[str, Any]] = {

@@ -293,7 +293,7 @@ def test_what_took_from_the_base_by_data_is_read_with_its_first_values(
             corda_config=CordaConfig(corda_method="kpm"),
         )  # fmt: skip
         many = torch.arange(3 * 40).reshape(3, 40) * 7 % int(SIZES["vocab_size"])
-        preprocess_corda(work, config, run_model=lambda: work(many))
+        preprocess_corda(work, config, run_model=lambda: [work(one[None]) for one in many])
     else:
         from peft import LoraGAConfig, preprocess_loraga
 

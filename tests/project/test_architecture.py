@@ -40,6 +40,7 @@ TOGETHER = {
     "reference/test_lora_laws.py",
     "text/test_hostile_tokenizers.py",  # files with anything in them
     "text/test_special_tokens.py",  # from every file that has some
+    "training/test_train_whole.py",  # runs that train whole weights
     "web/test_load.py",  # many at once
     "web/test_malformed.py",  # whatever anybody sends
     "text/test_text_docs.py",  # the lists in docs/text.md

@@ -53,13 +53,38 @@ def scalings() -> st.SearchStrategy[dict[str, Any]]:
 
 
 @st.composite
+def any_scaling(draw: Any, c: dict[str, Any], part: float = 1.0) -> dict[str, Any]:
+    """`c` with rotary parameters of any kind, of a family that rotates all layers alike: those of
+    `scalings`, a base that grows with the text, and factors of each pair."""
+    kind = draw(st.sampled_from(("", "", "", "dynamic", "longrope")))
+    theta = draw(st.sampled_from((1e4, 500.0)))
+    if kind == "dynamic":
+        grows = {
+            "rope_type": kind,
+            "factor": draw(st.sampled_from((3.0, 6.5))),
+            "rope_theta": theta,
+        }
+        return c | {"max_position_embeddings": ORIGINAL, "rope_parameters": grows}
+    if kind == "longrope":
+        head = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+        pairs = int(head * part) // 2
+        factors = st.lists(st.sampled_from((0.8, 1.2, 3.0)), min_size=pairs, max_size=pairs)
+        own = {"rope_type": kind, "rope_theta": theta, "short_factor": draw(factors)}
+        own |= {"long_factor": draw(factors), "factor": draw(st.sampled_from((0.5, 4.0)))}
+        if draw(st.booleans()):
+            own["attention_factor"] = 1.2
+        return c | {"rope_parameters": own | {"original_max_position_embeddings": ORIGINAL}}
+    return c | {"rope_parameters": draw(scalings())}
+
+
+@st.composite
 def sizes(draw: Any, layers: int = 3, experts: bool = False) -> dict[str, Any]:
     """What every family has. The width is a multiple of the heads, as Gemma's classes want."""
-    kv = draw(st.sampled_from((1, 2)))
+    kv = draw(st.sampled_from((1, 2, 3)))
     n = kv * draw(st.sampled_from((1, 2, 3)))
     return {
         "vocab_size": VOCAB,
-        "hidden_size": n * draw(st.sampled_from((8, 12))),
+        "hidden_size": n * draw(st.sampled_from((8, 12) if experts else (8, 12, 4, 14))),
         # torch's product of experts wants rows of whole 16 bytes
         "intermediate_size": draw(st.sampled_from((20, 28) if experts else (20, 33))),
         "num_hidden_layers": layers,
@@ -76,20 +101,20 @@ def sizes(draw: Any, layers: int = 3, experts: bool = False) -> dict[str, Any]:
 
 @st.composite
 def llama(draw: Any) -> dict[str, Any]:
-    dynamic = {"rope_type": "dynamic", "factor": 6.0, "rope_theta": 1e4}
     c = draw(sizes())
-    if draw(st.integers(0, 3)) == 0:
-        return c | {"max_position_embeddings": ORIGINAL, "rope_parameters": dynamic}
+    if draw(st.booleans()):
+        c["head_dim"] = draw(st.sampled_from((2, 6, 18)))
     bias = {"attention_bias": draw(st.booleans()), "mlp_bias": draw(st.booleans())}
-    return c | bias | {"rope_parameters": draw(scalings())}
+    return draw(any_scaling(c | bias))
 
 
 @st.composite
 def windowed(draw: Any, extra: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A window that is shorter or longer than the text."""
-    c = draw(sizes()) | {"sliding_window": draw(st.sampled_from((3, 7, 50)))}
+    """A window that is shorter or longer than the text of 30 tokens, by one as well. Of 2 at least:
+    of 1 transformers' cache keeps all keys, where it means none (`keys[-window + 1 :]`)."""
+    c = draw(sizes()) | {"sliding_window": draw(st.sampled_from((3, 7, 50, 2, 29, 30, 31)))}
     if "head_dim" in extra:
-        c["head_dim"] = draw(st.sampled_from((4, 10)))
+        c["head_dim"] = draw(st.sampled_from((4, 10, 2, 18)))
     if "layer_types" in extra:
         c["layer_types"] = draw(st.lists(st.sampled_from((SLIDING, FULL)), min_size=3, max_size=3))
     return c
@@ -97,7 +122,7 @@ def windowed(draw: Any, extra: tuple[str, ...] = ()) -> dict[str, Any]:
 
 @st.composite
 def mistral(draw: Any) -> dict[str, Any]:
-    return draw(windowed(("head_dim",))) | {"rope_parameters": draw(scalings())}
+    return draw(any_scaling(draw(windowed(("head_dim",)))))
 
 
 @st.composite
@@ -107,14 +132,17 @@ def ministral(draw: Any) -> dict[str, Any]:
 
 @st.composite
 def qwen2(draw: Any) -> dict[str, Any]:
-    use = {"use_sliding_window": draw(st.booleans()), "max_window_layers": 1}
-    return draw(windowed()) | use | {"rope_parameters": draw(scalings())}
+    layers = draw(st.sampled_from((1, 0, 2, 3, 9)))
+    use = {"use_sliding_window": draw(st.booleans()), "max_window_layers": layers}
+    return draw(any_scaling(draw(windowed()) | use))
 
 
 @st.composite
 def qwen3(draw: Any) -> dict[str, Any]:
     bias = {"attention_bias": draw(st.booleans())}
-    return draw(windowed(("head_dim",))) | bias | {"rope_parameters": draw(scalings())}
+    layers = draw(st.sampled_from((28, 0, 1, 2)))
+    use = {"use_sliding_window": draw(st.booleans()), "max_window_layers": layers}
+    return draw(any_scaling(draw(windowed(("head_dim",))) | bias | use))
 
 
 def two_ropes(draw: Any) -> dict[str, Any]:
@@ -140,12 +168,13 @@ def gemma3(draw: Any) -> dict[str, Any]:
 @st.composite
 def phi3(draw: Any) -> dict[str, Any]:
     c = draw(sizes())
-    part = draw(st.sampled_from((1.0, 0.5)))
-    c["hidden_size"] = 8 * c["num_attention_heads"]
+    head = draw(st.sampled_from((8, 16)))
+    part = draw(st.sampled_from((1.0, 0.5, 0.75)))
+    c["hidden_size"] = head * c["num_attention_heads"]
     c["partial_rotary_factor"] = part
     if draw(st.booleans()):
-        return c | {"sliding_window": draw(st.sampled_from((None, 5)))}
-    pairs = int(8 * part) // 2
+        return c | {"sliding_window": draw(st.sampled_from((None, 5, 2, 30)))}
+    pairs = int(head * part) // 2
     factors = st.lists(st.sampled_from((1.0, 1.2, 3.0)), min_size=pairs, max_size=pairs)
     longrope = {
         "rope_type": "longrope",
@@ -170,13 +199,15 @@ def granite(draw: Any) -> dict[str, Any]:
         "attention_multiplier": draw(st.sampled_from((0.2, 0.05))),
         "logits_scaling": draw(st.sampled_from((1.0, 6.0))),
         "attention_bias": draw(st.booleans()),
+        "mlp_bias": draw(st.booleans()),
         "rope_parameters": draw(scalings()),
     }
 
 
 @st.composite
 def olmo2(draw: Any) -> dict[str, Any]:
-    return draw(sizes()) | {"rope_parameters": draw(scalings())}
+    c = draw(sizes()) | {"attention_bias": draw(st.booleans())}
+    return draw(any_scaling(c))
 
 
 @st.composite
@@ -190,8 +221,8 @@ def gpt2(draw: Any) -> dict[str, Any]:
         "vocab_size": VOCAB,
         "n_embd": 24,
         "n_layer": 2,
-        "n_head": draw(st.sampled_from((2, 3))),
-        "n_positions": POSITIONS,
+        "n_head": draw(st.sampled_from((2, 3, 1, 8))),  # of 3 numbers, too: nothing is rotated
+        "n_positions": draw(st.sampled_from((POSITIONS, 30))),
         "n_inner": draw(st.sampled_from((None, 30))),
         "activation_function": draw(st.sampled_from(("gelu_new", "gelu", "relu2", "silu"))),
         "scale_attn_weights": draw(st.booleans()),
@@ -206,9 +237,12 @@ def gpt2(draw: Any) -> dict[str, Any]:
 @st.composite
 def mixtral(draw: Any) -> dict[str, Any]:
     n = draw(st.sampled_from((3, 4)))
-    top = draw(st.sampled_from((1, 2)))
+    top = draw(st.sampled_from((1, 2, 3)))
     own = {"num_local_experts": n, "num_experts_per_tok": top}
-    return draw(sizes(experts=True)) | own | {"sliding_window": draw(st.sampled_from((None, 5)))}
+    own["sliding_window"] = draw(st.sampled_from((None, 5, 2)))
+    c = draw(sizes(experts=True)) | own
+    c["head_dim"] = c["hidden_size"] // c["num_attention_heads"]  # transformers' YaRN needs it
+    return draw(any_scaling(c))
 
 
 @st.composite
@@ -216,17 +250,22 @@ def qwen3_moe(draw: Any) -> dict[str, Any]:
     return draw(sizes(experts=True)) | {
         "head_dim": draw(st.sampled_from((6, 10))),
         "num_experts": 4,
-        "num_experts_per_tok": draw(st.sampled_from((1, 3))),
+        "num_experts_per_tok": draw(st.sampled_from((1, 3, 4))),
         "moe_intermediate_size": 12,
         "norm_topk_prob": draw(st.booleans()),
-        "mlp_only_layers": draw(st.sampled_from(([], [1]))),
+        "attention_bias": draw(st.booleans()),
+        "mlp_only_layers": draw(st.sampled_from(([], [1], [0, 2]))),
         "decoder_sparse_step": 1,
+        "use_sliding_window": draw(st.booleans()),
+        "sliding_window": 4,
+        "max_window_layers": draw(st.sampled_from((0, 1))),
+        "rope_parameters": draw(scalings()),
     }
 
 
 @st.composite
 def olmoe(draw: Any) -> dict[str, Any]:
-    own = {"num_experts": 4, "num_experts_per_tok": draw(st.sampled_from((1, 3)))}
+    own = {"num_experts": 4, "num_experts_per_tok": draw(st.sampled_from((1, 3, 4)))}
     return (
         draw(sizes(experts=True))
         | own
@@ -250,29 +289,36 @@ def layered(c: dict[str, Any], name: str = "layer_norm_eps") -> dict[str, Any]:
     return {k: v for k, v in c.items() if k != "rms_norm_eps"} | {name: c["rms_norm_eps"]}
 
 
+def pairs_of(c: dict[str, Any], *parts: float) -> st.SearchStrategy[float]:
+    """Parts of a head that are pairs: of others transformers rotates more than it says."""
+    head = c["hidden_size"] // c["num_attention_heads"]
+    return st.sampled_from([part for part in parts if int(head * part) % 2 == 0])
+
+
 @st.composite
 def stablelm(draw: Any) -> dict[str, Any]:
-    return layered(draw(sizes())) | {
+    c = layered(draw(sizes()))
+    return c | {
         "use_qkv_bias": draw(st.booleans()),
         "use_parallel_residual": draw(st.booleans()),
         "qk_layernorm": draw(st.booleans()),
-        "partial_rotary_factor": draw(st.sampled_from((0.5, 1.0))),
+        "partial_rotary_factor": draw(pairs_of(c, 0.5, 1.0)),
     }
 
 
 @st.composite
 def starcoder2(draw: Any) -> dict[str, Any]:
-    own = {"use_bias": draw(st.booleans()), "sliding_window": draw(st.sampled_from((None, 4)))}
-    return layered(draw(sizes()), "norm_epsilon") | own | {"rope_parameters": draw(scalings())}
+    own = {"use_bias": draw(st.booleans()), "sliding_window": draw(st.sampled_from((None, 4, 2)))}
+    return draw(any_scaling(layered(draw(sizes()), "norm_epsilon") | own))
 
 
 @st.composite
 def gpt_neox(draw: Any) -> dict[str, Any]:
     c = layered(draw(sizes())) | {"use_parallel_residual": draw(st.booleans())}
+    c |= {"attention_bias": draw(st.booleans())}
+    c["hidden_act"] = draw(st.sampled_from(("gelu", "gelu_new", "silu")))
     del c["num_key_value_heads"]
-    head = c["hidden_size"] // c["num_attention_heads"]
-    parts = [part for part in (0.25, 0.5, 1.0) if int(head * part) % 2 == 0]
-    return c | {"rotary_pct": draw(st.sampled_from(parts))}
+    return c | {"rotary_pct": draw(pairs_of(c, 0.5, 1.0, 0.25))}
 
 
 @st.composite
@@ -292,8 +338,8 @@ def ministral3(draw: Any) -> dict[str, Any]:
 
 @st.composite
 def gemma(draw: Any) -> dict[str, Any]:
-    own = {"head_dim": draw(st.sampled_from((4, 10))), "attention_bias": draw(st.booleans())}
-    return draw(sizes()) | own | {"rope_parameters": draw(scalings())}
+    own = {"head_dim": draw(st.sampled_from((4, 10, 2))), "attention_bias": draw(st.booleans())}
+    return draw(any_scaling(draw(sizes()) | own))
 
 
 @st.composite
@@ -320,7 +366,7 @@ def cohere2(draw: Any) -> dict[str, Any]:
 def nemotron(draw: Any) -> dict[str, Any]:
     c = layered(draw(sizes()), "norm_eps") | {"hidden_act": "relu2"}
     bias = {"attention_bias": draw(st.booleans()), "mlp_bias": draw(st.booleans())}
-    return c | bias | {"partial_rotary_factor": draw(st.sampled_from((0.5, 1.0)))}
+    return c | bias | {"partial_rotary_factor": draw(pairs_of(c, 0.5, 1.0))}
 
 
 @st.composite

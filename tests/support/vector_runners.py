@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -121,6 +122,18 @@ def embedding(ops: Any, case: Case) -> Outputs:
     module.backward(i["dy"], cache, grads)
     grad = grads["model.embed_tokens"]
     return names("y dA dB", y, grad.A, grad.B)
+
+
+@runner
+def dora(ops: Any, case: Case) -> Outputs:
+    i, scale = case.inputs, case.params["scale"]
+    adapter = LoRA(i["A"], i["B"], scale, magnitude=i["magnitude"])
+    W = ops.pack(i["W"])
+    adapter = replace(adapter, norm=ops.row_norms(W, adapter))
+    y, h, v = ops.dora_forward(i["x"], W, i.get("bias"), adapter)
+    dx, dA, dB, dm = ops.dora_backward(i["dy"], i["x"], h, v, W, adapter)
+    merged, _ = ops.merge(i["W"], adapter)
+    return names("n y dx dA dB dm merged", adapter.norm, y, dx, dA, dB, dm, merged)
 
 
 @runner

@@ -89,6 +89,28 @@ def test_an_interrupted_run_continues_with_the_same_bits(
         train(other, small, counting(), FAST, tmp_path / "cut", resume=True)
 
 
+def test_eight_bit_moments_smoothed_labels_and_noise_go_with_them(
+    ops: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pylora.training.optimizer8.SMALLEST", 256)
+    run = replace(
+        FAST, optimizer="adamw_8bit", label_smoothing_factor=0.1, neftune_noise_alpha=5.0
+    )  # fmt: skip
+    ends = []
+    for name, stop in (("at once", None), ("cut", 2)):
+        model, adapter = problem(ops, **KINDS["both tables and norms"])
+        if stop:
+            with pytest.raises(KeyboardInterrupt):
+                train(model, adapter, counting(), run, tmp_path, on_step=interrupt_after(stop))
+            model, adapter = problem(ops, **KINDS["both tables and norms"])
+        out = tmp_path / name if not stop else tmp_path
+        losses = train(model, adapter, counting(), run, out, resume=bool(stop)).losses
+        ends.append((losses, bits(trainable(adapter))))
+    assert ends[0] == ends[1]
+    model, adapter = problem(ops, **KINDS["both tables and norms"])
+    assert train(model, adapter, counting(), FAST).losses != ends[0][0]
+
+
 def test_a_run_ends_with_the_best_of_its_weights(ops: Any, tmp_path: Path) -> None:
     model, adapter = problem(ops, **KINDS["rows"], modules_to_save=["norm"])
     tokens = np.random.default_rng(0).integers(0, 61, 40).tolist()  # which no rule foretells

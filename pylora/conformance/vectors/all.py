@@ -17,6 +17,7 @@ from pylora.conformance.vectors import (
     plans,
     steps,
     streams,
+    weighted,
 )
 from pylora.conformance.vectors.cases import Case
 from pylora.conformance.vectors.questions import Question
@@ -24,7 +25,7 @@ from pylora.conformance.vectors.questions import Question
 
 def all_cases() -> list[Case]:
     """Every case, computed now (seconds)."""
-    files = (ops, layers, merging, streams, parts, features, steps, model)
+    files = (ops, layers, weighted, merging, streams, parts, features, steps, model)
     return [case for file in files for case in file.cases()]
 
 
