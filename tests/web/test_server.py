@@ -530,6 +530,9 @@ def test_answers_are_those_of_each_alone_while_all_are_asked_together(client: Cl
         for seed, prompt in enumerate(["truth", "life is", "t"])
         for model in ("tiny", "legal", "verse")
     ]
+    likeliest, penalties = {"temperature": 0}, {"frequency_penalty": 1.5, "repetition_penalty": 1.3}
+    for more in ({"guided_regex": "[a-z ]{6,9}"}, penalties, likeliest, {"top_p": 0.7, "n": 2}):
+        asks += [{**ask, **more} for ask in asks[:3]]
     alone = [client.post(TEXT, ask)[1]["choices"] for ask in asks]
     with ThreadPoolExecutor(9) as many:
         together = list(many.map(lambda ask: client.post(TEXT, ask)[1]["choices"], asks))
