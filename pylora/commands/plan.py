@@ -6,6 +6,7 @@ Modules that are alike in all but their layer share a line; --all gives each its
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -134,10 +135,12 @@ def plan(
         f"{100 * trained / total:.3f} % of {total:,}"
     )
     first = tried[0]
-    screen.say(
+    needs = (
         f"to train it on {batch_size} examples of {length} tokens at a time, in {first.precision}: "
         f"about {first.words()}"
     )
+    for line in textwrap.wrap(needs, screen.width) if screen.width else [needs]:
+        screen.say(line)
     if first.estimate.total > room:
         screen.say(f"note: {short(tried, room)}")
 

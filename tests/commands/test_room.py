@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ pytest.importorskip("tokenizers")
 
 from tiny_model import write_tiny_model
 
+import pylora
 from pylora.commands import cli
 
 
@@ -23,6 +25,14 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     records = [{"prompt": f"{words} exists:", "completion": " yes"}] * 16
     data.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
     return str(model), str(data)
+
+
+@pytest.fixture(autouse=True)
+def on_c() -> Iterator[None]:
+    """The estimate is of the c backend, whatever other tests chose."""
+    pylora.use("c")
+    yield
+    pylora.use(None)
 
 
 def limited(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
