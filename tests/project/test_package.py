@@ -97,7 +97,7 @@ def test_only_the_promised_dependencies() -> None:
 
 @installed
 def test_the_installed_size_is_small() -> None:
-    """6 MB of everything but the CUDA library, which is there only if nvcc was, and holds each
+    """6.5 MB of everything but the CUDA library, which is there only if nvcc was, and holds each
     kernel three times (sm_80, sm_90, PTX): it has a bound of its own."""
     sizes = {
         p.relative_to(PACKAGE): p.stat().st_size
@@ -105,7 +105,7 @@ def test_the_installed_size_is_small() -> None:
         if p.is_file() and "__pycache__" not in p.parts
     }
     library = sizes.pop(Path("backends/libpylora_cuda.so"), 0)
-    assert sum(sizes.values()) < 6_000_000
+    assert sum(sizes.values()) < 6_500_000
     assert library < 20_000_000
 
 
