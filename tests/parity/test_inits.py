@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_hf
 
 from pylora.adapters.adapter import Adapter, parameters
 from pylora.adapters.loraconfig import LoraConfig
@@ -32,17 +33,7 @@ peft = pytest.importorskip("peft")
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 43,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-    "attn_implementation": "eager",
-    "pad_token_id": None,
-}
+SIZES = {**tiny_hf.SIZES, "pad_token_id": None}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "pissa": ("Llama", {"r": 3, "lora_alpha": 7}),
     "pissa, rslora, patterns": (

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_hf
 
 from pylora.adapters.adapter import Adapter
 from pylora.adapters.peft import read_config
@@ -27,19 +28,7 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
 IDS = np.arange(14) * 11 % 43
 STEPS, RATE = 3, 3e-3
-SIZES: dict[str, Any] = {
-    "vocab_size": 43,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-    "attn_implementation": "eager",
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": None,
-}
+SIZES = {**tiny_hf.SIZES, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
 CASES: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "tables and norms": ("Llama", False, {"modules_to_save": ["lm_head", "embed_tokens", "norm"]}),
     "of tied": ("Qwen2", True, {"modules_to_save": ["embed_tokens", "lm_head"]}),

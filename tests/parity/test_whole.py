@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny_hf import SIZES, VOCAB
 
 from pylora.adapters.adapter import Adapter
 from pylora.adapters.pool import AdapterPool
@@ -31,17 +32,6 @@ peft = pytest.importorskip("peft")
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
-VOCAB = 43
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-    "attn_implementation": "eager",
-}
 Q = ["q_proj", "down_proj"]
 
 
