@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from continual_smollm import TASKS, Items
 
 from pylora import Llama, open_checkpoint
+from pylora.demo.fetch import SMOLLM2, cache_folder
 from pylora.demo.items import encode_prompts
 from pylora.model.through import through
 from pylora.types import Seqs
@@ -59,7 +60,7 @@ def marks(model: Llama, tokenizer: Any, items: Items) -> np.ndarray:
 
 def main() -> int:
     p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    default = Path.home() / ".cache" / "pylora" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    default = cache_folder() / SMOLLM2.name
     p.add_argument("model", nargs="?", type=Path, default=default)
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--known", type=int, nargs="+", default=[1, 4, 16, 64])

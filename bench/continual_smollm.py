@@ -29,6 +29,7 @@ from continual_methods import Training
 from continual_show import forgetting, forward, interval
 
 from pylora import Adapter, Llama, LoraConfig, open_checkpoint, resolve
+from pylora.demo.fetch import SMOLLM2, cache_folder
 from pylora.demo.items import answers, exact_match, read_items
 from pylora.front.score import score_of
 from pylora.training.examples import Example, load_examples
@@ -230,7 +231,7 @@ def show(document: dict[str, Any]) -> None:
 
 def main() -> int:
     p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    default = Path.home() / ".cache" / "pylora" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    default = cache_folder() / SMOLLM2.name
     p.add_argument("model", nargs="?", type=Path, default=default)
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--steps", type=int, default=80)

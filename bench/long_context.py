@@ -53,8 +53,10 @@ def work(path: Path, length: int, precision: str) -> dict[str, Any]:
 
 
 def main() -> int:
+    from pylora.demo.fetch import SMOLLM2, cache_folder
+
     p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    default = Path.home() / ".cache" / "pylora" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    default = cache_folder() / SMOLLM2.name
     p.add_argument("model", nargs="?", type=Path, default=default)
     p.add_argument("--lengths", default="4096,8192,16384,32768")
     p.add_argument("--precision", default="bf16")

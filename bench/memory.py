@@ -76,8 +76,10 @@ def work(model: Path, number: int) -> dict[str, Any]:
 
 
 def main() -> int:
+    from pylora.demo.fetch import SMOLLM2, cache_folder
+
     p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    default = Path.home() / ".cache" / "pylora" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    default = cache_folder() / SMOLLM2.name
     p.add_argument("model", nargs="?", type=Path, default=default)
     p.add_argument("--out", type=Path, default=None, help="a JSON file of the figures")
     p.add_argument("--only", type=lambda t: [int(n) for n in t.split(",")], default=None)

@@ -92,8 +92,10 @@ def network(numbers: int, nodes: int, gbit: int) -> float:
 
 
 def main() -> int:
+    from pylora.demo.fetch import SMOLLM2, cache_folder
+
     p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    default = Path.home() / ".cache" / "pylora" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    default = cache_folder() / SMOLLM2.name
     p.add_argument("model", nargs="?", default=str(default))
     p.add_argument("--rank", type=int, default=8)
     p.add_argument("--steps", type=int, default=6)

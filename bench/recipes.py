@@ -33,6 +33,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from memory import status
+
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, BATCH, HELD_OUT, RECORDS, RATE = 64, 4, 40, 400, 2e-3
 TASKS = ("notation", "dates", "orders")
@@ -114,14 +116,6 @@ CHOICES: dict[str, dict[str, Any]] = {
 # ---- a process of its own -----------------------------------------------------------------------
 
 
-def held(what: str) -> int:
-    """Bytes by /proc/self/status: VmRSS, or VmHWM, the most so far."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(what):
-            return int(line.split()[1]) * 1024
-    raise SystemExit(f"/proc/self/status has no {what}: this is measured on Linux")
-
-
 def orthogonal(G: np.ndarray, rounds: int = 5) -> np.ndarray:
     """Near the nearest matrix with orthonormal rows or columns, by Muon's quintic iteration."""
     a, b, c = 3.4445, -4.7750, 2.0315
@@ -158,7 +152,7 @@ class Bench:
 
         from pylora import Llama, open_checkpoint
 
-        self.idle = held("VmRSS")
+        self.idle = status("VmRSS")
         self.checkpoint = open_checkpoint(path)
         self.tokenizer = self.checkpoint.tokenizer()
         self.model = Llama.from_checkpoint(self.checkpoint, precision=precision)
@@ -216,7 +210,7 @@ class Bench:
         finally:
             module.optimizer_of = usual
         seconds = time.process_time() - began
-        self.peak = self.peak or held("VmHWM") - self.idle
+        self.peak = self.peak or status("VmHWM") - self.idle
         trained = sum(a.A.size + a.B.size for a in adapter.values())
         trained += sum(0 if a.magnitude is None else a.magnitude.size for a in adapter.values())
         return {
@@ -342,8 +336,10 @@ def _row(name: str, mine: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
+    from pylora.demo.fetch import SMOLLM2, cache_folder
+
     p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    default = Path.home() / ".cache" / "pylora" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    default = cache_folder() / SMOLLM2.name
     p.add_argument("model", nargs="?", type=Path, default=default)
     p.add_argument("--only", help=f"groups: {', '.join([*GROUPS, 'jobs'])}")
     p.add_argument("--seeds", type=int, default=3)
