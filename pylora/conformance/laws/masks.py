@@ -29,6 +29,7 @@ PATHS = (
     "q_proj",
     "",
 )
+NAMED = tuple(path for path in PATHS if path)
 STEPS = (1, 2, 3, 11, 12, 111, 256, 257, 65537, 2**31, 2**32 + 1)
 SEEDS = (0, 1, 7, 2**31, 2**32 + 1, 2**63)
 

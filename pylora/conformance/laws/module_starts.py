@@ -15,13 +15,11 @@ import numpy as np
 from pylora.conformance.laws import battery
 from pylora.conformance.laws.initial import cells, of_u
 from pylora.conformance.laws.law import Law
-from pylora.conformance.laws.masks import PATHS
+from pylora.conformance.laws.masks import NAMED
 from pylora.conformance.laws.streams import compared
 from pylora.conformance.problems.layers import pick, st
 from pylora.conformance.testcase import NotTested, Problem, Trial
 from pylora.types import Array
-
-_NAMED = tuple(path for path in PATHS if path)
 
 
 def _seeds() -> Any:
@@ -65,7 +63,7 @@ def _modules(sizes: tuple[tuple[int, int, int], ...] = _SIZES) -> Any:
         ),
         pick(hows),
         pick(sizes),
-        pick(_NAMED),
+        pick(NAMED),
         _seeds(),
     )
 
@@ -73,7 +71,7 @@ def _modules(sizes: tuple[tuple[int, int, int], ...] = _SIZES) -> Any:
 def _module_kinds(dtype: str, examples: int) -> Iterator[Problem]:
     for i, (kind, method) in enumerate((("linear", "false"), ("embedding", "false"))):
         yield Problem(
-            kind=kind, method=method, lora_bias=not i, sizes=_SIZES[0], path=_NAMED[i], seed=i
+            kind=kind, method=method, lora_bias=not i, sizes=_SIZES[0], path=NAMED[i], seed=i
         )
 
 

@@ -14,14 +14,13 @@ import numpy as np
 
 from pylora.conformance.laws import battery
 from pylora.conformance.laws.law import Law
-from pylora.conformance.laws.masks import PATHS
+from pylora.conformance.laws.masks import NAMED, PATHS
 from pylora.conformance.laws.streams import PART, SHAPES, SHARES, levels, relatives
 from pylora.conformance.problems.layers import pick, st
 from pylora.conformance.problems.sizes import THOROUGH
 from pylora.conformance.testcase import Broken, Problem, Trial
 from pylora.types import Array
 
-_NAMED = tuple(path for path in PATHS if path)
 _STEPS = (1, 2, 7, 12, 256, 65537)
 _ROWS = (0, 0, 5, 1000, 2**20 + 3)
 _USUAL = 1 << 31  # a step, and the number of an element, that every implementation takes
@@ -42,7 +41,7 @@ def _masks() -> Any:
         pick(SHAPES),
         pick(SHARES),
         _seeds(),
-        pick(_NAMED),
+        pick(NAMED),
         pick(_STEPS),
         pick(_ROWS),
         pick((1, 1, 4)),
@@ -51,7 +50,7 @@ def _masks() -> Any:
 
 def _every_shape(dtype: str, examples: int) -> list[Problem]:
     """All shapes with the fairest p, whole and as the parts of a batch."""
-    common = {"p": 0.5, "path": _NAMED[0], "row0": 0}
+    common = {"p": 0.5, "path": NAMED[0], "row0": 0}
     shapes = [s for s in SHAPES if s[0] * s[1] == 65536]
     return [
         Problem(shape=shape, seed=i, step=1 + i, parts=1 + 3 * (i % 2), **common)
@@ -84,7 +83,7 @@ def _keys() -> Any:
         pick(((64, 64), (48, 96), (256, 16))),
         _seeds(),
         pick((0, 0, 0x5A5A5A5A)),
-        pick(_NAMED),
+        pick(NAMED),
         pick((1, 12, 21, 258)),
     )
 
@@ -166,7 +165,7 @@ def _shares() -> Any:
     return st.builds(
         lambda seed, path, step: Problem(seed=seed, path=path, step=step, deep=False),
         _seeds(),
-        pick(_NAMED),
+        pick(NAMED),
         pick(_STEPS),
     )
 
@@ -174,7 +173,7 @@ def _shares() -> Any:
 def _share_covered(dtype: str, examples: int) -> list[Problem]:
     """Millions of elements, for a p that 16 bits do not hold."""
     count = 1 if examples < THOROUGH else 4
-    return [Problem(seed=i, path=_NAMED[i], step=1, deep=True) for i in range(count)]
+    return [Problem(seed=i, path=NAMED[i], step=1, deep=True) for i in range(count)]
 
 
 def _rounded(t: Trial, p: Problem) -> None:
