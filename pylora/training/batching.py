@@ -18,6 +18,7 @@ import numpy as np
 from pylora.errors import ConfigError, DataError
 from pylora.numbers.random import stream
 from pylora.reference import IGNORE, Reference
+from pylora.training.config import TrainConfig
 from pylora.training.examples import Example
 from pylora.types import Seqs, brief
 
@@ -106,6 +107,19 @@ def epoch_steps(
         groups = _bucketed(lengths, order, batch_size)
         steps = [_split(lengths, group, accumulation, max_tokens) for group in groups]
     return [steps[i] for i in shuffled(len(steps), seed=seed, name=f"{epoch}/steps")]
+
+
+def epoch_of(config: TrainConfig, lengths: Sequence[int], epoch: int = 0) -> list[Step]:
+    """`epoch_steps` of a run with these settings."""
+    return epoch_steps(
+        lengths,
+        seed=config.seed,
+        epoch=epoch,
+        batch_size=config.batch_size,
+        accumulation=config.accumulation,
+        packing=config.packing,
+        max_tokens=config.max_tokens,
+    )
 
 
 def _bucketed(lengths: Sequence[int], order: list[int], size: int) -> list[list[int]]:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from pylora.training.batching import epoch_steps
+from pylora.training.batching import epoch_of
 from pylora.training.config import TrainConfig
 
 STEPS = 120  # updates that the default makes at least ...
@@ -33,17 +33,7 @@ def steps_of_an_epoch(lengths: Sequence[int], config: TrainConfig, epoch: int = 
     """Updates in one pass over examples of these lengths."""
     if not config.packing:
         return math.ceil(len(lengths) / config.batch_size)
-    return len(
-        epoch_steps(
-            lengths,
-            seed=config.seed,
-            epoch=epoch,
-            batch_size=config.batch_size,
-            accumulation=config.accumulation,
-            packing=True,
-            max_tokens=config.max_tokens,
-        )
-    )
+    return len(epoch_of(config, lengths, epoch))
 
 
 def settled(config: TrainConfig, lengths: Sequence[int], hidden_size: int) -> TrainConfig:

@@ -20,7 +20,7 @@ from pylora.model.tensors import norm_roles
 from pylora.model.weights import weight_bytes
 from pylora.numbers.blocks import BLOCKS, row_bytes
 from pylora.numbers.precision import QUANTIZED, weights_of
-from pylora.training.batching import epoch_steps
+from pylora.training.batching import epoch_of
 from pylora.training.config import TrainConfig
 from pylora.training.memory import held_bytes
 from pylora.training.optimizer8 import SMALLEST
@@ -127,10 +127,7 @@ def estimate(
 def most_rows(config: TrainConfig, lengths: Sequence[int]) -> tuple[int, int]:
     """(rows of the largest micro-batch, of the largest batch that is evaluated)."""
     some = sorted(lengths)[-_LONGEST:]
-    steps = epoch_steps(
-        some, seed=config.seed, epoch=0, batch_size=config.batch_size,
-        accumulation=config.accumulation, packing=config.packing, max_tokens=config.max_tokens,
-    )  # fmt: skip
+    steps = epoch_of(config, some)
     rows = max((sum(some[i] for i in micro) for step in steps for micro in step), default=0)
     return rows, sum(some[-config.batch_size :])
 

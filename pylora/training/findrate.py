@@ -20,7 +20,7 @@ import numpy as np
 
 from pylora.errors import ConfigError
 from pylora.model.linear import DropKey
-from pylora.training.batching import Step, epoch_steps
+from pylora.training.batching import Step, epoch_of
 from pylora.training.config import TrainConfig
 from pylora.training.objectives.base import NextToken, Objective
 from pylora.training.optimizer import gradients, trainable
@@ -97,7 +97,7 @@ def _tried(
     steps: int,
     on_step: Callable[[int, float, float], None] | None,
 ) -> Found:
-    batches = _batches(examples, config)
+    batches = epoch_of(config, [len(e) for e in examples])[:_BATCHES]
     arrays = {**trainable(model.placed), **objective.parameters(model)}
     optimizer = optimizer_of(model.ops, arrays, config)
 
@@ -130,19 +130,6 @@ def _tried(
             break
         optimizer.update(named, norm, i + 1, rate)
     return Found(rates, losses, relative, *suggested(rates, relative))
-
-
-def _batches(examples: Sequence[Any], config: TrainConfig) -> list[Step]:
-    steps = epoch_steps(
-        [len(e) for e in examples],
-        seed=config.seed,
-        epoch=0,
-        batch_size=config.batch_size,
-        accumulation=config.accumulation,
-        packing=config.packing,
-        max_tokens=config.max_tokens,
-    )
-    return steps[:_BATCHES]
 
 
 def suggested(rates: Sequence[float], relative: Sequence[float]) -> tuple[float | None, float]:

@@ -25,7 +25,7 @@ from pylora.errors import ConfigError, TrainingError, expect, wrong_type
 from pylora.model.linear import DropKey
 from pylora.model.whole import whole_of
 from pylora.training import checkpoint
-from pylora.training.batching import Step, epoch_steps
+from pylora.training.batching import Step, epoch_of
 from pylora.training.checkpoint import Progress
 from pylora.training.config import TrainConfig
 from pylora.training.enough import settled, total_steps
@@ -162,18 +162,6 @@ class _Run:
                 f"warmup_steps is {config.warmup_steps}, but the run has only {self.steps} steps"
             )
         decay_of(self.steps, config.warmup_steps, config.decay_steps)  # refuses what is too long
-
-    def _epoch(self, epoch: int) -> list[Step]:
-        c = self.config
-        return epoch_steps(
-            [len(example) for example in self.examples],
-            seed=c.seed,
-            epoch=epoch,
-            batch_size=c.batch_size,
-            accumulation=c.accumulation,
-            packing=c.packing,
-            max_tokens=c.max_tokens,
-        )
 
     # ---- files --------------------------------------------------------------------------------
 
@@ -389,7 +377,7 @@ class _Run:
         """The steps still to do; progress is moved on after each."""
         p = self.progress
         while p.step < self.steps and not self.watch.exhausted(p):
-            epoch = self._epoch(p.epoch)
+            epoch = epoch_of(self.config, [len(e) for e in self.examples], p.epoch)
             while p.position < len(epoch):
                 yield epoch[p.position]
                 if p.step == self.steps or self.watch.exhausted(p):
