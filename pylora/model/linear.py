@@ -29,7 +29,7 @@ from pylora.types import Array, Drop, LoRA, Projection, ProjectionGrad, brief
 @dataclass(eq=False)
 class LoRAGrad:
     """Gradients of one module's adapter, shaped like its arrays; None where it has none. Of a
-    module that is trained whole (own.py): those of its `weight` and `bias`."""
+    module that is trained whole (`Own`): those of its `weight` and `bias`."""
 
     __repr__ = brief
 

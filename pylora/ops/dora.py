@@ -26,6 +26,7 @@ import numpy as np
 
 from pylora.numbers import lengths
 from pylora.ops.protocol import Backend
+from pylora.ops.whole import wide
 from pylora.types import Array, Drop, LoRA, Projection
 
 _TRUSTED = 16.0  # n² is taken from its three terms where it is at least S² / 16
@@ -51,11 +52,6 @@ def magnitude_grad(dy: Array, v: Array | None, lora: LoRA, xp: Any) -> Array:
 def low_rank(lora: LoRA) -> LoRA:
     """The adapter without its magnitude and biases."""
     return LoRA(lora.A, lora.B, lora.scale)
-
-
-def _wide(ops: Backend, x: Array) -> Array:
-    """float32 of a 16-bit array; any other as it is."""
-    return ops.cast(x, np.float32) if x.dtype.itemsize == 2 else x
 
 
 def rescale(
@@ -150,13 +146,13 @@ class Dora:
         if drop is None or drop.p == 0:
             v, h = self.lora_forward(x, W, None, low)
             return rescale(self, v, f, bias, residual, dtype), h, v
-        wide = _wide(self, x)
-        dropped = self.dropout(wide, drop)
+        full = wide(self, x)
+        dropped = self.dropout(full, drop)
         v, h = self.lora_forward(dropped, W, None, low)
         if bool((f == 1).all()):  # plain LoRA, and with B = 0 the base's bits
             y, _ = self.lora_forward(x, W, bias, low, drop, residual, dtype)
             return y, h, v
-        rest, _ = self.lora_forward(wide - dropped, W)
+        rest, _ = self.lora_forward(full - dropped, W)
         more = rest if bias is None else rest + bias
         return rescale(self, v, f, more, residual, dtype), h, v
 
@@ -177,13 +173,13 @@ class Dora:
         """(dx, dA, dB, dm): those of plain LoRA for the gradient f dy, and dm = Σ_i dy v / n.
         `v` is forward's; `lora` is the adapter as forward had it, its norm included."""
         low, f = low_rank(lora), factor(lora, self.xp)
-        dy = _wide(self, dy)
+        dy = wide(self, dy)
         dm = magnitude_grad(dy, v, lora, self.xp)
         dv = dy * f
         if drop is None or drop.p == 0:
             dx, dA, dB = self.lora_backward(dv, x, h, W, low, add=add, need_dx=need_dx, dtype=dtype)
             return dx, dA, dB, dm
-        dropped = self.dropout(_wide(self, x), drop)
+        dropped = self.dropout(wide(self, x), drop)
         _, dA, dB = self.lora_backward(dv, dropped, h, None, low, need_dx=False)
         if not need_dx:
             return None, dA, dB, dm
