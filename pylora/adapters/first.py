@@ -17,10 +17,8 @@ from pylora.adapters.inits import check_head
 from pylora.adapters.loraconfig import LoraConfig
 from pylora.adapters.plan import Plan
 from pylora.errors import PlanError, UnsupportedError
-from pylora.files.bounded import read_text
 from pylora.model.config import LlamaConfig
 
-_LIMIT = 16 << 20  # bytes of adapter_config.json
 _NAMES = {
     "corda": ("corda_init",),
     "lora_ga": ("lora_ga_init", "loraga_init", "lora-ga_init"),
@@ -46,11 +44,11 @@ class First:
         check_head(model, plan, self.how)
 
 
-def find_first(directory: Path) -> First | None:
-    """The first values of an adapter that began as "corda" or "lora_ga"; None where it began in
-    another way, or they are not at hand. PlanError where it is not clear which are."""
-    file = directory / "adapter_config.json"
-    text = read_text(file, limit=_LIMIT)
+def find_first(file: Path, text: str) -> First | None:
+    """The first values of an adapter that began as "corda" or "lora_ga", whose adapter_config.json
+    is `file` and has this text; None where it began in another way, or they are not at hand.
+    PlanError where it is not clear which are."""
+    directory = file.parent
     try:
         values = json.loads(text)
     except (ValueError, RecursionError):

@@ -162,8 +162,9 @@ def _read(
     base: Load | None,
     shown: bool = False,
 ) -> tuple[LoraConfig, Plan, dict[str, LoRA], Whole | None]:
-    first = None if shown else find_first(directory)
-    said = read_config(directory) if first is None else first.config
+    settings, text = _config_text(directory)
+    first = None if shown else find_first(settings, text)
+    said = LoraConfig.from_json(text, str(settings)) if first is None else first.config
     began = takes_from_base(said)
     config = dataclasses.replace(said, init_lora_weights=True) if began else said
     with SafeTensors(_weights_file(directory)) as file, _saying_why(file, config, modules):
@@ -267,8 +268,13 @@ def _saying_why(
 
 def read_config(directory: str | os.PathLike[str]) -> LoraConfig:
     """The settings in a PEFT directory. Raises FileFormatError, ConfigError or UnsupportedError."""
+    file, text = _config_text(directory)
+    return LoraConfig.from_json(text, str(file))
+
+
+def _config_text(directory: str | os.PathLike[str]) -> tuple[Path, str]:
     file = find_adapter(directory) / CONFIG
-    return LoraConfig.from_json(read_text(file, limit=_CONFIG_LIMIT), str(file))
+    return file, read_text(file, limit=_CONFIG_LIMIT)
 
 
 def write(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -270,11 +270,7 @@ class Tables:
                 )
             out[tensor] = array
         for tensor, ids in self.rows.items():
-            if max(ids) >= self.shapes[tensor][0]:
-                raise PlanError(
-                    f"trainable_token_indices names the token {max(ids)}, and the vocabulary has "
-                    f"{self.shapes[tensor][0]}"
-                )
+            _check_ids(ids, self.shapes[tensor][0])
         if not out:
             return None
         tied = self._tie(out)
@@ -350,11 +346,7 @@ class Tables:
         ids = self.rows.get(tensor, self.rows.get(self.embedding, ()))
         size, hidden = shapes[tensor]
         rows = read(key, (len(ids), hidden))
-        if max(ids) >= size:
-            raise PlanError(
-                f"{file.path}: trainable_token_indices names the token {max(ids)}, and the "
-                f"vocabulary has {size}"
-            )
+        _check_ids(ids, size, f"{file.path}: ")
         if tensor not in out:
             if base is None:
                 raise PlanError(
@@ -429,6 +421,14 @@ def whole_named(config: LoraConfig, model: LlamaConfig, brought: Whole | None = 
         rows = tables.rows.get(tensor)
         names[tensor] = f" ({len(rows)} rows)" if rows else ""
     return Named(names, sum(tables.sizes.values()))
+
+
+def _check_ids(ids: Sequence[int], size: int, where: str = "") -> None:
+    if max(ids) >= size:
+        raise PlanError(
+            f"{where}trainable_token_indices names the token {max(ids)}, and the vocabulary has "
+            f"{size}"
+        )
 
 
 def _names_any(config: LoraConfig) -> bool:
