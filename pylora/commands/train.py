@@ -439,15 +439,16 @@ def train(
             plan = resolve(lora, checkpoint.config.modules())
         warn_about_size(plan, checkpoint.config.num_parameters)
         lora = adapter.config if start is not None else lora
-        refuse_too_large(plan, backends.get().name, num_whole(lora, checkpoint.config))
+        whole = num_whole(lora, checkpoint.config)
+        refuse_too_large(plan, backends.get().name, whole)
         limit: dict[str, Any] = {"max_length": max_length, "fields": fields}
         limit["too_long"] = "truncate" if truncate else "error"
         data, eval_data = _files(data, eval_data)
         examples, evals = read(objective, data, eval_data, tokenizer, classes=classes, **limit)
         refuse_unused_arguments()
         beyond_its_positions(checkpoint, [*examples, *(evals or ())])
-        whole = 0 if start is not None else num_whole(lora, checkpoint.config)
-        wanted = Wanted(checkpoint, plan, precision, settings, list(map(len, examples)), whole)
+        to_come = whole if start is None else 0  # those of an adapter that is here are held already
+        wanted = Wanted(checkpoint, plan, precision, settings, list(map(len, examples)), to_come)
         settings, precision, fitted = in_room(screen, wanted, fit)
         llama = Llama.from_checkpoint(checkpoint, precision=precision)
         judge = None
